@@ -1,0 +1,15 @@
+// The group geometry on the GPU. No CUDA header is needed to call it.
+#pragma once
+#include <cstdint>
+
+#include "../group_math.h"
+
+// Device pointers: features [S, d] and rewards [S] float32, members [B, M] int64, all contiguous; workspace
+// [2, B, M] double. similarity [B, M, M], score, shaped_rewards, advantages [S] float32 are written in full.
+// Entries of members outside [0, S) are empty places; a row named twice is the caller's error (outputs race).
+// Runs on `stream` (a cudaStream_t) and never synchronises. Returns a cudaError_t, 0 for success.
+extern "C" int g2rl_cuda_group_geometry(const float* features, const float* rewards, const int64_t* members,
+                                        int64_t S, int64_t d, int64_t B, int64_t M, double lam, double clip,
+                                        int shaping, int score, int scale, int skip_uniform, double eps,
+                                        double* workspace, float* similarity, float* out_score,
+                                        float* shaped_rewards, float* advantages, void* stream);
