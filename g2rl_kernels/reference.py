@@ -1,0 +1,285 @@
+"""The method in plain PyTorch, one function an equation, to be read beside the paper (arXiv 2512.15687).
+
+It computes in the dtype of its inputs promoted to at least float32: float64 in, float64 throughout, which makes it
+the oracle of the tests. It runs on any device and never synchronises with it, except for `group_members`.
+
+Notation: N tokens, S responses, d hidden size, V vocabulary; B groups of at most M responses each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WEIGHT_EPS = 1e-8  # eq. 8
+FLAT_SPREAD = 1e-5  # eq. 13: with a smaller spread of nu in a group, every nubar is 0.5
+
+
+# --- the head: equations 5 to 8 ---------------------------------------------------------------------------------
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _vocabulary_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of `weight` in `dtype`: whole if nothing is to be converted, else in blocks of 16 MB."""
+    rows = weight.shape[0] if weight.dtype == dtype else max(1, 2**22 // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], max(1, rows)):
+        block = slice(start, min(start + rows, weight.shape[0]))
+        yield block, weight[block].to(dtype)
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Eq. 5: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), divided by the temperature.
+
+    Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of -inf
+    takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
+    """
+    dtype = accumulation_dtype(hidden, weight)
+    h = hidden.to(dtype)
+    x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)
+    masked = None
+    if bias is not None:
+        x = x + bias.to(dtype)
+        masked = bias == -torch.inf
+    x = x * logit_scale
+    slope = None
+    if logit_softcap is not None:
+        slope = softcap_slope(x, logit_softcap)
+        x = logit_softcap * torch.tanh(x / logit_softcap)
+        if masked is not None:
+            x = x.masked_fill(masked, -torch.inf)
+    return x / temperature, slope
+
+
+def softcap_slope(x: Tensor, softcap: float) -> Tensor:
+    """d softcap(x) / dx = 1 - tanh(x / c)^2, as 4 e^-2u / (1 + e^-2u)^2 with u = |x / c|: nothing cancels."""
+    e = torch.exp(-2 * (x / softcap).abs())
+    return 4 * e / (1 + e) ** 2
+
+
+def token_statistics(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p = softmax(z), with z [N, V] already divided by the temperature.
+
+    Returns log p(tokens) [N], logsumexp [N], entropy in nats [N], and onehot(tokens) - p [N, V]. The largest
+    exponential, which is 1, is kept apart from the rest, so that log p and 1 - p keep their digits as p approaches 1.
+    """
+    z_max, top = z.max(dim=1, keepdim=True)
+    index = tokens[:, None]
+    exponential = torch.exp(z - z_max)
+    rest = exponential.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
+    rest = rest + (z_max - z_max)  # NaN if the largest logit is infinite
+    total, log_total = 1 + rest, torch.log1p(rest)
+    others = torch.where(index == top, rest, total - exponential.gather(1, index))
+    entropy = log_total - torch.where(exponential == 0, 0, exponential * (z - z_max)).sum(dim=1, keepdim=True) / total
+    residual = (-exponential / total).scatter(1, index, others / total)
+    token_z = z.gather(1, index)
+    return (
+        (token_z - z_max - log_total).squeeze(1),
+        (z_max + log_total).squeeze(1),
+        entropy.squeeze(1),
+        residual,
+    )
+
+
+def token_features(
+    residual: Tensor, weight: Tensor, slope: Tensor | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """Eq. 7: phi_t = W^T (onehot(y_t) - p_t) [N, d], times scale and softcap slope: T * d log p(y_t) / d h_t (eq. 6)."""
+    if slope is not None:
+        residual = residual * slope
+    phi = residual.new_zeros(residual.shape[0], weight.shape[1])
+    for block, rows in _vocabulary_blocks(weight, residual.dtype):
+        phi = phi + residual[:, block] @ rows
+    return logit_scale * phi
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
+    """Sums of rows start:stop of a packed [N, ...] tensor, given as `values`, over each response: [S, ...]."""
+    lengths = cu_seqlens.clamp(start, stop).diff()
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
+
+
+def head_features(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 8: Phi_s = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8) over the tokens of each response.
+
+    hidden [N, d], weight [V, d], tokens [N] int64, cu_seqlens [S + 1], bias [V], token_weights alpha [N].
+    Returns features [S, d], logprobs [N], logsumexp [N] and entropy [N], the last three of z / temperature.
+    `chunk` tokens are worked on at a time (all when None): the tensors made are [chunk, V].
+    """
+    N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
+    dtype = accumulation_dtype(hidden, weight)
+    alpha = hidden.new_ones(N, dtype=dtype) if token_weights is None else token_weights.to(dtype)
+    features = hidden.new_zeros(S, d, dtype=dtype)
+    alpha_sum = hidden.new_zeros(S, dtype=dtype)
+    columns = []
+    step = max(1, N if chunk is None else chunk)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        rows = slice(start, stop)
+        z, slope = logits(hidden[rows], weight, bias, temperature, logit_scale, logit_softcap)
+        logprobs, logsumexp, entropy, residual = token_statistics(z, tokens[rows])
+        phi = token_features(residual, weight, slope, logit_scale)
+        features = features + segment_sum(alpha[rows, None] * phi, cu_seqlens, start, stop)
+        alpha_sum = alpha_sum + segment_sum(alpha[rows], cu_seqlens, start, stop)
+        columns.append(torch.stack([logprobs, logsumexp, entropy]))
+    per_token = torch.cat(columns, dim=1) if columns else hidden.new_zeros(3, 0, dtype=dtype)
+    return features / (alpha_sum + WEIGHT_EPS)[:, None], per_token[0], per_token[1], per_token[2]
+
+
+# --- the group: equations 9 to 13, and 2 --------------------------------------------------------------------------
+# Rows of one group lie along a dimension of size M, with `present` [B, M] false at empty places.
+
+
+def group_members(ids: Tensor) -> Tensor:
+    """Row indices [B, M] int64 of each group, -1 at empty places, from ids [S] (negative: padding row).
+
+    Groups come in order of first appearance, rows of a group in their own order.
+    """
+    rows = torch.nonzero(ids >= 0).squeeze(1)
+    _, inverse, size = torch.unique(ids[rows], return_inverse=True, return_counts=True)
+    B, M = size.shape[0], int(size.max()) if size.shape[0] else 0
+    by_group = torch.argsort(inverse, stable=True)
+    place = torch.arange(rows.shape[0], device=ids.device) - (size.cumsum(0) - size)[inverse[by_group]]
+    members = ids.new_full((B, M), -1)
+    members[inverse[by_group], place] = rows[by_group]
+    return members[torch.argsort(members[:, 0])] if B else members
+
+
+def cosine_similarity(features: Tensor, eps: float) -> Tensor:
+    """Eq. 9: Phi^ = Phi / (||Phi|| + eps), S_ij = <Phi^_i, Phi^_j>. features [B, M, d] -> [B, M, M]."""
+    unit = features / (features.norm(dim=-1, keepdim=True) + eps)
+    return unit @ unit.mT
+
+
+def reference_weights(rewards: Tensor, present: Tensor, eps: float) -> Tensor:
+    """Eq. 10: w_ij = exp(r_j) [j != i] / (sum_{k != i} exp(r_k) + eps), [B, M] -> [B, M, M].
+
+    Numerator and denominator are divided by exp(max_{k != i} r_k), so that no exponential overflows.
+    """
+    M = rewards.shape[1]
+    other = present[:, None, :] & ~torch.eye(M, dtype=torch.bool, device=rewards.device)
+    r = rewards[:, None, :].expand(-1, M, -1).masked_fill(~other, -torch.inf)
+    if M == 0:
+        return r
+    shift = r.max(dim=-1, keepdim=True).values
+    shift = shift.masked_fill(shift == -torch.inf, 0.0)  # a group of one
+    exponential = torch.exp(r - shift)
+    return exponential / (exponential.sum(dim=-1, keepdim=True) + eps * torch.exp(-shift))
+
+
+def exploration_score(similarity: Tensor, weights: Tensor, score: str) -> Tensor:
+    """Eq. 11: nu_i = max(1 - sum_{j != i} w_ij S_ij^2, 0); its square root for score="sqrt". [B, M]."""
+    nu = (1 - (weights * similarity**2).sum(dim=-1)).clamp(min=0)
+    return nu.sqrt() if score == "sqrt" else nu
+
+
+def min_max(nu: Tensor, present: Tensor) -> Tensor:
+    """nubar = (nu - min) / (max - min) in each group; 0.5 where max - min <= 1e-5. [B, M]."""
+    if nu.shape[1] == 0:
+        return nu
+    low = nu.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
+    high = nu.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)
+    flat = high - low <= FLAT_SPREAD
+    return torch.where(flat, 0.5, (nu - low) / torch.where(flat, 1.0, high - low))
+
+
+def shaped_rewards(rewards: Tensor, nubar: Tensor, lam: float, clip: float, shaping: str) -> Tensor:
+    """Eqs. 12-13, then the clip of section 2.5.
+
+    "equation": r (1 + lam r nubar), as printed. "intent": r (1 + lam (2 nubar - 1)), as the text below it demands:
+    a novel wrong answer is punished more, not less. "none": r, unclipped.
+    """
+    if shaping == "none":
+        return rewards
+    factor = lam * (2 * nubar - 1) if shaping == "intent" else lam * rewards * nubar
+    return (rewards * (1 + factor)).clamp(-clip, clip)
+
+
+def is_uniform(rewards: Tensor, present: Tensor) -> Tensor:
+    """Whether all rewards of each group are equal: [B, M] -> [B, 1]."""
+    if rewards.shape[1] == 0:
+        return present.any(dim=1, keepdim=True)
+    low = rewards.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
+    high = rewards.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)
+    return low == high
+
+
+def masked_mean(values: Tensor, present: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    count = present.sum(dim=dim, keepdim=True).clamp(min=1)
+    return values.masked_fill(~present, 0.0).sum(dim=dim, keepdim=True) / count
+
+
+def group_advantages(rewards: Tensor, present: Tensor, scale: str, eps: float) -> Tensor:
+    """Eq. 2: A_i = (r_i - mean r) / s_r, s_r = sqrt(mean (r_i - mean r)^2 + eps), over each group [B, M].
+
+    scale="batch" takes s_r over all groups together, about their common mean; "none" does not divide.
+    """
+    centred = rewards - masked_mean(rewards, present, 1)
+    if scale == "none":
+        return centred
+    dim: int | tuple[int, ...] = (0, 1) if scale == "batch" else 1
+    variance = masked_mean((rewards - masked_mean(rewards, present, dim)) ** 2, present, dim)
+    return centred / torch.sqrt(variance + eps)
+
+
+def group_geometry(
+    features: Tensor,
+    rewards: Tensor,
+    members: Tensor,
+    *,
+    lam: float = 0.5,
+    clip: float = 3.0,
+    shaping: str = "intent",
+    score: str = "linear",
+    scale: str = "group",
+    uniform_groups: str = "skip",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (row index, or negative: empty).
+
+    Returns similarity [B, M, M], score nu [S], shaped rewards [S] and advantages [S]; zeros for rows of no group.
+    """
+    dtype = accumulation_dtype(features, rewards)
+    present = members >= 0
+    rows = members.clamp(min=0)
+    pair = present[:, :, None] & present[:, None, :]
+    group_features = features.to(dtype)[rows].masked_fill(~present[:, :, None], 0.0)
+    group_rewards = rewards.to(dtype)[rows].masked_fill(~present, 0.0)
+
+    similarity = cosine_similarity(group_features, eps).masked_fill(~pair, 0.0)
+    weights = reference_weights(group_rewards, present, eps)
+    nu = exploration_score(similarity, weights, score)
+    shaped = shaped_rewards(group_rewards, min_max(nu, present), lam, clip, shaping)
+    if uniform_groups == "skip":
+        shaped = torch.where(is_uniform(group_rewards, present), group_rewards, shaped)
+    advantages = group_advantages(shaped, present, scale, eps)
+
+    # Empty places write to a row beyond the last, which is then dropped.
+    target = torch.where(present, members, features.shape[0]).flatten()
+    out = features.new_zeros(3, features.shape[0] + 1, dtype=dtype)
+    out = out.index_copy(1, target, torch.stack([nu, shaped, advantages]).flatten(1))[:, :-1]
+    return similarity, out[0], out[1], out[2]
