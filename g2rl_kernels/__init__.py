@@ -1,0 +1,27 @@
+"""Gradient-guided exploration (G2RL) for language models: last-layer features without logits, and their group geometry."""
+
+__version__ = "0.1.0"
+
+import torch  # noqa: F401  (loads the libraries that _C is linked against)
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"g2rl_kernels' compiled part does not load ({error}). In a checkout, build it: "
+        "python setup.py build_ext --inplace; elsewhere: pip install --force-reinstall g2rl-kernels"
+    ) from error
+
+from .group import GroupGeometry, group_geometry
+from .head import HeadFeatures, LinearLogprobs, head_features, linear_logprobs, pack_responses
+
+__all__ = [
+    "GroupGeometry",
+    "HeadFeatures",
+    "LinearLogprobs",
+    "__version__",
+    "group_geometry",
+    "head_features",
+    "linear_logprobs",
+    "pack_responses",
+]

@@ -1,0 +1,153 @@
+"""Builds g2rl_kernels._C: a pybind11 module whose import also registers the torch ops (csrc/ops.cpp).
+
+One binary serves torch 2.11 to 2.13, with and without CUDA: the sources use PyTorch's stable ABI at its 2.11 level, link CUDA's
+runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
+
+    python setup.py build_ext --inplace      incremental; the way to work on the sources
+    pip install .                            with or without --no-build-isolation
+
+Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME names the toolkit;
+MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++ compiler (and linker: -fsanitize).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+import setuptools
+from setuptools import setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"g2rl-kernels needs setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools")
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    sys.exit(f"g2rl-kernels builds against an installed torch ({error}): pip install 'torch>=2.11,<2.14'")
+
+TORCH_TARGET = "0x020b000000000000"  # 2.11: what a later torch keeps, and what 2.11 has
+CUDA_ARCHS = ("80", "90a", "100")  # A100; H100 and H200 (a: wgmma); B200. PTX of the last serves what comes after
+
+
+def say(line: str) -> None:
+    print(f"g2rl-kernels: {line}", file=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None where CUDA is switched off or absent."""
+    if os.environ.get("G2RL_CUDA", "1") == "0":
+        say("G2RL_CUDA=0: CUDA sources left out")
+        return None
+    # Not torch's CUDA_HOME, which may name a folder without a compiler.
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin"))):
+            return found
+    found = shutil.which("nvcc")
+    if not found:
+        say("nvcc not found: CUDA sources left out; CPU kernels, PyTorch reference and Triton work without them")
+    return found
+
+
+class Nvcc:
+    """Compiles csrc/cuda/*.cu. torch's CUDAExtension refuses beside a CPU-only torch, and these files need no torch header."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        known = set(re.findall(r"sm_(\w+)", self._output("--list-gpu-code")))
+        wanted = os.environ.get("G2RL_CUDA_ARCHS", "").split() or [a for a in CUDA_ARCHS if a.rstrip("a") in known]
+        self.archs = wanted
+        self.gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted[:-1]]
+        last = wanted[-1]
+        codes = f"sm_{last}" if last.endswith("a") else f"[sm_{last},compute_{last}]"
+        self.gencode.append(f"-gencode=arch=compute_{last},code={codes}")
+
+    def _output(self, *args: str) -> str:
+        done = subprocess.run([self.path, *args], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    def version(self) -> str:
+        found = re.search(r"release ([\d.]+)", self._output("--version"))
+        return found.group(1) if found else "unknown"
+
+    def link_args(self) -> list[str]:
+        """Flags for the static CUDA runtime, from the folders that this nvcc itself would link with."""
+        dryrun = self._output("--dryrun", "-o", "a.out", "-x", "cu", os.devnull)
+        line = next(line for line in dryrun.splitlines() if line.startswith("#$ LIBRARIES="))
+        folders = [flag[2:] for flag in shlex.split(line.split("=", 1)[1]) if flag.startswith("-L")]
+        folder = next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
+        if folder is None:
+            sys.exit(f"g2rl-kernels: no libcudart_static.a in {folders}; install CUDA's runtime for development, or set G2RL_CUDA=0")
+        return [f"-L{folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+    def compile(self, source: str, folder: Path, include: list[str]) -> str:
+        """Object file for `source`; compiled anew only when it, a header or the command changed."""
+        out = folder / (Path(source).stem + ".cuda.o")
+        command = [self.path, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *self.gencode]
+        command += [*include, "-c", source, "-o", str(out)]
+        stamp = out.with_suffix(".cmd")
+        depends = [source, *HEADERS]
+        fresh = (
+            out.exists()
+            and stamp.exists()
+            and stamp.read_text() == shlex.join(command)
+            and all(os.path.getmtime(d) < out.stat().st_mtime for d in depends)
+        )
+        if not fresh:
+            print(shlex.join(command), flush=True)
+            if subprocess.call(command):
+                sys.exit(f"g2rl-kernels: nvcc failed on {source} (above); G2RL_CUDA=0 builds without CUDA")
+            stamp.write_text(shlex.join(command))
+        return str(out)
+
+
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+
+
+class build_ext(BuildExtension):
+    def build_extensions(self) -> None:
+        (extension,) = self.extensions
+        version = self.distribution.get_version()
+        defines = [f'-DG2RL_VERSION="{version}"', f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        sources = sorted(glob("csrc/cuda/*.cu"))
+        if sources and (path := find_nvcc()):
+            nvcc = Nvcc(path)
+            folder = Path(self.build_temp).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            include = ["-Icsrc"]
+            extension.extra_objects = [nvcc.compile(source, folder, include) for source in sources]
+            extension.extra_link_args += nvcc.link_args()
+            defines += ["-DWITH_CUDA", f'-DG2RL_CUDA="{nvcc.version()}"', f'-DG2RL_CUDA_ARCHS="{" ".join(nvcc.archs)}"']
+            say(f"CUDA {nvcc.version()} for sm_{', sm_'.join(nvcc.archs)}")
+        extension.extra_compile_args["cxx"] += defines
+        # A build left over with other settings must not pass for a fresh one.
+        settings = Path(self.build_temp) / "settings"
+        if not settings.exists() or settings.read_text() != repr(vars(extension)):
+            self.force = True
+        super().build_extensions()
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(repr(vars(extension)))
+
+
+FLAGS = shlex.split(os.environ.get("G2RL_CXXFLAGS", ""))
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "g2rl_kernels._C",
+            sources=["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=["setup.py", *HEADERS, *glob("csrc/cuda/*.cu")],
+            include_dirs=[str(Path("csrc").absolute())],
+            # No -march: each unit under csrc/cpu names its instruction set itself, and the best one is chosen at run time.
+            # No -ffast-math: kernels rely on NaN and infinities.
+            extra_compile_args={"cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *FLAGS]},
+            extra_link_args=FLAGS,
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)
