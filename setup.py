@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -110,6 +111,12 @@ HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", rec
 
 
 class build_ext(BuildExtension):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.inplace:
+            # pip install -e names a fresh temporary folder each time, and so would compile everything each time.
+            self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
     def build_extensions(self) -> None:
         (extension,) = self.extensions
         version = self.distribution.get_version()

@@ -1,0 +1,59 @@
+# make demo | test | bench | lint | clean: each does its own set-up, from nothing but python3 (3.10 or newer) and gcc.
+# PYTHON=... picks the interpreter; one that already has torch 2.11 to 2.13 is reused, offline.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+SHELL  := /bin/bash
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+RECIPE  ?= recipes/demo.yaml
+TESTS   ?= tests
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
+SETUP   := pyproject.toml constraints.txt tools/environment.py
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gradient-guided exploration (5 minutes)
+	$(VENV)/bin/g2rl train $(RECIPE) $(ARGS)
+
+test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-k bias" narrows them
+	$(PY) -m pytest $(TESTS) $(ARGS)
+
+bench: $(VENV)/.dev $(VENV)/.built ## the op against torch's own logits product: speed, memory, error
+	$(VENV)/bin/g2rl bench head $(ARGS)
+
+lint: $(VENV)/.dev $(VENV)/.built ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension, nothing run
+
+wheel: ## pip install . with build isolation, in a fresh environment elsewhere, then import from another folder
+	@PYTHON="$(PYTHON)" tools/check_install.sh
+
+clean: ## remove builds and the environment; runs/ stays
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -f g2rl_kernels/*.so
+
+# One environment: dev adds to demo.
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.dev:  EXTRAS := demo,dev
+$(VENV)/.demo $(VENV)/.dev: $(SETUP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
+	  "g2rl-kernels needs Python 3.10 or newer, '$(PYTHON)' is none: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@command -v c++ >/dev/null || { echo "g2rl-kernels needs a C++ compiler: install g++ 10 or newer"; exit 1; }
+	@$(PYTHON) tools/environment.py $(VENV) $(EXTRAS)
+	@touch $@ $(VENV)/.demo $(VENV)/.built
+
+# Set-up built it; this is for sources changed since.
+$(VENV)/.built: $(SOURCES)
+	@$(PY) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
+	@touch $@
+
+.NOTPARALLEL:
+.PHONY: help demo test bench lint build wheel clean

