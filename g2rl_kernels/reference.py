@@ -1,7 +1,8 @@
 """The method in plain PyTorch, one function an equation, to be read beside the paper (arXiv 2512.15687).
 
-It computes in the dtype of its inputs promoted to at least float32: float64 in, float64 throughout, which makes it
-the oracle of the tests. It runs on any device and never synchronises with it, except for `group_members`.
+It computes in the dtype of its inputs promoted to at least float32: float64 in, float64 throughout, which
+makes it the oracle of the tests. It runs on any device and never synchronises with it, except for
+`group_members`.
 
 Notation: N tokens, S responses, d hidden size, V vocabulary; B groups of at most M responses each.
 """
@@ -17,12 +18,13 @@ WEIGHT_EPS = 1e-8  # eq. 8
 FLAT_SPREAD = 1e-5  # eq. 13: with a smaller spread of nu in a group, every nubar is 0.5
 
 
-# --- the head: equations 5 to 8 ---------------------------------------------------------------------------------
+# --- the head: equations 5 to 8 -----------------------------------------------------------------------------
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def _vocabulary_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -43,8 +45,8 @@ def logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 5: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), divided by the temperature.
 
-    Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of -inf
-    takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
+    Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
+    -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
@@ -73,7 +75,8 @@ def token_statistics(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
     """p = softmax(z), with z [N, V] already divided by the temperature.
 
     Returns log p(tokens) [N], logsumexp [N], entropy in nats [N], and onehot(tokens) - p [N, V]. The largest
-    exponential, which is 1, is kept apart from the rest, so that log p and 1 - p keep their digits as p approaches 1.
+    exponential, which is 1, is kept apart from the rest, so that log p and 1 - p keep their digits as p
+    approaches 1.
     """
     z_max, top = z.max(dim=1, keepdim=True)
     index = tokens[:, None]
@@ -82,7 +85,8 @@ def token_statistics(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
     rest = rest + (z_max - z_max)  # NaN if the largest logit is infinite
     total, log_total = 1 + rest, torch.log1p(rest)
     others = torch.where(index == top, rest, total - exponential.gather(1, index))
-    entropy = log_total - torch.where(exponential == 0, 0, exponential * (z - z_max)).sum(dim=1, keepdim=True) / total
+    weighted = torch.where(exponential == 0, 0, exponential * (z - z_max)).sum(dim=1, keepdim=True)
+    entropy = log_total - weighted / total
     residual = (-exponential / total).scatter(1, index, others / total)
     token_z = z.gather(1, index)
     return (
@@ -96,7 +100,10 @@ def token_statistics(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def token_features(
     residual: Tensor, weight: Tensor, slope: Tensor | None = None, logit_scale: float = 1.0
 ) -> Tensor:
-    """Eq. 7: phi_t = W^T (onehot(y_t) - p_t) [N, d], times scale and softcap slope: T * d log p(y_t) / d h_t (eq. 6)."""
+    """Eq. 7: phi_t = W^T (onehot(y_t) - p_t) [N, d], times logit scale and softcap slope.
+
+    By eq. 6 that is temperature * d log p(y_t) / d h_t.
+    """
     if slope is not None:
         residual = residual * slope
     phi = residual.new_zeros(residual.shape[0], weight.shape[1])
@@ -106,7 +113,7 @@ def token_features(
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
-    """Sums of rows start:stop of a packed [N, ...] tensor, given as `values`, over each response: [S, ...]."""
+    """Sums over each response, [S, ...], of `values`: rows start:stop of a packed [N, ...] tensor."""
     lengths = cu_seqlens.clamp(start, stop).diff()
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
 
@@ -150,7 +157,7 @@ def head_features(
     return features / (alpha_sum + WEIGHT_EPS)[:, None], per_token[0], per_token[1], per_token[2]
 
 
-# --- the group: equations 9 to 13, and 2 --------------------------------------------------------------------------
+# --- the group: equations 9 to 13, and 2 --------------------------------------------------------------------
 # Rows of one group lie along a dimension of size M, with `present` [B, M] false at empty places.
 
 
@@ -210,8 +217,8 @@ def min_max(nu: Tensor, present: Tensor) -> Tensor:
 def shaped_rewards(rewards: Tensor, nubar: Tensor, lam: float, clip: float, shaping: str) -> Tensor:
     """Eqs. 12-13, then the clip of section 2.5.
 
-    "equation": r (1 + lam r nubar), as printed. "intent": r (1 + lam (2 nubar - 1)), as the text below it demands:
-    a novel wrong answer is punished more, not less. "none": r, unclipped.
+    "equation": r (1 + lam r nubar), as printed. "intent": r (1 + lam (2 nubar - 1)), as the text below it
+    demands: a novel wrong answer is punished more, not less. "none": r, unclipped.
     """
     if shaping == "none":
         return rewards
@@ -259,9 +266,9 @@ def group_geometry(
     uniform_groups: str = "skip",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (row index, or negative: empty).
+    """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (negative: empty).
 
-    Returns similarity [B, M, M], score nu [S], shaped rewards [S] and advantages [S]; zeros for rows of no group.
+    Returns similarity [B, M, M], score nu, shaped rewards, advantages [S]; zeros for rows of no group.
     """
     dtype = accumulation_dtype(features, rewards)
     present = members >= 0

@@ -1,0 +1,169 @@
+"""`group_geometry`: similarity, exploration score, shaped rewards and advantages in groups of responses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .head import _check_shape, _check_tensor, _shape, check_positive
+
+# By their number in the operator's schema.
+SHAPINGS = ("none", "intent", "equation")
+SCORES = ("linear", "sqrt")
+SCALES = ("none", "group", "batch")
+UNIFORM_GROUPS = ("shape", "skip")
+
+# Devices that the operator was built for; the reference serves the others.
+KERNEL_DEVICES = tuple(
+    device
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("g2rl::group_geometry", device.upper())
+)
+
+
+class GroupGeometry(NamedTuple):
+    """What `group_geometry` returns; all float32 but members (int64). B groups of at most M rows each."""
+
+    similarity: Tensor  # [B, M, M], cosines
+    members: Tensor  # [B, M], row of the inputs, -1 at empty places
+    score: Tensor  # [S], nu
+    shaped_rewards: Tensor  # [S]
+    advantages: Tensor  # [S]
+
+
+def group_geometry(
+    features: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    lam: float = 0.5,
+    clip: float = 3.0,
+    shaping: str = "intent",
+    score: str = "linear",
+    scale: str = "group",
+    uniform_groups: str = "skip",
+    eps: float = 1e-6,
+) -> GroupGeometry:
+    """Equations 9-13 and 2 of the paper on every group of responses to one prompt, in one call.
+
+        Phi^_i = Phi_i / (||Phi_i|| + eps),  S_ij = <Phi^_i, Phi^_j>                              (9)
+        w_ij   = exp(r_j) / (sum_{k != i} exp(r_k) + eps),  j != i                                (10)
+        nu_i   = max(1 - sum_{j != i} w_ij S_ij^2, 0)                                             (11)
+        r~_i   = r_i (1 + lam (2 nubar_i - 1)), clipped to [-clip, clip]                          (12-13)
+        A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
+
+    nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
+
+    Args:
+        features: [S, d], any float dtype (computed on in float32): see `head_features`.
+        rewards: [S], any float dtype; the paper's are +1 and -1.
+        groups: an int m, where rows are consecutive blocks of m; or int64 [S], an id for each row (groups
+            may differ in size and be interleaved), negative for a padding row. Ids on a GPU make the call
+            wait for the device.
+        lam: exploration strength, >= 0. 0 leaves every reward as it is, unclipped.
+        clip: bound of the shaped rewards, positive.
+        shaping: "intent", as above: a novel correct answer gains and a novel wrong one loses; "equation":
+            the paper's eq. 12 as printed, r (1 + lam r nubar), where a novel wrong answer is punished less;
+            "none": rewards as they are, unclipped.
+        score: "linear", as above, or "sqrt": the square root of nu.
+        scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
+            "batch"'s (about the batch's mean), or "none".
+        uniform_groups: groups in which all rewards are equal: "skip" leaves their rewards as they are,
+            "shape" treats them like all others.
+        eps: positive.
+
+    Returns:
+        similarity [B, M, M], members [B, M], score [S], shaped_rewards [S], advantages [S], with M the size
+        of the largest group, groups in order of first appearance and rows in theirs; no gradient. Padding
+        rows get zeros and touch nobody. A group of one has score 1. A response without tokens (a zero
+        feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so, through eqs.
+        11-13, the scores, and where they are shaped the rewards and advantages, of its own group; with
+        scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
+
+    Raises:
+        TypeError: a dtype is wrong, or an argument is no tensor.
+        ValueError: shapes or devices do not fit, m does not divide S, an option or a scalar is out of range.
+    """
+    _check_tensor("features", features, None)
+    if features.dim() != 2:
+        raise ValueError(f"features: got shape {_shape(features)}, needs [S, d]")
+    _check_tensor("rewards", rewards, None, features.device)
+    _check_shape("rewards", rewards, (features.shape[0],), "[S], one for each row of features")
+    check_positive("clip", clip)
+    check_positive("eps", eps)
+    if lam != 0:
+        check_positive("lam", lam, ", or 0")
+    _check_choice("shaping", shaping, SHAPINGS)
+    _check_choice("score", score, SCORES)
+    _check_choice("scale", scale, SCALES)
+    _check_choice("uniform_groups", uniform_groups, UNIFORM_GROUPS)
+
+    features, rewards = features.detach().float().contiguous(), rewards.detach().float().contiguous()
+    members = _members(features, groups)
+    if lam == 0:
+        shaping = "none"
+    if features.device.type in KERNEL_DEVICES:
+        outputs = torch.ops.g2rl.group_geometry(
+            features,
+            rewards,
+            members,
+            float(lam),
+            float(clip),
+            SHAPINGS.index(shaping),
+            SCORES.index(score),
+            SCALES.index(scale),
+            uniform_groups == "skip",
+            float(eps),
+        )
+    else:
+        with torch.autocast(features.device.type, enabled=False):
+            outputs = reference.group_geometry(
+                features,
+                rewards,
+                members,
+                lam=lam,
+                clip=clip,
+                shaping=shaping,
+                score=score,
+                scale=scale,
+                uniform_groups=uniform_groups,
+                eps=eps,
+            )
+    similarity, nu, shaped, advantages = outputs
+    return GroupGeometry(similarity, members, nu, shaped, advantages)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, choices))}")
+
+
+def _members(features: Tensor, groups: int | Tensor) -> Tensor:
+    S = features.shape[0]
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups < 1 or S % groups:
+            raise ValueError(f"groups: got {groups}, needs a positive group size that divides S = {S}")
+        return torch.arange(S, device=features.device).view(-1, groups)
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups: got {type(groups).__name__}, needs an int or an int64 tensor of ids")
+    _check_tensor("groups", groups, (torch.int64,), features.device)
+    _check_shape("groups", groups, (S,), "[S], an id for each row of features")
+    if features.device.type == "cpu":
+        return torch.ops.g2rl.group_members(groups.contiguous())
+    return reference.group_members(groups)
+
+
+@torch.library.register_fake("g2rl::group_geometry")
+def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    S, (B, M) = features.shape[0], members.shape
+    rows = (features.new_empty(S, dtype=torch.float32) for _ in range(3))
+    return features.new_empty((B, M, M), dtype=torch.float32), *rows
+
+
+@torch.library.register_fake("g2rl::group_members")
+def _(ids: Tensor) -> Tensor:
+    ctx = torch.library.get_ctx()
+    return ids.new_empty((ctx.new_dynamic_size(), ctx.new_dynamic_size()))
