@@ -1,0 +1,16 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run, so that a red test is one's own doing; HYPOTHESIS_PROFILE=explore looks
+# further.
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

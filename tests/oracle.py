@@ -1,0 +1,231 @@
+"""What the tests hold the operators to: cases, an oracle in float64, torch's own error, and rounding.
+
+A result passes when its error against float64 is at most a multiple of the error that plain PyTorch makes on
+the same inputs in the same dtype (`torch_head`), plus a floor of the size of float32 rounding (`rounding`):
+on tiny inputs torch's error can happen to be zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import g2rl_kernels as g2
+from g2rl_kernels import _C
+
+# (backend, instruction set): all that this machine can run
+BACKENDS = [("reference", None)] + [
+    ("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]
+]
+BACKEND_IDS = [isa or backend for backend, isa in BACKENDS]
+BEST = BACKENDS[-1]
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    old = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if old is not None:
+            os.environ[name] = old
+
+
+@dataclasses.dataclass
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    tokens: Tensor
+    cu_seqlens: Tensor
+    bias: Tensor | None = None
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    token_weights: Tensor | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The options that head_features and linear_logprobs share."""
+        return {
+            "bias": self.bias,
+            "temperature": self.temperature,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def segment(self) -> Tensor:
+        """[N], the response of each token."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.cu_seqlens.diff())
+
+    @property
+    def token_share(self) -> Tensor:
+        """[N] float64, a_t of eq. 8."""
+        alpha = torch.ones(len(self.tokens)) if self.token_weights is None else self.token_weights
+        alpha = alpha.double()
+        total = torch.zeros(len(self.lengths), dtype=torch.float64).index_add(0, self.segment, alpha)
+        return alpha / (total[self.segment] + 1e-8)
+
+    def replace(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
+
+def make_case(
+    lengths: list[int], V: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
+) -> Case:
+    """Logits of about unit size whatever d."""
+    g = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+    return Case(
+        hidden=torch.randn(N, d, generator=g).to(dtype),
+        weight=(torch.randn(V, d, generator=g) * 2 / d**0.5).to(dtype),
+        tokens=torch.randint(V, (N,), generator=g),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        **options,
+    )
+
+
+def run_head(case: Case, backend: tuple[str, str | None], **options: Any) -> g2.HeadFeatures:
+    name, isa = backend
+    with environment("G2RL_CPU_ISA", isa):
+        return g2.head_features(
+            case.hidden,
+            case.weight,
+            case.tokens,
+            case.cu_seqlens,
+            token_weights=case.token_weights,
+            backend=name,
+            **case.head,
+            **options,
+        )
+
+
+def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z / temperature [N, V], as a user would write it."""
+    x = hidden @ weight.T
+    if bias is not None:
+        x = x + bias
+    x = case.logit_scale * x
+    if case.logit_softcap is not None:
+        x = case.logit_softcap * torch.tanh(x / case.logit_softcap)
+        if bias is not None:
+            x = x.masked_fill(bias == -torch.inf, -torch.inf)  # masked entries stay so
+    return x / case.temperature
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    return -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(1)
+
+
+def autograd_head(case: Case) -> g2.HeadFeatures:
+    """float64, by autograd: phi_t = temperature * d log p / d h_t. Independent of g2rl_kernels.reference."""
+    hidden = case.hidden.detach().double().requires_grad_()
+    bias = None if case.bias is None else case.bias.double()
+    z = logits(case, hidden, case.weight.double(), bias)
+    log_p = z.log_softmax(1)
+    logprobs = log_p.gather(1, case.tokens[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    features = torch.zeros(len(case.lengths), hidden.shape[1], dtype=torch.float64)
+    features = features.index_add(0, case.segment, case.token_share[:, None] * gradient * case.temperature)
+    log_p = log_p.detach()
+    return g2.HeadFeatures(features, logprobs.detach(), z.detach().logsumexp(1), entropy(log_p))
+
+
+def torch_head(case: Case) -> g2.HeadFeatures:
+    """Plain PyTorch in the dtype of the inputs: eqs. 5 to 8 with the logits in memory, softmax in float32."""
+    dtype = case.hidden.dtype
+    bias = None if case.bias is None else case.bias.to(dtype)
+    z = logits(case, case.hidden, case.weight, bias).float()
+    log_p = z.log_softmax(1)
+    residual = -log_p.exp()
+    residual[torch.arange(len(case.tokens)), case.tokens] += 1
+    if case.logit_softcap is not None:
+        residual *= (
+            1
+            - torch.tanh(
+                case.logit_scale * logits(linear(case), case.hidden, case.weight, bias) / case.logit_softcap
+            )
+            ** 2
+        )
+    phi = case.logit_scale * (residual.to(dtype) @ case.weight).float()
+    features = torch.zeros(len(case.lengths), case.hidden.shape[1])
+    features = features.index_add(0, case.segment, case.token_share.float()[:, None] * phi)
+    logprobs = log_p.gather(1, case.tokens[:, None]).squeeze(1)
+    return g2.HeadFeatures(features, logprobs, z.logsumexp(1), entropy(log_p))
+
+
+def linear(case: Case) -> Case:
+    return case.replace(temperature=1.0, logit_scale=1.0, logit_softcap=None)
+
+
+def rounding(case: Case) -> g2.HeadFeatures:
+    """What float32 rounding alone may do to each output, to first order: [S], [N], [N], [N].
+
+    A logit is a sum of products, off by at most about u sum_k |h_k w_k| with u = 2^-24 (a small multiple,
+    for the order of the sum); its softmax has that as its relative error, so a feature is off by that times
+    sum_v |A_v| |W_v|, where |A_v| holds 1 - p and not 1 at the realised token: this floor shrinks with the
+    feature of a near-certain response.
+    """
+    h, w = case.hidden.double(), case.weight.double()
+    x = h.abs() @ w.abs().T
+    if case.bias is not None:
+        x = x + case.bias.double().abs().masked_fill(case.bias == -torch.inf, 0.0)
+    size = (case.logit_scale / case.temperature) * x.max(1).values  # [N]
+    bias = None if case.bias is None else case.bias.double()
+    log_p = logits(case, h, w, bias).log_softmax(1)
+    p = log_p.exp()
+    index = case.tokens[:, None]
+    absolute = p.scatter(1, index, 0.0)
+    absolute = absolute.scatter(1, index, absolute.sum(1, keepdim=True))
+    spread = (case.logit_scale * absolute @ w.abs()).amax(1)  # [N]
+    u = 2.0**-24
+    token = 4 * u * (size + log_p.shape[1] ** 0.5 + 4)  # sums over V in float32 walk at random
+    feature = torch.zeros(len(case.lengths), dtype=torch.float64)
+    feature = feature.index_add(0, case.segment, case.token_share * token * spread)
+    # dH = -sum p (log p + H) dz
+    H = entropy(log_p)[:, None]
+    slope = torch.where(p == 0, 0.0, p * (log_p + H).abs()).sum(1)
+    return g2.HeadFeatures(
+        feature,
+        token * (1 - p.gather(1, index).squeeze(1)) + 2 * u * size,
+        token,
+        token * (slope + H.squeeze(1)),
+    )
+
+
+def errors(actual: g2.HeadFeatures, exact: g2.HeadFeatures) -> g2.HeadFeatures:
+    """Largest error of each response's feature [S], error of each token [N]; equal infinities differ by 0."""
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a.double() == b, 0.0, (a.double() - b).abs())
+
+    features, *others = (difference(a, b) for a, b in zip(actual, exact))
+    return g2.HeadFeatures(features.amax(1), *others)
+
+
+def assert_as_exact_as_torch(case: Case, actual: g2.HeadFeatures, multiple: float) -> None:
+    """Error against float64 of each output: at most multiple * torch's largest in this dtype + rounding."""
+    exact = autograd_head(case)
+    ours, torchs, floor = errors(actual, exact), errors(torch_head(case), exact), rounding(case)
+    for name, our, their, least in zip(exact._fields, ours, torchs, floor):
+        if our.numel() == 0:
+            continue
+        allowed = multiple * their.nan_to_num(0.0).max() + least
+        excess = (our / allowed.clamp(min=1e-300)).nan_to_num(torch.inf).max()
+        assert (our <= allowed).all(), (
+            f"{name}: error {our.max():.3g}, {excess:.3g} times what is allowed: "
+            f"{multiple} x torch's {their.max():.3g} + rounding {least.max():.3g}"
+        )
