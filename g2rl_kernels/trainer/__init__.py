@@ -1,0 +1,42 @@
+"""A thin trainer: group-relative policy gradients with gradient-guided exploration (G2RL), or without (GRPO).
+
+    from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
+
+    config = TrainerConfig.load("recipes/demo.yaml", ["steps=50"])
+    Trainer(*load_model(config), load_tasks(config.tasks), config).train()
+
+Start reading at Trainer.step in trainer.py; the other files hold what it calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import TrainerConfig
+from .errors import ConfigError, RewardError, TrainerError
+
+__all__ = [
+    "ConfigError",
+    "RewardError",
+    "Trainer",
+    "TrainerConfig",
+    "TrainerError",
+    "load_model",
+    "load_tasks",
+]
+
+
+def __getattr__(name: str) -> Any:  # torch and transformers are imported when they are used, not for --help
+    if name == "Trainer":
+        from .trainer import Trainer
+
+        return Trainer
+    if name == "load_model":
+        from .model import load_model
+
+        return load_model
+    if name == "load_tasks":
+        from .tasks import load_tasks
+
+        return load_tasks
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,176 @@
+"""Checkpoints: a directory of safetensors and JSON, written whole or not at all. Nothing in it is pickled.
+
+    output_dir/checkpoint-000050/
+        model.safetensors + config.json + tokenizer   the policy, as from_pretrained reads it
+        optimizer.safetensors                         AdamW's moments, "<parameter>.<moment>"
+        rng.safetensors                               torch's generator states
+        state.json                                    step, data position, other generators, configuration
+
+It is written to a temporary directory, flushed to the disk (fsync) and renamed: one with that name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TrainerError
+
+NAME = "checkpoint-{:06d}"
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without second names of tied tensors (safetensors stores no aliases)."""
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() == 0 or place not in seen:
+            seen.add(place)
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes checkpoint-<step> with `state` (JSON) and then deletes all but the newest `keep`."""
+    from safetensors.torch import save_file
+
+    target = output_dir / NAME.format(step)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[id(parameter)]}.{key}": torch.as_tensor(value).contiguous()
+        for parameter, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    generators = {"cpu": torch.get_rng_state(), **{f"cuda.{i}": value for i, value in enumerate(cuda)}}
+    with whole_directory(target) as directory:
+        save_file(state_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(moments, directory / "optimizer.safetensors")
+        save_file(generators, directory / "rng.safetensors")
+        model.config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "state.json").write_text(json.dumps({**state, "step": step, **_python_generators()}))
+    for old in find_all(output_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restores model, optimiser and generators in place; returns the JSON state."""
+    from safetensors.torch import load_file
+
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "model.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        generators = load_file(path / "rng.safetensors")
+    except Exception as error:  # safetensors raises its own type
+        raise TrainerError(
+            f"checkpoint {path} is damaged ({error}): delete it to go on from the one before"
+        ) from None
+    expected = state_tensors(model)
+    if expected.keys() != tensors.keys() or any(expected[k].shape != tensors[k].shape for k in expected):
+        raise TrainerError(f"checkpoint {path} is of another model: choose another output_dir")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+    for name, parameter in model.named_parameters():
+        entry = {
+            key.removeprefix(f"{name}."): value
+            for key, value in moments.items()
+            if key.rpartition(".")[0] == name
+        }
+        if entry:  # all of them, "step" too, lie beside the parameter: AdamW is fused
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
+    torch.set_rng_state(generators["cpu"])
+    cuda = [generators[key] for key in sorted(generators) if key.startswith("cuda.")]
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+    _restore_python_generators(state)
+    return state
+
+
+def find_all(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [
+        path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)
+    ]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to write in, which becomes `target` only once all of it is on the disk."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        if (
+            target.exists()
+        ):  # the new one is on the disk by now; rename cannot replace a directory that is not empty
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _flush(target.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, TrainerError):
+            raise
+        raise TrainerError(
+            f"cannot write {target.name} ({error}): free some disk space and start the same command again; "
+            "the checkpoint before it is whole"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file in one go."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _python_generators() -> dict[str, Any]:
+    """States of `random` and of numpy's global generator (a reward function may use either)."""
+    import numpy
+
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    return {"random": random.getstate(), "numpy": [kind, numpy.asarray(keys).tolist(), *rest]}
+
+
+def _restore_python_generators(state: dict[str, Any]) -> None:
+    import numpy
+
+    version, numbers, gauss = state["random"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, number = state["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, number))

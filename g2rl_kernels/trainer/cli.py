@@ -1,0 +1,124 @@
+"""`g2rl train`: the trainer on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import TrainerConfig
+from .errors import TrainerError
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+DESCRIPTION = """\
+Train a language model on verifiable tasks with gradient-guided exploration (G2RL) or plain GRPO.
+
+  g2rl train recipes/demo.yaml                      a 135M model learns sums in a few minutes on two cores
+  g2rl train recipes/demo.yaml algorithm=grpo lr=2e-5 output_dir=runs/grpo
+  g2rl train recipes/qwen3-1.7b.yaml --dry-run      check everything, train nothing
+  g2rl train --keys                                 every key, its default and meaning
+
+A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir. The same
+command goes on from the newest checkpoint, with the numbers an uninterrupted run would have given."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", nargs="?", help="YAML file (see recipes/)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override a key; tasks.0.size=9 reaches inside"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and check everything else"
+    )
+    parser.add_argument(
+        "--keys", action="store_true", help="list every configuration key with default and meaning"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `g2rl train`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="g2rl train")
+    add_arguments(parser)
+    args = parser.parse_intermixed_args(argv)  # options may stand between overrides
+    if args.keys:
+        source = inspect.getsource(TrainerConfig)
+        print(source[source.index("    # model") : source.index("    @classmethod")].rstrip())
+        return 0
+    try:
+        return _train(args)
+    except TrainerError as error:
+        message = str(error)
+    except OSError as error:
+        what = f"{error.filename or 'output_dir'}: {error.strerror or error}"
+        message = f"{what}; the last checkpoint is whole: start the same command again"
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            raise
+        message = (
+            "out of memory: lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true"
+        )
+    print(f"g2rl train: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _train(args: argparse.Namespace) -> int:
+    overrides, path = list(args.overrides), args.config
+    if path is not None and "=" in path and not Path(path).exists():
+        overrides, path = [path, *overrides], None
+    if path is None and not overrides:
+        raise TrainerError("no configuration: g2rl train recipes/demo.yaml, or --help")
+    config = TrainerConfig.load(path, overrides)
+    if args.dry_run:
+        print(config.to_yaml())
+
+    from .model import load_model
+    from .tasks import load_tasks
+    from .trainer import Trainer
+
+    tasks = load_tasks(config.tasks)
+    trainer = Trainer(*load_model(config), tasks, config)
+    start = trainer.resume_point()
+    where = f"would go on from {start}" if start else "would start at step 0"
+    if args.dry_run:
+        millions, prompts = sum(p.numel() for p in trainer.model.parameters()) / 1e6, sum(map(len, tasks))
+        print(f"all checks passed: {millions:.0f}M parameters, {prompts} prompts, {trainer.device}; {where}")
+        return 0
+    if start:
+        print(f"going on from {start}")
+    metrics = trainer.train()
+    print(_farewell(trainer, metrics, path))
+    return 0
+
+
+def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], path: str | None) -> str:
+    from .report import table
+
+    config, out = trainer.config, trainer.output_dir
+    few = max(len(metrics) // 5, 1)
+    first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
+    command = " ".join(["g2rl train", *([path] if path else [])])
+    other = "grpo" if config.algorithm == "g2rl" else "g2rl"
+    return f"""
+{table(trainer.report.samples[-config.samples_shown :] if config.samples_shown else [], 44)}
+accuracy {first:.2f} -> {last:.2f} (mean of the first and the last {few} of {len(metrics)} steps)
+
+  picture   {out / "curves.png"}
+  metrics   {out / "metrics.jsonl"}
+  samples   {out / "samples.md"}
+  model     {out / "model"}
+
+How to go on:
+  use it          AutoModelForCausalLM.from_pretrained("{out / "model"}")   (transformers)
+  train on        {command} steps={2 * config.steps}
+  compare         {command} algorithm={other} output_dir={out}-{other}
+  your own task   see g2rl_kernels/trainer/tasks.py; on a GPU: recipes/qwen3-1.7b.yaml"""

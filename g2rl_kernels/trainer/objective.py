@@ -1,0 +1,58 @@
+"""The clipped objective with KL, on padded [B, L] tensors of log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_weights(mask: Tensor, mean: str) -> Tensor:
+    """Each token's share of a mini-batch's loss, [B, L]; the shares sum to 1.
+
+    mean="response": every response with tokens weighs the same, and its tokens share that (GRPO); "token":
+    every token weighs the same. Micro-batches take their rows of it, so that their gradients add up to that
+    of the whole.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    if mean == "token":
+        return mask / lengths.sum().clamp(min=1)
+    return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    *,
+    ratio: str = "token",
+    clip: tuple[float, float] = (0.2, 0.2),
+    reference: Tensor | None = None,
+    beta: float = 0.0,
+) -> tuple[Tensor, dict[str, float]]:
+    """-(mean_i min(rho A, clip(rho, 1 - e, 1 + e) A) - beta KL(pi || pi_ref)), equations 3 and 4.
+
+    logprobs, old_logprobs, reference [B, L] float32, 0 where mask [B, L] (bool) is False; advantages [B];
+    weights [B, L] from `token_weights`. rho is pi / pi_old of the token ("token"), of the response
+    ("sequence", as the paper writes it), or the latter's length-th root ("sequence_mean"), which stays near 1
+    for long responses. KL is the unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log
+    pi. Returns the loss and, with the same weights, `clip_fraction` and (with a reference) `kl`.
+    """
+    log_ratio = logprobs - old_logprobs
+    if ratio != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True)
+        if ratio == "sequence_mean":
+            log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = log_ratio.expand_as(logprobs)
+    rho = log_ratio.exp()
+    advantage = advantages[:, None]
+    free, clipped = rho * advantage, rho.clamp(1 - clip[0], 1 + clip[1]) * advantage
+    loss = -(weights * torch.minimum(free, clipped)).sum()
+    stats = {"clip_fraction": (weights * (clipped < free)).sum().item()}
+    if reference is not None:
+        d = reference - logprobs
+        kl = (weights * (torch.expm1(d) - d)).sum()
+        loss = loss + beta * kl
+        stats["kl"] = kl.item()
+    return loss, stats

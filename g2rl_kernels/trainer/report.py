@@ -1,0 +1,160 @@
+"""What a run leaves to read: metrics.jsonl, samples.jsonl, samples.md and curves.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import write_whole
+from .errors import need
+
+BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
+BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")
+
+
+class Report:
+    """The files of one run in `output_dir`. Each step's line is on the disk before the next step begins."""
+
+    def __init__(self, output_dir: Path, title: str):
+        self.dir, self.title = output_dir, title
+        self.metrics: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def begin(self, step: int) -> None:
+        """Forgets what a killed run wrote after `step`, its last checkpoint: those steps come again."""
+        self.metrics = _rewind(self.dir / "metrics.jsonl", step)
+        self.samples = _rewind(self.dir / "samples.jsonl", step)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+        _append(self.dir / "metrics.jsonl", [metrics])
+
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Appends to samples.jsonl and rewrites samples.md, a table of the newest ones."""
+        self.samples += samples
+        _append(self.dir / "samples.jsonl", samples)
+        write_whole(self.dir / "samples.md", f"# Samples: {self.title}\n\n" + table(samples))
+
+    def draw(self) -> Path:
+        """One picture of all curves so far; returns its path."""
+        path = self.dir / "curves.png"
+        draw(self.metrics, self.title, path)
+        return path
+
+
+def bar_text(metrics: dict[str, Any]) -> str:
+    """The numbers one watches, for the progress bar."""
+    values = (
+        f"{name} {metrics[key]:.0f}" if key == "tokens_per_second" else f"{name} {metrics[key]:.2f}"
+        for name, key in zip(BAR_NAMES, BAR)
+    )
+    return " | ".join(values)
+
+
+def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
+    """Samples as a Markdown table that also reads well in a terminal."""
+
+    def cell(text: Any, limit: int) -> str:
+        text = " ".join(str(text).split()).replace("|", "\\|")
+        return text if len(text) <= limit else text[: limit - 1] + "…"
+
+    heads = ("step", "question", "completion", "score", "reward", "novelty", "shaped", "advantage")
+    rows = [
+        (
+            str(s["step"]),
+            cell(s["question"], width),
+            cell(s["completion"], width),
+            f"{s['score']:.2f}",
+            f"{s['reward']:+.0f}",
+            f"{s['novelty']:.3f}",
+            f"{s['shaped_reward']:+.3f}",
+            f"{s['advantage']:+.2f}",
+        )
+        for s in samples
+    ]
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    lines = [
+        "| " + " | ".join(text.ljust(w) for text, w in zip(row, widths)) + " |" for row in (heads, *rows)
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Accuracy", "share of right responses", {"accuracy": "accuracy"}),
+    ("Reward", "mean over responses", {"reward": "raw", "shaped_reward": "shaped"}),
+    ("Response length", "tokens", {"length": "length"}),
+    ("Entropy", "nats a token", {"entropy": "entropy"}),
+    (
+        "Gradient geometry within groups",
+        "",
+        {"cos_mean": "mean cosine", "negative_pairs": "share of negative pairs"},
+    ),
+    ("Update", "", {"grad_norm": "gradient norm", "kl": "KL to the start"}),
+)
+
+
+def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: float = 0.8) -> None:
+    """Six panels; each curve raw (faint) and as an exponential moving average (bold)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise need("matplotlib", error) from None
+    figure = Figure(figsize=(12.5, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    for axes, (name, unit, curves) in zip(figure.subplots(2, 3).flat, PANELS):
+        shown = 0
+        for color, (key, label) in zip(("#1f6fb4", "#d1603d"), curves.items()):
+            points = [
+                (m["step"], m[key]) for m in metrics if m.get(key) is not None and math.isfinite(m[key])
+            ]
+            if not points:
+                continue
+            steps, values = zip(*points)
+            average, bold = values[0], []
+            for value in values:
+                average = smooth * average + (1 - smooth) * value
+                bold.append(average)
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+            axes.plot(steps, bold, color=color, linewidth=2.2, label=label)
+            shown += 1
+        if shown > 1:
+            axes.legend(frameon=False, fontsize=9)
+        if name == "Accuracy":
+            axes.set_ylim(-0.02, 1.02)
+        axes.set_title(name, fontsize=11, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit or "")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keeps whole lines up to `step`; returns them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # the line being written when the run was killed
+        if row["step"] <= step:
+            rows.append(row)
+    if path.exists():
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows

@@ -1,0 +1,185 @@
+"""Prompts and sampled responses: which prompts come next, as which tokens, and what the policy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TrainerConfig
+from .errors import ConfigError, TrainerError
+from .tasks import Item, Task
+
+
+@dataclass
+class Rollout:
+    """S responses, `group_size` consecutive ones a prompt. P, L: lengths of the longest prompt and
+    response."""
+
+    ids: Tensor  # [S, P + L] prompts padded on the left, responses on the right
+    attention: Tensor  # [S, P + L] 1 where ids is no padding
+    mask: Tensor  # [S, L] True on response tokens, the one that ends the response included
+    truncated: Tensor  # [S] True where no end token came
+    items: list[tuple[Task, Item]]
+    completions: list[str]
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, attention and mask of some responses, without the columns that are padding in all of them."""
+        prompt = self.ids.shape[1] - self.mask.shape[1]
+        length = max(int(self.mask[rows].sum(1).max()), 1)
+        first = int(self.attention[rows].argmax(1).min())
+        columns = slice(first, prompt + length)
+        return self.ids[rows, columns], self.attention[rows, columns], self.mask[rows, :length]
+
+
+class Sampler:
+    """Draws prompts from `tasks` and samples responses from `model`; all of its state is `position`."""
+
+    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], config: TrainerConfig):
+        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config
+        self.position = 0  # prompts drawn so far
+        self._shuffled = -1, torch.empty(0)  # an epoch and its order
+        self._prepare_tokenizer()
+        self.own_generation = model.generation_config  # as released; put back when the model is saved
+        self.end_tokens = self._end_tokens()
+        # The response must come from softmax(z / temperature), which is what the ops score, and from nothing
+        # else. generate() fills whatever we leave out (top-k, penalties, ...) from the model's own: empty
+        # that too.
+        from transformers import GenerationConfig
+
+        tokens = {"eos_token_id": self.end_tokens, "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config = GenerationConfig(**tokens)
+        self.generation = GenerationConfig(
+            do_sample=True,
+            temperature=config.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=config.max_new_tokens,
+            **tokens,
+        )
+
+    @torch.no_grad()
+    def sample(self) -> Rollout:
+        """The next prompts, with a group of responses for each."""
+        config, pad, device = self.config, self.tokenizer.pad_token_id, self.model.device
+        drawn = [
+            d for d in self.draw(config.batch_size // config.group_size) for _ in range(config.group_size)
+        ]
+        width = max(len(prompt) for _, _, prompt in drawn)
+        ids = torch.tensor([[pad] * (width - len(p)) + p for _, _, p in drawn], device=device)
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, _, p in drawn], device=device)
+        responses: list[Tensor] = []
+        for part, seen in zip(
+            ids.split(config.generate_batch_size), attention.split(config.generate_batch_size)
+        ):
+            with autocast(config, device):
+                out = self.model.generate(
+                    input_ids=part, attention_mask=seen, generation_config=self.generation
+                )
+            responses += out[:, width:]
+
+        response = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=pad)
+        sampled = torch.tensor([len(r) for r in responses], device=device)  # parts differ in width
+        inside = torch.arange(response.shape[1], device=device) < sampled[:, None]
+        ends = torch.isin(response, torch.tensor(self.end_tokens, device=device)) & inside
+        mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to the first end token, which counts
+        completions = [self.tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(response, mask)]
+        truncated = ~ends.any(1)
+        if config.truncated == "drop":
+            mask = mask & ~truncated[:, None]
+        return Rollout(
+            ids=torch.cat([ids, response], 1),
+            attention=torch.cat([attention, mask.long()], 1),
+            mask=mask,
+            truncated=truncated,
+            items=[(task, item) for task, item, _ in drawn],
+            completions=completions,
+        )
+
+    def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
+        """The next prompts, in an order that only the seed and the position determine. Long ones are
+        passed."""
+        total, passed = sum(map(len, self.tasks)), 0
+        drawn: list[tuple[Task, Item, list[int]]] = []
+        while len(drawn) < count:
+            epoch, index = divmod(self.position, total)
+            self.position += 1
+            if self.config.shuffle:
+                index = int(self._order(epoch, total)[index])
+            task = self.tasks[0]
+            for task in self.tasks:
+                if index < len(task):
+                    break
+                index -= len(task)
+            item = task[index]
+            prompt = self.encode(item)
+            if len(prompt) <= self.config.max_prompt_tokens:
+                drawn.append((task, item, prompt))
+                passed = 0
+            else:
+                passed += 1
+            if passed == total:
+                limit = self.config.max_prompt_tokens
+                raise TrainerError(f"every prompt is longer than max_prompt_tokens={limit}: raise it")
+        return drawn
+
+    def encode(self, item: Item) -> list[int]:
+        """A prompt's token ids: through the tokenizer's chat template, or as plain text."""
+        config, tokenizer = self.config, self.tokenizer
+        text = config.prompt_template.replace("{question}", item["question"])
+        if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
+            messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+            messages.append({"role": "user", "content": text})
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+            )
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(f"{config.system_prompt}\n\n{text}" if config.system_prompt else text)["input_ids"]
+
+    def _order(self, epoch: int, total: int) -> Tensor:
+        if self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(self.config.seed + 1_000_003 * epoch)
+            self._shuffled = epoch, torch.randperm(total, generator=generator)
+        return self._shuffled[1]
+
+    def _prepare_tokenizer(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        if config.pad_token is not None:
+            if config.pad_token not in tokenizer.get_vocab():
+                raise ConfigError(f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary")
+            tokenizer.pad_token = config.pad_token
+        if tokenizer.pad_token_id is None:
+            hint = tokenizer.eos_token or "<a token that the model never writes>"
+            raise ConfigError(f"tokenizer: it has no pad token; set pad_token: {hint!r} in the configuration")
+        if config.chat_template == "always" and not tokenizer.chat_template:
+            raise ConfigError(
+                "chat_template=always: this tokenizer has none; use never and a prompt_template"
+            )
+        longest = config.max_prompt_tokens + config.max_new_tokens
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and longest > limit:
+            raise ConfigError(
+                f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
+            )
+
+    def _end_tokens(self) -> list[int]:
+        """Tokens that end a response: the model's, the tokenizer's, and the configuration's stop_tokens."""
+        tokenizer, own = self.tokenizer, self.own_generation.eos_token_id
+        ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
+        for token in self.config.stop_tokens:
+            if token not in tokenizer.get_vocab():
+                raise ConfigError(f"stop_tokens: {token!r} is not a token of this tokenizer")
+            ends.add(tokenizer.convert_tokens_to_ids(token))
+        if ends == {None}:
+            raise ConfigError("model: no end token is known: set stop_tokens: ['<its token>']")
+        return sorted(ends - {None})
+
+
+def autocast(config: TrainerConfig, device: torch.device) -> AbstractContextManager:
+    # One context for each forward: autocast caches its casts of the weights, which must not outlive an
+    # update, and a cast cached without a gradient must not serve where one is needed.
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.autocast == "bfloat16")

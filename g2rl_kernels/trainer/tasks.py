@@ -1,0 +1,257 @@
+"""Tasks: where prompts come from and how completions are verified.
+
+A task is any object with three methods; nothing needs to be inherited:
+
+    len(task)                    -> int    how many items there are
+    task[i]                      -> dict   with "question" (text); everything else is the task's own
+    task.score(completion, item) -> float  1 for a right completion, less for others; `score_gate` decides
+
+In a configuration a task is one mapping, and `tasks` is a list of them (their items are joined):
+
+    kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number
+    kind: jsonl,  path: train.jsonl, question: problem, answer: solution       # checked by math-verify
+    kind: hub,    path: org/dataset, split: train, question: ..., answer: ...  # the same, from a data set hub
+    kind: python, function: my_package.my_module:make_task, args: {level: 3}   # returns any task
+
+jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify.
+`extract` says which part of the completion is the answer: all | boxed | answer_tag | last_number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import ConfigError, RewardError, TrainerError, need
+
+Item = dict[str, Any]
+
+
+class Task(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Item: ...
+    def score(self, completion: str, item: Item) -> float: ...
+
+
+def score_completion(task: Task, completion: str, item: Item) -> float:
+    """task.score, or RewardError naming the prompt where it raises or is no finite number."""
+    where = f"{type(task).__name__} on the prompt {item['question'][:200]!r}, completion {completion[:200]!r}"
+    try:
+        value = float(task.score(completion, item))
+    except Exception as error:
+        raise RewardError(f"the score raised {type(error).__name__}: {error}: {where}") from error
+    if not math.isfinite(value):
+        raise RewardError(f"the score is {value}: {where}")
+    return value
+
+
+def _boxed(text: str) -> str:
+    """The content of the last \\boxed{...}, braces balanced; "" if there is none."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start + 6, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + 7 : end].strip()
+    return ""
+
+
+def _last(pattern: str, text: str) -> str:
+    found = re.findall(pattern, text, re.DOTALL)
+    return found[-1].strip() if found else ""
+
+
+EXTRACTORS: dict[str, Callable[[str], str]] = {
+    "all": str.strip,
+    "boxed": _boxed,
+    "answer_tag": lambda text: _last(r"<answer>(.*?)</answer>", text),
+    "last_number": lambda text: _last(r"-?\d+(?:\.\d+)?", text.replace(",", "")),
+}
+
+
+def _extractor(name: str) -> Callable[[str], str]:
+    if name not in EXTRACTORS:
+        raise ConfigError(f"task: extract={name!r}: choose one of {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name]
+
+
+class ReasoningGymTask:
+    """A procedural data set of reasoning-gym, by name; `cfg` goes to its configuration."""
+
+    def __init__(
+        self, name: str, size: int = 1000, seed: int = 0, cfg: dict | None = None, extract: str = "all"
+    ):
+        try:
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        except ImportError as error:
+            raise need("reasoning-gym", error) from None
+        if name not in DATASETS:
+            near = difflib.get_close_matches(name, DATASETS, n=1)
+            raise ConfigError(
+                f"task: reasoning-gym has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        self.extract = _extractor(extract)
+        try:
+            self.data = reasoning_gym.create_dataset(name, size=size, seed=seed, **(cfg or {}))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"task: reasoning-gym {name}: cfg {cfg}: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.data[index]
+
+    def score(self, completion: str, item: Item) -> float:
+        return float(self.data.score_answer(self.extract(completion), item))
+
+
+class AnswerTask:
+    """Questions with a known answer, checked by math-verify or by a function of yours."""
+
+    def __init__(
+        self,
+        rows: Sequence[Item],
+        source: str,
+        question: str = "question",
+        answer: str = "answer",
+        score: str | None = None,
+        extract: str = "all",
+    ):
+        if not rows:
+            raise ConfigError(f"task: {source} holds no items")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ConfigError(
+                    f"task: {source}, item {number}: expected an object, got a {type(row).__name__}"
+                )
+            for key in (question, *(() if score else (answer,))):
+                if key not in row:
+                    raise ConfigError(
+                        f"task: {source}, item {number}: no field {key!r}, only {', '.join(row)}"
+                    )
+        self.rows, self.question, self.answer = rows, question, answer
+        self.extract = _extractor(extract)
+        self.function = import_function(score) if score else None
+        if self.function is None:
+            try:
+                import math_verify  # noqa: F401
+            except ImportError as error:
+                raise need("math-verify", error) from None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        row = self.rows[index]
+        return {**row, "question": str(row[self.question])}
+
+    def score(self, completion: str, item: Item) -> float:
+        completion = self.extract(completion)
+        if self.function is not None:
+            return self.function(completion, item)
+        from math_verify import parse, verify
+
+        # A bare answer (3/4, 1,024, (0, 2]) is parsed as mathematics, a worked solution as text with a \boxed
+        gold = str(item[self.answer])
+        gold_parsed = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
+        if not gold_parsed:
+            return float(completion.strip() == gold.strip())
+        return float(verify(gold_parsed, parse(completion)))
+
+
+def jsonl_task(path: str, **keys: Any) -> AnswerTask:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"task: {path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ConfigError(f"task: {path}, line {number} is not JSON: {error}") from None
+    return AnswerTask(rows, str(path), **keys)
+
+
+def hub_task(path: str, split: str = "train", name: str | None = None, **keys: Any) -> AnswerTask:
+    try:
+        import datasets  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise TrainerError(
+            f"task: {path}: pip install datasets, or save it as JSONL and use kind: jsonl"
+        ) from None
+    try:
+        rows = list(datasets.load_dataset(path, name, split=split))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"task: data set {path}: {' '.join(str(error).split())[:300]}") from None
+    return AnswerTask(rows, path, **keys)
+
+
+def python_task(function: str, args: dict | None = None) -> Task:
+    task = import_function(function)(**(args or {}))
+    missing = [name for name in ("__len__", "__getitem__", "score") if not hasattr(task, name)]
+    if missing:
+        raise ConfigError(f"task: {function} returned a {type(task).__name__} without {', '.join(missing)}")
+    return task
+
+
+def import_function(dotted: str) -> Callable[..., Any]:
+    """`package.module:function`, looked up from the current directory too."""
+    module, colon, name = dotted.partition(":")
+    if not colon:
+        raise ConfigError(f"task: {dotted!r}: expected module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task: cannot import {dotted}: {error}") from None
+    if not callable(function):
+        raise ConfigError(f"task: {dotted} is a {type(function).__name__}, not a function")
+    return function
+
+
+KINDS: dict[str, Callable[..., Task]] = {
+    "reasoning_gym": ReasoningGymTask,
+    "jsonl": jsonl_task,
+    "hub": hub_task,
+    "python": python_task,
+}
+
+
+def load_task(spec: dict[str, Any]) -> Task:
+    """One task from its mapping in the configuration."""
+    if not isinstance(spec, dict) or spec.get("kind") not in KINDS:
+        raise ConfigError(f"task {spec!r}: needs kind: one of {', '.join(KINDS)}")
+    build, keys = KINDS[spec["kind"]], {key: value for key, value in spec.items() if key != "kind"}
+    known = set(inspect.signature(build).parameters) | set(inspect.signature(AnswerTask).parameters) - {
+        "rows",
+        "source",
+    }
+    if spec["kind"] in ("reasoning_gym", "python"):
+        known = set(inspect.signature(build).parameters)
+    for key in keys:
+        if key not in known - {"keys"}:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"task: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    try:
+        return build(**keys)
+    except TypeError as error:
+        raise ConfigError(f"task {spec['kind']}: {error}") from None
+
+
+def load_tasks(specs: Sequence[dict[str, Any]]) -> list[Task]:
+    if not specs:
+        raise ConfigError("tasks: none given; e.g. tasks: [{kind: reasoning_gym, name: chain_sum}]")
+    return [load_task(spec) for spec in specs]

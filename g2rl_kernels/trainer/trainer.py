@@ -1,0 +1,402 @@
+"""The training loop: sample, verify, measure, shape, update. `Trainer.step` is the place to start reading."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+import g2rl_kernels as g2
+
+from . import checkpoint
+from .config import TrainerConfig
+from .errors import ConfigError, TrainerError, need
+from .model import Head, find_head, frozen_copy
+from .objective import policy_loss, token_weights
+from .report import Report, bar_text
+from .sampling import Rollout, Sampler, autocast
+from .tasks import Task, score_completion
+
+
+@dataclass
+class Measured:
+    """What the verifier and one forward under the policy that sampled say about a rollout."""
+
+    scores: Tensor  # [S], of the task
+    rewards: Tensor  # [S], +1 | -1
+    logprobs: Tensor  # [S, L]
+    reference: Tensor | None  # [S, L], log-probs under the starting policy
+    entropy: float  # nats, mean over tokens
+    geometry: g2.GroupGeometry
+    feature_seconds: float
+
+
+class Trainer:
+    """Trains `model` (a transformers causal LM, in place) by group-relative policy gradients, G2RL or GRPO.
+
+    tasks: one task or several (see tasks.py). Whatever can be known to fail is checked here and raises
+    TrainerError, before `train` spends any time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
+        config.check()
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+        self.device = next(model.parameters()).device
+        self.output_dir = Path(config.output_dir).expanduser()
+        self.head = find_head(model)
+        self.sampler = Sampler(model, tokenizer, self.tasks, config)
+        self.ops_dtype: torch.dtype = self.head.output.weight.dtype
+        if config.autocast == "bfloat16":
+            self.ops_dtype = torch.bfloat16
+        self._check_tasks()
+        self._check_disk()
+        self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
+        model.eval()  # no dropout: the policy that is updated must be the one that sampled
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise TrainerError("model: no parameter requires a gradient, so nothing would be trained")
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.step_number = 0  # steps done
+        title = f"{config.algorithm.upper()} · {config.model or type(model).__name__}"
+        self.report = Report(self.output_dir, title)
+
+    # --- one step -------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any]:
+        """One step; returns its metrics. What may fail (the task's score, above all) comes before the
+        update."""
+        times = [self._clock()]
+        rollout = self.sampler.sample()
+        times.append(self._clock())
+        scores = self.verify(rollout)
+        times.append(self._clock())
+        measured = self.measure(rollout, scores)
+        times.append(self._clock())
+        update = self.update(rollout, measured)
+        times.append(self._clock())
+        self.step_number += 1
+        self.last = rollout, measured
+        names = ("generate_seconds", "verify_seconds", "forward_seconds", "update_seconds")
+        return {
+            "step": self.step_number,
+            **self._describe(rollout, measured),
+            **update,
+            "tokens_per_second": round(rollout.mask.sum().item() / (times[-1] - times[0]), 1),
+            "seconds": round(times[-1] - times[0], 3),
+            "feature_seconds": round(measured.feature_seconds, 4),
+            **{name: round(end - start, 3) for name, start, end in zip(names, times, times[1:])},
+        }
+
+    def verify(self, rollout: Rollout) -> Tensor:
+        """The task's score of every response, [S] float32."""
+        pairs = zip(rollout.items, rollout.completions)
+        scores = [score_completion(task, text, item) for (task, item), text in pairs]
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def measure(self, rollout: Rollout, scores: Tensor) -> Measured:
+        """Old log-probs, entropy and features from one forward; rewards, their shaping, the advantages."""
+        config = self.config
+        self.model.eval()
+        logprobs = torch.zeros(rollout.mask.shape, device=self.device)
+        reference = torch.zeros_like(logprobs) if self.reference else None
+        features, entropy, seconds = [], 0.0, 0.0
+        weight, bias = self.head.weights(self.ops_dtype)
+        for rows in _slices(len(scores), config.micro_batch_size):
+            hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
+            start = self._clock()
+            options = self.head.options(config.temperature)
+            out = g2.head_features(
+                hidden, weight, tokens, cu_seqlens, bias=bias, backend=config.backend, **options
+            )
+            seconds += self._clock() - start
+            features.append(out.features)
+            logprobs[rows, : mask.shape[1]] = _padded(out.logprobs, mask)
+            entropy += out.entropy.sum().item()
+            if self.reference and reference is not None:
+                reference[rows, : mask.shape[1]] = self._logprobs(self.reference, rollout, rows)
+        entropy /= max(int(rollout.mask.sum()), 1)
+
+        rewards = torch.where(scores >= config.score_gate, 1.0, -1.0)
+        groups: int | Tensor = config.group_size
+        if config.truncated == "drop":  # -1: a row that touches nobody
+            groups = torch.arange(len(rewards), device=self.device) // config.group_size
+            groups = groups.masked_fill(rollout.truncated, -1)
+        start = self._clock()
+        geometry = g2.group_geometry(
+            torch.cat(features),
+            rewards,
+            groups,
+            lam=config.lam,
+            clip=config.clip,
+            shaping="none" if config.algorithm == "grpo" else config.shaping,
+            score=config.score,
+            scale=config.scale,
+            uniform_groups=config.uniform_groups,
+        )
+        seconds += self._clock() - start
+        return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
+
+    def update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
+        """`epochs` passes of clipped policy-gradient updates over the rollout; means over the updates."""
+        config, lr = self.config, self.learning_rate()
+        totals, updates = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}, 0
+        self.model.train(config.gradient_checkpointing)  # which transformers heeds in training mode only
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        high = config.ratio_clip if config.ratio_clip_high is None else config.ratio_clip_high
+        for mini in config.epochs * [*_slices(config.batch_size, config.mini_batch_size)]:
+            weights = token_weights(rollout.mask[mini], config.loss_mean)
+            for micro in _slices(config.mini_batch_size, config.micro_batch_size):
+                rows = slice(mini.start + micro.start, mini.start + micro.stop)
+                logprobs = self._logprobs(self.head, rollout, rows)
+                length = logprobs.shape[1]
+                loss, stats = policy_loss(
+                    logprobs,
+                    measured.logprobs[rows, :length],
+                    measured.geometry.advantages[rows],
+                    rollout.mask[rows, :length],
+                    weights[micro, :length],
+                    ratio=config.ratio,
+                    clip=(config.ratio_clip, high),
+                    reference=None if measured.reference is None else measured.reference[rows, :length],
+                    beta=config.beta,
+                )
+                loss.backward()
+                for key, value in {"loss": loss.item(), **stats}.items():
+                    totals[key] += value
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise TrainerError(
+                    f"step {self.step_number + 1}: the gradient is not finite; lower lr={lr:g} or use "
+                    "dtype=float32; the last checkpoint is whole"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            totals["grad_norm"] += norm
+            updates += 1
+        means: dict[str, Any] = {key: value / updates for key, value in totals.items()}
+        return {**means, "kl": means["kl"] if self.reference else None, "lr": lr}
+
+    def learning_rate(self) -> float:
+        """Of the step to come: linear warm-up, then the schedule."""
+        config, done = self.config, self.step_number
+        if done < config.warmup_steps:
+            return config.lr * (done + 1) / config.warmup_steps
+        left = (config.steps - done) / max(config.steps - config.warmup_steps, 1)
+        factors = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+        return config.lr * factors[config.lr_schedule]
+
+    def _response_hidden(
+        self, head: Head, rollout: Rollout, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The hidden states [N, d] that predict the response tokens [N], cu_seqlens, and the mask [B, L]."""
+        ids, attention, mask = rollout.rows(rows)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
+        with autocast(self.config, self.device):
+            out = head.backbone(
+                input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+            )
+        length = mask.shape[1]
+        hidden = out.last_hidden_state[:, -length - 1 : -1]
+        packed, tokens, cu_seqlens = g2.pack_responses(hidden, ids[:, -length:], mask)
+        return packed.to(self.ops_dtype), tokens, cu_seqlens, mask
+
+    def _logprobs(self, head: Head, rollout: Rollout, rows: slice) -> Tensor:
+        """Log-probs of the response tokens, [B, L]; differentiable in the head's model, never [N, V]."""
+        hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
+        weight, bias = head.weights(self.ops_dtype)
+        options = head.options(self.config.temperature)
+        return _padded(g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options).logprobs, mask)
+
+    def _describe(self, rollout: Rollout, measured: Measured) -> dict[str, float]:
+        """Metrics of a rollout. What dropped responses did not take part in is a mean over the others."""
+        geometry, kept = measured.geometry, rollout.mask.any(1)
+        count = max(int(kept.sum()), 1)
+        shaped, real = geometry.shaped_rewards, geometry.members >= 0
+        pairs = (real[:, :, None] & real[:, None, :]).triu(1)
+        cosines = geometry.similarity[pairs]
+        return {
+            "reward": measured.rewards.mean().item(),
+            "accuracy": (measured.rewards > 0).float().mean().item(),
+            "shaped_reward": shaped[kept].sum().item() / count,
+            "length": rollout.mask.sum().item() / count,
+            "truncated": rollout.truncated.float().mean().item(),
+            "entropy": measured.entropy,
+            "cos_mean": cosines.sum().item() / max(len(cosines), 1),
+            "negative_pairs": (cosines < 0).sum().item() / max(len(cosines), 1),
+            "score_mean": geometry.score[kept].sum().item() / count,
+            "sign_flips": (shaped * measured.rewards < 0)[kept].sum().item() / count,
+        }
+
+    # --- the run --------------------------------------------------------------------------------------------
+
+    def train(self) -> list[dict[str, Any]]:
+        """Runs, or goes on, to `config.steps`; returns every step's metrics. Leaves checkpoints and
+        reports."""
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise need("tqdm", error) from None
+        config = self.config
+        self.begin()
+        bar = tqdm(total=config.steps, initial=self.step_number, desc=config.algorithm, dynamic_ncols=True)
+        with bar:
+            while self.step_number < config.steps:
+                metrics = self.step()
+                self.report.log(metrics)
+                if self._due(config.report_every):
+                    self.report.log_samples(self._samples())
+                    self.report.draw()
+                if self._due(config.checkpoint_every):
+                    self.save_checkpoint()
+                bar.set_postfix_str(bar_text(metrics), refresh=False)
+                bar.update()
+        self.save_model()
+        return self.report.metrics
+
+    def begin(self) -> None:
+        """Starts afresh, or from the newest checkpoint of the same configuration."""
+        config, start = self.config, self.resume_point()
+        old = [] if start else checkpoint.find_all(self.output_dir)  # with resume=overwrite
+        for left in [*self.output_dir.glob(".*.tmp"), *old]:
+            shutil.rmtree(left, ignore_errors=True)
+        random.seed(config.seed)
+        numpy.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        if start:
+            state = checkpoint.load(start, self.model, self.optimizer)
+            self.step_number, self.sampler.position = state["step"], state["position"]
+        self.report.begin(self.step_number)
+        checkpoint.write_whole(self.output_dir / "config.yaml", config.to_yaml())
+
+    def resume_point(self) -> Path | None:
+        """The checkpoint that `train` will go on from; raises where it was made with other settings."""
+        found = checkpoint.find_all(self.output_dir)
+        if not found or self.config.resume == "overwrite":
+            return None
+        path = found[-1]
+        try:
+            other = json.loads((path / "state.json").read_text())
+            keys = self.config.differences(other["config"])
+        except (OSError, ValueError, KeyError):
+            raise TrainerError(f"{path} is damaged: delete it to go on from the one before") from None
+        if keys:
+            now = self.config.to_dict()
+            what = ", ".join(f"{key}={other['config'][key]!r} (now {now[key]!r})" for key in keys)
+            raise ConfigError(
+                f"{path} has {what}: choose another output_dir, or resume=overwrite to start over"
+            )
+        if other["step"] > self.config.steps:
+            raise ConfigError(
+                f"{path} is past steps={self.config.steps}: raise it, or choose another output_dir"
+            )
+        return path
+
+    def save_checkpoint(self) -> Path:
+        """Writes checkpoint-<step>, whole or not at all."""
+        state = {"step": self.step_number, "position": self.sampler.position, "config": self.config.to_dict()}
+        parts = self.model, self.tokenizer, self.optimizer
+        return checkpoint.save(self.output_dir, self.step_number, *parts, state, self.config.keep_checkpoints)
+
+    def save_model(self) -> Path:
+        """The trained model, for from_pretrained, in output_dir/model; generation_config as it came."""
+        emptied, self.model.generation_config = self.model.generation_config, self.sampler.own_generation
+        try:
+            with checkpoint.whole_directory(self.output_dir / "model") as directory:
+                self.model.save_pretrained(directory)
+                self.tokenizer.save_pretrained(directory)
+        finally:
+            self.model.generation_config = emptied
+        return self.output_dir / "model"
+
+    def _due(self, every: int) -> bool:
+        return self.step_number == self.config.steps or (every > 0 and self.step_number % every == 0)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        rollout, measured = self.last
+        geometry = measured.geometry
+        return [
+            {
+                "step": self.step_number,
+                "question": rollout.items[row][1]["question"],
+                "completion": rollout.completions[row],
+                "score": measured.scores[row].item(),
+                "reward": measured.rewards[row].item(),
+                "novelty": geometry.score[row].item(),
+                "shaped_reward": geometry.shaped_rewards[row].item(),
+                "advantage": geometry.advantages[row].item(),
+            }
+            for row in range(min(self.config.samples_shown, len(rollout.completions)))
+        ]
+
+    # --- checks ---------------------------------------------------------------------------------------------
+
+    def _check_tasks(self) -> None:
+        for task in self.tasks:
+            name = type(task).__name__
+            if len(task) == 0:
+                raise ConfigError(f"task: {name} holds no items")
+            item = task[0]
+            if not isinstance(item, dict) or not isinstance(item.get("question"), str):
+                raise ConfigError(
+                    f"task: {name}[0] must be a dict with a text 'question', got {str(item)[:80]}"
+                )
+            self.sampler.encode(item)
+            score_completion(task, "", item)  # legal, and shows a broken function now rather than later
+
+    def _check_disk(self) -> None:
+        where, config = f"output_dir={self.config.output_dir}", self.config
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            probe = self.output_dir / ".write-test"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot write there ({error.strerror})") from None
+        policy = sum(t.numel() * t.element_size() for t in checkpoint.state_tensors(self.model).values())
+        moments = 2 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        held = sum(file.stat().st_size for file in self.output_dir.rglob("*") if file.is_file())
+        needed = (config.keep_checkpoints + 1) * (policy + moments) + policy - held
+        free = shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            raise ConfigError(
+                f"{where}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some, "
+                "choose another output_dir, or lower keep_checkpoints"
+            )
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _padded(packed: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the response tokens as [B, L], 0 elsewhere; differentiable."""
+    out = torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device)
+    out[mask] = packed
+    return out
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
