@@ -1,0 +1,306 @@
+// head_features on the CPU: the dataflow.  The arithmetic is in head_kernels_impl.h, compiled per instruction set.
+//
+//   features[s] = sum_t a_t (W[y_t] - sum_v p_tv W[v]) = A[s, :] W   with   A[s, v] = sum_t a_t (1[y_t = v] - p_tv)
+//
+// so the second matrix product runs over responses, not tokens (PAPER: linearity).  p_tv = exp(z_tv - lse_t) needs lse_t,
+// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 64 tokens at a time:
+//
+//   pack      hidden^T into panels whose vector lanes are tokens
+//   forward   each block of 96 vocabulary rows: logits in L1, max, sum, entropy moment; exp(z - block max) kept as 16 bits
+//   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
+//   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
+//   project   rows of A whose response is complete, several at a time, times W
+//
+// W is read once a chunk and once a projection.  Every number is summed in an order fixed by the shapes alone, so the
+// result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
+// vocabulary too large for it is cut into spans whose logits are computed twice (first for lse, then for A).
+//
+// The target's logit is taken out of its block and merged last: 1 - p(target) is then a sum over the other entries and
+// does not cancel, however sure the policy is (p = 1 - 1e-12 keeps all its digits).
+#include "head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "head_kernels.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace g2rl {
+namespace {
+
+constexpr int64_t kWorkspace = 15500000;   // bytes; what the caller allocates beside it keeps the total below 16 MB
+constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
+constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  const size_t huge = size_t(2) << 20, bytes = std::max<int64_t>(count, 1) * sizeof(T);
+  void* p = nullptr;
+  if (posix_memalign(&p, bytes >= huge ? huge : 64, bytes)) throw std::bad_alloc();
+#ifdef __linux__
+  if (bytes >= huge) madvise(p, bytes / huge * huge, MADV_HUGEPAGE);
+#endif
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+template <class Body>
+void run(Parallel parallel, int64_t n, const Body& body) {
+  if (n > 0) parallel(n, const_cast<Body*>(&body), [](void* ctx, int64_t i) { (*static_cast<const Body*>(ctx))(i); });
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const HeadKernels& kernels_for(Isa isa) {
+#ifdef __x86_64__
+  if (isa == Isa::avx512bf16) return head_kernels_avx512bf16();
+  if (isa == Isa::avx512) return head_kernels_avx512();
+  if (isa == Isa::avx2) return head_kernels_avx2();
+#endif
+  if (isa != Isa::plain) throw std::invalid_argument("g2rl: this build has no kernels for that instruction set");
+  return head_kernels_plain();
+}
+
+// How the workspace is shared out.
+struct Plan {
+  int64_t width;  // tokens in flight
+  int64_t span;   // vocabulary entries in flight; a multiple of kBlock unless it is V
+  int64_t rows;   // rows of A
+  int64_t spans(int64_t V) const { return ceil_div(V, span); }
+};
+
+int64_t bytes_fixed(int64_t width, int64_t span, int64_t units) {
+  const int64_t blocks = ceil_div(span, kBlock);
+  return width * (2 * blocks * kBlock + 12 * blocks + 4 * units);
+}
+
+Plan make_plan(const HeadArgs& a, int64_t units) {
+  const int64_t wanted = std::min<int64_t>(a.S, 4);
+  for (int64_t width : {64, 32, 16}) {
+    if (width > 16 && (width >= 2 * a.N || width * units * 4 > kPanelBytes)) continue;
+    const int64_t rows = (kWorkspace - bytes_fixed(width, a.V, units)) / (4 * a.V);
+    if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows})};
+  }
+  // one row of A and the codes of 16 tokens for each vocabulary entry; never less than one block
+  const int64_t rows = std::min<int64_t>(a.S, 4), left = kWorkspace - 16 * 4 * units;
+  const int64_t blocks = std::max<int64_t>(left / (kBlock * (16 * 2 + 4 * rows) + 16 * 12), 1);
+  return {16, std::min(blocks * kBlock, a.V), rows};
+}
+
+class Head {
+ public:
+  Head(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel) : a(args), k(kernels), parallel(parallel) {
+    c.args = &args;
+    c.bf16_pairs = args.dtype == DType::bf16 && kernels.bf16_dot;
+    c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
+    plan = make_plan(args, c.units);
+    c.panel = kernels.panel_for(plan.width);
+    c.panels = ceil_div(plan.width, c.panel);
+    width = c.panels * c.panel;
+    const int64_t blocks = ceil_div(plan.span, kBlock);
+    // the codes are dead while rows are projected: the same memory holds the partial projections
+    code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
+    code_bytes = std::max(code_bytes, args.d * 4);
+    packed = allocate<float>(c.units * width);
+    codes = allocate<char>(code_bytes);
+    statistics = allocate<float>(3 * blocks * width);
+    residual = allocate<float>(plan.rows * plan.span);
+    row_response.assign(plan.rows, -1);
+    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
+    c.packed = packed.get();
+    c.block_max = statistics.get();
+    c.block_sum = c.block_max + blocks * width;
+    c.block_moment = c.block_sum + blocks * width;
+    c.target_logit = target.data();
+    c.max = run_max.data();
+    c.weight = weight.data();
+    c.residual = residual.get();
+  }
+
+  void run_all() {
+    std::memset(a.features, 0, sizeof(float) * a.S * a.d);
+    for (int64_t n = 0; n < a.N; n += c.tokens) {
+      take_chunk(n);
+      pack();
+      statistics_of_chunk();
+      finish_tokens();
+      residuals_of_chunk();
+    }
+    project_complete();
+  }
+
+ private:
+  // The next tokens that fit, cut into segments; each response gets a row of A.
+  void take_chunk(int64_t n) {
+    c.first_token = n;
+    c.tokens = 0;
+    segments.clear();
+    while (c.tokens < plan.width && n + c.tokens < a.N) {
+      const int64_t at = n + c.tokens;
+      while (a.cu_seqlens[response + 1] <= at) response++;  // also passes over empty responses
+      auto row = std::find(row_response.begin(), row_response.end(), response);
+      const bool fresh = row == row_response.end();
+      if (fresh) {
+        row = std::find(row_response.begin(), row_response.end(), -1);
+        if (row == row_response.end()) {
+          if (complete.empty()) break;  // every row belongs to this chunk: a shorter chunk, then
+          project_complete();
+          continue;
+        }
+        *row = response;
+      }
+      const int64_t count = std::min(plan.width - c.tokens, a.cu_seqlens[response + 1] - at);
+      segments.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
+      c.tokens += count;
+    }
+    c.segments = segments.data();
+    c.segment_count = segments.size();
+  }
+
+  void pack() {
+    const int64_t step = 256, pieces = ceil_div(c.units, step);
+    run(parallel, c.panels * pieces, [&](int64_t i) {
+      const int64_t begin = i % pieces * step;
+      k.pack(c, i / pieces, begin, std::min(begin + step, c.units));
+    });
+  }
+
+  void set_span(int64_t i) {
+    c.span_begin = i * plan.span;
+    c.span_end = std::min(c.span_begin + plan.span, a.V);
+  }
+
+  void forward(bool keep_codes) {
+    c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes.get()) : nullptr;
+    run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
+  }
+
+  void statistics_of_chunk() {
+    std::fill(run_max.begin(), run_max.end(), -INFINITY);
+    for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
+    const int64_t spans = plan.spans(a.V);
+    for (int64_t i = 0; i < spans; i++) {
+      set_span(i);
+      forward(spans == 1);
+      k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
+    }
+  }
+
+  // Merges the target into the other entries and writes the per-token outputs, in double.
+  void finish_tokens() {
+    const double T = a.temperature, quarter_to_nats = 4 * std::log(2.0);
+    std::fill(weight.begin(), weight.end(), 0.0f);
+    for (int64_t t = 0; t < c.tokens; t++) {
+      const int64_t n = c.first_token + t;
+      const double z = target[t], other = run_max[t], top = std::max(z, other);
+      if (other == -INFINITY) run_max[t] = 0.0f;  // nothing but the target is possible: any finite reference
+      const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
+      const double others = (double(run_sum[t]) - run_lost[t]) * lift, own = std::exp((z - top) / T), total = others + own;
+      double moment = own > 0 ? own * (z - top) / T : 0.0;
+      if (lift > 0) moment += lift * (run_moment[t] * quarter_to_nats + (double(run_sum[t]) - run_lost[t]) * (other - top) / T);
+      const double log_total = z >= other ? std::log1p(others) : std::log(total);
+      a.logsumexp[n] = float(top / T + log_total);
+      a.logprobs[n] = float((z - top) / T - log_total);
+      a.entropy[n] = float(std::max(log_total - moment / total, 0.0));
+      const double alpha = a.token_weights ? a.token_weights[n] : 1.0f;
+      const double capped = a.logit_softcap != 0 ? z / a.logit_softcap : 0.0;
+      weight[t] = float(alpha * lift / total);
+      target_residual[t] = float(alpha * (others / total) * (1 - capped * capped));
+    }
+  }
+
+  void residuals_of_chunk() {
+    const int64_t spans = plan.spans(a.V);
+    for (int64_t i = 0; i < spans; i++) {
+      set_span(i);
+      if (spans > 1) forward(true);
+      run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
+      for (const Segment& s : segments)
+        for (int64_t t = s.begin; t < s.end; t++) {
+          const int64_t v = a.tokens[c.first_token + t];
+          if (v >= c.span_begin && v < c.span_end) residual[s.row * (c.span_end - c.span_begin) + v - c.span_begin] += target_residual[t];
+        }
+      if (spans > 1) project(all_rows());
+    }
+    for (const Segment& s : segments) {
+      const int64_t end = a.cu_seqlens[row_response[s.row] + 1];
+      if (spans > 1) row_response[s.row] = -1;
+      else if (c.first_token + s.end == end) complete.push_back(s.row);
+    }
+  }
+
+  std::vector<int64_t> all_rows() const {
+    std::vector<int64_t> rows;
+    for (const Segment& s : segments) rows.push_back(s.row);
+    return rows;
+  }
+
+  void project_complete() {
+    project(complete);
+    for (int64_t row : complete) row_response[row] = -1;
+    complete.clear();
+  }
+
+  // features[response of row] += A[row, :] W / (sum of its weights), over fixed slabs of the span
+  void project(const std::vector<int64_t>& rows) {
+    const int64_t fit = code_bytes / (4 * a.d), span = c.span_end - c.span_begin;
+    for (size_t first = 0; first < rows.size(); first += fit) {
+      const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * a.d;
+      const int64_t slabs = std::min({int64_t(64), ceil_div(span, kBlock), fit / count});
+      float* partial = reinterpret_cast<float*>(codes.get());
+      run(parallel, slabs, [&](int64_t i) {
+        k.project(c, rows.data() + first, count, c.span_begin + span * i / slabs, c.span_begin + span * (i + 1) / slabs, partial + i * size);
+      });
+      run(parallel, count, [&](int64_t j) {
+        const int64_t s = row_response[rows[first + j]];
+        const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
+        for (int64_t x = 0; x < a.d; x++) {
+          float sum = 0;
+          for (int64_t i = 0; i < slabs; i++) sum += partial[i * size + j * a.d + x];
+          a.features[s * a.d + x] += sum * scale;
+        }
+      });
+    }
+  }
+
+  double total_weight(int64_t s) const {
+    double total = 0;
+    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; n++) total += a.token_weights ? a.token_weights[n] : 1.0f;
+    return total;
+  }
+
+  const HeadArgs& a;
+  const HeadKernels& k;
+  Parallel parallel;
+  HeadChunk c{};
+  Plan plan;
+  int64_t width, code_bytes, response = 0;
+  Buffer<float> packed, statistics, residual;
+  Buffer<char> codes;
+  std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
+  std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
+  std::vector<Segment> segments;
+};
+
+}  // namespace
+
+void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
+  const HeadKernels& kernels = kernels_for(isa);
+  if (args.N > 0) Head(args, kernels, parallel).run_all();
+  else std::memset(args.features, 0, sizeof(float) * args.S * args.d);
+}
+
+}  // namespace g2rl

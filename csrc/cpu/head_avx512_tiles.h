@@ -1,0 +1,28 @@
+// Register tiles of the AVX-512 head kernels: rows x vectors of tokens, 24 sums in the 32 registers.
+#include "vec_avx512.h"
+// after the vector type
+#include "head_kernels_impl.h"
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+template <class Dot>
+LogitsBlock tile_for(int64_t panel) {
+  if (panel == 64) return logits_block<Dot, 6, 4>;
+  if (panel == 32) return logits_block<Dot, 12, 2>;
+  return logits_block<Dot, 16, 1>;
+}
+
+LogitsBlock logits_block_for(const HeadChunk& c) {
+#ifdef G2RL_HAS_BF16_DOT
+  if (c.bf16_pairs) return tile_for<DotBf16>(c.panel);
+#endif
+  return tile_for<DotFloat>(c.panel);
+}
+
+int64_t panel_for(int64_t width) { return width > 32 ? 64 : width > 16 ? 32 : 16; }
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl

@@ -1,0 +1,60 @@
+// What head.cpp (the dataflow) asks of the per-instruction-set kernels (head_kernels_impl.h).
+#pragma once
+#include <cstdint>
+
+#include "head.h"
+
+namespace g2rl {
+
+constexpr int64_t kBlock = 96;       // vocabulary rows that are reduced together, while their logits are in L1
+constexpr int64_t kMaxWidth = 64;    // most tokens in flight
+constexpr int64_t kMaxPanel = 64;    // most tokens in one panel
+constexpr float kCodeMax = 65535.0f;
+
+// Tokens of one response inside the chunk; they add to row `row` of the residual matrix A.
+struct Segment {
+  int64_t begin, end;  // columns of the chunk
+  int64_t row;
+  bool fresh;  // nothing was added to the row yet: store instead of adding
+};
+
+// A chunk of tokens, and the vocabulary span [span_begin, span_end) that its buffers describe.
+struct HeadChunk {
+  const HeadArgs* args;
+  int64_t first_token, tokens;  // rows of hidden
+  int64_t panel;                // tokens side by side in one panel (a multiple of the vector length)
+  int64_t panels;
+  int64_t units;                // length of a row of weight in units of four bytes: d floats, or d / 2 pairs of bf16
+  bool bf16_pairs;
+  int64_t span_begin, span_end;
+  float* packed;                // [panels][units][panel]: hidden, transposed, so that tokens are vector lanes
+  uint16_t* codes;              // [block][panels][kBlock][panel]: exp(z - block max), see encode(); null: statistics only
+  float *block_max, *block_sum, *block_moment;  // [block][panels * panel]
+  float* target_logit;          // [panels * panel]
+  // for collect():
+  const float *max, *weight;    // [panels * panel]: reference maximum and factor of each token
+  const Segment* segments;
+  int64_t segment_count;
+  float* residual;              // A: [rows][span_end - span_begin]
+};
+
+struct HeadKernels {
+  bool bf16_dot;                        // bf16 weights are multiplied as pairs, without conversion
+  int64_t (*panel_for)(int64_t width);  // panel width for a chunk of up to `width` tokens
+  void (*pack)(const HeadChunk&, int64_t panel, int64_t unit_begin, int64_t unit_end);
+  // logits of one block, its softmax statistics and codes, its target logits
+  void (*forward)(const HeadChunk&, int64_t block);
+  // running max [W], sum [W], compensation [W], moment [W] over blocks, in order
+  void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
+  // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v
+  void (*collect)(const HeadChunk&, int64_t block);
+  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - span_begin] weight[v, :]
+  void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
+};
+
+const HeadKernels& head_kernels_plain();
+const HeadKernels& head_kernels_avx2();
+const HeadKernels& head_kernels_avx512();
+const HeadKernels& head_kernels_avx512bf16();
+
+}  // namespace g2rl

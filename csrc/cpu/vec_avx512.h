@@ -1,0 +1,53 @@
+// Sixteen floats: the vector type of the avx512 and avx512bf16 kernels.  Include under the matching target pragma.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define G2RL_INLINE static inline __attribute__((always_inline))
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+using vf = __m512;
+
+G2RL_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
+G2RL_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+G2RL_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+G2RL_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+// max that keeps a NaN in x and drops one in bound
+G2RL_INLINE vf at_least(vf bound, vf x) { return _mm512_max_ps(bound, x); }
+G2RL_INLINE vf abs(vf x) { return _mm512_abs_ps(x); }
+G2RL_INLINE vf sqrt(vf x) { return _mm512_sqrt_ps(x); }
+G2RL_INLINE float sum(vf x) { return _mm512_reduce_add_ps(x); }
+G2RL_INLINE vf less(vf a, vf b, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+G2RL_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+G2RL_INLINE vf scale_by_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+
+// four bytes at any address, in every lane
+G2RL_INLINE vf splat_unit(const char* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(x));
+}
+G2RL_INLINE void store_code(uint16_t* p, vf x) {  // round to nearest; NaN becomes 0xffff
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtusepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+G2RL_INLINE vf load_code(const uint16_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
+G2RL_INLINE vf load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+G2RL_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+#ifdef G2RL_HAS_BF16_DOT
+G2RL_INLINE vf dot_bf16(vf pairs_a, vf pairs_b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)pairs_a, (__m512bh)pairs_b); }
+#endif
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl

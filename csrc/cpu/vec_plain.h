@@ -1,0 +1,57 @@
+// Four floats in the compiler's own vector type: the kernels for any CPU (SSE2 on x86-64, NEON on ARM).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+#define G2RL_INLINE static inline __attribute__((always_inline))
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+constexpr int kLanes = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+G2RL_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+G2RL_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, 16);
+  return x;
+}
+G2RL_INLINE void store(float* p, vf x) { std::memcpy(p, &x, 16); }
+G2RL_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+// max that keeps a NaN in x and drops one in bound
+G2RL_INLINE vf at_least(vf bound, vf x) { return bound > x ? bound : x; }
+G2RL_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+G2RL_INLINE vf sqrt(vf x) { return vf{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
+G2RL_INLINE float sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+G2RL_INLINE vf less(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
+G2RL_INLINE vf round(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| < 2^22: 1.5 2^23 leaves no fraction bits
+// x 2^n for whole n in [-126, 127]; a product, so that a NaN in x survives
+G2RL_INLINE vf scale_by_pow2(vf x, vf n) { return x * (vf)(((vi)(n + 12582912.0f) << 23) + (127 << 23)); }
+
+// four bytes at any address, in every lane
+G2RL_INLINE vf splat_unit(const char* p) {
+  float x;
+  std::memcpy(&x, p, 4);
+  return splat(x);
+}
+G2RL_INLINE void store_code(uint16_t* p, vf x) {  // round to nearest
+  const vi i = (vi)(x + 12582912.0f);
+  for (int j = 0; j < kLanes; j++) p[j] = (uint16_t)i[j];
+}
+G2RL_INLINE vf load_code(const uint16_t* p) { return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+G2RL_INLINE vf load_bf16(const uint16_t* p) {
+  return vf{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
+}
+G2RL_INLINE vf load_f16(const uint16_t* p) {
+  return vf{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+}
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl
