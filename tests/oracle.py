@@ -172,38 +172,32 @@ def linear(case: Case) -> Case:
 
 
 def rounding(case: Case) -> g2.HeadFeatures:
-    """What float32 rounding alone may do to each output, to first order: [S], [N], [N], [N].
+    """What float32 rounding does to each output, to first order and with random signs: [S], [N], [N], [N].
 
-    A logit is a sum of products, off by at most about u sum_k |h_k w_k| with u = 2^-24 (a small multiple,
-    for the order of the sum); its softmax has that as its relative error, so a feature is off by that times
-    sum_v |A_v| |W_v|, where |A_v| holds 1 - p and not 1 at the realised token: this floor shrinks with the
-    feature of a near-certain response.
+    With u = 2^-24, a logit is off by u times the root of sum_k (h_k w_k)^2, and by u |z| as it is stored.
+    That is the relative error of each p_v, so a feature is off by it times the root of sum_v (A_v W_v)^2.
+    A_v holds 1 - p at the realised token, not 1: the floor shrinks with the feature of a near-certain
+    response.
     """
     h, w = case.hidden.double(), case.weight.double()
-    x = h.abs() @ w.abs().T
-    if case.bias is not None:
-        x = x + case.bias.double().abs().masked_fill(case.bias == -torch.inf, 0.0)
-    size = (case.logit_scale / case.temperature) * x.max(1).values  # [N]
     bias = None if case.bias is None else case.bias.double()
-    log_p = logits(case, h, w, bias).log_softmax(1)
+    z = logits(case, h, w, bias)
+    square = (h**2) @ (w**2).T + (0 if bias is None else bias.masked_fill(bias == -torch.inf, 0.0) ** 2)
+    factor = case.logit_scale / case.temperature
+    size = torch.maximum(factor * square.amax(1).sqrt(), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
+    relative = 2.0**-24 * (2 * size + 4)  # [N]; 4: exp, log, a division and the last rounding
+
+    log_p = z.log_softmax(1)
     p = log_p.exp()
     index = case.tokens[:, None]
-    absolute = p.scatter(1, index, 0.0)
-    absolute = absolute.scatter(1, index, absolute.sum(1, keepdim=True))
-    spread = (case.logit_scale * absolute @ w.abs()).amax(1)  # [N]
-    u = 2.0**-24
-    token = 4 * u * (size + log_p.shape[1] ** 0.5 + 4)  # sums over V in float32 walk at random
-    feature = torch.zeros(len(case.lengths), dtype=torch.float64)
-    feature = feature.index_add(0, case.segment, case.token_share * token * spread)
-    # dH = -sum p (log p + H) dz
-    H = entropy(log_p)[:, None]
-    slope = torch.where(p == 0, 0.0, p * (log_p + H).abs()).sum(1)
-    return g2.HeadFeatures(
-        feature,
-        token * (1 - p.gather(1, index).squeeze(1)) + 2 * u * size,
-        token,
-        token * (slope + H.squeeze(1)),
-    )
+    residual = p.scatter(1, index, 0.0)
+    residual = residual.scatter(1, index, residual.sum(1, keepdim=True))
+    spread = case.logit_scale * (residual**2 @ w**2).amax(1).sqrt()
+    features = torch.zeros(len(case.lengths), dtype=torch.float64)
+    features = features.index_add(0, case.segment, case.token_share * relative * spread)
+    logprobs = relative * residual.gather(1, index).squeeze(1) + 2.0**-24 * z.logsumexp(1).abs()
+    H = entropy(log_p)
+    return g2.HeadFeatures(features, logprobs, relative, relative * H)
 
 
 def errors(actual: g2.HeadFeatures, exact: g2.HeadFeatures) -> g2.HeadFeatures:
@@ -216,16 +210,21 @@ def errors(actual: g2.HeadFeatures, exact: g2.HeadFeatures) -> g2.HeadFeatures:
     return g2.HeadFeatures(features.amax(1), *others)
 
 
+def allowed_errors(case: Case, multiple: float) -> g2.HeadFeatures:
+    """[S], [N], [N], [N]: multiple * (torch's largest error, in this dtype) + rounding."""
+    torchs = errors(torch_head(case), autograd_head(case))
+    return g2.HeadFeatures(
+        *(
+            multiple * (error.nan_to_num(0.0).max() if error.numel() else 0) + floor
+            for error, floor in zip(torchs, rounding(case))
+        )
+    )
+
+
 def assert_as_exact_as_torch(case: Case, actual: g2.HeadFeatures, multiple: float) -> None:
-    """Error against float64 of each output: at most multiple * torch's largest in this dtype + rounding."""
-    exact = autograd_head(case)
-    ours, torchs, floor = errors(actual, exact), errors(torch_head(case), exact), rounding(case)
-    for name, our, their, least in zip(exact._fields, ours, torchs, floor):
-        if our.numel() == 0:
-            continue
-        allowed = multiple * their.nan_to_num(0.0).max() + least
-        excess = (our / allowed.clamp(min=1e-300)).nan_to_num(torch.inf).max()
-        assert (our <= allowed).all(), (
-            f"{name}: error {our.max():.3g}, {excess:.3g} times what is allowed: "
-            f"{multiple} x torch's {their.max():.3g} + rounding {least.max():.3g}"
+    ours, allowed = errors(actual, autograd_head(case)), allowed_errors(case, multiple)
+    for name, error, limit in zip(actual._fields, ours, allowed):
+        excess = (error / limit).nan_to_num(torch.inf)
+        assert (error <= limit).all(), (
+            f"{name}: error {error.max():.3g}, at worst {excess.max():.3g} times what is allowed"
         )
