@@ -1,13 +1,14 @@
 """Builds g2rl_kernels._C: a pybind11 module whose import also registers the torch ops (csrc/ops.cpp).
 
-One binary serves torch 2.11 to 2.13, with and without CUDA: the sources use PyTorch's stable ABI at its 2.11 level, link CUDA's
-runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
+One binary serves torch 2.11 to 2.13, with and without CUDA: the sources use PyTorch's stable ABI at its 2.11
+level, link CUDA's runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
 
     python setup.py build_ext --inplace      incremental; the way to work on the sources
     pip install .                            with or without --no-build-isolation
 
-Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME names the toolkit;
-MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++ compiler (and linker: -fsanitize).
+Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME
+names the toolkit; MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++ compiler
+and the linker (-fsanitize=...).
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ import setuptools
 from setuptools import setup
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    sys.exit(f"g2rl-kernels needs setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools")
+    sys.exit(
+        f"g2rl-kernels needs setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools"
+    )
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     sys.exit(f"g2rl-kernels builds against an installed torch ({error}): pip install 'torch>=2.11,<2.14'")
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: what a later torch keeps, and what 2.11 has
-CUDA_ARCHS = ("80", "90a", "100")  # A100; H100 and H200 (a: wgmma); B200. PTX of the last serves what comes after
+CUDA_ARCHS = (
+    "80",
+    "90a",
+    "100",
+)  # A100; H100 and H200 (a: wgmma); B200. PTX of the last serves what comes after
 
 
 def say(line: str) -> None:
@@ -51,17 +58,19 @@ def find_nvcc() -> str | None:
             return found
     found = shutil.which("nvcc")
     if not found:
-        say("nvcc not found: CUDA sources left out; CPU kernels, PyTorch reference and Triton work without them")
+        say("nvcc not found: CUDA sources left out; CPU kernels, PyTorch reference and Triton need none")
     return found
 
 
 class Nvcc:
-    """Compiles csrc/cuda/*.cu. torch's CUDAExtension refuses beside a CPU-only torch, and these files need no torch header."""
+    """Compiles csrc/cuda/*.cu, which need no torch header; torch's CUDAExtension refuses beside a CPU-only torch."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         known = set(re.findall(r"sm_(\w+)", self._output("--list-gpu-code")))
-        wanted = os.environ.get("G2RL_CUDA_ARCHS", "").split() or [a for a in CUDA_ARCHS if a.rstrip("a") in known]
+        wanted = os.environ.get("G2RL_CUDA_ARCHS", "").split() or [
+            a for a in CUDA_ARCHS if a.rstrip("a") in known
+        ]
         self.archs = wanted
         self.gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted[:-1]]
         last = wanted[-1]
@@ -83,13 +92,23 @@ class Nvcc:
         folders = [flag[2:] for flag in shlex.split(line.split("=", 1)[1]) if flag.startswith("-L")]
         folder = next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
         if folder is None:
-            sys.exit(f"g2rl-kernels: no libcudart_static.a in {folders}; install CUDA's runtime for development, or set G2RL_CUDA=0")
+            sys.exit(
+                f"g2rl-kernels: no libcudart_static.a in {folders}; "
+                "install the toolkit's runtime for development, or set G2RL_CUDA=0"
+            )
         return [f"-L{folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
     def compile(self, source: str, folder: Path, include: list[str]) -> str:
         """Object file for `source`; compiled anew only when it, a header or the command changed."""
         out = folder / (Path(source).stem + ".cuda.o")
-        command = [self.path, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *self.gencode]
+        command = [
+            self.path,
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "--threads=2",
+            *self.gencode,
+        ]
         command += [*include, "-c", source, "-o", str(out)]
         stamp = out.with_suffix(".cmd")
         depends = [source, *HEADERS]
@@ -114,7 +133,7 @@ class build_ext(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.inplace:
-            # pip install -e names a fresh temporary folder each time, and so would compile everything each time.
+            # pip install -e names a fresh temporary folder, and so would compile everything each time.
             self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
     def build_extensions(self) -> None:
@@ -129,7 +148,11 @@ class build_ext(BuildExtension):
             include = ["-Icsrc"]
             extension.extra_objects = [nvcc.compile(source, folder, include) for source in sources]
             extension.extra_link_args += nvcc.link_args()
-            defines += ["-DWITH_CUDA", f'-DG2RL_CUDA="{nvcc.version()}"', f'-DG2RL_CUDA_ARCHS="{" ".join(nvcc.archs)}"']
+            defines += [
+                "-DWITH_CUDA",
+                f'-DG2RL_CUDA="{nvcc.version()}"',
+                f'-DG2RL_CUDA_ARCHS="{" ".join(nvcc.archs)}"',
+            ]
             say(f"CUDA {nvcc.version()} for sm_{', sm_'.join(nvcc.archs)}")
         extension.extra_compile_args["cxx"] += defines
         # A build left over with other settings must not pass for a fresh one.
@@ -150,9 +173,11 @@ setup(
             sources=["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
             depends=["setup.py", *HEADERS, *glob("csrc/cuda/*.cu")],
             include_dirs=[str(Path("csrc").absolute())],
-            # No -march: each unit under csrc/cpu names its instruction set itself, and the best one is chosen at run time.
+            # No -march: units under csrc/cpu name their instruction sets, and the best is chosen at run time.
             # No -ffast-math: kernels rely on NaN and infinities.
-            extra_compile_args={"cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *FLAGS]},
+            extra_compile_args={
+                "cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *FLAGS]
+            },
             extra_link_args=FLAGS,
         )
     ],

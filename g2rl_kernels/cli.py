@@ -15,8 +15,8 @@ from . import __version__
 _DESCRIPTION = """\
 Gradient-guided exploration (G2RL) for reinforcement learning on language models.
 
-For every sampled response G2RL asks in which direction it would move the model's last layer, rewards answers whose
-direction is new within their group, and then trains as GRPO does."""
+For every sampled response G2RL asks in which direction it would move the model's last layer, rewards answers
+whose direction is new within their group, and then trains as GRPO does."""
 
 _EPILOG = """\
 examples:
@@ -35,11 +35,6 @@ examples:
 A backend that says "no" says why beneath, and what to do about it."""
 
 
-def _missing(what: str, package: str | None, extra: str) -> int:
-    print(f"g2rl {what} needs {package}, which is not installed: pip install 'g2rl-kernels[{extra}]'", file=sys.stderr)
-    return 2
-
-
 def _info(args: argparse.Namespace) -> int:
     from . import info
 
@@ -49,13 +44,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    try:
-        from .trainer import cli
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("g2rl_kernels"):
-            raise
-        return _missing("train", error.name, "train")
-    return cli.main(list(argv))
+    from .trainer import cli
+
+    return cli.main(argv)
 
 
 def _benchmarks() -> ModuleType | None:
@@ -71,14 +62,12 @@ def _benchmarks() -> ModuleType | None:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    try:
-        runner = _benchmarks()
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(("g2rl_kernels", "benchmarks")):
-            raise
-        return _missing("bench", error.name, "bench")
+    runner = _benchmarks()
     if runner is None:
-        print("g2rl bench: no benchmarks beside the package; run it in a checkout of the sources", file=sys.stderr)
+        print(
+            "g2rl bench: error: no benchmarks beside the package; run it in a checkout of the sources",
+            file=sys.stderr,
+        )
         return 2
     return int(runner.main(list(argv)) or 0)
 
@@ -91,14 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="versions, instruction set, and what each backend can do here and, if not, why",
-        description="Versions, instruction set, and what each backend can do on this machine and, if it cannot, why.",
+        description="Versions, instruction set, and what each backend can do here and, if not, why.",
         epilog=_INFO_EPILOG,
         formatter_class=raw,
     )
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
     # These two parse their own arguments, --help too: their parsers are imported only when they are wanted.
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
-    commands.add_parser("bench", help="measure the ops: speed, memory and error beside plain torch", add_help=False)
+    commands.add_parser(
+        "bench", help="measure the ops: speed, memory and error beside plain torch", add_help=False
+    )
     return parser
 
 

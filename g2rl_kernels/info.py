@@ -33,7 +33,9 @@ def _cuda_device() -> str | None:
 def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) -> dict[str, dict[str, Any]]:
     """Each backend: can it run here, what it does, and if it cannot, why and what to do."""
     if build["cuda"] is None:
-        cuda_reason = "the extension was built without nvcc, or with G2RL_CUDA=0; rebuild where CUDA's toolkit is"
+        cuda_reason = (
+            "the extension was built without nvcc, or with G2RL_CUDA=0; rebuild where CUDA's toolkit is"
+        )
     elif torch.version.cuda is None:
         cuda_reason = f"torch {torch.__version__} is a CPU build; install one with CUDA"
     else:
@@ -43,7 +45,8 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
     return {
         "reference": {
             "available": True,
-            "does": "every op in plain PyTorch, chunked, on any device" + (f" ({device} too)" if device else ""),
+            "does": "every op in plain PyTorch, chunked, on any device"
+            + (f" ({device} too)" if device else ""),
             "reason": None,
         },
         "cpu": {
@@ -51,8 +54,16 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
             "does": f"head_features and group_geometry in C++ with {isa['chosen'] or 'no instruction set'}",
             "reason": isa["problem"],
         },
-        "triton": {"available": False, "does": "head_features and linear_logprobs on GPUs", "reason": triton_reason},
-        "cuda": {"available": cuda_ready, "does": "group_geometry in one launch", "reason": None if cuda_ready else cuda_reason},
+        "triton": {
+            "available": False,
+            "does": "head_features and linear_logprobs on GPUs",
+            "reason": triton_reason,
+        },
+        "cuda": {
+            "available": cuda_ready,
+            "does": "group_geometry in one launch",
+            "reason": None if cuda_ready else cuda_reason,
+        },
     }
 
 
@@ -78,7 +89,11 @@ def collect() -> dict[str, Any]:
 def render(info: dict[str, Any]) -> str:
     """The same for people."""
     build, isa = info["build"], info["isa"]
-    cuda = f"CUDA {build['cuda']} for sm_{', sm_'.join(build['cuda_archs'])}" if build["cuda"] else "no CUDA compiled in"
+    cuda = (
+        f"CUDA {build['cuda']} for sm_{', sm_'.join(build['cuda_archs'])}"
+        if build["cuda"]
+        else "no CUDA compiled in"
+    )
     chosen = isa["chosen"] or "none"
     if isa["chosen"] == isa["best"]:
         chosen += ", the best of this CPU"

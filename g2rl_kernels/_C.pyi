@@ -1,0 +1,9 @@
+"""csrc/ops.cpp. The ops that its import registers are torch.ops.g2rl.*"""
+
+from typing import Any
+
+isa_names: tuple[str, ...]
+
+def best_isa() -> str: ...
+def chosen_isa() -> str: ...
+def build_info() -> dict[str, Any]: ...
