@@ -364,7 +364,7 @@ def _tile_elements(tensor: Tensor) -> int:
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
+    for start in range(0, size, max(1, step)):
         yield slice(start, min(start + step, size))
 
 

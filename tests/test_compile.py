@@ -1,0 +1,167 @@
+"""torch.library.opcheck for every operator; torch.compile(fullgraph=True) gives the same bits."""
+
+import pytest
+import torch
+from oracle import make_case
+
+import g2rl_kernels as g2
+
+compiled = {"fullgraph": True, "backend": "aot_eager"}  # inductor's first compilation takes 20 s
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def head_args(dtype=torch.float32, **changes):
+    case = make_case([3, 0, 5], V=67, d=16, dtype=dtype)
+    args = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "tokens": case.tokens,
+        "cu_seqlens": case.cu_seqlens,
+        "bias": None,
+        "token_weights": None,
+        "known_logprobs": None,
+        "temperature": 1.0,
+        "logit_scale": 1.0,
+        "logit_softcap": 0.0,
+    }
+    args.update(changes)
+    return tuple(args.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_head_features(dtype):
+    torch.library.opcheck(torch.ops.g2rl.head_features, head_args(dtype))
+    full = head_args(
+        dtype,
+        bias=torch.randn(67),
+        token_weights=torch.rand(8),
+        known_logprobs=torch.zeros(8),
+        temperature=0.7,
+        logit_softcap=5.0,
+    )
+    torch.library.opcheck(torch.ops.g2rl.head_features, full)
+    torch.library.opcheck(
+        torch.ops.g2rl.head_features, head_args(dtype, hidden=torch.randn(16, 8).to(dtype).T)
+    )
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_opcheck_group_geometry(scale):
+    members = torch.tensor([[0, 1, 4], [2, 3, -1]])
+    args = (torch.randn(6, 5), torch.randn(6).sign(), members, 0.5, 3.0, 1, 0, scale, True, 1e-6)
+    torch.library.opcheck(torch.ops.g2rl.group_geometry, args)
+
+
+def test_opcheck_group_members():
+    torch.library.opcheck(torch.ops.g2rl.group_members, (torch.tensor([3, 3, -1, 7, 3]),))
+
+
+@pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1, 3)], ids=str)
+def test_opcheck_linear_logprobs(trained):
+    case = make_case([8], V=67, d=16)
+    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0]
+    for i in trained:
+        args[i].requires_grad_()
+    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
+
+
+def test_opcheck_linear_logprobs_backward():
+    case = make_case([8], V=67, d=16)
+    logprobs, entropy, logsumexp = torch.ops.g2rl.linear_logprobs(
+        case.hidden, case.weight, case.tokens, None, 1.0, 1.0, 0.0
+    )
+    grads, options = torch.randn(3, 8).unbind(), (1.0, 1.0, 0.0)
+    for needs in ((True, True, False), (False, True, False), (True, False, False)):
+        torch.library.opcheck(
+            torch.ops.g2rl.linear_logprobs_backward,
+            (
+                *grads,
+                case.hidden,
+                case.weight,
+                case.tokens,
+                None,
+                logprobs,
+                entropy,
+                logsumexp,
+                *options,
+                *needs,
+            ),
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_head_features_compiles_to_the_same_bits(backend):
+    case = make_case([3, 0, 5], V=67, d=16, bias=torch.randn(67), token_weights=torch.rand(8))
+
+    def function(case):
+        return g2.head_features(
+            case.hidden,
+            case.weight,
+            case.tokens,
+            case.cu_seqlens,
+            bias=case.bias,
+            token_weights=case.token_weights,
+            temperature=0.7,
+            logit_softcap=4.0,
+            backend=backend,
+        )
+
+    for eager, traced in zip(function(case), torch.compile(function, **compiled)(case)):
+        assert torch.equal(eager, traced)
+
+
+def test_dynamic_numbers_of_tokens():
+    function = torch.compile(g2.head_features, dynamic=True, **compiled)
+    for lengths in ([3, 5], [4, 0, 2], [9, 1, 1, 7]):
+        case = make_case(lengths, V=67, d=16)
+        args = (case.hidden, case.weight, case.tokens, case.cu_seqlens)
+        for eager, traced in zip(g2.head_features(*args), function(*args)):
+            assert torch.equal(eager, traced)
+
+
+@pytest.mark.parametrize("groups", [3, torch.tensor([0, 0, 4, -1, 4, 0])], ids=["blocks", "ids"])
+def test_group_geometry_compiles_to_the_same_bits(groups):
+    features, rewards = torch.randn(6, 5), torch.randn(6).sign()
+    function = torch.compile(lambda *args: g2.group_geometry(*args, scale="batch"), **compiled)
+    for eager, traced in zip(
+        g2.group_geometry(features, rewards, groups, scale="batch"), function(features, rewards, groups)
+    ):
+        assert torch.equal(eager, traced)
+
+
+def test_linear_logprobs_compiles_to_the_same_bits():
+    case = make_case([9], V=67, d=16)
+    results = []
+    for function in (g2.linear_logprobs, torch.compile(g2.linear_logprobs, **compiled)):
+        leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
+        logprobs, entropy = function(*leaves, case.tokens, temperature=0.7)
+        (logprobs * torch.arange(9) + entropy).sum().backward()
+        results.append([logprobs, entropy, *(leaf.grad for leaf in leaves)])
+    for eager, traced in zip(*results):
+        assert torch.equal(eager, traced)
+
+
+def test_the_whole_step_in_one_graph():
+    case = make_case([3, 4, 5, 1], V=67, d=16)
+
+    def step(hidden, weight, tokens, cu_seqlens, rewards):
+        features = g2.head_features(hidden, weight, tokens, cu_seqlens).features
+        advantages = g2.group_geometry(features, rewards, 2).advantages
+        return (g2.linear_logprobs(hidden, weight, tokens).logprobs.sum() * advantages).sum()
+
+    args = (case.hidden, case.weight, case.tokens, case.cu_seqlens, torch.tensor([1.0, -1, 1, 1]))
+    assert torch.equal(step(*args), torch.compile(step, **compiled)(*args))
+
+
+def test_out_of_range_values_are_refused_while_compiled_too():
+    """The Python checks are skipped then; the operator's own remain."""
+    case = make_case([3, 5], V=67, d=16)
+    function = torch.compile(g2.head_features, **compiled)
+    with pytest.raises(Exception, match="tokens"):
+        function(case.hidden, case.weight, case.tokens + 67, case.cu_seqlens)
+    with pytest.raises(Exception, match="cu_seqlens"):
+        function(case.hidden, case.weight, case.tokens, case.cu_seqlens + 1)
