@@ -7,8 +7,8 @@ level, link CUDA's runtime statically, and refer weakly to the one symbol that a
     pip install .                            with or without --no-build-isolation
 
 Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME
-names the toolkit; MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++ compiler
-and the linker (-fsanitize=...).
+names the toolkit; MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++
+compiler and the linker (-fsanitize=...).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_nvcc() -> str | None:
 
 
 class Nvcc:
-    """Compiles csrc/cuda/*.cu, which need no torch header; torch's CUDAExtension refuses beside a CPU-only torch."""
+    """Compiles csrc/cuda/*.cu; torch's CUDAExtension refuses beside a CPU-only torch, whose headers they need not."""
 
     def __init__(self, path: str) -> None:
         self.path = path

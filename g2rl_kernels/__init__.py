@@ -1,4 +1,4 @@
-"""Gradient-guided exploration (G2RL) for language models: last-layer features without logits, group geometry."""
+"""Gradient-guided exploration (G2RL) for language models: features without logits, and group geometry."""
 
 __version__ = "0.1.0"
 

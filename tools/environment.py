@@ -5,8 +5,8 @@
 Two ways, the second where this interpreter already has a torch that fits:
 1. torch, the build tools and the extras named are installed at the versions of constraints.txt. On a machine
    without NVIDIA driver torch is a CPU build, or nothing: no CUDA is downloaded where nothing can use it.
-2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is missing
-   is installed, nothing is replaced, and where there is no network it goes on without.
+2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is
+   missing is installed, nothing is replaced, and where there is no network it goes on without.
 Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the
 environment's bin.
 """
@@ -111,10 +111,10 @@ def install_torch(environment: Environment) -> None:
     if environment.install(torch, "setuptools", "ninja"):
         return
     sys.exit(
-        f"[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build\n"
-        "         of torch: name one that has in PIP_EXTRA_INDEX_URL (pytorch.org, 'Start locally', CPU); or give an\n"
-        "         interpreter that has torch, make PYTHON=...; or take the default build, which may bring gigabytes of\n"
-        f"         CUDA: G2RL_TORCH={pins()['torch']}"
+        f"""[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build:
+  - name one that has, PIP_EXTRA_INDEX_URL=... make (pytorch.org, 'Start locally', CPU);
+  - or give an interpreter that has torch, make PYTHON=...;
+  - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pins()["torch"]} make"""
     )
 
 
