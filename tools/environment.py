@@ -111,7 +111,7 @@ def install_torch(environment: Environment) -> None:
     if environment.install(torch, "setuptools", "ninja"):
         return
     sys.exit(
-        f"""[set-up] {torch} could not be installed (pip's reason is above). If your package index has no CPU build:
+        f"""[set-up] {torch} could not be installed (pip's reason is above). If your index has no CPU build:
   - name one that has, PIP_EXTRA_INDEX_URL=... make (pytorch.org, 'Start locally', CPU);
   - or give an interpreter that has torch, make PYTHON=...;
   - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pins()["torch"]} make"""
