@@ -63,7 +63,7 @@ def find_nvcc() -> str | None:
 
 
 class Nvcc:
-    """Compiles csrc/cuda/*.cu. They need no header of torch, whose CUDAExtension refuses beside a CPU-only torch."""
+    """Compiles csrc/cuda/*.cu. They need no torch header; torch's CUDAExtension refuses beside a CPU-only torch."""
 
     def __init__(self, path: str) -> None:
         self.path = path
