@@ -6,7 +6,7 @@ import torch
 
 # The same examples on every run, so that a red test is one's own doing; HYPOTHESIS_PROFILE=explore looks
 # further.
-hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

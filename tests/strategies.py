@@ -42,19 +42,21 @@ def cases(draw: st.DrawFn) -> Case:
     d = draw(st.sampled_from(SIZES) | st.integers(1, 150))
     lengths = draw(st.lists(st.sampled_from((0, 1, 2, 5, 63, 64, 65)) | st.integers(0, 40), max_size=6))
     N = sum(lengths)
-    case = make_case(lengths, V, d, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
+    seed = draw(st.integers(0, 99))
+    case = make_case(lengths, V, d, draw(st.sampled_from(DTYPES)), seed)
+    g = torch.Generator().manual_seed(seed)
     case.hidden = restride(case.hidden, draw(st.sampled_from(LAYOUTS)))
     case.weight = restride(case.weight, draw(st.sampled_from(LAYOUTS)))
     case.cu_seqlens = case.cu_seqlens.to(draw(st.sampled_from((torch.int32, torch.int64))))
     if draw(st.booleans()):
         dtype = draw(st.sampled_from((torch.float32, case.hidden.dtype)))
-        masked = torch.rand(V) < draw(st.sampled_from((0.0, 0.3)))
+        masked = torch.rand(V, generator=g) < draw(st.sampled_from((0.0, 0.3)))
         masked[case.tokens] = False
         masked[0] &= N > 0  # some entry stays
-        bias = torch.randn(V).masked_fill(masked, -torch.inf).to(dtype)
+        bias = torch.randn(V, generator=g).masked_fill(masked, -torch.inf).to(dtype)
         case.bias = bias.repeat_interleave(2)[::2] if draw(st.booleans()) else bias
     if draw(st.booleans()):
-        case.token_weights = torch.rand(N) * (torch.rand(N) < 0.7)
+        case.token_weights = torch.rand(N, generator=g) * (torch.rand(N, generator=g) < 0.7)
     case.temperature = draw(st.sampled_from((1.0, 0.3, 1.7)))
     case.logit_scale = draw(st.sampled_from((1.0, 0.25, 2.0)))
     case.logit_softcap = draw(st.sampled_from((None, 1.5, 30.0)))
