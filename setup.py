@@ -31,9 +31,12 @@ if int(setuptools.__version__.split(".")[0]) < 77:
         f"g2rl-kernels needs setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools"
     )
 try:
+    import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
-    sys.exit(f"g2rl-kernels builds against an installed torch ({error}): pip install 'torch>=2.11,<2.14'")
+    sys.exit(
+        f"g2rl-kernels builds beside torch, pybind11 and ninja ({error}): pip install those, or pip install ."
+    )
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: what a later torch keeps, and what 2.11 has
 CUDA_ARCHS = (
@@ -63,7 +66,7 @@ def find_nvcc() -> str | None:
 
 
 class Nvcc:
-    """Compiles csrc/cuda/*.cu. They need no torch header; torch's CUDAExtension refuses beside a CPU-only torch."""
+    """Compiles csrc/cuda/*.cu, free of torch; torch's CUDAExtension refuses beside a CPU-only torch."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -172,7 +175,8 @@ setup(
             "g2rl_kernels._C",
             sources=["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
             depends=["setup.py", *HEADERS, *glob("csrc/cuda/*.cu")],
-            include_dirs=[str(Path("csrc").absolute())],
+            # pybind11's own headers: torch 2.11 forbids its copy together with the stable ABI.
+            include_dirs=[str(Path("csrc").absolute()), pybind11.get_include()],
             # No -march: units under csrc/cpu name their instruction sets, and the best is chosen at run time.
             # No -ffast-math: kernels rely on NaN and infinities.
             extra_compile_args={

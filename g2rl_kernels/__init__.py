@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import torch  # noqa: F401  (loads the libraries that _C is linked against)
 
 try:
-    from . import _C  # noqa: F401  (registers the ops)
+    import g2rl_kernels._C  # noqa: F401  (registers the ops)
 except ImportError as error:
     raise ImportError(
         f"g2rl_kernels' compiled part does not load ({error}). In a checkout, build it: "

