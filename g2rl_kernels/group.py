@@ -56,6 +56,13 @@ def group_geometry(
         A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
 
     nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
+    The paper's eq. 12 as printed contradicts the text around it; `shaping` offers both. With lam = 0.5:
+
+        reward  nubar           "intent"  "equation"
+          +1      0  (alike)       0.5        1.0
+          +1      1  (novel)       1.5        1.5
+          -1      0  (alike)      -0.5       -1.0
+          -1      1  (novel)      -1.5       -0.5
 
     Args:
         features: [S, d], any float dtype (computed on in float32): see `head_features`.

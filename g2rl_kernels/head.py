@@ -229,8 +229,9 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
     _check_tensor("mask", mask, (torch.bool, torch.int64, torch.int32, torch.uint8), hidden.device)
     _check_shape("mask", mask, tuple(hidden.shape[:2]), "[B, L] of hidden")
     mask = mask != 0
+    rows = mask.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    return hidden[mask], tokens[mask], cu_seqlens
+    return hidden.flatten(0, 1)[rows], tokens.flatten()[rows], cu_seqlens
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -351,9 +352,10 @@ def _(
 #     m = max z_v,   s = sum exp(z_v - m),   t = sum exp(z_v - m) (z_v - m)         v other than y
 #
 # and adds y at the end. As p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then keeps its digits, and the
-# backward pass takes 1 - p_y from it. Backward recomputes z tile by tile, with p = exp(z - logsumexp):
+# backward pass takes 1 - p_y from it. That pass recomputes z tile by tile and has log p = (z - top) -
+# log_total, the two parts of the logsumexp kept apart: their sum would be rounded to the size of the logits.
 #
-#     d log p_y / d z_v = [v = y] - p_v,   d H / d z_v = -p_v (log p_v + H),   d logsumexp / d z_v = p_v
+#     d log p_y / d z_v = [v = y] - p_v,   d H / d z_v = -p_v (log p_v + H)
 
 TOKEN_CHUNK = 512
 
@@ -388,8 +390,9 @@ def _linear_logprobs(
     logit_scale: float,
     logit_softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs [N], entropy [N] and the parts of the logsumexp [2, N]."""
     dtype = reference.accumulation_dtype(hidden)
-    logprobs, entropy, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    logprobs, entropy, normaliser = _outputs(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _slices(hidden.shape[0], TOKEN_CHUNK):
             h, y = hidden[rows].to(dtype), tokens[rows]
@@ -421,10 +424,19 @@ def _linear_logprobs(
             e_y = torch.exp(z_y - top)
             log_total = torch.where(z_y >= m, torch.log1p(s), torch.log(s + e_y))
             logprobs[rows] = (z_y - top - log_total).squeeze(1)
-            logsumexp[rows] = (top + log_total).squeeze(1)
+            normaliser[:, rows] = torch.cat([top, log_total], dim=1).T
             t = t + torch.where(e_y == 0, 0, e_y * (z_y - top))
             entropy[rows] = (log_total - t / (s + e_y)).squeeze(1)
-    return logprobs, entropy, logsumexp
+    return logprobs, entropy, normaliser
+
+
+def _outputs(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
+    return (
+        hidden.new_empty(N, dtype=dtype),
+        hidden.new_empty(N, dtype=dtype),
+        hidden.new_empty((2, N), dtype=dtype),
+    )
 
 
 def _shifted(m: Tensor, s: Tensor, t: Tensor, new_m: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,23 +447,21 @@ def _shifted(m: Tensor, s: Tensor, t: Tensor, new_m: Tensor) -> tuple[Tensor, Te
 
 
 @_linear_logprobs.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    dtype = reference.accumulation_dtype(hidden)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(hidden)
 
 
 @torch.library.custom_op("g2rl::linear_logprobs_backward", mutates_args=())
 def _linear_logprobs_backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
-    grad_logsumexp: Tensor,
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor,
-    logsumexp: Tensor,
+    normaliser: Tensor,
     temperature: float,
     logit_scale: float,
     logit_softcap: float,
@@ -480,19 +490,17 @@ def _linear_logprobs_backward(
                     rows = slice(outer.start + inner.start, outer.start + inner.stop)
                     h = hidden[rows].to(dtype)
                     z, slope = reference.logits(h, w, b, temperature, logit_scale, logit_softcap or None)
-                    log_p = z.sub_(logsumexp[rows, None])
+                    log_p = z.sub_(normaliser[0, rows, None]).sub_(normaliser[1, rows, None])
                     p = log_p.exp()
                     index, inside = _tile_index(tokens[rows], block)
-                    g, g_entropy, g_lse = (
-                        grad[rows, None].to(dtype) for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
-                    )
+                    g, g_entropy = grad_logprobs[rows, None].to(dtype), grad_entropy[rows, None].to(dtype)
                     H = entropy[rows, None]
-                    # p (g_lse - g - g_entropy (log p + H)), plus g at the realised token, by way of 1 - p_y
+                    # -p (g + g_entropy (log p + H)), plus g at the realised token, by way of 1 - p_y
                     log_p.masked_fill_(p == 0, 0.0)
-                    grad_z = p * (g_lse - g - g_entropy * (log_p + H))
+                    grad_z = -p * (g + g_entropy * (log_p + H))
                     one_minus_p = -torch.expm1(logprobs[rows, None])
                     p_y = p.gather(1, index)
-                    at_token = g * one_minus_p + p_y * (g_lse - g_entropy * (log_p.gather(1, index) + H))
+                    at_token = g * one_minus_p - p_y * g_entropy * (log_p.gather(1, index) + H)
                     grad_z.scatter_(1, index, torch.where(inside, at_token, grad_z.gather(1, index)))
                     if slope is not None:
                         grad_z *= slope
@@ -524,25 +532,23 @@ def _gradients(
 
 @_linear_logprobs_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = args[3], args[4], args[6]
+    hidden, weight, bias = args[2], args[3], args[5]
     return _gradients(hidden, weight, bias, *args[-3:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, tokens, bias, *options = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(hidden, weight, tokens, bias, *output)
     ctx.options = options
 
 
 def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, tokens, bias, *outputs = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    grads = [
-        torch.zeros_like(outputs[0]) if grad is None else grad
-        for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
-    ]
+    grads = [torch.zeros_like(outputs[0]) if grad is None else grad for grad in (grad_logprobs, grad_entropy)]
     grad_hidden, grad_weight, grad_bias = _linear_logprobs_backward(
         *grads, hidden, weight, tokens, bias, *outputs, *ctx.options, need_hidden, need_weight, need_bias
     )

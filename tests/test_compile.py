@@ -71,26 +71,12 @@ def test_opcheck_linear_logprobs(trained):
 
 def test_opcheck_linear_logprobs_backward():
     case = make_case([8], V=67, d=16)
-    logprobs, entropy, logsumexp = torch.ops.g2rl.linear_logprobs(
-        case.hidden, case.weight, case.tokens, None, 1.0, 1.0, 0.0
-    )
-    grads, options = torch.randn(3, 8).unbind(), (1.0, 1.0, 0.0)
+    options = (1.0, 1.0, 0.0)
+    inputs = (case.hidden, case.weight, case.tokens, None)
+    outputs = torch.ops.g2rl.linear_logprobs(*inputs, *options)
     for needs in ((True, True, False), (False, True, False), (True, False, False)):
-        torch.library.opcheck(
-            torch.ops.g2rl.linear_logprobs_backward,
-            (
-                *grads,
-                case.hidden,
-                case.weight,
-                case.tokens,
-                None,
-                logprobs,
-                entropy,
-                logsumexp,
-                *options,
-                *needs,
-            ),
-        )
+        args = (*torch.randn(2, 8), *inputs, *outputs, *options, *needs)
+        torch.library.opcheck(torch.ops.g2rl.linear_logprobs_backward, args)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -155,6 +141,17 @@ def test_the_whole_step_in_one_graph():
 
     args = (case.hidden, case.weight, case.tokens, case.cu_seqlens, torch.tensor([1.0, -1, 1, 1]))
     assert torch.equal(step(*args), torch.compile(step, **compiled)(*args))
+
+
+def test_packing_compiles_with_the_head():
+    def function(hidden, tokens, mask, weight):
+        packed, ids, cu_seqlens = g2.pack_responses(hidden, tokens, mask)
+        return (*g2.head_features(packed, weight, ids, cu_seqlens), cu_seqlens)
+
+    mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]])
+    args = (torch.randn(3, 3, 4), torch.arange(9).view(3, 3), mask, torch.randn(11, 4))
+    for eager, traced in zip(function(*args), torch.compile(function, **compiled)(*args)):
+        assert torch.equal(eager, traced)
 
 
 def test_out_of_range_values_are_refused_while_compiled_too():
