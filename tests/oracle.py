@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import g2rl_kernels as g2
-from g2rl_kernels import _C
+from g2rl_kernels import _C, head
 
 # (backend, instruction set): all that this machine can run
 BACKENDS = [("reference", None)] + [
@@ -248,3 +249,25 @@ def assert_as_exact_as_torch(
         assert (error <= limit).all(), (
             f"{name}: error {error.max():.3g}, at worst {excess.max():.3g} times what is allowed"
         )
+
+
+class Sizes(TorchDispatchMode):
+    """Collects dtype and element count of every tensor made, inside the operators of linear_logprobs too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[torch.dtype, int]] = []
+        self.inside = {
+            torch.ops.g2rl.linear_logprobs.default: head._linear_logprobs._init_fn,
+            torch.ops.g2rl.linear_logprobs_backward.default: head._linear_logprobs_backward._init_fn,
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.inside:
+            with self:
+                return self.inside[func](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.made.append((tensor.dtype, tensor.numel()))
+        return out

@@ -200,6 +200,29 @@ def test_equal_features_shape_by_a_half():
     assert out.shaped_rewards.tolist() == [1, -1, 1, -1]
 
 
+@pytest.mark.parametrize(
+    ("scale", "advantages"),
+    [
+        # Rewards 1, -1 | 1, 1. Group means 0, 1; group variances 1, 0. Batch mean 1/2, variance 3/4.
+        ("group", (1.0, -1.0, 0.0, 0.0)),
+        ("batch", (1.154701, -1.154701, 0.0, 0.0)),
+        ("none", (1.0, -1.0, 0.0, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_scales_worked_out_by_hand(scale, advantages, factor):
+    rewards = factor * torch.tensor([1.0, -1, 1, 1])
+    out = g2.group_geometry(torch.randn(4, 3), rewards, 2, shaping="none", scale=scale, eps=1e-9)
+    expected = torch.tensor(advantages) * (factor if scale == "none" else 1)
+    torch.testing.assert_close(out.advantages, expected, rtol=0, atol=2e-6)
+
+
+def test_eps_of_the_advantages():
+    """s = sqrt(variance + eps): rewards +-1e-3 have variance 1e-6."""
+    out = g2.group_geometry(torch.randn(2, 3), torch.tensor([1e-3, -1e-3]), 2, shaping="none", eps=3e-6)
+    torch.testing.assert_close(out.advantages, torch.tensor([0.5, -0.5]), rtol=1e-5, atol=0.0)
+
+
 def test_clip():
     out = g2.group_geometry(plane((0, 0, 90)), torch.tensor([1.0, 2, -2.9]), 3, lam=0.5, clip=3.0)
     assert out.shaped_rewards[2].item() == -3

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from hypothesis import given
-from oracle import Case, entropy, logits, make_case
+from oracle import Case, Sizes, entropy, logits, make_case
 from strategies import DTYPES, LAYOUTS, cases, restride
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import g2rl_kernels as g2
-from g2rl_kernels import head
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
@@ -192,28 +190,6 @@ def test_one_output_alone():
         hidden = case.hidden.clone().requires_grad_()
         g2.linear_logprobs(hidden, case.weight, case.tokens)[which].sum().backward()
         torch.testing.assert_close(hidden.grad, ours(case, grads)["hidden"])
-
-
-class Sizes(TorchDispatchMode):
-    """Element counts of every tensor made, inside the two operators too."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-        self.inside = {
-            torch.ops.g2rl.linear_logprobs.default: head._linear_logprobs._init_fn,
-            torch.ops.g2rl.linear_logprobs_backward.default: head._linear_logprobs_backward._init_fn,
-        }
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.inside:
-            with self:
-                return self.inside[func](*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.made.append((tensor.dtype, tensor.numel()))
-        return out
 
 
 @pytest.mark.parametrize("frozen", [False, True])
