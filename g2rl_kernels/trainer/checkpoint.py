@@ -126,19 +126,20 @@ def whole_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         if (
             target.exists()
-        ):  # the new one is on the disk by now; rename cannot replace a directory that is not empty
+        ):  # rename replaces no directory that holds files; the new one is on the disk by now
             shutil.rmtree(target)
         os.rename(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, TrainerError):
             raise
+        remedy = "free some disk space and " if "space" in str(error) else ""
         raise TrainerError(
-            f"cannot write {target.name} ({error}): free some disk space and start the same command again; "
+            f"cannot write {target} ({error}): {remedy}start the same command again; "
             "the checkpoint before it is whole"
         ) from error
 
@@ -147,11 +148,12 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a text file in one go."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when the file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -121,6 +121,8 @@ class TrainerConfig:
                 raise ConfigError(
                     f"config file {path}: expected `key: value` lines, got a {type(values).__name__}"
                 )
+        if isinstance(values.get("tasks"), dict):  # one task may be written without a list
+            values["tasks"] = [values["tasks"]]
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals or not key:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_whole
+from .checkpoint import flush, write_whole
 from .errors import need
 
 BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
@@ -17,7 +17,7 @@ BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")
 
 
 class Report:
-    """The files of one run in `output_dir`. Each step's line is on the disk before the next step begins."""
+    """The files of one run in `output_dir`. Each step's line is written before the next step begins."""
 
     def __init__(self, output_dir: Path, title: str):
         self.dir, self.title = output_dir, title
@@ -38,6 +38,12 @@ class Report:
         self.samples += samples
         _append(self.dir / "samples.jsonl", samples)
         write_whole(self.dir / "samples.md", f"# Samples: {self.title}\n\n" + table(samples))
+
+    def flush(self) -> None:
+        """Puts the lines on the disk, where a checkpoint will refer to them."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.dir / name).exists():
+                flush(self.dir / name)
 
     def draw(self) -> Path:
         """One picture of all curves so far; returns its path."""
@@ -141,8 +147,6 @@ def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: floa
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:

@@ -44,7 +44,9 @@ class Sampler:
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and its order
         self._prepare_tokenizer()
-        self.own_generation = model.generation_config  # as released; put back when the model is saved
+        self.own_generation = _savable(
+            model.generation_config
+        )  # as released; put back when the model is saved
         self.end_tokens = self._end_tokens()
         # The response must come from softmax(z / temperature), which is what the ops score, and from nothing
         # else. generate() fills whatever we leave out (top-k, penalties, ...) from the model's own: empty
@@ -177,6 +179,16 @@ class Sampler:
         if ends == {None}:
             raise ConfigError("model: no end token is known: set stop_tokens: ['<its token>']")
         return sorted(ends - {None})
+
+
+def _savable(generation: Any) -> Any:
+    """The model's generation settings, or their end tokens alone where transformers would refuse to save
+    them."""
+    try:
+        generation.validate(strict=True)
+        return generation
+    except ValueError:
+        return type(generation)(eos_token_id=generation.eos_token_id, pad_token_id=generation.pad_token_id)
 
 
 def autocast(config: TrainerConfig, device: torch.device) -> AbstractContextManager:

@@ -64,7 +64,8 @@ class Trainer:
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the policy that is updated must be the one that sampled
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise TrainerError("model: no parameter requires a gradient, so nothing would be trained")
@@ -317,6 +318,7 @@ class Trainer:
         """Writes checkpoint-<step>, whole or not at all."""
         state = {"step": self.step_number, "position": self.sampler.position, "config": self.config.to_dict()}
         parts = self.model, self.tokenizer, self.optimizer
+        self.report.flush()
         return checkpoint.save(self.output_dir, self.step_number, *parts, state, self.config.keep_checkpoints)
 
     def save_model(self) -> Path:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import errno
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from g2rl_kernels.trainer import TrainerError, checkpoint
+from g2rl_kernels.trainer.report import Report
+
+
+def trained(seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim.Optimizer]:
+    model = make_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(steps):
+        model(input_ids=torch.arange(6)[None]).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def draws() -> list[float]:
+    return [random.random(), float(numpy.random.rand()), float(numpy.random.randn()), float(torch.rand(()))]
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    numpy.random.randn()  # leaves half a Gaussian pair in the generator
+    path = checkpoint.save(tmp_path, 7, model, make_tokenizer(), optimizer, {"position": 3}, keep=2)
+    expected = draws()
+    other, fresh = trained(seed=1, steps=0)
+    state = checkpoint.load(path, other, fresh)
+    assert (state["step"], state["position"]) == (7, 3)
+    assert draws() == expected
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    for m, o in ((model, optimizer), (other, fresh)):  # one more update: the moments must agree too
+        m(input_ids=torch.arange(6)[None]).logits.square().mean().backward()
+        o.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert other.get_output_embeddings().weight is other.get_input_embeddings().weight  # still tied
+
+
+def test_no_pickle_and_readable_by_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=2)
+    assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    again = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert AutoTokenizer.from_pretrained(path)("1+2")["input_ids"] == make_tokenizer()("1+2")["input_ids"]
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (1, 2, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, step, model, make_tokenizer(), optimizer, {}, keep=2)
+    assert [path.name for path in checkpoint.find_all(tmp_path)] == [
+        "checkpoint-999999",
+        "checkpoint-1000000",
+    ]
+
+
+def test_full_disk_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(TrainerError, match=r"No space left on device.*free some disk space") as caught:
+        checkpoint.save(tmp_path, 2, model, make_tokenizer(), optimizer, {}, keep=1)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+    assert checkpoint.load(checkpoint.find_all(tmp_path)[-1], *trained(1, 0))["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+)
+def test_damage_is_told(tmp_path: Path, file: str) -> None:
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=1)
+    whole = (path / file).read_bytes()
+    (path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TrainerError, match=r"is damaged.*delete it"):
+        checkpoint.load(path, model, optimizer)
+
+
+def test_another_model_is_told(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=1)
+    wider = make_model(hidden_size=48)
+    with pytest.raises(TrainerError, match="of another model"):
+        checkpoint.load(path, wider, torch.optim.AdamW(wider.parameters(), fused=True))
+
+
+def test_metrics_are_rewound(tmp_path: Path) -> None:
+    """Lines past the checkpoint go, and so does the one that was being written when the run was killed."""
+    lines = [json.dumps({"step": step, "reward": step / 7}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "rew')
+    report = Report(tmp_path, "title")
+    report.begin(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+    assert [m["step"] for m in report.metrics] == [1, 2]
+    report.log({"step": 3, "reward": 0.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]

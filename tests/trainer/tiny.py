@@ -1,0 +1,77 @@
+"""A tiny random language model and a character tokenizer, made here: no hub, no files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from g2rl_kernels.trainer import Trainer, TrainerConfig
+
+CHARACTERS = "0123456789+-= abcdefgh"
+
+
+def make_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = {"eos_token": "</s>", "unk_token": "<unk>", **({"pad_token": "<pad>"} if pad else {})}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_model(seed: int = 0, **settings: Any) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        **{
+            "vocab_size": len(CHARACTERS) + 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.3,  # far from uniform, so that errors show
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            **settings,
+        }
+    )
+    return Qwen3ForCausalLM(config)
+
+
+class LetterTask:
+    """Right when the completion holds an "a"; the questions differ in length, so that prompts are padded."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"question": "abc" + "+1" * (index % 5) + "="}
+
+    def score(self, completion: str, item: dict[str, Any]) -> float:
+        return float("a" in completion)
+
+
+def make_trainer(
+    path: Path, task: Any = None, model: Any = None, tokenizer: Any = None, **keys: Any
+) -> Trainer:
+    config = TrainerConfig.from_dict(
+        {
+            "output_dir": str(path),
+            "batch_size": 8,
+            "group_size": 4,
+            "max_new_tokens": 6,
+            "max_prompt_tokens": 32,
+            "lr": 1e-3,
+            "steps": 3,
+            **keys,
+        }
+    )
+    task = LetterTask() if task is None else task
+    return Trainer(model or make_model(), tokenizer or make_tokenizer(), task, config)
