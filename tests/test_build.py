@@ -93,7 +93,11 @@ def test_not_built_is_one_line_with_the_remedy(tmp_path):
     shutil.copytree(
         ROOT / "g2rl_kernels", tmp_path / "g2rl_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import g2rl_kernels"
+    # An editable install has an import hook that would find the built module all the same.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import g2rl_kernels"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: g2rl_kernels' compiled part does not load")
