@@ -2,11 +2,11 @@
 //
 //   features[s] = sum_t a_t (W[y_t] - sum_v p_tv W[v]) = A[s, :] W   with   A[s, v] = sum_t a_t (1[y_t = v] - p_tv)
 //
-// so the second matrix product runs over responses, not tokens (PAPER: linearity).  p_tv = exp(z_tv - lse_t) needs lse_t,
-// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 64 tokens at a time:
+// so the second matrix product runs over responses, not tokens.  p_tv = exp(z_tv - lse_t) needs lse_t,
+// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 128 tokens at a time:
 //
 //   pack      hidden^T into panels whose vector lanes are tokens
-//   forward   each block of 96 vocabulary rows: logits in L1, max, sum, entropy moment; exp(z - block max) kept as 16 bits
+//   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 or 12 bits
 //   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
 //   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
 //   project   rows of A whose response is complete, several at a time, times W
@@ -20,6 +20,7 @@
 #include "head.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -38,6 +39,7 @@ namespace {
 
 constexpr int64_t kWorkspace = 15500000;   // bytes; what the caller allocates beside it keeps the total below 16 MB
 constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
+constexpr int64_t kWidths[] = {128, 96, 64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
 constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
 
 struct Free {
@@ -59,7 +61,18 @@ Buffer<T> allocate(int64_t count) {
 
 template <class Body>
 void run(Parallel parallel, int64_t n, const Body& body) {
-  if (n > 0) parallel(n, const_cast<Body*>(&body), [](void* ctx, int64_t i) { (*static_cast<const Body*>(ctx))(i); });
+  // A thread that falls behind must not hold up the others: each call takes the next few indices until none are left.
+  // Which thread computes an index does not matter to its result.
+  struct Work {
+    const Body& body;
+    const int64_t n, grain;
+    std::atomic<int64_t> next{0};
+  } work{body, n, std::max<int64_t>(n / 128, 1)};
+  parallel(std::min<int64_t>(n, 128), &work, [](void* ctx, int64_t) {
+    Work& w = *static_cast<Work*>(ctx);
+    for (int64_t i; (i = w.next.fetch_add(w.grain)) < w.n;)
+      for (int64_t j = i; j < std::min(i + w.grain, w.n); j++) w.body(j);
+  });
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -76,28 +89,33 @@ const HeadKernels& kernels_for(Isa isa) {
 
 // How the workspace is shared out.
 struct Plan {
-  int64_t width;  // tokens in flight
-  int64_t span;   // vocabulary entries in flight; a multiple of kBlock unless it is V
-  int64_t rows;   // rows of A
+  int64_t width;      // tokens in flight
+  int64_t code_bits;  // 16 or 12
+  int64_t span;       // vocabulary entries in flight; a multiple of kBlock unless it is V
+  int64_t rows;       // rows of A
   int64_t spans(int64_t V) const { return ceil_div(V, span); }
 };
 
-int64_t bytes_fixed(int64_t width, int64_t span, int64_t units) {
-  const int64_t blocks = ceil_div(span, kBlock);
-  return width * (2 * blocks * kBlock + 12 * blocks + 4 * units);
-}
-
-Plan make_plan(const HeadArgs& a, int64_t units) {
+Plan make_plan(const HeadArgs& a, const HeadKernels& k, int64_t units) {
+  const auto rows_beside = [&](int64_t width, int64_t bits) {
+    const int64_t blocks = ceil_div(a.V, kBlock);
+    const int64_t fixed = width * (blocks * kBlock * bits / 8 + 3 * 4 * blocks + 4 * units);
+    return (kWorkspace - fixed) / int64_t(4 * a.V);
+  };
+  // The more tokens in flight, the less often W is read; the more rows of A, the less often it is read to project them.
   const int64_t wanted = std::min<int64_t>(a.S, 4);
-  for (int64_t width : {64, 32, 16}) {
-    if (width > 16 && (width >= 2 * a.N || width * units * 4 > kPanelBytes)) continue;
-    const int64_t rows = (kWorkspace - bytes_fixed(width, a.V, units)) / (4 * a.V);
-    if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows})};
+  for (int64_t width : kWidths) {
+    if (width > 16 && (width >= 2 * a.N || std::min(width, kMaxPanel) * units * 4 > kPanelBytes)) continue;
+    for (int64_t bits : {16, 12}) {
+      if (bits == 12 && (!k.code12 || a.dtype == DType::f32)) continue;
+      const int64_t rows = rows_beside(width, bits);
+      if (rows >= (width > 16 ? wanted : 1)) return {width, bits, a.V, std::min({rows, a.S, kMaxRows})};
+    }
   }
-  // one row of A and the codes of 16 tokens for each vocabulary entry; never less than one block
-  const int64_t rows = std::min<int64_t>(a.S, 4), left = kWorkspace - 16 * 4 * units;
-  const int64_t blocks = std::max<int64_t>(left / (kBlock * (16 * 2 + 4 * rows) + 16 * 12), 1);
-  return {16, std::min(blocks * kBlock, a.V), rows};
+  // A vocabulary for spans: one block of it takes the codes of 16 tokens, their statistics and its part of the rows of A.
+  const int64_t rows = std::min<int64_t>(a.S, 4), block_bytes = kBlock * (16 * 2 + 4 * rows) + 16 * 12;
+  const int64_t blocks = std::max<int64_t>((kWorkspace - 16 * 4 * units) / block_bytes, 1);
+  return {16, 16, std::min(blocks * kBlock, a.V), rows};
 }
 
 class Head {
@@ -106,16 +124,14 @@ class Head {
     c.args = &args;
     c.bf16_pairs = args.dtype == DType::bf16 && kernels.bf16_dot;
     c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
-    plan = make_plan(args, c.units);
-    c.panel = kernels.panel_for(plan.width);
-    c.panels = ceil_div(plan.width, c.panel);
-    width = c.panels * c.panel;
+    plan = make_plan(args, kernels, c.units);
+    const int64_t width = plan.width;
     const int64_t blocks = ceil_div(plan.span, kBlock);
     // the codes are dead while rows are projected: the same memory holds the partial projections
-    code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
+    code_bytes = std::max(blocks * kBlock * width * plan.code_bits / 8, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, args.d * 4);
     packed = allocate<float>(c.units * width);
-    codes = allocate<char>(code_bytes);
+    codes = allocate<uint8_t>(code_bytes);
     statistics = allocate<float>(3 * blocks * width);
     residual = allocate<float>(plan.rows * plan.span);
     row_response.assign(plan.rows, -1);
@@ -148,7 +164,9 @@ class Head {
     c.first_token = n;
     c.tokens = 0;
     segments.clear();
-    while (c.tokens < plan.width && n + c.tokens < a.N) {
+    // two chunks of nearly one size at the end, not a full one and a rest that W would be read for in vain
+    const int64_t left = a.N - n, limit = left > plan.width && left < 2 * plan.width ? fitting((left + 1) / 2) : plan.width;
+    while (c.tokens < limit && c.tokens < left) {
       const int64_t at = n + c.tokens;
       while (a.cu_seqlens[response + 1] <= at) response++;  // also passes over empty responses
       auto row = std::find(row_response.begin(), row_response.end(), response);
@@ -162,12 +180,22 @@ class Head {
         }
         *row = response;
       }
-      const int64_t count = std::min(plan.width - c.tokens, a.cu_seqlens[response + 1] - at);
+      const int64_t count = std::min(limit - c.tokens, a.cu_seqlens[response + 1] - at);
       segments.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
       c.tokens += count;
     }
     c.segments = segments.data();
     c.segment_count = segments.size();
+    c.panel = k.panel_for(fitting(c.tokens));
+    c.panels = ceil_div(c.tokens, c.panel);
+  }
+
+  // The least width that holds so many tokens
+  int64_t fitting(int64_t tokens) const {
+    int64_t best = plan.width;
+    for (int64_t width : kWidths)
+      if (width >= tokens && width < best) best = width;
+    return best;
   }
 
   void pack() {
@@ -184,7 +212,8 @@ class Head {
   }
 
   void forward(bool keep_codes) {
-    c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes.get()) : nullptr;
+    c.code_bits = keep_codes ? plan.code_bits : 0;
+    c.codes = codes.get();
     run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
   }
 
@@ -287,9 +316,9 @@ class Head {
   Parallel parallel;
   HeadChunk c{};
   Plan plan;
-  int64_t width, code_bytes, response = 0;
+  int64_t code_bytes, response = 0;
   Buffer<float> packed, statistics, residual;
-  Buffer<char> codes;
+  Buffer<uint8_t> codes;
   std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<Segment> segments;

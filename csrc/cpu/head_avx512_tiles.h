@@ -1,4 +1,4 @@
-// Register tiles of the AVX-512 head kernels: rows x vectors of tokens, 24 sums in the 32 registers.
+// Register tiles of the AVX-512 head kernels: rows x vectors of tokens, 16 to 24 sums in the 32 registers.
 #include "vec_avx512.h"
 // after the vector type
 #include "head_kernels_impl.h"
@@ -10,7 +10,8 @@ namespace {
 template <class Dot>
 LogitsBlock tile_for(int64_t panel) {
   if (panel == 64) return logits_block<Dot, 6, 4>;
-  if (panel == 32) return logits_block<Dot, 12, 2>;
+  if (panel == 48) return logits_block<Dot, 8, 3>;
+  if (panel == 32) return logits_block<Dot, 8, 2>;
   return logits_block<Dot, 16, 1>;
 }
 
@@ -21,7 +22,8 @@ LogitsBlock logits_block_for(const HeadChunk& c) {
   return tile_for<DotFloat>(c.panel);
 }
 
-int64_t panel_for(int64_t width) { return width > 32 ? 64 : width > 16 ? 32 : 16; }
+// The widest tile that divides the chunk
+int64_t panel_for(int64_t width) { return width % 64 == 0 ? 64 : width % 48 == 0 ? 48 : width % 32 == 0 ? 32 : 16; }
 
 }  // namespace
 }  // namespace G2RL_ISA

@@ -12,20 +12,20 @@ namespace G2RL_ISA {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int64_t kSlice = 512;     // units of a row that are unpacked at a time
+constexpr int64_t kSlice = 256;     // numbers of a row that are unpacked at a time: the rows in work stay in L1
 constexpr float kQuarterLog2Floor = -30.0f;  // exp(z - max) below 2^-120 counts as 2^-120: never subnormal, code 0
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 2^y for y in [-126, 0]; NaN stays NaN.  Relative error below 1e-7; 2^0 is exactly 1.
-G2RL_INLINE vf exp2_negative(vf y) {
+// one * 2^y for y in [-100, 0]; NaN stays NaN.  Relative error below 1e-7; y = 0 gives `one` itself.
+G2RL_INLINE vf exp2_negative(vf y, float one = 1.0f) {
   const vf n = round(y), f = y - n;
-  vf p = splat(1.5353362e-4f);  // minimax on [-1/2, 1/2] with p(0) = 1: 2e-9
-  p = fma(p, f, splat(1.3398875e-3f));
-  p = fma(p, f, splat(9.618437e-3f));
-  p = fma(p, f, splat(5.5503324e-2f));
-  p = fma(p, f, splat(0.24022648f));
-  p = fma(p, f, splat(0.6931472f));
-  p = fma(p, f, splat(1.0f));
+  vf p = splat(one * 1.5353362e-4f);  // minimax on [-1/2, 1/2] with p(0) = 1: 2e-9
+  p = fma(p, f, splat(one * 1.3398875e-3f));
+  p = fma(p, f, splat(one * 9.618437e-3f));
+  p = fma(p, f, splat(one * 5.5503324e-2f));
+  p = fma(p, f, splat(one * 0.24022648f));
+  p = fma(p, f, splat(one * 0.6931472f));
+  p = fma(p, f, splat(one));
   return scale_by_pow2(p, n);
 }
 
@@ -38,7 +38,7 @@ G2RL_INLINE vf tanh(vf x) {
   p = fma(p, x2, splat(1.33314422036e-1f));
   p = fma(p, x2, splat(-3.33332819422e-1f));
   const vf small = fma(p * x2, x, x);
-  const vf e = exp2_negative(at_least(splat(-126.0f), a * splat(-2.0f * kLog2e)));
+  const vf e = exp2_negative(at_least(splat(-100.0f), a * splat(-2.0f * kLog2e)));
   const vf large = (splat(1.0f) - e) / (splat(1.0f) + e);
   return less(a, splat(0.625f), small, less(x, splat(0.0f), splat(0.0f) - large, large));
 }
@@ -209,46 +209,106 @@ static void take_targets(const HeadChunk& c, int64_t v0, int64_t count, float* l
   }
 }
 
-// Codes.  With e = exp((z - block max) / temperature) in (0, 1] we store the 16-bit number round(65535 e^(1/4)): e keeps a
-// relative error of at most 3e-5 e^(-1/4) down to 1e-15, no worse than 1e-5 e^(3/4) absolutely, and the largest of the
-// block is exact.  float16 would be ten times coarser.  Under a softcap the code holds e times the cap's derivative.
-static void softmax_block(const HeadChunk& c, int64_t block, int64_t count, const float* logits) {
-  const HeadArgs& a = *c.args;
-  const vf quarter = splat(0.25f * kLog2e / a.temperature), cap = splat(a.logit_softcap == 0.0f ? 0.0f : 1.0f / a.logit_softcap);
-  const int64_t width = c.panels * c.panel;
-  for (int64_t p = 0; p < c.panels; p++) {
-    for (int64_t t = 0; t < c.panel; t += kLanes) {
-      const float* z = logits + p * kBlock * c.panel + t;
-      uint16_t* code = c.codes ? c.codes + (block * c.panels + p) * kBlock * c.panel + t : nullptr;
-      vf max = splat(-__builtin_inff());
-      for (int64_t r = 0; r < count; r++) max = at_least(load(z + r * c.panel), max);  // a NaN logit is met again below
-      const vf base = less(splat(-__builtin_inff()), max, max, splat(0.0f));           // every logit -inf: any finite base
-      vf total = splat(0.0f), moment = splat(0.0f);
-      for (int64_t r = 0; r < count; r++) {
-        const vf x = load(z + r * c.panel);
-        const vf y = at_least(splat(kQuarterLog2Floor), (x - base) * quarter);
-        vf root = exp2_negative(y);
-        const vf square = root * root, e = square * square;
-        total += e;
-        moment = fma(e, y, moment);
-        if (a.logit_softcap != 0.0f) root *= sqrt(sqrt(at_least(splat(0.0f), splat(1.0f) - (x * cap) * (x * cap))));
-        if (code) store_code(code + r * c.panel, root * splat(kCodeMax));
+// Codes.  With e = exp((z - block max) / temperature) in (0, 1] we store the whole number round(M e^(1/4)), M = 65535 in 16
+// bits.  The fourth root spreads the numbers: e keeps a relative error of at most 3e-5 e^(-1/4), absolutely 3e-5 e^(3/4), and
+// the largest of the block is exact; float16 would be ten times coarser.  Where tokens in flight count for more than
+// digits that the inputs never had (float16, bfloat16), 12 bits do: 5e-4 e^(3/4), far below the error of rounded logits.
+// Under a softcap the code holds e times the cap's derivative.
+template <int kBits>
+constexpr float code_max() {
+  return kBits == 12 ? 4095.0f : 65535.0f;
+}
+
+inline int64_t code_bytes(const HeadChunk& c) { return kBlock * c.panel * c.code_bits / 8; }  // of one block and panel
+
+template <int kBits>
+G2RL_INLINE void store_pair(uint8_t* block, int64_t r, int64_t t, int64_t panel, vf a, vf b) {  // rows r (even) and r + 1
+#ifdef G2RL_HAS_CODE12
+  if (kBits == 12) return store_code12(block + r / 2 * panel * 3 + t * 3, a, b);
+#endif
+  store_code((uint16_t*)block + r * panel + t, a);
+  store_code((uint16_t*)block + (r + 1) * panel + t, b);
+}
+
+template <int kBits>
+G2RL_INLINE void load_pair(const uint8_t* block, int64_t r, int64_t t, int64_t panel, vf& a, vf& b) {
+#ifdef G2RL_HAS_CODE12
+  if (kBits == 12) return load_code12(block + r / 2 * panel * 3 + t * 3, a, b);
+#endif
+  a = load_code((const uint16_t*)block + r * panel + t);
+  b = load_code((const uint16_t*)block + (r + 1) * panel + t);
+}
+
+// One block of one panel, U vectors of tokens at a time for instruction-level parallelism.  `count` is rounded up to
+// even by a row of -inf (forward).  The softcap is a template argument to keep the common loop free of branches.
+template <int U, bool kCapped, int kBits>
+static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, uint8_t* code, int64_t column, float* block_max,
+                            float* block_sum, float* block_moment) {
+  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), floor = splat(kQuarterLog2Floor), one = splat(1.0f);
+  const vf uncap = splat(kCapped ? 1.0f / c.args->logit_softcap : 0.0f);
+  constexpr float top = code_max<kBits>();
+  vf max[U], base[U], total[U], moment[U];
+  for (int u = 0; u < U; u++) max[u] = splat(-__builtin_inff()), total[u] = moment[u] = splat(0.0f);
+  for (int64_t r = 0; r < count; r++)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) max[u] = at_least(load(z + r * c.panel + column + u * kLanes), max[u]);  // drops NaN: met again below
+  for (int u = 0; u < U; u++) base[u] = less(splat(-__builtin_inff()), max[u], max[u], splat(0.0f));  // all -inf: any finite base
+  for (int64_t r = 0; r < count; r += 2)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) {
+      vf root[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+        const vf x = load(z + (r + i) * c.panel + column + u * kLanes), y = at_least(floor, (x - base[u]) * quarter);
+        root[i] = exp2_negative(y, top);
+        const vf square = root[i] * root[i], e = square * square;  // top^4 too large until the sums are stored
+        total[u] += e;
+        moment[u] = fma(e, y, moment[u]);
+        if (kCapped) root[i] *= sqrt(sqrt(at_least(splat(0.0f), one - (x * uncap) * (x * uncap))));
       }
-      const int64_t at = block * width + p * c.panel + t;
-      store(c.block_max + at, max);
-      store(c.block_sum + at, total);
-      store(c.block_moment + at, moment);
+      if (kBits) store_pair<kBits>(code, r, column + u * kLanes, c.panel, root[0], root[1]);
     }
+  const vf unscale = splat(1.0f / top) * splat(1.0f / top);
+  for (int u = 0; u < U; u++) {
+    store(block_max + column + u * kLanes, max[u]);
+    store(block_sum + column + u * kLanes, total[u] * unscale * unscale);
+    store(block_moment + column + u * kLanes, moment[u] * unscale * unscale);
   }
+}
+
+template <int U, bool kCapped, int kBits>
+static void softmax_panels(const HeadChunk& c, int64_t block, int64_t count, const float* logits) {
+  for (int64_t p = 0; p < c.panels; p++)
+    for (int64_t t = 0; t < c.panel; t += U * kLanes) {
+      const int64_t at = (block * c.panels + p) * c.panel;
+      softmax_columns<U, kCapped, kBits>(c, count, logits + p * kBlock * c.panel, c.codes + (block * c.panels + p) * code_bytes(c), t,
+                                         c.block_max + at, c.block_sum + at, c.block_moment + at);
+    }
+}
+
+template <bool kCapped, int kBits>
+static void softmax_block(const HeadChunk& c, int64_t block, int64_t count, const float* logits) {
+  const int64_t vectors = c.panel / kLanes;
+  if (vectors % 4 == 0) softmax_panels<4, kCapped, kBits>(c, block, count, logits);
+  else if (vectors % 3 == 0) softmax_panels<3, kCapped, kBits>(c, block, count, logits);
+  else if (vectors % 2 == 0) softmax_panels<2, kCapped, kBits>(c, block, count, logits);
+  else softmax_panels<1, kCapped, kBits>(c, block, count, logits);
 }
 
 static void forward(const HeadChunk& c, int64_t block) {
   alignas(64) float logits[kBlock * kMaxWidth];
-  const int64_t v0 = c.span_begin + block * kBlock, count = smaller(kBlock, c.span_end - v0);
+  const int64_t v0 = c.span_begin + block * kBlock, count = smaller(kBlock, c.span_end - v0), even = (count + 1) / 2 * 2;
   logits_block_for(c)(c, v0, count, logits);
   finish_logits(c, v0, count, logits);
   take_targets(c, v0, count, logits);
-  softmax_block(c, block, count, logits);
+  for (int64_t p = 0; p < c.panels && even > count; p++)
+    for (int64_t t = 0; t < c.panel; t++) logits[(p * kBlock + count) * c.panel + t] = -__builtin_inff();
+  const bool capped = c.args->logit_softcap != 0.0f;
+#ifdef G2RL_HAS_CODE12
+  if (c.code_bits == 12) return (capped ? softmax_block<true, 12> : softmax_block<false, 12>)(c, block, even, logits);
+#endif
+  if (c.code_bits == 16) return (capped ? softmax_block<true, 16> : softmax_block<false, 16>)(c, block, even, logits);
+  (capped ? softmax_block<true, 0> : softmax_block<false, 0>)(c, block, even, logits);
 }
 
 // ---- after the vocabulary ----------------------------------------------------------------------------------------
@@ -281,71 +341,153 @@ static void merge(const HeadChunk& c, float* max, float* sum, float* compensatio
   }
 }
 
+// out[r] -= sum_t weight_t e_rt over the vectors [first, last) of a panel
+template <int kBits>
+static void subtract_codes(const uint8_t* codes, int64_t panel, int64_t count, int64_t first, int64_t last, const float* weight, float* out) {
+  const vf decode = splat(1.0f / code_max<kBits>());
+  for (int64_t r = 0; r < count; r += 2) {
+    vf acc[2] = {splat(0.0f), splat(0.0f)};
+    for (int64_t t = first; t < last; t += kLanes) {
+      vf root[2];
+      load_pair<kBits>(codes, r, t, panel, root[0], root[1]);
+      for (int i = 0; i < 2; i++) {
+        const vf square = (root[i] * decode) * (root[i] * decode);
+        acc[i] = fma(load(weight + t), square * square, acc[i]);
+      }
+    }
+    out[r] -= sum(acc[0]);
+    if (r + 1 < count) out[r + 1] -= sum(acc[1]);
+  }
+}
+
 static void collect(const HeadChunk& c, int64_t block) {
-  const int64_t v0 = block * kBlock, span = c.span_end - c.span_begin, count = smaller(kBlock, span - v0), width = c.panels * c.panel;
-  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), decode = splat(1.0f / kCodeMax);
-  const uint16_t* codes = c.codes + block * c.panels * kBlock * c.panel;
-  alignas(64) float weight[kMaxWidth];
+  const int64_t v0 = block * kBlock, span = c.span_end - c.span_begin, count = smaller(kBlock, span - v0);
+  const vf quarter = splat(0.25f * kLog2e / c.args->temperature);
+  alignas(64) float weight[kMaxPanel];
   for (int64_t s = 0; s < c.segment_count; s++) {
     const Segment& segment = c.segments[s];
-    const int64_t begin = segment.begin / kLanes * kLanes;
-    for (int64_t t = begin; t < segment.end; t += kLanes) {  // exp(block max - max), then only the segment's own lanes
-      const vf shift = at_least(splat(kQuarterLog2Floor), (load(c.block_max + block * width + t) - load(c.max + t)) * quarter);
-      const vf root = exp2_negative(shift), square = root * root;
-      store(weight + t, square * square * load(c.weight + t));
-      for (int64_t i = t; i < t + kLanes; i++)
-        if (i < segment.begin || i >= segment.end) weight[i] = 0.0f;
-    }
     float* out = c.residual + segment.row * span + v0;
-    for (int64_t r = 0; r < count; r++) {
-      vf acc = splat(0.0f);
-      for (int64_t t = begin; t < segment.end; t += kLanes) {
-        const vf root = load_code(codes + (t / c.panel * kBlock + r) * c.panel + t % c.panel) * decode, square = root * root;
-        acc = fma(load(weight + t), square * square, acc);
+    if (segment.fresh)
+      for (int64_t r = 0; r < count; r++) out[r] = 0.0f;
+    for (int64_t p = segment.begin / c.panel; p * c.panel < segment.end; p++) {
+      const int64_t begin = p * c.panel < segment.begin ? segment.begin - p * c.panel : 0;  // columns of this panel
+      const int64_t end = smaller(segment.end - p * c.panel, c.panel), first = begin / kLanes * kLanes;
+      for (int64_t t = first; t < end; t += kLanes) {  // exp(block max - max), then only the segment's own lanes
+        const int64_t token = p * c.panel + t;
+        const vf shift = (load(c.block_max + block * c.panels * c.panel + token) - load(c.max + token)) * quarter;
+        const vf root = exp2_negative(at_least(splat(kQuarterLog2Floor), shift)), square = root * root;
+        store(weight + t, square * square * load(c.weight + token));
+        for (int64_t i = t; i < t + kLanes; i++)
+          if (i < begin || i >= end) weight[i] = 0.0f;
       }
-      out[r] = (segment.fresh ? 0.0f : out[r]) - sum(acc);
+      const uint8_t* codes = c.codes + (block * c.panels + p) * code_bytes(c);
+#ifdef G2RL_HAS_CODE12
+      if (c.code_bits == 12) {
+        subtract_codes<12>(codes, c.panel, count, first, end, weight, out);
+        continue;
+      }
+#endif
+      subtract_codes<16>(codes, c.panel, count, first, end, weight, out);
     }
   }
 }
 
-// Four rows of weight at a time against every row of A: the weight is read once, whatever the number of responses.
-static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+// Contiguous numbers of each dtype, as floats
+struct LoadFloat {
+  static constexpr int64_t size = 4;
+  G2RL_INLINE vf vector(const char* p) { return load((const float*)p); }
+  G2RL_INLINE float scalar(const char* p) { return *(const float*)p; }
+};
+struct LoadBf16 {
+  static constexpr int64_t size = 2;
+  G2RL_INLINE vf vector(const char* p) { return load_bf16((const uint16_t*)p); }
+  G2RL_INLINE float scalar(const char* p) { return bf16_to_float(*(const uint16_t*)p); }
+};
+struct LoadF16 {
+  static constexpr int64_t size = 2;
+  G2RL_INLINE vf vector(const char* p) { return load_f16((const uint16_t*)p); }
+  G2RL_INLINE float scalar(const char* p) { return f16_to_float(*(const uint16_t*)p); }
+};
+
+// out[j, :] += sum_i factor[j][i] line[i][:] for J rows of A and L rows of weight
+template <class Load, int J, int L>
+static void add_lines(const float* const factor[J], const char* lines, int64_t line_bytes, int64_t length, float* out, int64_t out_stride) {
+  vf f[J][L];
+  for (int j = 0; j < J; j++)
+    for (int i = 0; i < L; i++) f[j][i] = splat(factor[j][i]);
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) {
+    vf x[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; j++) x[j] = load(out + j * out_stride + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < L; i++) {
+      const vf w = Load::vector(lines + i * line_bytes + k * Load::size);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) x[j] = fma(f[j][i], w, x[j]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < J; j++) store(out + j * out_stride + k, x[j]);
+  }
+  for (; k < length; k++)
+    for (int j = 0; j < J; j++)
+      for (int i = 0; i < L; i++) out[j * out_stride + k] += factor[j][i] * Load::scalar(lines + i * line_bytes + k * Load::size);
+}
+
+// L rows of weight, once, against every row of A
+template <class Load, int L>
+static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
+                        int64_t length, float* out) {
+  const int64_t span = c.span_end - c.span_begin;
+  int64_t j = 0;
+  for (; j + 4 <= row_count; j += 4) {
+    const float* factor[4];
+    for (int q = 0; q < 4; q++) factor[q] = c.residual + rows[j + q] * span + (v - c.span_begin);
+    add_lines<Load, 4, L>(factor, lines, line_bytes, length, out + j * c.args->d, c.args->d);
+  }
+  for (; j < row_count; j++) {
+    const float* factor[1] = {c.residual + rows[j] * span + (v - c.span_begin)};
+    add_lines<Load, 1, L>(factor, lines, line_bytes, length, out + j * c.args->d, c.args->d);
+  }
+}
+
+// The weight is read once, whatever the number of responses: a few rows and a slice of columns at a time, which stay in
+// L1 with their part of `out`; the rows are fetched two groups ahead.
+template <class Load>
+static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  constexpr int kLines = 6;
+  constexpr int64_t kColumns = 128, kAhead = 3 * kLines;
   const HeadArgs& a = *c.args;
   const Matrix& w = a.weight;
-  const int64_t span = c.span_end - c.span_begin, d = a.d;
-  const bool in_place = a.dtype == DType::f32 && w.stride1 == 1;
-  float scratch[4][kSlice];
-  std::memset(out, 0, sizeof(float) * row_count * d);
-  for (int64_t v = begin; v < end; v += 4) {
-    const int64_t n = smaller(4, end - v);
-    for (int64_t k0 = 0; k0 < d; k0 += kSlice) {
-      const int64_t length = smaller(kSlice, d - k0);
-      const float* line[4];
-      for (int64_t i = 0; i < n; i++) {
-        line[i] = in_place ? (const float*)w.data + (v + i) * w.stride0 + k0 : scratch[i];
-        if (!in_place) unpack_floats(a.dtype, w, v + i, k0, length, scratch[i]);
-        if (v + i + 8 < end && w.stride1 == 1)
-          for (int64_t k = 0; k < length; k += 64 / element_size(a.dtype))
-            __builtin_prefetch((const char*)w.data + ((v + i + 8) * w.stride0 + k0 + k) * element_size(a.dtype), 0, 2);
+  const bool in_place = w.stride1 == 1 && Load::size == element_size(a.dtype);
+  float scratch[kLines * kColumns];
+  for (int64_t v = begin; v < end; v += kLines) {
+    const int64_t n = smaller(kLines, end - v);
+    for (int64_t k = 0; k < a.d; k += kColumns) {
+      const int64_t length = smaller(kColumns, a.d - k);
+      const char* lines = (const char*)scratch;
+      int64_t line_bytes = kColumns * 4;
+      if (in_place) {
+        line_bytes = w.stride0 * Load::size;
+        lines = (const char*)w.data + v * line_bytes + k * Load::size;
+        for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
+          for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, 2);
+      } else {
+        for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
       }
-      for (int64_t j = 0; j < row_count; j++) {
-        const float* f = c.residual + rows[j] * span + (v - c.span_begin);
-        float* o = out + j * d + k0;
-        int64_t k = 0;
-        if (n == 4) {
-          const vf f0 = splat(f[0]), f1 = splat(f[1]), f2 = splat(f[2]), f3 = splat(f[3]);
-          for (; k + kLanes <= length; k += kLanes) {
-            vf x = fma(f0, load(line[0] + k), load(o + k));
-            x = fma(f1, load(line[1] + k), x);
-            x = fma(f2, load(line[2] + k), x);
-            store(o + k, fma(f3, load(line[3] + k), x));
-          }
-        }
-        for (; k < length; k++)
-          for (int64_t i = 0; i < n; i++) o[k] += f[i] * line[i][k];
-      }
+      if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
+      else
+        for (int64_t i = 0; i < n; i++) add_to_rows<Load, 1>(c, rows, row_count, v + i, lines + i * line_bytes, line_bytes, length, out + k);
     }
   }
+}
+
+static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  std::memset(out, 0, sizeof(float) * row_count * c.args->d);
+  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
+  if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
+  else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
+  else project_as<LoadFloat>(c, rows, row_count, begin, end, out);
 }
 
 }  // namespace
