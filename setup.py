@@ -24,7 +24,7 @@ from glob import glob
 from pathlib import Path
 
 import setuptools
-from setuptools import setup
+from setuptools import find_packages, setup
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(
@@ -167,9 +167,14 @@ class build_ext(BuildExtension):
         settings.write_text(repr(vars(extension)))
 
 
+# Folders of the checkout that an installed package carries inside itself, for `g2rl bench` and `g2rl train`.
+SHIPPED = {f"g2rl_kernels.{name}": name for name in ("benchmarks", "recipes") if os.path.isdir(name)}
 FLAGS = shlex.split(os.environ.get("G2RL_CXXFLAGS", ""))
 
 setup(
+    packages=[*find_packages(include=["g2rl_kernels", "g2rl_kernels.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={"g2rl_kernels": ["py.typed", "*.pyi"], "g2rl_kernels.recipes": ["*.yaml"]},
     ext_modules=[
         CppExtension(
             "g2rl_kernels._C",

@@ -46,7 +46,18 @@ def _info(args: argparse.Namespace) -> int:
 def _train(argv: Sequence[str]) -> int:
     from .trainer import cli
 
-    return cli.main(argv)
+    return cli.main([_shipped(argument) for argument in argv])
+
+
+def _shipped(argument: str) -> str:
+    """`recipes/x.yaml` where there is no such file: the recipe of that name that came with the package."""
+    path = Path(argument)
+    if path.parent.name == "recipes" and len(path.parts) == 2 and not path.exists():
+        package = Path(__file__).resolve().parent
+        for folder in (package, package.parent):  # installed; in a checkout
+            if (folder / path).exists():
+                return str(folder / path)
+    return argument
 
 
 def _benchmarks() -> ModuleType | None:

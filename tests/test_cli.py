@@ -122,6 +122,23 @@ def test_train_hands_its_arguments_on(monkeypatch):
     assert seen == [["x.yaml", "lr=1"]]
 
 
+def test_train_finds_the_shipped_recipes_from_anywhere(monkeypatch, tmp_path):
+    from g2rl_kernels.trainer import cli as trainer_cli
+
+    seen = []
+    monkeypatch.setattr(trainer_cli, "main", lambda argv: seen.append(list(argv)) or 0)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["train", "recipes/demo.yaml", "lr=1", "recipes/none.yaml"])
+    (path, *rest) = seen[0]
+    assert "algorithm" in Path(path).read_text()
+    assert rest == ["lr=1", "recipes/none.yaml"]
+
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.yaml").write_text("mine: 1")
+    cli.main(["train", "recipes/demo.yaml"])
+    assert seen[1] == ["recipes/demo.yaml"]
+
+
 def test_train_without_the_file_is_one_line_and_2():
     done = run("train", "no-such-recipe.yaml")
     assert done.returncode == 2
