@@ -103,8 +103,7 @@ class TrainerConfig:
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainerConfig:
-        """Reads a YAML file and applies overrides, `key=value` with YAML values; `tasks.0.size=9` reaches
-        inside."""
+        """Reads a YAML file, then `key=value` overrides: values are YAML, `tasks.0.size=9` reaches inside."""
         try:
             import yaml
         except ImportError as error:

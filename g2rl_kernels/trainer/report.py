@@ -64,15 +64,16 @@ def bar_text(metrics: dict[str, Any]) -> str:
 def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
     """Samples as a Markdown table that also reads well in a terminal."""
 
-    def cell(text: Any, limit: int) -> str:
+    def cell(text: Any, limit: int, end: int = 0) -> str:
+        """One line of at most `limit` characters, the last `end` of the text among them."""
         text = " ".join(str(text).split()).replace("|", "\\|")
-        return text if len(text) <= limit else text[: limit - 1] + "…"
+        return text if len(text) <= limit else text[: limit - 1 - end] + "…" + text[len(text) - end :]
 
     heads = ("step", "question", "completion", "score", "reward", "novelty", "shaped", "advantage")
     rows = [
         (
             str(s["step"]),
-            cell(s["question"], width),
+            cell(s["question"], width, end=width // 2),
             cell(s["completion"], width),
             f"{s['score']:.2f}",
             f"{s['reward']:+.0f}",

@@ -17,8 +17,7 @@ from .tasks import Item, Task
 
 @dataclass
 class Rollout:
-    """S responses, `group_size` consecutive ones a prompt. P, L: lengths of the longest prompt and
-    response."""
+    """S responses, `group_size` in a row for each prompt; P, L: longest prompt and response."""
 
     ids: Tensor  # [S, P + L] prompts padded on the left, responses on the right
     attention: Tensor  # [S, P + L] 1 where ids is no padding
@@ -44,13 +43,10 @@ class Sampler:
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and its order
         self._prepare_tokenizer()
-        self.own_generation = _savable(
-            model.generation_config
-        )  # as released; put back when the model is saved
+        self.own_generation = _savable(model.generation_config)  # put back when the model is saved
         self.end_tokens = self._end_tokens()
-        # The response must come from softmax(z / temperature), which is what the ops score, and from nothing
-        # else. generate() fills whatever we leave out (top-k, penalties, ...) from the model's own: empty
-        # that too.
+        # A response must come from softmax(z / temperature), which the ops score, and from nothing else.
+        # generate() takes what we leave out (top-k, penalties, ...) from the model's own: empty that too.
         from transformers import GenerationConfig
 
         tokens = {"eos_token_id": self.end_tokens, "pad_token_id": tokenizer.pad_token_id}
@@ -103,8 +99,7 @@ class Sampler:
         )
 
     def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
-        """The next prompts, in an order that only the seed and the position determine. Long ones are
-        passed."""
+        """The next prompts, in an order set by seed and position alone; those too long are passed over."""
         total, passed = sum(map(len, self.tasks)), 0
         drawn: list[tuple[Task, Item, list[int]]] = []
         while len(drawn) < count:
@@ -182,8 +177,7 @@ class Sampler:
 
 
 def _savable(generation: Any) -> Any:
-    """The model's generation settings, or their end tokens alone where transformers would refuse to save
-    them."""
+    """The model's generation settings; where transformers would refuse to save them, the end tokens alone."""
     try:
         generation.validate(strict=True)
         return generation

@@ -84,8 +84,7 @@ class Trainer:
     # --- one step -------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, Any]:
-        """One step; returns its metrics. What may fail (the task's score, above all) comes before the
-        update."""
+        """One step; returns its metrics. What may fail, the task's score above all, precedes the update."""
         times = [self._clock()]
         rollout = self.sampler.sample()
         times.append(self._clock())
@@ -253,8 +252,11 @@ class Trainer:
     # --- the run --------------------------------------------------------------------------------------------
 
     def train(self) -> list[dict[str, Any]]:
-        """Runs, or goes on, to `config.steps`; returns every step's metrics. Leaves checkpoints and
-        reports."""
+        """Runs, or goes on, to `config.steps`; leaves checkpoints and reports; returns every step's metrics.
+
+        A run that was killed and goes on gives the numbers of one that was not: on a CPU to the bit, with the
+        same number of threads.
+        """
         try:
             from tqdm import tqdm
         except ImportError as error:
@@ -316,7 +318,7 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Writes checkpoint-<step>, whole or not at all."""
-        state = {"step": self.step_number, "position": self.sampler.position, "config": self.config.to_dict()}
+        state = {"position": self.sampler.position, "config": self.config.to_dict()}
         parts = self.model, self.tokenizer, self.optimizer
         self.report.flush()
         return checkpoint.save(self.output_dir, self.step_number, *parts, state, self.config.keep_checkpoints)
@@ -336,8 +338,11 @@ class Trainer:
         return self.step_number == self.config.steps or (every > 0 and self.step_number % every == 0)
 
     def _samples(self) -> list[dict[str, Any]]:
+        """Rows from the first group that had something to learn from, else from the first."""
         rollout, measured = self.last
-        geometry = measured.geometry
+        geometry, size = measured.geometry, self.config.group_size
+        first = int((geometry.advantages.abs() > 1e-3).float().argmax()) // size * size
+        last = min(first + self.config.samples_shown, len(rollout.completions))
         return [
             {
                 "step": self.step_number,
@@ -349,7 +354,7 @@ class Trainer:
                 "shaped_reward": geometry.shaped_rewards[row].item(),
                 "advantage": geometry.advantages[row].item(),
             }
-            for row in range(min(self.config.samples_shown, len(rollout.completions)))
+            for row in range(first, last)
         ]
 
     # --- checks ---------------------------------------------------------------------------------------------
@@ -364,7 +369,15 @@ class Trainer:
                 raise ConfigError(
                     f"task: {name}[0] must be a dict with a text 'question', got {str(item)[:80]}"
                 )
-            self.sampler.encode(item)
+            try:
+                self.sampler.encode(item)
+            except (
+                Exception
+            ) as error:  # templates are programs of the model's authors; some refuse a system role
+                what = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"chat template: {what}: drop system_prompt, or set chat_template: never"
+                ) from error
             score_completion(task, "", item)  # legal, and shows a broken function now rather than later
 
     def _check_disk(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from tiny import make_model, make_tokenizer
 
 from g2rl_kernels.trainer import TrainerError, checkpoint
-from g2rl_kernels.trainer.report import Report
+from g2rl_kernels.trainer.report import Report, table
 
 
 def trained(seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim.Optimizer]:
@@ -117,3 +117,16 @@ def test_metrics_are_rewound(tmp_path: Path) -> None:
         2,
         3,
     ]
+
+
+def test_table_shows_both_ends_of_a_question() -> None:
+    row = {"step": 3, "completion": "a | b\nc", "score": 1.0, "reward": 1.0, "novelty": 0.5}
+    row |= {
+        "question": "What, in all honesty, is the sum of 9 + 4 ?",
+        "shaped_reward": 1.25,
+        "advantage": -0.5,
+    }
+    line = table([row], width=20).splitlines()[2]
+    assert "What, in …of 9 + 4 ?" in line
+    assert "a \\| b c" in line
+    assert "+1.250" in line

@@ -225,6 +225,17 @@ def test_missing_hub_model_is_one_line(
     assert err.startswith("g2rl train: error: model: cannot load 'no-one/no-model'")
 
 
+def test_pickled_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model()
+    model.config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert cli.main([RECIPE, f"model={tmp_path}"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("g2rl train: error: model: cannot load")
+    assert "safetensors" in err
+
+
 def test_full_disk_while_logging_is_one_line(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,15 @@ def test_chat_template_and_plain_prompts(tmp_path: Path) -> None:
     assert never.encode({"question": "1+1"}) == ids
 
 
+def test_a_template_that_refuses_a_system_prompt_is_told(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}a"
+    )
+    with pytest.raises(ConfigError, match="no system role: drop system_prompt"):
+        make_trainer(tmp_path, tokenizer=tokenizer, system_prompt="be")
+
+
 # --- heads --------------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {
@@ -485,7 +494,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     model = make_model()
     model.generation_config.update(do_sample=True, top_k=7)
     trainer = make_trainer(
-        tmp_path, model=model, steps=4, report_every=2, checkpoint_every=1, keep_checkpoints=2
+        tmp_path, model=model, steps=4, report_every=2, samples_shown=4, checkpoint_every=1
     )
     metrics = trainer.train()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == metrics
@@ -496,8 +505,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert set(wanted.split()) <= set(metrics[0])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [2] * 8 + [4] * 8
-    assert (tmp_path / "samples.md").read_text().count("\n") == 12  # title, blank, head, rule, 8 rows
+    assert [s["step"] for s in samples] == [2] * 4 + [4] * 4
+    assert (tmp_path / "samples.md").read_text().count("\n") == 8  # title, blank, head, rule, 4 rows
     assert [path.name for path in find_all(tmp_path)] == ["checkpoint-000003", "checkpoint-000004"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trainer.model.parameters()))
