@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,20 +97,27 @@ def _train(args: argparse.Namespace) -> int:
     if start:
         print(f"going on from {start}")
     metrics = trainer.train()
-    print(_farewell(trainer, metrics, path))
+    print(_farewell(trainer, metrics, [*([path] if path else []), *overrides]))
     return 0
 
 
-def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], path: str | None) -> str:
+def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[str]) -> str:
     from .report import table
 
     config, out = trainer.config, trainer.output_dir
     few = max(len(metrics) // 5, 1)
     first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
-    command = " ".join(["g2rl train", *([path] if path else [])])
+    samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
     other = "grpo" if config.algorithm == "g2rl" else "g2rl"
+
+    def command(*overrides: str) -> str:
+        """This run's command with other values for some keys."""
+        changed = {override.partition("=")[0] for override in (*overrides, "resume=")}
+        kept = [argument for argument in arguments if argument.partition("=")[0] not in changed]
+        return shlex.join(["g2rl", "train", *kept, *overrides])
+
     return f"""
-{table(trainer.report.samples[-config.samples_shown :] if config.samples_shown else [], 44)}
+{table(samples, 44)}
 accuracy {first:.2f} -> {last:.2f} (mean of the first and the last {few} of {len(metrics)} steps)
 
   picture   {out / "curves.png"}
@@ -119,6 +127,6 @@ accuracy {first:.2f} -> {last:.2f} (mean of the first and the last {few} of {len
 
 How to go on:
   use it          AutoModelForCausalLM.from_pretrained("{out / "model"}")   (transformers)
-  train on        {command} steps={2 * config.steps}
-  compare         {command} algorithm={other} output_dir={out}-{other}
+  train on        {command(f"steps={2 * config.steps}")}
+  compare         {command(f"algorithm={other}", f"output_dir={out}-{other}")}
   your own task   see g2rl_kernels/trainer/tasks.py; on a GPU: recipes/qwen3-1.7b.yaml"""

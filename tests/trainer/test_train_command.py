@@ -163,14 +163,19 @@ def test_farewell_says_where_things_are(undisturbed: Path, model_dir: Path, tmp_
     """Started again when finished, it trains nothing and tells the same."""
     recipe = write_recipe(tmp_path, model_dir, output_dir=str(undisturbed))
     before = metrics(undisturbed)
-    done = run(str(recipe))
+    done = run(str(recipe), "backend=cpu", "resume=auto")
+    assert done.returncode == 2  # the backend was another
+    done = run(str(recipe), "beta=0.01", "resume=auto", "steps=6")
     assert done.returncode == 0, done.stderr
     assert metrics(undisturbed) == before
     for name in ("curves.png", "metrics.jsonl", "samples.md", "model"):
         assert str(undisturbed / name) in done.stdout
         assert (undisturbed / name).exists()
     assert "from_pretrained" in done.stdout
-    assert "steps=12" in done.stdout
+    assert f"g2rl train {recipe} beta=0.01 steps=12" in done.stdout
+    assert (
+        f"g2rl train {recipe} beta=0.01 steps=6 algorithm=grpo output_dir={undisturbed}-grpo" in done.stdout
+    )
 
 
 def test_dry_run_trains_nothing(
