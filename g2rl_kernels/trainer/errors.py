@@ -1,5 +1,7 @@
 """Errors whose message is one line, what is wrong and what to do: the command line prints only that."""
 
+import importlib.util
+
 
 class TrainerError(RuntimeError):
     """The run cannot start or go on."""
@@ -11,6 +13,16 @@ class ConfigError(TrainerError, ValueError):
 
 class RewardError(TrainerError):
     """A task's score raised or was not a finite number; raised before the update that would have used it."""
+
+
+PACKAGES = ("transformers", "safetensors", "yaml", "tqdm", "matplotlib")  # tasks and models may need more
+
+
+def check_packages() -> None:
+    """Everything that a run imports, at its end too, is there."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise need(package, ImportError("not installed"))
 
 
 def need(package: str, error: ImportError, extra: str = "train") -> TrainerError:

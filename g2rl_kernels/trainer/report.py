@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import flush, write_whole
-from .errors import need
 
 BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
 BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")
@@ -107,11 +106,9 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: float = 0.8) -> None:
     """Six panels; each curve raw (faint) and as an exponential moving average (bold)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise need("matplotlib", error) from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12.5, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)

@@ -20,7 +20,7 @@ import g2rl_kernels as g2
 
 from . import checkpoint
 from .config import TrainerConfig
-from .errors import ConfigError, TrainerError, need
+from .errors import ConfigError, TrainerError, check_packages
 from .model import Head, find_head, frozen_copy
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
@@ -50,6 +50,7 @@ class Trainer:
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
         config.check()
+        check_packages()
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device
@@ -257,10 +258,8 @@ class Trainer:
         A run that was killed and goes on gives the numbers of one that was not: on a CPU to the bit, with the
         same number of threads.
         """
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise need("tqdm", error) from None
+        from tqdm import tqdm
+
         config = self.config
         self.begin()
         bar = tqdm(total=config.steps, initial=self.step_number, desc=config.algorithm, dynamic_ncols=True)

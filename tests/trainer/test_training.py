@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -445,6 +446,16 @@ def test_no_items_before_work(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="Empty holds no items"):
         make_trainer(tmp_path, task=Empty())
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tqdm", "matplotlib"])
+def test_missing_package_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(
+        TrainerError, match=rf"{package} is not usable here .*pip install 'g2rl-kernels\[train\]'"
+    ):
+        make_trainer(tmp_path)
 
 
 def test_frozen_model(tmp_path: Path) -> None:
