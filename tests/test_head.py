@@ -1,5 +1,6 @@
 """head_features: every backend and instruction set against float64, on ordinary and on hostile inputs."""
 
+import functools
 import subprocess
 import sys
 
@@ -85,6 +86,32 @@ def test_small_vocabularies(backend, dtype, V):
 @dtypes
 def test_a_real_vocabulary(backend, dtype):
     check(make_case([3, 2], V=151936, d=24, dtype=dtype), backend)
+
+
+# Sizes at which the C++ kernel shares out its workspace in other ways (csrc/cpu/head.cpp, make_plan): many or
+# few tokens in flight, shorter codes, few rows of A for many responses, a vocabulary in several spans.
+PLANS = {
+    "one response, real vocabulary": ((50,), 151936, 8),
+    "several responses, real vocabulary": ((20, 0, 37, 1, 9), 151936, 8),
+    "many responses": ((1,) * 40, 151936, 8),
+    "vocabulary in spans": ((11, 0, 9), 700001, 4),
+}
+
+
+@functools.cache
+def planned(plan: str, dtype: torch.dtype) -> tuple[Case, g2.HeadFeatures, g2.HeadFeatures]:
+    lengths, V, d = PLANS[plan]
+    case = make_case(list(lengths), V=V, d=d, dtype=dtype)
+    return case, autograd_head(case), allowed_errors(case, ("cpu", None))
+
+
+@dtypes
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("backend", BACKENDS[1:], ids=BACKEND_IDS[1:])
+def test_every_plan(plan, dtype, backend):
+    case, exact, allowed = planned(plan, dtype)
+    for error, limit in zip(errors(run_head(case, backend), exact), allowed):
+        assert (error <= limit).all()
 
 
 # --- hostile rows -------------------------------------------------------------------------------------------
