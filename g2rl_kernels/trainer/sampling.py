@@ -47,6 +47,7 @@ class Sampler:
         self.end_tokens = self._end_tokens()
         # A response must come from softmax(z / temperature), which the ops score, and from nothing else.
         # generate() takes what we leave out (top-k, penalties, ...) from the model's own: empty that too.
+        # (Under bf16 autocast generate() rounds its logits to bf16; old log-probs and updates do not.)
         from transformers import GenerationConfig
 
         tokens = {"eos_token_id": self.end_tokens, "pad_token_id": tokenizer.pad_token_id}
