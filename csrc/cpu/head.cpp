@@ -3,10 +3,10 @@
 //   features[s] = sum_t a_t (W[y_t] - sum_v p_tv W[v]) = A[s, :] W   with   A[s, v] = sum_t a_t (1[y_t = v] - p_tv)
 //
 // so the second matrix product runs over responses, not tokens.  p_tv = exp(z_tv - lse_t) needs lse_t,
-// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 128 tokens at a time:
+// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 64 tokens at a time:
 //
 //   pack      hidden^T into panels whose vector lanes are tokens
-//   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 or 12 bits
+//   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 bits
 //   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
 //   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
 //   project   rows of A whose response is complete, several at a time, times W
@@ -39,7 +39,7 @@ namespace {
 
 constexpr int64_t kWorkspace = 15500000;   // bytes; what the caller allocates beside it keeps the total below 16 MB
 constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
-constexpr int64_t kWidths[] = {128, 96, 64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
+constexpr int64_t kWidths[] = {64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
 constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
 
 struct Free {
@@ -89,33 +89,25 @@ const HeadKernels& kernels_for(Isa isa) {
 
 // How the workspace is shared out.
 struct Plan {
-  int64_t width;      // tokens in flight
-  int64_t code_bits;  // 16 or 12
-  int64_t span;       // vocabulary entries in flight; a multiple of kBlock unless it is V
-  int64_t rows;       // rows of A
+  int64_t width;  // tokens in flight
+  int64_t span;   // vocabulary entries in flight; a multiple of kBlock unless it is V
+  int64_t rows;   // rows of A
   int64_t spans(int64_t V) const { return ceil_div(V, span); }
 };
 
-Plan make_plan(const HeadArgs& a, const HeadKernels& k, int64_t units) {
-  const auto rows_beside = [&](int64_t width, int64_t bits) {
-    const int64_t blocks = ceil_div(a.V, kBlock);
-    const int64_t fixed = width * (blocks * kBlock * bits / 8 + 3 * 4 * blocks + 4 * units);
-    return (kWorkspace - fixed) / int64_t(4 * a.V);
-  };
+Plan make_plan(const HeadArgs& a, int64_t units) {
   // The more tokens in flight, the less often W is read; the more rows of A, the less often it is read to project them.
-  const int64_t wanted = std::min<int64_t>(a.S, 4);
+  const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
-    if (width > 16 && (width >= 2 * a.N || std::min(width, kMaxPanel) * units * 4 > kPanelBytes)) continue;
-    for (int64_t bits : {16, 12}) {
-      if (bits == 12 && (!k.code12 || a.dtype == DType::f32)) continue;
-      const int64_t rows = rows_beside(width, bits);
-      if (rows >= (width > 16 ? wanted : 1)) return {width, bits, a.V, std::min({rows, a.S, kMaxRows})};
-    }
+    if (width > 16 && (width >= 2 * a.N || width * units * 4 > kPanelBytes)) continue;
+    const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * blocks + 4 * units);
+    const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
+    if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows})};
   }
   // A vocabulary for spans: one block of it takes the codes of 16 tokens, their statistics and its part of the rows of A.
   const int64_t rows = std::min<int64_t>(a.S, 4), block_bytes = kBlock * (16 * 2 + 4 * rows) + 16 * 12;
-  const int64_t blocks = std::max<int64_t>((kWorkspace - 16 * 4 * units) / block_bytes, 1);
-  return {16, 16, std::min(blocks * kBlock, a.V), rows};
+  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * 4 * units) / block_bytes, 1);
+  return {16, std::min(fit * kBlock, a.V), rows};
 }
 
 class Head {
@@ -124,11 +116,11 @@ class Head {
     c.args = &args;
     c.bf16_pairs = args.dtype == DType::bf16 && kernels.bf16_dot;
     c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
-    plan = make_plan(args, kernels, c.units);
+    plan = make_plan(args, c.units);
     const int64_t width = plan.width;
     const int64_t blocks = ceil_div(plan.span, kBlock);
     // the codes are dead while rows are projected: the same memory holds the partial projections
-    code_bytes = std::max(blocks * kBlock * width * plan.code_bits / 8, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
+    code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, args.d * 4);
     packed = allocate<float>(c.units * width);
     codes = allocate<uint8_t>(code_bytes);
@@ -212,8 +204,7 @@ class Head {
   }
 
   void forward(bool keep_codes) {
-    c.code_bits = keep_codes ? plan.code_bits : 0;
-    c.codes = codes.get();
+    c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes.get()) : nullptr;
     run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
   }
 
@@ -256,7 +247,8 @@ class Head {
     for (int64_t i = 0; i < spans; i++) {
       set_span(i);
       if (spans > 1) forward(true);
-      run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
+      const int64_t blocks = ceil_div(c.span_end - c.span_begin, kBlock);
+      run(parallel, blocks, [&](int64_t b) { k.collect(c, blocks - 1 - b); });  // the last codes are still in cache
       for (const Segment& s : segments)
         for (int64_t t = s.begin; t < s.end; t++) {
           const int64_t v = a.tokens[c.first_token + t];
@@ -290,7 +282,8 @@ class Head {
       const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * a.d;
       const int64_t slabs = std::min({int64_t(64), ceil_div(span, kBlock), fit / count});
       float* partial = reinterpret_cast<float*>(codes.get());
-      run(parallel, slabs, [&](int64_t i) {
+      run(parallel, slabs, [&](int64_t x) {
+        const int64_t i = slabs - 1 - x;  // the last rows of W are still in cache
         k.project(c, rows.data() + first, count, c.span_begin + span * i / slabs, c.span_begin + span * (i + 1) / slabs, partial + i * size);
       });
       run(parallel, count, [&](int64_t j) {

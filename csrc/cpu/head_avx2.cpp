@@ -21,7 +21,7 @@ int64_t panel_for(int64_t) { return 2 * kLanes; }
 
 const HeadKernels& head_kernels_avx2() {
   using namespace avx2;
-  static constexpr HeadKernels kernels = {false, false, panel_for, pack, forward, merge, collect, project};
+  static constexpr HeadKernels kernels = {false, panel_for, pack, forward, merge, collect, project};
   return kernels;
 }
 

@@ -10,7 +10,7 @@ namespace g2rl {
 
 const HeadKernels& head_kernels_avx512() {
   using namespace avx512;
-  static constexpr HeadKernels kernels = {false, true, panel_for, pack, forward, merge, collect, project};
+  static constexpr HeadKernels kernels = {false, panel_for, pack, forward, merge, collect, project};
   return kernels;
 }
 

@@ -11,7 +11,7 @@ namespace g2rl {
 
 const HeadKernels& head_kernels_avx512bf16() {
   using namespace avx512bf16;
-  static constexpr HeadKernels kernels = {true, true, panel_for, pack, forward, merge, collect, project};
+  static constexpr HeadKernels kernels = {true, panel_for, pack, forward, merge, collect, project};
   return kernels;
 }
 

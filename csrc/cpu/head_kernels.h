@@ -6,8 +6,8 @@
 
 namespace g2rl {
 
-constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache; even
-constexpr int64_t kMaxWidth = 128;  // most tokens in flight
+constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
+constexpr int64_t kMaxWidth = 64;  // most tokens in flight
 constexpr int64_t kMaxPanel = 64;   // most tokens in one panel
 
 // Tokens of one response inside the chunk; they add to row `row` of the residual matrix A.
@@ -27,8 +27,7 @@ struct HeadChunk {
   bool bf16_pairs;
   int64_t span_begin, span_end;
   float* packed;                // [panels][units][panel]: hidden, transposed, so that tokens are vector lanes
-  int64_t code_bits;            // 16 or 12; 0: statistics only
-  uint8_t* codes;               // [block][panels][kBlock / 2][2 rows x panel codes]: exp(z - block max), see softmax_columns()
+  uint16_t* codes;              // [block][panels][kBlock][panel]: exp(z - block max), see softmax_columns(); null: statistics only
   float *block_max, *block_sum, *block_moment;  // [block][panels * panel]
   float* target_logit;          // [panels * panel]
   // for collect():
@@ -40,7 +39,6 @@ struct HeadChunk {
 
 struct HeadKernels {
   bool bf16_dot;                        // bf16 weights are multiplied as pairs, without conversion
-  bool code12;                          // codes of 12 bits are offered
   int64_t (*panel_for)(int64_t width);  // panel width for a chunk of up to `width` tokens
   void (*pack)(const HeadChunk&, int64_t panel, int64_t unit_begin, int64_t unit_end);
   // logits of one block, its softmax statistics and codes, its target logits

@@ -12,6 +12,7 @@ namespace G2RL_ISA {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kCodeMax = 65535.0f;
 constexpr int64_t kSlice = 256;     // numbers of a row that are unpacked at a time: the rows in work stay in L1
 constexpr float kQuarterLog2Floor = -30.0f;  // exp(z - max) below 2^-120 counts as 2^-120: never subnormal, code 0
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -192,6 +193,7 @@ static void finish_logits(const HeadChunk& c, int64_t v0, int64_t count, float* 
       for (int64_t t = 0; t < c.panel; t += kLanes) {
         vf z = (load(row + t) + splat(bias)) * splat(a.logit_scale);
         if (a.logit_softcap != 0.0f) z = splat(a.logit_softcap) * tanh(z / splat(a.logit_softcap));
+        if (bias == -__builtin_inff()) z = splat(bias);  // a masked entry stays masked behind the cap
         store(row + t, z);
       }
     }
@@ -209,106 +211,71 @@ static void take_targets(const HeadChunk& c, int64_t v0, int64_t count, float* l
   }
 }
 
-// Codes.  With e = exp((z - block max) / temperature) in (0, 1] we store the whole number round(M e^(1/4)), M = 65535 in 16
-// bits.  The fourth root spreads the numbers: e keeps a relative error of at most 3e-5 e^(-1/4), absolutely 3e-5 e^(3/4), and
-// the largest of the block is exact; float16 would be ten times coarser.  Where tokens in flight count for more than
-// digits that the inputs never had (float16, bfloat16), 12 bits do: 5e-4 e^(3/4), far below the error of rounded logits.
-// Under a softcap the code holds e times the cap's derivative.
-template <int kBits>
-constexpr float code_max() {
-  return kBits == 12 ? 4095.0f : 65535.0f;
-}
-
-inline int64_t code_bytes(const HeadChunk& c) { return kBlock * c.panel * c.code_bits / 8; }  // of one block and panel
-
-template <int kBits>
-G2RL_INLINE void store_pair(uint8_t* block, int64_t r, int64_t t, int64_t panel, vf a, vf b) {  // rows r (even) and r + 1
-#ifdef G2RL_HAS_CODE12
-  if (kBits == 12) return store_code12(block + r / 2 * panel * 3 + t * 3, a, b);
-#endif
-  store_code((uint16_t*)block + r * panel + t, a);
-  store_code((uint16_t*)block + (r + 1) * panel + t, b);
-}
-
-template <int kBits>
-G2RL_INLINE void load_pair(const uint8_t* block, int64_t r, int64_t t, int64_t panel, vf& a, vf& b) {
-#ifdef G2RL_HAS_CODE12
-  if (kBits == 12) return load_code12(block + r / 2 * panel * 3 + t * 3, a, b);
-#endif
-  a = load_code((const uint16_t*)block + r * panel + t);
-  b = load_code((const uint16_t*)block + (r + 1) * panel + t);
-}
-
-// One block of one panel, U vectors of tokens at a time for instruction-level parallelism.  `count` is rounded up to
-// even by a row of -inf (forward).  The softcap is a template argument to keep the common loop free of branches.
-template <int U, bool kCapped, int kBits>
-static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, uint8_t* code, int64_t column, float* block_max,
-                            float* block_sum, float* block_moment) {
+// Codes.  With e = exp((z - block max) / temperature) in (0, 1] we store the 16-bit number round(65535 e^(1/4)).  The fourth
+// root spreads the numbers: e keeps a relative error of at most 3e-5 e^(-1/4), absolutely 3e-5 e^(3/4), and the largest of
+// the block is exact; float16 would be ten times coarser.  Under a softcap the code holds e times the cap's derivative.
+//
+// One block of one panel, U vectors of tokens at a time for instruction-level parallelism; what varies by call is a
+// template argument, to keep the common loop free of branches.
+template <int U, bool kCapped, bool kKeep>
+static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, uint16_t* code, float* block_max, float* block_sum,
+                            float* block_moment) {
   const vf quarter = splat(0.25f * kLog2e / c.args->temperature), floor = splat(kQuarterLog2Floor), one = splat(1.0f);
   const vf uncap = splat(kCapped ? 1.0f / c.args->logit_softcap : 0.0f);
-  constexpr float top = code_max<kBits>();
   vf max[U], base[U], total[U], moment[U];
   for (int u = 0; u < U; u++) max[u] = splat(-__builtin_inff()), total[u] = moment[u] = splat(0.0f);
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; u++) max[u] = at_least(load(z + r * c.panel + column + u * kLanes), max[u]);  // drops NaN: met again below
+    for (int u = 0; u < U; u++) max[u] = at_least(load(z + r * c.panel + u * kLanes), max[u]);  // drops NaN: met again below
   for (int u = 0; u < U; u++) base[u] = less(splat(-__builtin_inff()), max[u], max[u], splat(0.0f));  // all -inf: any finite base
-  for (int64_t r = 0; r < count; r += 2)
+  for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) {
-      vf root[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; i++) {
-        const vf x = load(z + (r + i) * c.panel + column + u * kLanes), y = at_least(floor, (x - base[u]) * quarter);
-        root[i] = exp2_negative(y, top);
-        const vf square = root[i] * root[i], e = square * square;  // top^4 too large until the sums are stored
-        total[u] += e;
-        moment[u] = fma(e, y, moment[u]);
-        if (kCapped) root[i] *= sqrt(sqrt(at_least(splat(0.0f), one - (x * uncap) * (x * uncap))));
-      }
-      if (kBits) store_pair<kBits>(code, r, column + u * kLanes, c.panel, root[0], root[1]);
+      const vf x = load(z + r * c.panel + u * kLanes), y = at_least(floor, (x - base[u]) * quarter);
+      vf root = exp2_negative(y, kCodeMax);
+      const vf square = root * root, e = square * square;  // kCodeMax^4 too large until the sums are stored
+      total[u] += e;
+      moment[u] = fma(e, y, moment[u]);
+      if (kCapped) root *= sqrt(sqrt(at_least(splat(0.0f), one - (x * uncap) * (x * uncap))));
+      if (kKeep) store_code(code + r * c.panel + u * kLanes, root);
     }
-  const vf unscale = splat(1.0f / top) * splat(1.0f / top);
+  const vf unscale = splat(1.0f / kCodeMax) * splat(1.0f / kCodeMax);
   for (int u = 0; u < U; u++) {
-    store(block_max + column + u * kLanes, max[u]);
-    store(block_sum + column + u * kLanes, total[u] * unscale * unscale);
-    store(block_moment + column + u * kLanes, moment[u] * unscale * unscale);
+    store(block_max + u * kLanes, max[u]);
+    store(block_sum + u * kLanes, total[u] * unscale * unscale);
+    store(block_moment + u * kLanes, moment[u] * unscale * unscale);
   }
 }
 
-template <int U, bool kCapped, int kBits>
+template <int U, bool kCapped, bool kKeep>
 static void softmax_panels(const HeadChunk& c, int64_t block, int64_t count, const float* logits) {
   for (int64_t p = 0; p < c.panels; p++)
     for (int64_t t = 0; t < c.panel; t += U * kLanes) {
-      const int64_t at = (block * c.panels + p) * c.panel;
-      softmax_columns<U, kCapped, kBits>(c, count, logits + p * kBlock * c.panel, c.codes + (block * c.panels + p) * code_bytes(c), t,
-                                         c.block_max + at, c.block_sum + at, c.block_moment + at);
+      const int64_t at = (block * c.panels + p) * c.panel + t;
+      uint16_t* code = kKeep ? c.codes + (block * c.panels + p) * kBlock * c.panel + t : nullptr;
+      softmax_columns<U, kCapped, kKeep>(c, count, logits + p * kBlock * c.panel + t, code, c.block_max + at, c.block_sum + at,
+                                         c.block_moment + at);
     }
 }
 
-template <bool kCapped, int kBits>
+template <bool kCapped, bool kKeep>
 static void softmax_block(const HeadChunk& c, int64_t block, int64_t count, const float* logits) {
   const int64_t vectors = c.panel / kLanes;
-  if (vectors % 4 == 0) softmax_panels<4, kCapped, kBits>(c, block, count, logits);
-  else if (vectors % 3 == 0) softmax_panels<3, kCapped, kBits>(c, block, count, logits);
-  else if (vectors % 2 == 0) softmax_panels<2, kCapped, kBits>(c, block, count, logits);
-  else softmax_panels<1, kCapped, kBits>(c, block, count, logits);
+  if (vectors % 4 == 0) softmax_panels<4, kCapped, kKeep>(c, block, count, logits);
+  else if (vectors % 3 == 0) softmax_panels<3, kCapped, kKeep>(c, block, count, logits);
+  else if (vectors % 2 == 0) softmax_panels<2, kCapped, kKeep>(c, block, count, logits);
+  else softmax_panels<1, kCapped, kKeep>(c, block, count, logits);
 }
 
 static void forward(const HeadChunk& c, int64_t block) {
   alignas(64) float logits[kBlock * kMaxWidth];
-  const int64_t v0 = c.span_begin + block * kBlock, count = smaller(kBlock, c.span_end - v0), even = (count + 1) / 2 * 2;
+  const int64_t v0 = c.span_begin + block * kBlock, count = smaller(kBlock, c.span_end - v0);
   logits_block_for(c)(c, v0, count, logits);
   finish_logits(c, v0, count, logits);
   take_targets(c, v0, count, logits);
-  for (int64_t p = 0; p < c.panels && even > count; p++)
-    for (int64_t t = 0; t < c.panel; t++) logits[(p * kBlock + count) * c.panel + t] = -__builtin_inff();
   const bool capped = c.args->logit_softcap != 0.0f;
-#ifdef G2RL_HAS_CODE12
-  if (c.code_bits == 12) return (capped ? softmax_block<true, 12> : softmax_block<false, 12>)(c, block, even, logits);
-#endif
-  if (c.code_bits == 16) return (capped ? softmax_block<true, 16> : softmax_block<false, 16>)(c, block, even, logits);
-  (capped ? softmax_block<true, 0> : softmax_block<false, 0>)(c, block, even, logits);
+  if (c.codes) (capped ? softmax_block<true, true> : softmax_block<false, true>)(c, block, count, logits);
+  else (capped ? softmax_block<true, false> : softmax_block<false, false>)(c, block, count, logits);
 }
 
 // ---- after the vocabulary ----------------------------------------------------------------------------------------
@@ -341,23 +308,14 @@ static void merge(const HeadChunk& c, float* max, float* sum, float* compensatio
   }
 }
 
-// out[r] -= sum_t weight_t e_rt over the vectors [first, last) of a panel
-template <int kBits>
-static void subtract_codes(const uint8_t* codes, int64_t panel, int64_t count, int64_t first, int64_t last, const float* weight, float* out) {
-  const vf decode = splat(1.0f / code_max<kBits>());
-  for (int64_t r = 0; r < count; r += 2) {
-    vf acc[2] = {splat(0.0f), splat(0.0f)};
-    for (int64_t t = first; t < last; t += kLanes) {
-      vf root[2];
-      load_pair<kBits>(codes, r, t, panel, root[0], root[1]);
-      for (int i = 0; i < 2; i++) {
-        const vf square = (root[i] * decode) * (root[i] * decode);
-        acc[i] = fma(load(weight + t), square * square, acc[i]);
-      }
-    }
-    out[r] -= sum(acc[0]);
-    if (r + 1 < count) out[r + 1] -= sum(acc[1]);
+// sum_t weight_t e_t over the vectors [first, last) of one row of codes
+G2RL_INLINE float decode_row(const uint16_t* codes, int64_t first, int64_t last, const float* weight) {
+  vf acc = splat(0.0f);
+  for (int64_t t = first; t < last; t += kLanes) {
+    const vf root = load_code(codes + t) * splat(1.0f / kCodeMax), square = root * root;
+    acc = fma(load(weight + t), square * square, acc);
   }
+  return sum(acc);
 }
 
 static void collect(const HeadChunk& c, int64_t block) {
@@ -380,14 +338,8 @@ static void collect(const HeadChunk& c, int64_t block) {
         for (int64_t i = t; i < t + kLanes; i++)
           if (i < begin || i >= end) weight[i] = 0.0f;
       }
-      const uint8_t* codes = c.codes + (block * c.panels + p) * code_bytes(c);
-#ifdef G2RL_HAS_CODE12
-      if (c.code_bits == 12) {
-        subtract_codes<12>(codes, c.panel, count, first, end, weight, out);
-        continue;
-      }
-#endif
-      subtract_codes<16>(codes, c.panel, count, first, end, weight, out);
+      const uint16_t* codes = c.codes + (block * c.panels + p) * kBlock * c.panel;
+      for (int64_t r = 0; r < count; r++) out[r] -= decode_row(codes + r * c.panel, first, end, weight);
     }
   }
 }

@@ -17,7 +17,7 @@ int64_t panel_for(int64_t) { return 2 * kLanes; }
 
 const HeadKernels& head_kernels_plain() {
   using namespace plain;
-  static constexpr HeadKernels kernels = {false, false, panel_for, pack, forward, merge, collect, project};
+  static constexpr HeadKernels kernels = {false, panel_for, pack, forward, merge, collect, project};
   return kernels;
 }
 

@@ -39,22 +39,6 @@ G2RL_INLINE void store_code(uint16_t* p, vf x) {  // round to nearest; NaN becom
 G2RL_INLINE vf load_code(const uint16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
 }
-// Two vectors of whole numbers below 4096 in 48 bytes: the upper eight bits of each, then both lower four.
-#define G2RL_HAS_CODE12
-G2RL_INLINE void store_code12(uint8_t* p, vf a, vf b) {
-  const __m512i i = _mm512_cvtps_epi32(a), j = _mm512_cvtps_epi32(b), low = _mm512_set1_epi32(15);
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_srli_epi32(i, 4)));
-  _mm_storeu_si128((__m128i*)p + 1, _mm512_cvtepi32_epi8(_mm512_srli_epi32(j, 4)));
-  const __m512i both = _mm512_or_si512(_mm512_and_si512(i, low), _mm512_slli_epi32(_mm512_and_si512(j, low), 4));
-  _mm_storeu_si128((__m128i*)p + 2, _mm512_cvtepi32_epi8(both));
-}
-G2RL_INLINE void load_code12(const uint8_t* p, vf& a, vf& b) {
-  const __m512i i = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), low = _mm512_set1_epi32(15);
-  const __m512i j = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p + 1));
-  const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p + 2));
-  a = _mm512_cvtepi32_ps(_mm512_or_si512(_mm512_slli_epi32(i, 4), _mm512_and_si512(both, low)));
-  b = _mm512_cvtepi32_ps(_mm512_or_si512(_mm512_slli_epi32(j, 4), _mm512_srli_epi32(both, 4)));
-}
 G2RL_INLINE vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
