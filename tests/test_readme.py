@@ -1,0 +1,62 @@
+"""README.md: its code runs, and its numbers are those of the package."""
+
+import importlib.util
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2rl_kernels import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def load(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_one_example():
+    assert len(CODE) == 1
+
+
+def test_the_example_runs_and_gives_the_shapes_in_its_comments():
+    names: dict = {}
+    exec(compile(CODE[0], "README.md", "exec"), names)
+    head, group = names["head"], names["group"]
+    assert head.features.shape == (4, 64)
+    assert head.logprobs.shape == head.logsumexp.shape == head.entropy.shape == (96,)
+    assert group.similarity.shape == (1, 4, 4)
+    assert group.score.shape == group.shaped_rewards.shape == group.advantages.shape == (4,)
+    assert torch.isfinite(names["loss"])
+    assert (group.shaped_rewards.sign() == names["rewards"].sign()).all()
+
+
+def test_the_table_of_shaped_rewards():
+    rows = re.findall(r"^\| ([+-]1) \| ([\d.]+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", TEXT, re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        reward, nubar, intent, equation = map(float, row)
+        for shaping, expected in (("intent", intent), ("equation", equation)):
+            shaped = reference.shaped_rewards(torch.tensor(reward), torch.tensor(nubar), 0.5, 3.0, shaping)
+            assert shaped.item() == pytest.approx(expected)
+
+
+def test_the_benchmark_table_is_that_of_the_results():
+    tool = load(ROOT / "tools" / "readme_table.py")
+    found = tool.BLOCK.search(TEXT)
+    assert found is not None
+    assert found[0] == found[1] + tool.block() + found[2], "tools/readme_table.py writes it anew"
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^):]+)\)", TEXT))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
