@@ -1,7 +1,9 @@
 """Puts the table of a benchmark run into README.md, from the JSON that `g2rl bench` wrote.
 
-g2rl bench head --out benchmarks/results/cpu-epyc-zen5-2cores.json
-python tools/readme_table.py
+    g2rl bench head --out benchmarks/results/cpu-epyc-zen5-2cores.json
+    python tools/readme_table.py
+
+tests/test_readme.py compares the two.
 """
 
 from __future__ import annotations
