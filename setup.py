@@ -170,6 +170,8 @@ class build_ext(BuildExtension):
 # Folders of the checkout that an installed package carries inside itself, for `g2rl bench` and `g2rl train`.
 SHIPPED = {f"g2rl_kernels.{name}": name for name in ("benchmarks", "recipes") if os.path.isdir(name)}
 FLAGS = shlex.split(os.environ.get("G2RL_CXXFLAGS", ""))
+# Where the inner loops happen to begin moved the head kernel's time by 6 % from build to build.
+ALIGNED = ["-falign-functions=64", "-falign-loops=64"]
 
 setup(
     packages=[*find_packages(include=["g2rl_kernels", "g2rl_kernels.*"]), *SHIPPED],
@@ -185,7 +187,7 @@ setup(
             # No -march: units under csrc/cpu name their instruction sets, and the best is chosen at run time.
             # No -ffast-math: kernels rely on NaN and infinities.
             extra_compile_args={
-                "cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *FLAGS]
+                "cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *ALIGNED, *FLAGS]
             },
             extra_link_args=FLAGS,
         )

@@ -23,10 +23,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "head_kernels.h"
@@ -37,27 +36,37 @@
 namespace g2rl {
 namespace {
 
-constexpr int64_t kWorkspace = 15500000;   // bytes; what the caller allocates beside it keeps the total below 16 MB
+constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
 constexpr int64_t kWidths[] = {64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
 constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const size_t huge = size_t(2) << 20, bytes = std::max<int64_t>(count, 1) * sizeof(T);
-  void* p = nullptr;
-  if (posix_memalign(&p, bytes >= huge ? huge : 64, bytes)) throw std::bad_alloc();
+// The workspace of the calling thread, kept for its next call: fresh pages would cost 2 to 4 % of a call.
+class Workspace {
+ public:
+  // Memory for at least `bytes`, on a page boundary; what an earlier call left there may still be in it.
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = nullptr, size_ = 0;
+      void* p = nullptr;
+      if (posix_memalign(&p, kHuge, bytes)) throw std::bad_alloc();
 #ifdef __linux__
-  if (bytes >= huge) madvise(p, bytes / huge * huge, MADV_HUGEPAGE);
+      if (bytes >= kHuge) madvise(p, bytes / kHuge * kHuge, MADV_HUGEPAGE);
 #endif
-  return Buffer<T>(static_cast<T*>(p));
-}
+      data_ = static_cast<char*>(p), size_ = bytes;
+    }
+    return data_;
+  }
+  ~Workspace() { std::free(data_); }
+
+ private:
+  static constexpr int64_t kHuge = 2 << 20;
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Workspace workspace;
 
 template <class Body>
 void run(Parallel parallel, int64_t n, const Body& body) {
@@ -122,24 +131,26 @@ class Head {
     // the codes are dead while rows are projected: the same memory holds the partial projections
     code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, args.d * 4);
-    packed = allocate<float>(c.units * width);
-    codes = allocate<uint8_t>(code_bytes);
-    statistics = allocate<float>(3 * blocks * width);
-    residual = allocate<float>(plan.rows * plan.span);
+    int64_t bytes = 0;
+    const auto place = [&bytes](int64_t size) { return std::exchange(bytes, bytes + ceil_div(size, 64) * 64); };  // -> offset
+    const int64_t codes_at = place(code_bytes), packed_at = place(4 * c.units * width);
+    const int64_t statistics_at = place(4 * 3 * blocks * width), residual_at = place(4 * plan.rows * plan.span);
+    char* memory = workspace.reserve(bytes);
+    codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
-    c.packed = packed.get();
-    c.block_max = statistics.get();
+    c.packed = reinterpret_cast<float*>(memory + packed_at);
+    c.block_max = reinterpret_cast<float*>(memory + statistics_at);
     c.block_sum = c.block_max + blocks * width;
     c.block_moment = c.block_sum + blocks * width;
     c.target_logit = target.data();
     c.max = run_max.data();
     c.weight = weight.data();
-    c.residual = residual.get();
+    c.residual = reinterpret_cast<float*>(memory + residual_at);
   }
 
   void run_all() {
-    std::memset(a.features, 0, sizeof(float) * a.S * a.d);
+    std::fill_n(a.features, a.S * a.d, 0.0f);
     for (int64_t n = 0; n < a.N; n += c.tokens) {
       take_chunk(n);
       pack();
@@ -204,7 +215,7 @@ class Head {
   }
 
   void forward(bool keep_codes) {
-    c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes.get()) : nullptr;
+    c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes) : nullptr;
     run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
   }
 
@@ -238,7 +249,7 @@ class Head {
       const double alpha = a.token_weights ? a.token_weights[n] : 1.0f;
       const double capped = a.logit_softcap != 0 ? z / a.logit_softcap : 0.0;
       weight[t] = float(alpha * lift / total);
-      target_residual[t] = float(alpha * (others / total) * (1 - capped * capped));
+      target_residual[t] = float(alpha * (others / total) * std::max(1 - capped * capped, 0.0));  // 0 for a masked target
     }
   }
 
@@ -252,7 +263,7 @@ class Head {
       for (const Segment& s : segments)
         for (int64_t t = s.begin; t < s.end; t++) {
           const int64_t v = a.tokens[c.first_token + t];
-          if (v >= c.span_begin && v < c.span_end) residual[s.row * (c.span_end - c.span_begin) + v - c.span_begin] += target_residual[t];
+          if (v >= c.span_begin && v < c.span_end) c.residual[s.row * (c.span_end - c.span_begin) + v - c.span_begin] += target_residual[t];
         }
       if (spans > 1) project(all_rows());
     }
@@ -281,7 +292,7 @@ class Head {
     for (size_t first = 0; first < rows.size(); first += fit) {
       const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * a.d;
       const int64_t slabs = std::min({int64_t(64), ceil_div(span, kBlock), fit / count});
-      float* partial = reinterpret_cast<float*>(codes.get());
+      float* partial = reinterpret_cast<float*>(codes);
       run(parallel, slabs, [&](int64_t x) {
         const int64_t i = slabs - 1 - x;  // the last rows of W are still in cache
         k.project(c, rows.data() + first, count, c.span_begin + span * i / slabs, c.span_begin + span * (i + 1) / slabs, partial + i * size);
@@ -310,8 +321,7 @@ class Head {
   HeadChunk c{};
   Plan plan;
   int64_t code_bytes, response = 0;
-  Buffer<float> packed, statistics, residual;
-  Buffer<uint8_t> codes;
+  char* codes;
   std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<Segment> segments;
@@ -322,7 +332,7 @@ class Head {
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
   const HeadKernels& kernels = kernels_for(isa);
   if (args.N > 0) Head(args, kernels, parallel).run_all();
-  else std::memset(args.features, 0, sizeof(float) * args.S * args.d);
+  else std::fill_n(args.features, args.S * args.d, 0.0f);
 }
 
 }  // namespace g2rl

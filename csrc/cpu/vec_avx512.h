@@ -1,6 +1,9 @@
 // Sixteen floats: the vector type of the avx512 and avx512bf16 kernels.  Include under the matching target pragma.
 #pragma once
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own intrinsics (bug 105593)
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <cstring>

@@ -7,6 +7,7 @@
 #include "../../csrc/cpu/head.cpp"
 
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <set>
