@@ -8,6 +8,7 @@ which slows down slows both. Shown is the median of the rounds with the 20 % and
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -26,8 +27,6 @@ import g2rl_kernels as g2
 from g2rl_kernels import _C, reference
 
 from .registry import DEFAULT_SHAPES, DTYPES, METHODS, SHAPES, Problem, Shape, problem
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -49,8 +48,11 @@ def extra_memory(call: Callable[[], Any]) -> float | None:
 
     gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what earlier calls left in the allocator would hide what this one needs
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    except OSError:
+    except (OSError, AttributeError):
         return None
     before = read("VmRSS")
     call()
