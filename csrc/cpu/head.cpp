@@ -130,7 +130,7 @@ class Head {
     const int64_t blocks = ceil_div(plan.span, kBlock);
     // the codes are dead while rows are projected: the same memory holds the partial projections
     code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
-    code_bytes = std::max(code_bytes, args.d * 4);
+    code_bytes = std::max(code_bytes, 4 * row_stride(args.d));
     int64_t bytes = 0;
     const auto place = [&bytes](int64_t size) { return std::exchange(bytes, bytes + ceil_div(size, 64) * 64); };  // -> offset
     const int64_t codes_at = place(code_bytes), packed_at = place(4 * c.units * width);
@@ -258,8 +258,7 @@ class Head {
     for (int64_t i = 0; i < spans; i++) {
       set_span(i);
       if (spans > 1) forward(true);
-      const int64_t blocks = ceil_div(c.span_end - c.span_begin, kBlock);
-      run(parallel, blocks, [&](int64_t b) { k.collect(c, blocks - 1 - b); });  // the last codes are still in cache
+      run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
       for (const Segment& s : segments)
         for (int64_t t = s.begin; t < s.end; t++) {
           const int64_t v = a.tokens[c.first_token + t];
@@ -288,9 +287,9 @@ class Head {
 
   // features[response of row] += A[row, :] W / (sum of its weights), over fixed slabs of the span
   void project(const std::vector<int64_t>& rows) {
-    const int64_t fit = code_bytes / (4 * a.d), span = c.span_end - c.span_begin;
+    const int64_t stride = row_stride(a.d), fit = code_bytes / (4 * stride), span = c.span_end - c.span_begin;
     for (size_t first = 0; first < rows.size(); first += fit) {
-      const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * a.d;
+      const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * stride;
       const int64_t slabs = std::min({int64_t(64), ceil_div(span, kBlock), fit / count});
       float* partial = reinterpret_cast<float*>(codes);
       run(parallel, slabs, [&](int64_t x) {
@@ -302,7 +301,7 @@ class Head {
         const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
         for (int64_t x = 0; x < a.d; x++) {
           float sum = 0;
-          for (int64_t i = 0; i < slabs; i++) sum += partial[i * size + j * a.d + x];
+          for (int64_t i = 0; i < slabs; i++) sum += partial[i * size + j * stride + x];
           a.features[s * a.d + x] += sum * scale;
         }
       });

@@ -10,6 +10,9 @@ constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together
 constexpr int64_t kMaxWidth = 64;  // most tokens in flight
 constexpr int64_t kMaxPanel = 64;   // most tokens in one panel
 
+// Of the partial projections.  Rows some multiple of 4 KiB apart would compete for the same few lines of L1.
+constexpr int64_t row_stride(int64_t d) { return d + 16; }
+
 // Tokens of one response inside the chunk; they add to row `row` of the residual matrix A.
 struct Segment {
   int64_t begin, end;  // columns of the chunk
@@ -47,7 +50,7 @@ struct HeadKernels {
   void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
   // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v
   void (*collect)(const HeadChunk&, int64_t block);
-  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - span_begin] weight[v, :]
+  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - span_begin] weight[v, :]; rows of out are row_stride(d) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
 };
 

@@ -390,16 +390,16 @@ static void add_lines(const float* const factor[J], const char* lines, int64_t l
 template <class Load, int L>
 static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
                         int64_t length, float* out) {
-  const int64_t span = c.span_end - c.span_begin;
+  const int64_t span = c.span_end - c.span_begin, stride = row_stride(c.args->d);
   int64_t j = 0;
   for (; j + 4 <= row_count; j += 4) {
     const float* factor[4];
     for (int q = 0; q < 4; q++) factor[q] = c.residual + rows[j + q] * span + (v - c.span_begin);
-    add_lines<Load, 4, L>(factor, lines, line_bytes, length, out + j * c.args->d, c.args->d);
+    add_lines<Load, 4, L>(factor, lines, line_bytes, length, out + j * stride, stride);
   }
   for (; j < row_count; j++) {
     const float* factor[1] = {c.residual + rows[j] * span + (v - c.span_begin)};
-    add_lines<Load, 1, L>(factor, lines, line_bytes, length, out + j * c.args->d, c.args->d);
+    add_lines<Load, 1, L>(factor, lines, line_bytes, length, out + j * stride, stride);
   }
 }
 
@@ -435,7 +435,7 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
 }
 
 static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
-  std::memset(out, 0, sizeof(float) * row_count * c.args->d);
+  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
   const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
   if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
   else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
