@@ -16,8 +16,9 @@ SETUP   := pyproject.toml constraints.txt tools/environment.py
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
-demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gradient-guided exploration (5 minutes)
+demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gradient-guided exploration (3 minutes)
 	$(VENV)/bin/g2rl train $(RECIPE) $(ARGS)
+	@echo "  (g2rl is $(VENV)/bin/g2rl; 'source $(VENV)/bin/activate' puts it on the path)"
 
 test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-k bias" narrows them
 	$(PY) -m pytest $(TESTS) $(ARGS)
