@@ -2,7 +2,8 @@
 
 Every row is a ratio to `torch.mm(hidden, weight.T, out=logits)`, the least that anything which looks at all
 logits has to do: methods take turns, round by round, and the ratio is taken within a round, so that a machine
-which slows down slows both. Shown is the median of the rounds with the 20 % and 80 % quantiles.
+which slows down slows both; every five rounds the tensors are made anew. Shown is the median of the rounds
+with the 20 % and 80 % quantiles.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ import g2rl_kernels as g2
 from g2rl_kernels import _C, reference
 
 from .registry import DEFAULT_SHAPES, DTYPES, METHODS, SHAPES, Problem, Shape, problem
+
+ROUNDS_A_PLACEMENT = 5
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -69,34 +74,56 @@ def relative_error(p: Problem, method: Callable[[Problem], tuple[torch.Tensor, .
     return float((method(part)[0].double() - exact).norm() / exact.norm())
 
 
+def in_fresh_thread(call: Callable[[], Any]) -> Any:
+    """The op keeps its workspace for the thread's next call; a new thread has none yet."""
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(call()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def responses(shape: Shape, entry: str) -> int:
+    """What packing responses costs is shown by the same tokens cut otherwise: "..., 8 responses"."""
+    return int(entry.split(", ")[1].split()[0]) if entry.startswith("g2rl-kernels,") else shape.responses
+
+
+def entries(shape: Shape, base: Problem) -> dict[str, tuple[Callable[[Problem], Any], Problem]]:
+    names = ["g2rl-kernels, 1 response", "g2rl-kernels, 8 responses", *METHODS]
+    found = {}
+    for name in names:
+        cut = torch.arange(responses(shape, name) + 1) * shape.N // responses(shape, name)
+        found[name] = (
+            METHODS[name.split(", ")[0] if name.startswith("g2rl") else name],
+            replace(base, cu_seqlens=cut),
+        )
+    return found
+
+
+def turn(shape: Shape, base: Problem, logits: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """Seconds of the bare product, then of every method."""
+    one = seconds(lambda: torch.mm(base.hidden, base.weight.T, out=logits))
+    return one, {name: seconds(lambda m=m, p=p: m(p)) for name, (m, p) in entries(shape, base).items()}
+
+
 def measure(shape: Shape, dtype: str, rounds: int, with_error: bool) -> list[dict[str, Any]]:
-    methods: dict[str, tuple[Callable[[Problem], Any], Problem]] = {}
-    base = problem(shape, DTYPES[dtype], shape.responses)
-    for count in (1, 8):  # what packing responses costs: the same tokens, cut otherwise
-        cut = torch.arange(count + 1) * shape.N // count
-        title = f"g2rl-kernels, {count} response{'s' * (count > 1)}"
-        methods[title] = (METHODS["g2rl-kernels"], Problem(base.hidden, base.weight, base.tokens, cut))
-    for name, method in METHODS.items():
-        methods[name] = (method, base)
-
     small = problem(SHAPES["tiny"], DTYPES[dtype], 2)
+    base = problem(shape, DTYPES[dtype], shape.responses)
     memory, error = {}, {}
-    for name, (method, p) in methods.items():
-        method(small)  # thread pools and caches exist before memory is counted
-        memory[name] = extra_memory(lambda method=method, p=p: method(p))
+    for name, (method, p) in entries(shape, base).items():
+        memory[name] = in_fresh_thread(lambda m=method, p=p: (m(small), extra_memory(lambda: m(p)))[1])
     if with_error:
-        for name, method in METHODS.items():
-            error[name] = relative_error(base, method)
+        error = {name: relative_error(base, method) for name, method in METHODS.items()}
 
-    logits = torch.empty(shape.N, shape.V, dtype=DTYPES[dtype])
     floor: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for round_ in range(rounds + 1):
-        print(f"\r{shape.name} {dtype}: round {round_}/{rounds} ", end="", file=sys.stderr, flush=True)
-        one = seconds(lambda: torch.mm(base.hidden, base.weight.T, out=logits))
-        timed = {name: seconds(lambda m=method, p=p: m(p)) for name, (method, p) in methods.items()}
-        if round_ == 0:
-            continue  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in memory}
+    for round_ in range(rounds):
+        if round_ % ROUNDS_A_PLACEMENT == 0:  # where tensors lie in memory moves torch's product by 15 %
+            base = problem(shape, DTYPES[dtype], shape.responses)
+            logits = torch.empty(shape.N, shape.V, dtype=DTYPES[dtype])
+            turn(shape, base, logits)  # to warm up
+        print(f"\r{shape.name} {dtype}: round {round_ + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
+        one, timed = turn(shape, base, logits)
         floor.append(one)
         for name, value in timed.items():
             times[name].append(value)
@@ -112,7 +139,7 @@ def measure(shape: Shape, dtype: str, rounds: int, with_error: bool) -> list[dic
                 "N": shape.N,
                 "V": shape.V,
                 "d": shape.d,
-                "responses": len(methods[name][1].cu_seqlens) - 1,
+                "responses": responses(shape, name),
                 "dtype": dtype,
                 "method": name,
                 "ratio_20_50_80": [round(q, 4) for q in quantile],
