@@ -32,6 +32,7 @@ from g2rl_kernels import _C, reference
 from .registry import DEFAULT_SHAPES, DTYPES, METHODS, SHAPES, Problem, Shape, problem
 
 ROUNDS_A_PLACEMENT = 5
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -53,14 +54,15 @@ def extra_memory(call: Callable[[], Any]) -> float | None:
 
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what earlier calls left in the allocator would hide what this one needs
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # no buffer from what earlier calls left in the allocator
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = read("VmRSS")
+        call()
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
     except (OSError, AttributeError):
         return None
-    before = read("VmRSS")
-    call()
     return float(max(read("VmHWM") - before, 0))
 
 
