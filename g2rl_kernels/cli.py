@@ -21,7 +21,7 @@ whose direction is new within their group, and then trains as GRPO does."""
 _EPILOG = """\
 examples:
   g2rl info                          what this machine can run, and what is missing
-  g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in about 5 minutes on two cores
+  g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
 
 `g2rl COMMAND --help` explains each."""

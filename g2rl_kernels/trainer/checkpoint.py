@@ -126,10 +126,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():  # safetensors leaves files that nobody else may read
+                path.chmod(temporary.stat().st_mode & 0o666)
             flush(path)
-        if (
-            target.exists()
-        ):  # rename replaces no directory that holds files; the new one is on the disk by now
+        if target.exists():  # rename replaces no directory with files; the new one is on the disk by now
             shutil.rmtree(target)
         os.rename(temporary, target)
         flush(target.parent)

@@ -58,6 +58,14 @@ def test_no_pickle_and_readable_by_transformers(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(path)("1+2")["input_ids"] == make_tokenizer()("1+2")["input_ids"]
 
 
+def test_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=1)
+    (tmp_path / "other").write_text("")
+    modes = {file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+
+
 def test_keeps_the_newest(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (1, 2, 999_999, 1_000_000):
