@@ -128,7 +128,7 @@ def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: floa
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
             axes.plot(steps, bold, color=color, linewidth=2.2, label=label)
             shown += 1
-        if shown > 1:
+        if shown > 1 or (shown and not unit):  # a panel without a unit says by its legend what it shows
             axes.legend(frameon=False, fontsize=9)
         if name == "Accuracy":
             axes.set_ylim(-0.02, 1.02)
