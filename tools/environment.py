@@ -64,11 +64,11 @@ class Environment:
         self.constraints = folder / "constraints.txt"
 
     def create(self) -> None:
-        if (
-            subprocess.run([self.python, "-c", ""], capture_output=True).returncode
-            if self.python.exists()
-            else True
-        ):
+        works = (
+            self.python.exists()
+            and not subprocess.run([self.python, "-c", ""], capture_output=True).returncode
+        )
+        if not works:
             shutil.rmtree(self.folder, ignore_errors=True)
             say(f"{self.folder} from {sys.executable} (Python {platform.python_version()})")
             # Where pip and setuptools are reused, older copies in the environment would hide them.

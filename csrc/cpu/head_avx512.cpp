@@ -1,5 +1,4 @@
 // The head kernels for CPUs with AVX-512.
-#include "isa.h"
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
@@ -7,13 +6,7 @@
 #include "head_avx512_tiles.h"
 
 namespace g2rl {
-
-const HeadKernels& head_kernels_avx512() {
-  using namespace avx512;
-  static constexpr HeadKernels kernels = {false, panel_for, pack, forward, merge, collect, project};
-  return kernels;
-}
-
+const HeadKernels& head_kernels_avx512() { return avx512::kKernels; }
 }  // namespace g2rl
 #pragma GCC pop_options
 #endif

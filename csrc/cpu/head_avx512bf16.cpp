@@ -1,5 +1,4 @@
 // The head kernels for CPUs with AVX-512 and its bfloat16 dot product.
-#include "isa.h"
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
@@ -8,13 +7,7 @@
 #include "head_avx512_tiles.h"
 
 namespace g2rl {
-
-const HeadKernels& head_kernels_avx512bf16() {
-  using namespace avx512bf16;
-  static constexpr HeadKernels kernels = {true, panel_for, pack, forward, merge, collect, project};
-  return kernels;
-}
-
+const HeadKernels& head_kernels_avx512bf16() { return avx512bf16::kKernels; }
 }  // namespace g2rl
 #pragma GCC pop_options
 #endif

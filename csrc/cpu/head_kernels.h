@@ -8,7 +8,6 @@ namespace g2rl {
 
 constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
 constexpr int64_t kMaxWidth = 64;  // most tokens in flight
-constexpr int64_t kMaxPanel = 64;   // most tokens in one panel
 
 // Of the partial projections.  Rows some multiple of 4 KiB apart would compete for the same few lines of L1.
 constexpr int64_t row_stride(int64_t d) { return d + 16; }

@@ -1,5 +1,5 @@
 // The kernels of the head op, written once over a vector type and compiled once per instruction set: the including
-// file sets the target, includes a vec_*.h first and defines logits_block_for().  head.cpp says how they fit together.
+// file sets the target, includes a vec_*.h first and defines the register tiles.  head.cpp says how they fit together.
 //
 // Tokens are vector lanes.  Hidden is packed transposed, so that one row of the weight needs one broadcast a number
 // and no packing: the weight is streamed straight from where the caller left it, once a chunk of tokens.
@@ -54,13 +54,37 @@ inline float load_element(DType t, const void* data, int64_t i) {
   return t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
+// Contiguous numbers of each dtype, as floats
+struct LoadFloat {
+  static constexpr int64_t size = 4;
+  G2RL_INLINE vf vector(const char* p) { return load((const float*)p); }
+  G2RL_INLINE float scalar(const char* p) { return *(const float*)p; }
+};
+struct LoadBf16 {
+  static constexpr int64_t size = 2;
+  G2RL_INLINE vf vector(const char* p) { return load_bf16((const uint16_t*)p); }
+  G2RL_INLINE float scalar(const char* p) { return bf16_to_float(*(const uint16_t*)p); }
+};
+struct LoadF16 {
+  static constexpr int64_t size = 2;
+  G2RL_INLINE vf vector(const char* p) { return load_f16((const uint16_t*)p); }
+  G2RL_INLINE float scalar(const char* p) { return f16_to_float(*(const uint16_t*)p); }
+};
+
+// As many of n contiguous numbers as fill whole vectors; returns how many that were.
+template <class Load>
+static int64_t unpack_vectors(const void* data, int64_t offset, int64_t n, float* out) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(out + j, Load::vector((const char*)data + (offset + j) * Load::size));
+  return j;
+}
+
 // Elements [begin, begin + n) of row i as floats.
 static void unpack_floats(DType t, const Matrix& m, int64_t i, int64_t begin, int64_t n, float* out) {
   const int64_t offset = i * m.stride0 + begin * m.stride1;
   int64_t j = 0;
-  if (m.stride1 == 1 && t == DType::f32) for (; j + kLanes <= n; j += kLanes) store(out + j, load((const float*)m.data + offset + j));
-  if (m.stride1 == 1 && t == DType::bf16) for (; j + kLanes <= n; j += kLanes) store(out + j, load_bf16((const uint16_t*)m.data + offset + j));
-  if (m.stride1 == 1 && t == DType::f16) for (; j + kLanes <= n; j += kLanes) store(out + j, load_f16((const uint16_t*)m.data + offset + j));
+  if (m.stride1 == 1)
+    j = (t == DType::f32 ? unpack_vectors<LoadFloat> : t == DType::bf16 ? unpack_vectors<LoadBf16> : unpack_vectors<LoadF16>)(m.data, offset, n, out);
   for (; j < n; j++) out[j] = load_element(t, m.data, offset + j * m.stride1);
 }
 
@@ -148,7 +172,8 @@ static __attribute__((noinline)) void logits_tile(const char* rows, int64_t row_
 
 // logits[panel][row][token] of `count` rows of weight from v0
 using LogitsBlock = void (*)(const HeadChunk&, int64_t v0, int64_t count, float* logits);
-static LogitsBlock logits_block_for(const HeadChunk&);  // the including file picks the register tile
+static LogitsBlock logits_block_for(const HeadChunk&);  // these two pick the register tile: the including file
+static int64_t panel_for(int64_t width);
 
 template <class Dot, int R, int T>
 static void logits_block(const HeadChunk& c, int64_t v0, int64_t count, float* logits) {
@@ -321,7 +346,7 @@ G2RL_INLINE float decode_row(const uint16_t* codes, int64_t first, int64_t last,
 static void collect(const HeadChunk& c, int64_t block) {
   const int64_t v0 = block * kBlock, span = c.span_end - c.span_begin, count = smaller(kBlock, span - v0);
   const vf quarter = splat(0.25f * kLog2e / c.args->temperature);
-  alignas(64) float weight[kMaxPanel];
+  alignas(64) float weight[kMaxWidth];
   for (int64_t s = 0; s < c.segment_count; s++) {
     const Segment& segment = c.segments[s];
     float* out = c.residual + segment.row * span + v0;
@@ -343,23 +368,6 @@ static void collect(const HeadChunk& c, int64_t block) {
     }
   }
 }
-
-// Contiguous numbers of each dtype, as floats
-struct LoadFloat {
-  static constexpr int64_t size = 4;
-  G2RL_INLINE vf vector(const char* p) { return load((const float*)p); }
-  G2RL_INLINE float scalar(const char* p) { return *(const float*)p; }
-};
-struct LoadBf16 {
-  static constexpr int64_t size = 2;
-  G2RL_INLINE vf vector(const char* p) { return load_bf16((const uint16_t*)p); }
-  G2RL_INLINE float scalar(const char* p) { return bf16_to_float(*(const uint16_t*)p); }
-};
-struct LoadF16 {
-  static constexpr int64_t size = 2;
-  G2RL_INLINE vf vector(const char* p) { return load_f16((const uint16_t*)p); }
-  G2RL_INLINE float scalar(const char* p) { return f16_to_float(*(const uint16_t*)p); }
-};
 
 // out[j, :] += sum_i factor[j][i] line[i][:] for J rows of A and L rows of weight
 template <class Load, int J, int L>
@@ -404,7 +412,7 @@ static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_cou
 }
 
 // The weight is read once, whatever the number of responses: a few rows and a slice of columns at a time, which stay in
-// L1 with their part of `out`; the rows are fetched two groups ahead.
+// L1 with their part of `out`; the rows are fetched three groups ahead.
 template <class Load>
 static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
   constexpr int kLines = 6;
@@ -441,6 +449,13 @@ static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, 
   else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
   else project_as<LoadFloat>(c, rows, row_count, begin, end, out);
 }
+
+#ifdef G2RL_HAS_BF16_DOT
+constexpr bool kBf16Dot = true;
+#else
+constexpr bool kBf16Dot = false;
+#endif
+constexpr HeadKernels kKernels = {kBf16Dot, panel_for, pack, forward, merge, collect, project};
 
 }  // namespace
 }  // namespace G2RL_ISA

@@ -368,11 +368,9 @@ class Trainer:
                 raise ConfigError(
                     f"task: {name}[0] must be a dict with a text 'question', got {str(item)[:80]}"
                 )
-            try:
+            try:  # templates are programs of the model's authors; some refuse a system role
                 self.sampler.encode(item)
-            except (
-                Exception
-            ) as error:  # templates are programs of the model's authors; some refuse a system role
+            except Exception as error:
                 what = " ".join(str(error).split())[:200]
                 raise ConfigError(
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"

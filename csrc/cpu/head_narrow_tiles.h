@@ -1,0 +1,14 @@
+// Register tile of the head kernels where there are 16 vector registers: include after the vector type.
+#include "head_kernels_impl.h"
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+// 6 rows x 2 vectors of tokens: 12 sums
+LogitsBlock logits_block_for(const HeadChunk&) { return logits_block<DotFloat, 6, 2>; }
+int64_t panel_for(int64_t) { return 2 * kLanes; }
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl
