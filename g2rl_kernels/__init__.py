@@ -13,13 +13,23 @@ except ImportError as error:
     ) from error
 
 from .group import GroupGeometry, group_geometry
-from .head import HeadFeatures, LinearLogprobs, head_features, linear_logprobs, pack_responses
+from .head import (
+    CertifiedHeadFeatures,
+    HeadFeatures,
+    LinearLogprobs,
+    certified_head_features,
+    head_features,
+    linear_logprobs,
+    pack_responses,
+)
 
 __all__ = [
+    "CertifiedHeadFeatures",
     "GroupGeometry",
     "HeadFeatures",
     "LinearLogprobs",
     "__version__",
+    "certified_head_features",
     "group_geometry",
     "head_features",
     "linear_logprobs",

@@ -1,11 +1,13 @@
 """The LM head, without ever holding its logits: `head_features`, `linear_logprobs` and `pack_responses`.
 
-Each public function checks its arguments, picks a backend and calls one operator. Those in C++ are in csrc/;
-that of `linear_logprobs` is in PyTorch, below.
+Each public function checks its arguments, picks a backend and calls one operator. Those in C++ are in csrc/,
+those in Triton in kernels/; that of `linear_logprobs` is in PyTorch, below.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -27,6 +29,17 @@ class HeadFeatures(NamedTuple):
     logprobs: Tensor  # [N], nats
     logsumexp: Tensor  # [N], nats, of z / temperature
     entropy: Tensor  # [N], nats
+
+
+class CertifiedHeadFeatures(NamedTuple):
+    """What `certified_head_features` returns; all float32 but skipped_tokens (int64), none with a gradient."""
+
+    features: Tensor  # [S, d]
+    logprobs: Tensor  # [N], nats
+    logsumexp: Tensor  # [N], nats, of z / temperature
+    entropy: Tensor  # [N], nats
+    skipped_mass: Tensor  # [S], sum of a_t (1 - p(y_t)) over the tokens left out
+    skipped_tokens: Tensor  # [S], how many tokens were left out
 
 
 class LinearLogprobs(NamedTuple):
@@ -69,15 +82,17 @@ def head_features(
             cu_seqlens[s]:cu_seqlens[s + 1]. A response may be empty; its feature is zero.
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
-        temperature, logit_scale: positive and finite.
-        logit_softcap: c above, positive and finite; None for none.
-        token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
-        known_logprobs: [N] log p(tokens[t]) as the sampler reported it, any float dtype. Lets a backend save
-            a pass; the outputs are computed afresh all the same. Today's backends gain nothing from it and
-            ignore it.
+        temperature, logit_scale: positive and finite. logit_softcap: c above, positive and finite; None for
+        none. token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give
+        zeros. known_logprobs: [N] log p(tokens[t]) as the sampler reported it, any float dtype. On a GPU one
+        pass over
+            the logits then does the work of two; other backends ignore it. It need not be exact: outputs are
+            computed afresh, and a token whose known probability is off by a factor l within 1 % goes into its
+            response's feature with weight l alpha_t, all others with alpha_t.
         process_group: vocabulary-parallel weights; not available yet.
-        backend: "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU tensors, else
-            "reference".
+        backend: "triton" (GPUs), "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU
+            tensors; for others "triton" where it is installed, else "reference". float32 products on a GPU
+            follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are 3xTF32.
 
     Returns:
         features [S, d], logprobs [N], logsumexp [N] and entropy [N] in nats, the latter three of z /
@@ -89,9 +104,129 @@ def head_features(
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
             [0, V), a token weight is negative or NaN, a scalar is out of range. Values of tensors are
             checked on the CPU only (elsewhere this would wait for the device; G2RL_CHECK=1 in the
-            environment asks for it) and not while compiling.
-        NotImplementedError: process_group or the triton backend is asked for.
+            environment asks for it) and not while compiling; unchecked, they make results meaningless (a
+            token outside [0, V): NaN) but read nothing out of bounds.
+        ImportError: backend="triton" without triton.
+        NotImplementedError: process_group is asked for.
     """
+    backend, args = _head_arguments(
+        hidden,
+        weight,
+        tokens,
+        cu_seqlens,
+        bias,
+        temperature,
+        logit_scale,
+        logit_softcap,
+        token_weights,
+        known_logprobs,
+        process_group,
+        backend,
+    )
+    return _head_features(backend, args)
+
+
+def certified_head_features(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_skipped: float = 0.01,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> CertifiedHeadFeatures:
+    """`head_features` that leaves confident tokens out of the features, and says how much that is at most.
+
+    A token's feature is bounded by what the policy is unsure of: ||phi_t|| <= m_t diameter, with m_t = 1 -
+    p(tokens[t]) and diameter = logit_scale max_v,w ||W[v] - W[w]||, or 2 logit_scale max_v ||W[v]|| behind a
+    softcap. A token is left out of its response's feature if the tokens of this response whose alpha m is not
+    larger than its own carry together at most the share `max_skipped` of the response's sum of alpha m. Then
+
+        ||features[s] - exact[s]|| <= skipped_mass[s] diameter,    skipped_mass[s] = sum_skipped a_t m_t
+                                   <= max_skipped (sum_t a_t m_t) diameter,      a_t = alpha_t / sum alpha.
+
+    On a GPU the second of two passes over the logits is spared for these tokens: most of them for a model
+    that is sure of most tokens (0.1 to 0.2 nats), next to none for a flat one. Other backends gain nothing.
+
+    Args:
+        max_skipped: the share, in [0, 1).
+        The others are those of `head_features`.
+
+    Returns:
+        features, logprobs, logsumexp, entropy: see `head_features`; skipped_mass [S]; skipped_tokens [S].
+
+    Raises:
+        TypeError, ValueError, ImportError, NotImplementedError: as `head_features`.
+    """
+    if isinstance(max_skipped, bool) or not isinstance(max_skipped, (int, float)):
+        raise TypeError(f"max_skipped: got {type(max_skipped).__name__}, needs a number")
+    if not 0 <= max_skipped < 1:
+        raise ValueError(f"max_skipped: got {max_skipped}, needs a share in [0, 1)")
+    backend, args = _head_arguments(
+        hidden,
+        weight,
+        tokens,
+        cu_seqlens,
+        bias,
+        temperature,
+        logit_scale,
+        logit_softcap,
+        token_weights,
+        None,
+        process_group,
+        backend,
+    )
+    if backend == "triton":
+        return CertifiedHeadFeatures(*_head_features_triton(*args, float(max_skipped)))
+    N = hidden.shape[0]
+    alpha = hidden.new_ones(N, dtype=torch.float32) if args.token_weights is None else args.token_weights
+    cu = cu_seqlens.to(torch.int64)
+    _, logprobs, logsumexp, entropy = _head_features(backend, args)
+    mass = -alpha * torch.expm1(logprobs)
+    keep, skipped_mass, skipped_tokens = reference.skipped_tokens(mass, cu, max_skipped)
+    features = _head_features(backend, args._replace(token_weights=torch.where(keep, alpha, 0.0)))[0]
+    total, kept = (reference.segment_sum(a, cu, 0, N) for a in (alpha, torch.where(keep, alpha, 0.0)))
+    features *= ((kept + reference.WEIGHT_EPS) / (total + reference.WEIGHT_EPS))[:, None]
+    return CertifiedHeadFeatures(
+        features, logprobs, logsumexp, entropy, skipped_mass / (total + reference.WEIGHT_EPS), skipped_tokens
+    )
+
+
+class _HeadArguments(NamedTuple):
+    """Checked, in the order of the operators."""
+
+    hidden: Tensor
+    weight: Tensor
+    tokens: Tensor
+    cu_seqlens: Tensor
+    bias: Tensor | None
+    token_weights: Tensor | None
+    known_logprobs: Tensor | None
+    temperature: float
+    logit_scale: float
+    logit_softcap: float  # 0: none
+
+
+def _head_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_weights: Tensor | None,
+    known_logprobs: Tensor | None,
+    process_group: Any,
+    backend: str | None,
+) -> tuple[str, _HeadArguments]:
     _check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
     N = hidden.shape[0]
     _check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
@@ -113,39 +248,40 @@ def head_features(
         raise NotImplementedError(
             "process_group: vocabulary-parallel heads are not supported yet; gather the weight"
         )
-    backend = _choose_backend(backend, hidden.device)
-
-    hidden, weight = hidden.detach(), weight.detach()
     bias, alpha, known = (t if t is None else t.detach() for t in (bias, token_weights, known_logprobs))
-    alpha = None if alpha is None else alpha.float()
+    args = _HeadArguments(
+        hidden.detach(),
+        weight.detach(),
+        tokens,
+        cu_seqlens,
+        bias,
+        None if alpha is None else alpha.float(),
+        known,
+        float(temperature),
+        float(logit_scale),
+        float(logit_softcap or 0.0),
+    )
+    return _choose_backend(backend, hidden.device), args
+
+
+def _head_features(backend: str, args: _HeadArguments) -> HeadFeatures:
     if backend == "cpu":
-        return HeadFeatures(
-            *torch.ops.g2rl.head_features(
-                hidden,
-                weight,
-                tokens,
-                cu_seqlens,
-                bias,
-                alpha,
-                known,
-                float(temperature),
-                float(logit_scale),
-                float(logit_softcap or 0.0),
-            )
-        )
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return HeadFeatures(*torch.ops.g2rl.head_features(*args))
+    if backend == "triton":
+        return HeadFeatures(*_head_features_triton(*args, None)[:4])
+    with torch.no_grad(), torch.autocast(args.hidden.device.type, enabled=False):
         return HeadFeatures(
             *reference.head_features(
-                hidden,
-                weight,
-                tokens,
-                cu_seqlens,
-                bias=bias,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                logit_softcap=logit_softcap,
-                token_weights=alpha,
-                chunk=max(1, _tile_elements(hidden) // weight.shape[0]),
+                args.hidden,
+                args.weight,
+                args.tokens,
+                args.cu_seqlens,
+                bias=args.bias,
+                temperature=args.temperature,
+                logit_scale=args.logit_scale,
+                logit_softcap=args.logit_softcap or None,
+                token_weights=args.token_weights,
+                chunk=max(1, _tile_elements(args.hidden) // args.weight.shape[0]),
             )
         )
 
@@ -325,14 +461,27 @@ def _check_cu_seqlens_values(cu_seqlens: Tensor, N: int) -> None:
 
 def _choose_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
-        return "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and _has_triton() else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
-        raise NotImplementedError("backend='triton': these kernels do not exist yet; use backend=None")
+        if not _has_triton():
+            raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend: 'triton' needs CUDA tensors, got {device}; use backend=None (for tests, "
+                "TRITON_INTERPRET=1 set before python starts runs the kernels on the CPU, very slowly)"
+            )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
     return backend
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 # --- operators ----------------------------------------------------------------------------------------------
@@ -345,6 +494,47 @@ def _(
     N, S = hidden.shape[0], cu_seqlens.shape[0] - 1
     features = hidden.new_empty((S, hidden.shape[1]), dtype=torch.float32)
     return features, *(hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("g2rl::head_features_triton", mutates_args=())
+def _head_features_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    known_logprobs: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float,
+    max_skipped: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """head_features and certified_head_features (with max_skipped) by the Triton kernels."""
+    from .kernels import head
+
+    return head.head_features(
+        hidden,
+        weight,
+        tokens,
+        cu_seqlens,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap or None,
+        token_weights=token_weights,
+        known_logprobs=known_logprobs,
+        max_skipped=max_skipped,
+    )
+
+
+@_head_features_triton.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
+    floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
+    return *floats, hidden.new_empty((S,), dtype=torch.int64)
 
 
 # linear_logprobs keeps, for each token, a running maximum and two sums over the vocabulary seen so far:

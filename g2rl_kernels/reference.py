@@ -157,6 +157,34 @@ def head_features(
     return features / (alpha_sum + WEIGHT_EPS)[:, None], per_token[0], per_token[1], per_token[2]
 
 
+def skipped_tokens(mass: Tensor, cu_seqlens: Tensor, most: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens certified_head_features leaves out: mass [N] >= 0 is alpha_t (1 - p(tokens[t])).
+
+    A token is left out if the tokens of its response whose mass is not larger than its own carry together at
+    most the share `most` of the response's mass. Returns keep [N] bool, and of each response the mass left
+    out [S] and the number of tokens left out [S] int64. A NaN keeps its whole response.
+    """
+    S = cu_seqlens.shape[0] - 1
+    response = torch.searchsorted(cu_seqlens[1:], torch.arange(mass.shape[0], device=mass.device), right=True)
+    order = torch.argsort(mass, stable=True)
+    order = order[torch.argsort(response[order], stable=True)]  # by response, and by mass within it
+    sorted_mass, sorted_response = mass[order].double(), response[order]
+    sums = torch.nn.functional.pad(sorted_mass.nan_to_num(0.0).cumsum(0), (1, 0))
+    upto = sums[1:] - sums[cu_seqlens[sorted_response]]
+    # of equal masses all stay or all go: each takes the sum up to the last of them
+    last = torch.ones_like(sorted_response, dtype=torch.bool)
+    last[:-1] = (sorted_mass.diff() != 0) | (sorted_response.diff() != 0)
+    place = torch.arange(mass.shape[0], device=mass.device).masked_fill(~last, mass.shape[0])
+    upto = upto[place.flip(0).cummin(0).values.flip(0)] if mass.shape[0] else upto
+    total = segment_sum(mass.double(), cu_seqlens, 0, mass.shape[0]) if mass.shape[0] else mass.new_zeros(S)
+    skip = torch.zeros_like(mass, dtype=torch.bool).index_copy(
+        0, order, upto <= most * total[sorted_response]
+    )
+    skipped = torch.where(skip, mass, 0.0)
+    left_out = segment_sum(torch.stack([skipped.double(), skip.double()], 1), cu_seqlens, 0, mass.shape[0])
+    return ~skip, left_out[:, 0].to(mass.dtype), left_out[:, 1].long()
+
+
 # --- the group: equations 9 to 13, and 2 --------------------------------------------------------------------
 # Rows of one group lie along a dimension of size M, with `present` [B, M] false at empty places.
 

@@ -1,0 +1,1 @@
+"""GPU kernels in Triton, one operation a file; importing one needs triton."""

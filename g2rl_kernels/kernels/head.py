@@ -1,0 +1,318 @@
+"""The head on a GPU: launches the kernels of this folder, in two passes over the logits or in one.
+
+    nothing known       head_stats over all tokens; head_residual with the exact logsumexp
+    known log-probs     head_residual with logsumexp = x_y - log p_y, which also yields the exact one;
+                        tokens whose seed was off are corrected by a second head_residual over those alone
+    max_skipped         as with nothing known, but the second pass leaves confident tokens out (head_skip.py)
+
+Then, in every mode, head_project for A W, head_gather for the realised tokens' part, and
+
+    features[s] = logit_scale / (sum alpha + 1e-8) (sum_t alpha_t (1 - p_y) slope_y W[y] - A[s] W).
+
+**A seed's error.** With l = exp(lse - lse_seed), a seeded pass gives l p for each p it should, and the
+realised token's part is given the coefficient l (1 - p_y) too, so the token's feature is exactly l phi_t.
+Tokens with |l - 1| <= KNOWN_TOLERANCE are left so: the features are those of weights l_t alpha_t in place of
+alpha_t, within KNOWN_TOLERANCE sum alpha ||phi_t|| / sum alpha of the exact ones. All others are made exact.
+The correction subtracts what the seed gave, which costs digits only if that was much too large: if any l is
+beyond 2^10 (a sampler that claims a thousand times the probability) or below 2^-60, or not a number,
+everything is computed anew as if nothing had been known. All of this is decided on the device: nothing waits
+for it, and kernels without work return at once.
+
+**Memory.** Tokens are worked on in chunks, a chunk's responses in batches, and the vocabulary in slabs, so
+that A and the sums of a slab take WORKSPACE bytes at most and the slots SLOTS; per-token numbers come to less
+than 60 bytes a token of a chunk. All of it together stays below 64 MiB, whatever N, V and S.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference import WEIGHT_EPS, segment_sum
+from .head_finish import Statistics, head_finish
+from .head_gather import head_gather
+from .head_project import head_project
+from .head_reduce import head_reduce
+from .head_residual import head_residual
+from .head_skip import head_skip
+from .head_stats import head_stats
+from .head_target import head_target
+from .tile import LOG2E, Head, programs
+from .tuning import Config, choose
+
+KNOWN_TOLERANCE = 0.01
+GROSS = (-60.0, 10.0)  # log2 l outside: start afresh
+
+WORKSPACE = 32 << 20  # bytes: A and per-token sums of a slab
+SLOTS = 8 << 20  # bytes: partial features
+CHUNK = 1 << 17  # tokens at a time
+SEEDED_CHUNK = 1 << 15  # with per-token sums, of which a slab has one for each tile
+
+
+class Outputs(NamedTuple):
+    features: Tensor  # [S, d]
+    logprobs: Tensor  # [N]
+    logsumexp: Tensor  # [N]
+    entropy: Tensor  # [N]
+    skipped_mass: Tensor  # [S]
+    skipped_tokens: Tensor  # [S] int64
+
+
+class Chunk(NamedTuple):
+    """Some consecutive tokens, and the responses as far as they lie among them."""
+
+    hidden: Tensor  # [n, d]
+    tokens: Tensor  # [n]
+    alpha: Tensor  # [n]
+    response: Tensor  # [n] int32
+    cu_seqlens: Tensor  # [S + 1] int64, over these tokens
+
+
+class TokenList(NamedTuple):
+    """Tokens picked on the device, in order."""
+
+    rows: Tensor  # [n] int64; what lies beyond cu_seqlens[-1] means nothing
+    cu_seqlens: Tensor  # [S + 1] int64, positions in rows
+
+
+def statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats; arguments as for head_features."""
+    head = Head(weight, bias, temperature, logit_scale, logit_softcap)
+    config, precision = _choice("stats", hidden, weight)
+    parts = []
+    for rows in _ranges(hidden.shape[0], CHUNK):
+        h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop]
+        target, _ = head_target(h, head, y)
+        parts.append(head_finish(head_stats(h, head, y, config, precision), target)[:3])
+    return _join(parts, hidden.device)
+
+
+def head_features(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    known_logprobs: Tensor | None = None,
+    max_skipped: float | None = None,
+) -> Outputs:
+    """hidden [N, d], weight [V, d], tokens [N], cu_seqlens [S + 1], and the rest as
+    g2rl_kernels.head_features describes them and has checked them. With `max_skipped`, `known_logprobs` are
+    not used."""
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        return _head_features(
+            Head(weight, bias, temperature, logit_scale, logit_softcap),
+            hidden,
+            tokens,
+            cu_seqlens,
+            token_weights,
+            known_logprobs,
+            max_skipped,
+        )
+
+
+def _head_features(
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    known_logprobs: Tensor | None,
+    max_skipped: float | None,
+) -> Outputs:
+    (N, D), S = hidden.shape, cu_seqlens.shape[0] - 1
+    device = hidden.device
+    # Not checked on a GPU, where it would wait for the device: made such that nothing reads out of bounds.
+    cu_seqlens = cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
+    alpha = torch.ones(N, device=device) if token_weights is None else token_weights.float().contiguous()
+    known = None if max_skipped is not None else known_logprobs
+    features = torch.zeros(S, D, device=device)
+    skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
+    parts = []
+    for rows in _ranges(N, CHUNK if known is None else SEEDED_CHUNK):
+        part = slice(rows.start, rows.stop)
+        cu = cu_seqlens.clamp(rows.start, rows.stop) - rows.start
+        position = torch.arange(len(rows), device=device)
+        response = torch.searchsorted(cu[1:], position, right=True).int()
+        chunk = Chunk(hidden[part], tokens[part], alpha[part], response, cu)
+        if known is not None:
+            found = _one_pass(chunk, head, known[part].float(), features)
+        else:
+            found, mass, count = _two_passes(chunk, head, max_skipped, features)
+            skipped_mass += mass
+            skipped_tokens += count
+        parts.append(found[:3])
+    total = segment_sum(alpha, cu_seqlens, 0, N) + WEIGHT_EPS if N else torch.ones(S, device=device)
+    features *= (head.logit_scale / total)[:, None]
+    logprobs, logsumexp, entropy = _join(parts, device)
+    return Outputs(features, logprobs, logsumexp, entropy, skipped_mass / total, skipped_tokens)
+
+
+def _join(parts: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, logsumexp and entropy of consecutive chunks, [N] each."""
+    empty = (torch.empty(0, device=device), torch.empty(0, device=device), torch.empty(0, device=device))
+    logprobs, logsumexp, entropy = (torch.cat(column) for column in zip(*(parts or [empty])))
+    return logprobs, logsumexp, entropy
+
+
+def _two_passes(
+    chunk: Chunk, head: Head, max_skipped: float | None, features: Tensor
+) -> tuple[Statistics, Tensor | float, Tensor | int]:
+    target, slope = head_target(chunk.hidden, head, chunk.tokens)
+    config, precision = _choice("stats", chunk.hidden, head.weight)
+    found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config, precision), target)
+    mass = chunk.alpha * found.rest
+    coefficient = mass if slope is None else mass * slope
+    if max_skipped is None:
+        _accumulate(chunk, head, features, found.lse2)
+        _add_realised(chunk, head, features, coefficient)
+        return found, 0.0, 0
+    keep, skipped_mass, skipped_tokens = head_skip(mass, chunk.cu_seqlens, max_skipped)
+    _accumulate(chunk, head, features, found.lse2, listed=_pick(keep > 0, chunk.cu_seqlens))
+    _add_realised(chunk, head, features, torch.where(keep > 0, coefficient, 0.0))
+    return found, skipped_mass, skipped_tokens
+
+
+def _one_pass(chunk: Chunk, head: Head, known: Tensor, features: Tensor) -> Statistics:
+    target, slope = head_target(chunk.hidden, head, chunk.tokens)
+    seed = target - known.clamp(max=0.0) * LOG2E
+    # As one strip of head_finish: m = seed, and l and u relative to it.
+    totals = torch.zeros(1, 3, seed.shape[0], device=seed.device)
+    totals[0, 0] = seed
+    _accumulate(chunk, head, features, seed, totals=totals[0, 1:])
+    found = head_finish(totals, target)
+
+    log2_l = found.lse2 - seed
+    good = (torch.exp2(log2_l) - 1).abs() <= KNOWN_TOLERANCE
+    afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
+    config, precision = _choice("stats", chunk.hidden, head.weight)
+    gate = afresh.int()
+    again = head_stats(chunk.hidden, head, chunk.tokens, config, precision, gate)
+    found = head_finish(again, target, found, gate)
+    wrong = ~good | afresh
+    listed = _pick(wrong, chunk.cu_seqlens)
+    _accumulate(chunk, head, features, found.lse2, listed=listed, seed=seed, kappa=1.0 - afresh.float())
+
+    coefficient = chunk.alpha * torch.where(wrong, found.rest, totals[0, 1])
+    _add_realised(chunk, head, features, coefficient if slope is None else coefficient * slope)
+    return found
+
+
+def _accumulate(
+    chunk: Chunk,
+    head: Head,
+    features: Tensor,
+    shift: Tensor,
+    *,
+    totals: Tensor | None = None,
+    listed: TokenList | None = None,
+    seed: Tensor | None = None,
+    kappa: Tensor | None = None,
+) -> None:
+    """features -= A W, where A[s, v] = sum_t alpha_t slope_tv 2^(x_tv - shift_t) over v != tokens[t].
+
+    `listed` picks the tokens. With `totals` [2, n], each token's sums go there (head_residual's l and u);
+    with `seed` and `kappa`, what an earlier call with shift=seed had given is taken back, or all of it if
+    kappa is 0.
+    """
+    n, D = chunk.hidden.shape
+    V, S = head.weight.shape[0], features.shape[0]
+    device = chunk.hidden.device
+    kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
+    config, precision = _choice(kind, chunk.hidden, head.weight)
+    cu_seqlens = chunk.cu_seqlens if listed is None else listed.cu_seqlens
+    n_programs = programs(device) * config.programs_per_sm
+    batches = _ranges(S, max(16, SLOTS // (4 * D)))
+    for responses in batches:
+        n_strips, slab = _slabs(n, len(responses), V, config, n_programs, totals is not None)
+        partial = torch.empty(len(responses) + n_strips - 1, slab * config.BN, device=device)
+        sums = None
+        if totals is not None:  # tokens of other batches are not written
+            sums = (torch.empty if len(batches) == 1 else torch.zeros)(slab, 2, n, device=device)
+        for tiles in _ranges(triton.cdiv(V, config.BN), slab):
+            columns = range(tiles.start * config.BN, tiles.stop * config.BN)
+            here = partial.flatten()[: partial.shape[0] * len(columns)].view(-1, len(columns))
+            here_sums = None if sums is None else sums[: len(tiles)]
+            head_residual(
+                chunk.hidden, head, chunk.tokens, chunk.response, chunk.alpha, shift, cu_seqlens,
+                partial=here, responses=responses, tiles=tiles, n_strips=n_strips, config=config,
+                precision=precision, sums=here_sums, index=None if listed is None else listed.rows,
+                seed=seed, kappa=kappa,
+            )  # fmt: skip
+            if totals is not None and here_sums is not None:
+                totals += here_sums.sum(0)
+            slots = head_project(
+                here, head.weight, cu_seqlens, responses, columns, n_strips, config.BM, precision,
+                max(1, SLOTS // (4 * D * len(responses))),
+            )  # fmt: skip
+            head_reduce(slots, features, cu_seqlens, responses, -1.0, kappa if tiles.start == 0 else None)
+
+
+def _add_realised(chunk: Chunk, head: Head, features: Tensor, coefficient: Tensor) -> None:
+    """features[s] += sum_t coefficient_t W[tokens[t]]."""
+    D = features.shape[1]
+    for responses in _ranges(features.shape[0], max(16, SLOTS // (4 * D))):
+        most = max(1, SLOTS // (4 * D * len(responses)))
+        slots = head_gather(head.weight, chunk.tokens, coefficient, chunk.cu_seqlens, responses, most)
+        head_reduce(slots, features, chunk.cu_seqlens, responses, 1.0)
+
+
+def _pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:
+    """The tokens where `wanted` [n] is true. Their number stays on the device."""
+    n = wanted.shape[0]
+    count = wanted.cumsum(0)
+    place = torch.where(
+        wanted, count - 1, n
+    )  # the others overwrite each other in a last place, which is not used
+    index = torch.empty(n + 1, dtype=torch.int64, device=wanted.device)
+    index.scatter_(0, place, torch.arange(n, device=wanted.device))
+    return TokenList(index, torch.nn.functional.pad(count, (1, 0))[cu_seqlens])
+
+
+def _choice(kind: str, hidden: Tensor, weight: Tensor) -> tuple[Config, str]:
+    """Tiles, and the precision of float32 products: torch.set_float32_matmul_precision decides, and "medium",
+    which would allow plain TF32, gives 3xTF32 too."""
+    config = choose(kind, hidden.device, hidden.dtype, *weight.shape)
+    return config, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+
+
+@lru_cache
+def _slabs(n: int, S: int, V: int, config: Config, n_programs: int, sums: bool) -> tuple[int, int]:
+    """(token strips, tiles a slab): the least work for the busiest program within WORKSPACE.
+
+    8 strips at least, as far as there are blocks: then some ten tiles of the weight are in use at a time,
+    each for several token blocks, and stay in the L2 cache.
+    """
+    n_blocks, n_tiles = triton.cdiv(n, config.BM), triton.cdiv(V, config.BN)
+
+    def plan(n_strips: int) -> tuple[int, int, int]:
+        bytes_a_tile = 4 * config.BN * (S + n_strips - 1) + (8 * n if sums else 0)
+        n_slabs = triton.cdiv(n_tiles, max(1, min(n_tiles, WORKSPACE // bytes_a_tile)))
+        slab = triton.cdiv(n_tiles, n_slabs)
+        busiest = n_slabs * triton.cdiv(slab * n_strips, n_programs) * triton.cdiv(n_blocks, n_strips)
+        return busiest, n_strips, slab
+
+    _, n_strips, slab = min(plan(k) for k in range(min(8, n_blocks), min(24, n_blocks) + 1))
+    return n_strips, slab
+
+
+def _ranges(n: int, step: int) -> list[range]:
+    return [range(start, min(start + step, n)) for start in range(0, n, step)]

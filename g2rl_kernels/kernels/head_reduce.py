@@ -1,0 +1,45 @@
+"""features[s] = kappa features[s] +- the sum of its slots, in order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BD = 512
+
+
+@triton.jit
+def head_reduce_kernel(
+    slots, features, cu_seqlens, kappa, s_begin, n_responses, n_slots, sign,
+    D: tl.constexpr, BD: tl.constexpr, HAS_KAPPA: tl.constexpr,
+):  # fmt: skip
+    i_s, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(cu_seqlens + s_begin) == tl.load(cu_seqlens + s_begin + n_responses):
+        return  # no tokens in any of these responses: the slots were not written
+    o_d = i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    b_sum = tl.zeros([BD], dtype=tl.float32)
+    for i_slot in range(n_slots):
+        b_sum += tl.load(slots + (i_slot * n_responses + i_s) * D + o_d, mask=m_d, other=0.0)
+    p_features = features + (s_begin + i_s) * D + o_d
+    b_features = tl.load(p_features, mask=m_d, other=0.0)
+    if HAS_KAPPA:  # what stands there may be infinite where kappa is 0
+        b_features = tl.where(tl.load(kappa) > 0, b_features, 0.0)
+    tl.store(p_features, b_features + sign * b_sum, mask=m_d)
+
+
+def head_reduce(
+    slots: Tensor,
+    features: Tensor,
+    cu_seqlens: Tensor,
+    responses: range,
+    sign: float,
+    kappa: Tensor | None = None,
+) -> None:
+    """slots [k, len(responses), d] into features [S, d], in place; kappa [1], 1 or 0, on the device."""
+    n_slots, S, D = slots.shape
+    head_reduce_kernel[(S, triton.cdiv(D, BD))](
+        slots, features, cu_seqlens, kappa, responses.start, S, n_slots, sign,
+        D=D, BD=BD, HAS_KAPPA=kappa is not None, num_warps=4,
+    )  # fmt: skip

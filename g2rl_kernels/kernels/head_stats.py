@@ -1,0 +1,115 @@
+"""First pass over the logits: what each token's log-probability, logsumexp and entropy are made of.
+
+Items of work are (token block, vocabulary strip) pairs. A program takes one, walks the strip's tiles, and
+keeps for each token the running maximum m of its base-2 logits x, l = sum 2^(x - m) and u = sum 2^(x - m) (x
+- m); the realised token is left out (head_target.py has it). Each pair writes its three numbers once, and
+head_finish.py merges the strips in order: no locks, no atomics, the same bits every time.
+
+Neighbouring programs take the strips of one token block, then the next block: about as many token blocks as
+strips are in flight, so the tiles of the weight and the rows of hidden in use together stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import INTERPRETED, MASKED, Head, base2_logits, descriptor, dot_tile, load_bias, programs
+from .tuning import Config
+
+MAX_STRIPS = 32
+
+
+@triton.jit
+def head_stats_kernel(
+    hidden, weight, bias, tokens, gate, partial, N, V, n_strips, tiles_per_strip, scale, softcap,
+    stride_hn, stride_hd, stride_wv, stride_wd,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    i_program, n_programs = tl.program_id(0), tl.num_programs(0)
+    n_items = tl.cdiv(N, BM) * n_strips
+    n_mine = tl.cdiv(n_items - i_program, n_programs)
+    if GATED:  # nothing to do unless the flag is up
+        n_mine = n_mine * tl.load(gate).to(tl.int32)
+
+    b_m = tl.full([BM], MASKED, dtype=tl.float32)
+    b_l = tl.zeros([BM], dtype=tl.float32)
+    b_u = tl.zeros([BM], dtype=tl.float32)
+    for i_step in range(n_mine * tiles_per_strip):
+        i_item = i_program + (i_step // tiles_per_strip) * n_programs
+        i_tile = i_step % tiles_per_strip
+        i_block, i_strip = i_item // n_strips, i_item % n_strips
+        i_row, i_col = i_block * BM, (i_strip * tiles_per_strip + i_tile) * BN
+        o_row, o_col = i_row + tl.arange(0, BM), i_col + tl.arange(0, BN)
+        m_row = o_row < N
+
+        b_acc = dot_tile(
+            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
+            D, BM, BN, BK, H_TMA, W_TMA, PRECISION, UPCAST,
+        )  # fmt: skip
+        b_bias, m_col = load_bias(bias, o_col, V, HAS_BIAS)
+        b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
+        b_x, _ = base2_logits(b_acc, b_bias[None, :], scale, softcap, SOFTCAP)
+        b_x = tl.where(m_col[None, :] & (o_col[None, :] != b_y[:, None]), b_x, MASKED)
+
+        is_first = i_tile == 0
+        b_m = tl.where(is_first, MASKED, b_m)
+        b_l = tl.where(is_first, 0.0, b_l)
+        b_u = tl.where(is_first, 0.0, b_u)
+        b_new = tl.maximum(b_m, tl.max(b_x, axis=1))  # a NaN is passed over here, and found in l
+        b_distance = b_x - b_new[:, None]
+        b_e = tl.exp2(b_distance)
+        b_shrink = tl.exp2(b_m - b_new)
+        b_u = (b_u + b_l * (b_m - b_new)) * b_shrink + tl.sum(b_e * b_distance, axis=1)
+        b_l = b_l * b_shrink + tl.sum(b_e, axis=1)
+        b_m = b_new
+
+        if i_tile == tiles_per_strip - 1:
+            p_out = partial + i_strip.to(tl.int64) * 3 * N + o_row
+            tl.store(p_out, b_m, mask=m_row)
+            tl.store(p_out + N, b_l, mask=m_row)
+            tl.store(p_out + 2 * N.to(tl.int64), b_u, mask=m_row)
+
+
+@lru_cache
+def strips(n_blocks: int, n_tiles: int, n_programs: int, most: int) -> tuple[int, int]:
+    """(strips, tiles a strip) that leave the busiest program the fewest tiles; of equals, the first."""
+
+    def busiest(n_strips: int) -> int:
+        return triton.cdiv(n_blocks * n_strips, n_programs) * triton.cdiv(n_tiles, n_strips)
+
+    best = min(range(1, min(most, n_tiles) + 1), key=lambda n: (busiest(n), n))
+    tiles = triton.cdiv(n_tiles, best)
+    return triton.cdiv(n_tiles, tiles), tiles
+
+
+def head_stats(
+    hidden: Tensor, head: Head, tokens: Tensor, config: Config, precision: str, gate: Tensor | None = None
+) -> Tensor:
+    """hidden [N, d], tokens [N] -> partial [strips, 3, N]: m, l, u of each token over each vocabulary strip.
+
+    With `gate`, a flag of one element on the device, nothing happens (and partial is garbage) unless it is 1.
+    """
+    (N, D), V = hidden.shape, head.weight.shape[0]
+    n_programs = programs(hidden.device) * config.programs_per_sm
+    n_blocks = triton.cdiv(N, config.BM)
+    n_strips, tiles_per_strip = strips(n_blocks, triton.cdiv(V, config.BN), n_programs, MAX_STRIPS)
+    partial = torch.empty(n_strips, 3, N, dtype=torch.float32, device=hidden.device)
+    d_hidden = descriptor(hidden, (config.BM, config.BK))
+    d_weight = descriptor(head.weight, (config.BN, config.BK))
+    head_stats_kernel[(min(n_programs, n_blocks * n_strips),)](
+        d_hidden or hidden, d_weight or head.weight, head.bias, tokens, gate, partial,
+        N, V, n_strips, tiles_per_strip, head.scale, head.softcap,
+        *hidden.stride(), *head.weight.stride(),
+        D=D, BM=config.BM, BN=config.BN, BK=config.BK,
+        H_TMA=d_hidden is not None, W_TMA=d_weight is not None, GATED=gate is not None,
+        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partial

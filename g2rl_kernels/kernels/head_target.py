@@ -1,0 +1,63 @@
+"""Logit of the realised token, x[t] = base-2 logit of tokens[t], and the softcap's slope there.
+
+One dot product a token, by gathering rows of the weight: N d multiplications, nothing beside the N V d of the
+tiles. With it known, the tiles leave the realised token out of their sums, and so 1 - p is itself a sum of
+exponentials: it keeps its digits however near p comes to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import Head, base2_logits
+
+BT, BD = 16, 256
+
+
+@triton.jit
+def head_target_kernel(
+    hidden, weight, bias, tokens, target, slope, N, V, scale, softcap,
+    stride_hn, stride_hd, stride_wv, stride_wd,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    i_t = tl.program_id(0)
+    o_t = i_t * BT + tl.arange(0, BT)
+    m_t = o_t < N
+    b_y = tl.load(tokens + o_t, mask=m_t, other=0)
+    m_y = m_t & (b_y >= 0) & (b_y < V)  # a token outside of the vocabulary reads nothing, and is NaN
+    b_sum = tl.zeros([BT, BD], dtype=tl.float32)
+    for i_d in range(0, D, BD):
+        o_d = (i_d + tl.arange(0, BD)).to(tl.int64)
+        m = m_y[:, None] & (o_d < D)[None, :]
+        p_h = hidden + o_t.to(tl.int64)[:, None] * stride_hn + o_d[None, :] * stride_hd
+        p_w = weight + b_y[:, None] * stride_wv + o_d[None, :] * stride_wd
+        b_h = tl.load(p_h, mask=m, other=0.0).to(tl.float32)
+        b_w = tl.load(p_w, mask=m, other=0.0).to(tl.float32)
+        b_sum += b_h * b_w
+    b_bias = tl.zeros([BT], dtype=tl.float32)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + b_y, mask=m_y, other=0.0).to(tl.float32)
+    b_x, b_slope = base2_logits(tl.sum(b_sum, axis=1), b_bias, scale, softcap, SOFTCAP)
+    if HAS_BIAS and SOFTCAP:
+        b_x = tl.where(b_bias == float("-inf"), float("-inf"), b_x)  # masked behind the softcap too
+    tl.store(target + o_t, tl.where(m_y, b_x, float("nan")), mask=m_t)
+    if SOFTCAP:
+        tl.store(slope + o_t, b_slope, mask=m_t)
+
+
+def head_target(hidden: Tensor, head: Head, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """hidden [N, d], tokens [N] -> base-2 logit of each token [N]; the softcap's slope there [N] if any."""
+    N, D = hidden.shape
+    target = torch.empty(N, dtype=torch.float32, device=hidden.device)
+    slope = torch.empty_like(target) if head.has_softcap else None
+    head_target_kernel[(triton.cdiv(N, BT),)](
+        hidden, head.weight, head.bias, tokens, target, slope, N, head.weight.shape[0],
+        head.scale, head.softcap,
+        *hidden.stride(), *head.weight.stride(),
+        D=D, BT=BT, BD=BD, HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap,
+        num_warps=4,
+    )  # fmt: skip
+    return target, slope
