@@ -333,19 +333,20 @@ static void merge(const HeadChunk& c, float* max, float* sum, float* compensatio
   }
 }
 
-// sum_t weight_t e_t over the vectors [first, last) of one row of codes
-G2RL_INLINE float decode_row(const uint16_t* codes, int64_t first, int64_t last, const float* weight) {
+// weight_t e_t summed over the vectors [first, last) of one row of codes, lane by lane.  Times kCodeMax^4: undone where the
+// lanes are added up.
+G2RL_INLINE vf decode_row(const uint16_t* codes, int64_t first, int64_t last, const float* weight) {
   vf acc = splat(0.0f);
   for (int64_t t = first; t < last; t += kLanes) {
-    const vf root = load_code(codes + t) * splat(1.0f / kCodeMax), square = root * root;
+    const vf root = load_code(codes + t), square = root * root;
     acc = fma(load(weight + t), square * square, acc);
   }
-  return sum(acc);
+  return acc;
 }
 
 static void collect(const HeadChunk& c, int64_t block) {
   const int64_t v0 = block * kBlock, span = c.span_end - c.span_begin, count = smaller(kBlock, span - v0);
-  const vf quarter = splat(0.25f * kLog2e / c.args->temperature);
+  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), unscale = splat(1.0f / kCodeMax / kCodeMax / kCodeMax / kCodeMax);
   alignas(64) float weight[kMaxWidth];
   for (int64_t s = 0; s < c.segment_count; s++) {
     const Segment& segment = c.segments[s];
@@ -364,7 +365,14 @@ static void collect(const HeadChunk& c, int64_t block) {
           if (i < begin || i >= end) weight[i] = 0.0f;
       }
       const uint16_t* codes = c.codes + (block * c.panels + p) * kBlock * c.panel;
-      for (int64_t r = 0; r < count; r++) out[r] -= decode_row(codes + r * c.panel, first, end, weight);
+      int64_t r = 0;
+      for (; r + kLanes <= count; r += kLanes) {  // the lanes of several rows are added up together, in fewer steps
+        vf row[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) row[i] = decode_row(codes + (r + i) * c.panel, first, end, weight);
+        store(out + r, load(out + r) - sums(row) * unscale);
+      }
+      for (; r < count; r++) out[r] -= sum(decode_row(codes + r * c.panel, first, end, weight) * unscale);
     }
   }
 }

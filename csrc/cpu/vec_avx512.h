@@ -26,6 +26,17 @@ G2RL_INLINE vf at_least(vf bound, vf x) { return _mm512_max_ps(bound, x); }
 G2RL_INLINE vf abs(vf x) { return _mm512_abs_ps(x); }
 G2RL_INLINE vf sqrt(vf x) { return _mm512_sqrt_ps(x); }
 G2RL_INLINE float sum(vf x) { return _mm512_reduce_add_ps(x); }
+// the sum of each of sixteen vectors: added in pairs that share a vector from then on, 30 shuffles for 16 sums
+G2RL_INLINE vf sums(const vf x[16]) {
+  vf a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++) {
+    const vf p = x[i + (i & 4)], q = x[i + (i & 4) + 4];
+    a[i] = _mm512_shuffle_f32x4(p, q, 0x44) + _mm512_shuffle_f32x4(p, q, 0xee);
+  }
+  for (int i = 0; i < 4; i++) b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88) + _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+  for (int i = 0; i < 2; i++) c[i] = _mm512_unpacklo_ps(b[i], b[i + 2]) + _mm512_unpackhi_ps(b[i], b[i + 2]);
+  return _mm512_unpacklo_ps(c[0], c[1]) + _mm512_unpackhi_ps(c[0], c[1]);
+}
 G2RL_INLINE vf less(vf a, vf b, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 G2RL_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 G2RL_INLINE vf scale_by_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }

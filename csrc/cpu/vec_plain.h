@@ -29,6 +29,7 @@ G2RL_INLINE vf at_least(vf bound, vf x) { return bound > x ? bound : x; }
 G2RL_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 G2RL_INLINE vf sqrt(vf x) { return vf{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
 G2RL_INLINE float sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+G2RL_INLINE vf sums(const vf x[kLanes]) { return vf{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])}; }
 G2RL_INLINE vf less(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
 G2RL_INLINE vf round(vf x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| < 2^22: 1.5 2^23 leaves no fraction bits
 // x 2^n for whole n in [-126, 127]; a product, so that a NaN in x survives
