@@ -38,7 +38,7 @@ class CertifiedHeadFeatures(NamedTuple):
     logprobs: Tensor  # [N], nats
     logsumexp: Tensor  # [N], nats, of z / temperature
     entropy: Tensor  # [N], nats
-    skipped_mass: Tensor  # [S], sum of a_t (1 - p(y_t)) over the tokens left out
+    skipped_mass: Tensor  # [S], sum of a_t (1 - p(tokens[t])) over what was skipped
     skipped_tokens: Tensor  # [S], how many tokens were left out
 
 

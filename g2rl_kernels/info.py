@@ -40,8 +40,12 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
         cuda_reason = f"torch {torch.__version__} is a CPU build; install one with CUDA"
     else:
         cuda_reason = "torch sees no CUDA device (driver? CUDA_VISIBLE_DEVICES?)"
-    triton_reason = "no Triton kernels in this version; the reference runs on GPUs meanwhile"
     cuda_ready = build["cuda"] is not None and device is not None
+    triton_reason = None
+    if _version("triton") is None:
+        triton_reason = "triton is not installed: pip install triton; the reference runs on GPUs meanwhile"
+    elif device is None:
+        triton_reason = "torch sees no CUDA device (a CPU build of torch? driver? CUDA_VISIBLE_DEVICES?)"
     return {
         "reference": {
             "available": True,
@@ -55,8 +59,8 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
             "reason": isa["problem"],
         },
         "triton": {
-            "available": False,
-            "does": "head_features and linear_logprobs on GPUs",
+            "available": triton_reason is None,
+            "does": "head_features and certified_head_features on GPUs; group_geometry too, without CUDA's",
             "reason": triton_reason,
         },
         "cuda": {

@@ -21,11 +21,13 @@ import g2rl_kernels as g2
 from g2rl_kernels import _C, head
 
 # (backend, instruction set): all that this machine can run
-BACKENDS = [("reference", None)] + [
-    ("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]
-]
+CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]
+TRITON = ("triton", None)
+BACKENDS = [("reference", None), *CPU_BACKENDS, *([TRITON] if head._has_triton() else [])]
 BACKEND_IDS = [isa or backend for backend, isa in BACKENDS]
-BEST = BACKENDS[-1]
+BEST = CPU_BACKENDS[-1]
+# The kernels' device; without a GPU they are interpreted (conftest.py).
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
@@ -83,6 +85,17 @@ class Case:
     def replace(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
 
+    def to(self, device: torch.device) -> Case:
+        """With the same strides and offsets."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.device == device:
+                return value
+            memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+            return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+
+        return Case(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
 
 def make_case(
     lengths: list[int], V: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
@@ -101,8 +114,11 @@ def make_case(
 
 def run_head(case: Case, backend: tuple[str, str | None], **options: Any) -> g2.HeadFeatures:
     name, isa = backend
+    if name == "triton":
+        case = case.to(GPU)
+        options = {key: value.to(GPU) for key, value in options.items()}
     with environment("G2RL_CPU_ISA", isa):
-        return g2.head_features(
+        out = g2.head_features(
             case.hidden,
             case.weight,
             case.tokens,
@@ -112,6 +128,7 @@ def run_head(case: Case, backend: tuple[str, str | None], **options: Any) -> g2.
             **case.head,
             **options,
         )
+    return g2.HeadFeatures(*(t.cpu() for t in out))
 
 
 def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -55,7 +55,6 @@ HEAD = [
     ("logit_softcap", 0.0, ValueError, "None"),
     ("logit_softcap", -30.0, ValueError, "-30.0"),
     ("backend", "cuda", ValueError, "'cuda'"),
-    ("backend", "triton", NotImplementedError, "triton"),
     ("process_group", object(), NotImplementedError, "process_group"),
 ]
 FEATURES_ONLY = [

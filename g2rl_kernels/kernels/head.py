@@ -94,7 +94,7 @@ def statistics(
     config, precision = _choice("stats", hidden, weight)
     parts = []
     for rows in _ranges(hidden.shape[0], CHUNK):
-        h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop]
+        h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop].contiguous()
         target, _ = head_target(h, head, y)
         parts.append(head_finish(head_stats(h, head, y, config, precision), target)[:3])
     return _join(parts, hidden.device)
@@ -142,6 +142,7 @@ def _head_features(
     device = hidden.device
     # Not checked on a GPU, where it would wait for the device: made such that nothing reads out of bounds.
     cu_seqlens = cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
+    tokens = tokens.contiguous()
     alpha = torch.ones(N, device=device) if token_weights is None else token_weights.float().contiguous()
     known = None if max_skipped is not None else known_logprobs
     features = torch.zeros(S, D, device=device)
@@ -264,6 +265,8 @@ def _accumulate(
                 max(1, SLOTS // (4 * D * len(responses))),
             )  # fmt: skip
             head_reduce(slots, features, cu_seqlens, responses, -1.0, kappa if tiles.start == 0 else None)
+            del slots  # before the next are made
+        del partial, here, sums, here_sums
 
 
 def _add_realised(chunk: Chunk, head: Head, features: Tensor, coefficient: Tensor) -> None:

@@ -6,7 +6,7 @@ With m, l, u as head_stats.py wrote them (the realised token y left out), strips
 
 Then y is put back: with x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
 
-    logsumexp   = m* + k                                            (base 2)
+    logsumexp   = m* + k, or x_y + log1p(...) where y is likely     (base 2)
     1 - p_y     = l* 2^(m* - M) / (l* 2^(m* - M) + 2^(x_y - M)),    M = max(m*, x_y): nothing is subtracted
     log p_y     = -log1p(rest / 2^(x_y - M)) where y is likely, else x_y - logsumexp
     entropy     = -p_y log p_y + sum over the others of p (logsumexp - x) = ... + 2^-k (k l* - u*)
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import LN2
+from .tile import LN2, MASKED
 
 BT = 256
 
@@ -73,21 +73,24 @@ def head_finish_kernel(
     b_top = tl.maximum(b_m, b_x)
     b_others = b_l * tl.exp2(b_m - b_top)
     b_y = tl.exp2(b_x - b_top)
-    b_total = b_others + b_y
+    nothing = (b_m == MASKED) & (b_x == float("-inf"))  # every entry is masked
+    b_total = tl.where(nothing, float("nan"), b_others + b_y)
     likely = b_y >= b_others
     # log of the smaller over the larger is what is added to the larger's own logarithm
     b_ratio = log1p(tl.where(likely, b_others / b_y, b_y / b_others))
     b_k = tl.where(likely, b_x - b_m, tl.log2(b_l)) + b_ratio / LN2
-    b_logp = tl.where(likely, -b_ratio, (b_x - b_m - b_k) * LN2)
+    b_lse = tl.where(likely, b_x, b_m + tl.log2(b_l)) + b_ratio / LN2
+    b_lse = tl.where(nothing, float("nan"), b_lse)
+    b_logp = tl.where(likely, -b_ratio, (b_x - b_lse) * LN2)
     b_py = b_y / b_total
     b_own = tl.where(b_py == 0, 0.0, b_py * b_logp)
     b_entropy = tl.exp2(-b_k) * (b_k * b_l - b_u) * LN2 - b_own
     b_entropy = tl.where(b_total == b_total, b_entropy, b_total)
 
     tl.store(logprobs + o_t, b_logp, mask=m_t)
-    tl.store(logsumexp + o_t, (b_m + b_k) * LN2, mask=m_t)
+    tl.store(logsumexp + o_t, b_lse * LN2, mask=m_t)
     tl.store(entropy + o_t, b_entropy, mask=m_t)
-    tl.store(lse2 + o_t, b_m + b_k, mask=m_t)
+    tl.store(lse2 + o_t, b_lse, mask=m_t)
     tl.store(rest + o_t, b_others / b_total, mask=m_t)
 
 

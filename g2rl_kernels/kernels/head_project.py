@@ -66,6 +66,7 @@ def head_project_kernel(
             b_acc = tl.dot(b_high, b_w, b_acc)
         else:
             b_acc = tl.dot(b_a, b_w.to(tl.float32), b_acc, input_precision=PRECISION)
+    b_acc = tl.where(m_s[:, None], b_acc, 0.0)  # zeros for an empty response, be there NaN in the weight
     p_out = slots + (i_split.to(tl.int64) * n_responses + o_s)[:, None] * D + o_d[None, :]
     tl.store(p_out, b_acc, mask=(o_s < n_responses)[:, None] & m_d[None, :])
 

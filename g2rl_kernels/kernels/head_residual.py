@@ -143,5 +143,6 @@ def head_residual(
         D=D, BM=config.BM, BN=config.BN, BK=config.BK,
         H_TMA=d_hidden is not None, W_TMA=d_weight is not None, LISTED=index is not None,
         SUMS=sums is not None, CORRECT=seed is not None,
-        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED, num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
