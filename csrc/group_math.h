@@ -1,5 +1,6 @@
-// Scalar mathematics of the group geometry (PAPER.md eqs. 2, 9-13), shared by the CPU and the CUDA kernel.
-// Everything is in double: a group is a few rows, and nubar divides small differences of nu by each other.
+// Scalar mathematics of the group geometry (PAPER.md eqs. 2, 9-13), shared by the CPU and the CUDA kernel; how sums
+// and extremes run over a group is theirs. Everything is in double: a group is a few rows, and nubar divides small
+// differences of nu by each other.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,96 +28,58 @@ struct GroupOptions {
 // Below this spread of nu in a group every nubar is 0.5 (CONTRACT.md).
 constexpr double kFlatSpread = 1e-5;
 
+// A NaN stays, on either side.
+G2RL_HOST_DEVICE inline double smaller(double a, double b) { return a != a || a < b ? a : b; }
+G2RL_HOST_DEVICE inline double larger(double a, double b) { return a != a || a > b ? a : b; }
+
 // Eq. 9 for one pair: <Phi^_i, Phi^_j> from the inner product and the two norms.
 G2RL_HOST_DEVICE inline double cosine(double inner, double norm_i, double norm_j, double eps) {
   return inner / ((norm_i + eps) * (norm_j + eps));
 }
 
-// Eqs. 10-11 for member i of a group, one j at a time. The exponentials are taken relative to the largest reward
-// among the others, so they cannot overflow; eps is rescaled alike, so the weights are those of eq. 10.
+// Eqs. 10-11 for one member i, one j != i at a time. The exponentials are taken relative to the largest reward among
+// the others, so they cannot overflow; eps is rescaled alike, so the weights are those of eq. 10.
 struct ScoreSum {
-  double shift, denominator, sum;
+  double shift, weights, sum;
 
-  G2RL_HOST_DEVICE void begin(const float* rewards, const int64_t* members, int64_t M, int64_t S, int64_t i,
-                              double eps) {
-    shift = -INFINITY;
-    sum = 0;
-    for (int64_t j = 0; j < M; ++j)
-      if (j != i && uint64_t(members[j]) < uint64_t(S) && !(rewards[members[j]] <= shift)) {
-        shift = rewards[members[j]];
-        if (shift != shift) break;  // a NaN reward stays: nothing compares as larger
-      }
-    if (shift == -INFINITY) shift = 0;  // a group of one, or only -inf rewards: no exponential to guard
-    denominator = eps * exp(-shift);
-    for (int64_t j = 0; j < M; ++j)
-      if (j != i && uint64_t(members[j]) < uint64_t(S)) denominator += exp(rewards[members[j]] - shift);
+  // `largest`: of the others' rewards that are no NaN; -INFINITY if there are none. A NaN comes in by `add`.
+  G2RL_HOST_DEVICE explicit ScoreSum(double largest)
+      : shift(largest == -INFINITY ? 0 : largest), weights(0), sum(0) {}  // then no exponential needs a guard
+  G2RL_HOST_DEVICE void add(double reward_j, double similarity_ij) {
+    const double exponential = exp(reward_j - shift);
+    weights += exponential;
+    sum += exponential * similarity_ij * similarity_ij;
   }
-  G2RL_HOST_DEVICE void add(float reward_j, double similarity_ij) {
-    sum += exp(reward_j - shift) / denominator * similarity_ij * similarity_ij;
-  }
-  G2RL_HOST_DEVICE double score(Score kind) const {
-    double nu = 1 - sum;
+  G2RL_HOST_DEVICE double score(const GroupOptions& o) const {
+    double nu = 1 - sum / (weights + o.eps * exp(-shift));
     if (nu < 0) nu = 0;  // a NaN stays
-    return kind == Score::sqrt ? ::sqrt(nu) : nu;
+    return o.score == Score::sqrt ? ::sqrt(nu) : nu;
   }
 };
 
-// Eqs. 12-13 and the clip of section 2.5; a NaN stays.
-G2RL_HOST_DEVICE inline double shaped_reward(double r, double nubar, const GroupOptions& o) {
-  double s = o.shaping == Shaping::intent ? r * (1 + o.lam * (2 * nubar - 1)) : r * (1 + o.lam * r * nubar);
+// Extremes of the scores and the rewards of one group. One NaN score makes every min-max of its group NaN; a group with
+// a NaN reward is not uniform.
+struct Extremes {
+  double low_nu, high_nu, low_reward, high_reward;
+
+  G2RL_HOST_DEVICE Extremes()
+      : low_nu(INFINITY), high_nu(-INFINITY), low_reward(INFINITY), high_reward(-INFINITY) {}
+  G2RL_HOST_DEVICE void add(double nu, double reward) {
+    low_nu = smaller(low_nu, nu), high_nu = larger(high_nu, nu);
+    low_reward = smaller(low_reward, reward), high_reward = larger(high_reward, reward);
+  }
+};
+
+// Eqs. 12-13 and the clip of section 2.5, for one member of a group with these extremes; a NaN stays.
+G2RL_HOST_DEVICE inline double shaped_reward(double r, double nu, const Extremes& e, const GroupOptions& o) {
+  if (o.shaping == Shaping::none || (o.skip_uniform && e.low_reward == e.high_reward)) return r;
+  const double spread = e.high_nu - e.low_nu;
+  const double nubar = spread <= kFlatSpread ? 0.5 : (nu - e.low_nu) / spread;
+  const double s = o.shaping == Shaping::intent ? r * (1 + o.lam * (2 * nubar - 1)) : r * (1 + o.lam * r * nubar);
   return s > o.clip ? o.clip : s < -o.clip ? -o.clip : s;
 }
 
-// Eqs. 12-13 and 2 for one group, from its scores. `nu` and `value` hold M doubles; value[j] is the shaped reward
-// on return. Advantages are written unless the scale is the batch's, which needs every group first.
-G2RL_HOST_DEVICE inline void finish_group(const float* rewards, const int64_t* members, int64_t M, int64_t S,
-                                          const GroupOptions& o, const double* nu, double* value, float* score,
-                                          float* shaped, float* advantages) {
-  double low = INFINITY, high = -INFINITY, mean = 0, first = 0;
-  int64_t n = 0;
-  bool uniform = true, bad = false;
-  for (int64_t j = 0; j < M; ++j) {
-    if (uint64_t(members[j]) >= uint64_t(S)) continue;
-    double r = rewards[members[j]];
-    if (n++ == 0) first = r;
-    uniform = uniform && r == first;
-    bad = bad || nu[j] != nu[j];
-    low = nu[j] < low ? nu[j] : low;
-    high = nu[j] > high ? nu[j] : high;
-  }
-  if (n == 0) return;
-  const bool raw = o.shaping == Shaping::none || (o.skip_uniform && uniform);
-  const double spread = bad ? NAN : high - low;  // one NaN score makes every min-max of its group NaN
-  for (int64_t j = 0; j < M; ++j) {
-    if (uint64_t(members[j]) >= uint64_t(S)) continue;
-    const double nubar = spread <= kFlatSpread ? 0.5 : (nu[j] - low) / spread;
-    value[j] = raw ? double(rewards[members[j]]) : shaped_reward(rewards[members[j]], nubar, o);
-    score[members[j]] = float(nu[j]);
-    shaped[members[j]] = float(value[j]);
-    mean += value[j];
-  }
-  mean /= n;
-  double variance = 0;
-  for (int64_t j = 0; j < M; ++j)
-    if (uint64_t(members[j]) < uint64_t(S)) variance += (value[j] - mean) * (value[j] - mean);
-  const double scale = o.scale == Scale::group ? ::sqrt(variance / n + o.eps) : 1;
-  for (int64_t j = 0; j < M; ++j)
-    if (uint64_t(members[j]) < uint64_t(S)) advantages[members[j]] = float((value[j] - mean) / scale);
-}
-
-// Eq. 2 with the batch's standard deviation: divides the centred advantages of finish_group. `value` is [B, M].
-// Two passes, in order of members, so that the result depends on nothing else.
-G2RL_HOST_DEVICE inline double batch_scale(const int64_t* members, int64_t count, int64_t S, const double* value,
-                                           double eps) {
-  double mean = 0, variance = 0;
-  int64_t n = 0;
-  for (int64_t k = 0; k < count; ++k)
-    if (uint64_t(members[k]) < uint64_t(S)) mean += value[k], ++n;
-  if (n == 0) return 1;
-  mean /= n;
-  for (int64_t k = 0; k < count; ++k)
-    if (uint64_t(members[k]) < uint64_t(S)) variance += (value[k] - mean) * (value[k] - mean);
-  return ::sqrt(variance / n + eps);
-}
+// Eq. 2: what advantages are divided by, from a sum of squared deviations of n rewards from their mean.
+G2RL_HOST_DEVICE inline double deviation(double squares, int64_t n, double eps) { return ::sqrt(squares / n + eps); }
 
 }  // namespace g2rl

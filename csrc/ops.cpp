@@ -254,7 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_geometry_cuda(const Tensor& fea
           "features, rewards and members have to be on one device");
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Group group = prepare_group(features, rewards, members, lam, clip, shaping, score, scale, skip_uniform, eps);
-  const Tensor workspace = torch::stable::new_empty(group.features, {2, group.B, group.M}, ScalarType::Double);
+  const int64_t doubles = g2rl_cuda_group_workspace(group.B, group.M, static_cast<int>(scale));
+  const Tensor workspace = torch::stable::new_empty(group.features, {doubles}, ScalarType::Double);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(features.get_device_index(), &stream));
   const g2rl::GroupOptions& options = group.options;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .head import _check_shape, _check_tensor, _shape, check_positive
+from .head import _check_shape, _check_tensor, _has_triton, _shape, check_positive
 
 # By their number in the operator's schema.
 SHAPINGS = ("none", "intent", "equation")
@@ -16,8 +17,8 @@ SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
 
-# Devices that the operator was built for; the reference serves the others.
-KERNEL_DEVICES = tuple(
+# Devices that the C++ operator was built for.
+COMPILED_FOR = tuple(
     device
     for device in ("cpu", "cuda")
     if torch._C._dispatch_has_kernel_for_dispatch_key("g2rl::group_geometry", device.upper())
@@ -112,34 +113,18 @@ def group_geometry(
     members = _members(features, groups)
     if lam == 0:
         shaping = "none"
-    if features.device.type in KERNEL_DEVICES:
-        outputs = torch.ops.g2rl.group_geometry(
-            features,
-            rewards,
-            members,
-            float(lam),
-            float(clip),
-            SHAPINGS.index(shaping),
-            SCORES.index(score),
-            SCALES.index(scale),
-            uniform_groups == "skip",
-            float(eps),
-        )
-    else:
-        with torch.autocast(features.device.type, enabled=False):
-            outputs = reference.group_geometry(
-                features,
-                rewards,
-                members,
-                lam=lam,
-                clip=clip,
-                shaping=shaping,
-                score=score,
-                scale=scale,
-                uniform_groups=uniform_groups,
-                eps=eps,
-            )
-    similarity, nu, shaped, advantages = outputs
+    similarity, nu, shaped, advantages = IMPLEMENTATIONS[_implementation(features.device.type)](
+        features,
+        rewards,
+        members,
+        float(lam),
+        float(clip),
+        SHAPINGS.index(shaping),
+        SCORES.index(score),
+        SCALES.index(scale),
+        uniform_groups == "skip",
+        float(eps),
+    )
     return GroupGeometry(similarity, members, nu, shaped, advantages)
 
 
@@ -163,7 +148,68 @@ def _members(features: Tensor, groups: int | Tensor) -> Tensor:
     return reference.group_members(groups)
 
 
+# --- operators ----------------------------------------------------------------------------------------------
+# All take contiguous features [S, d] and rewards [S] in float32, members [B, M], lam, clip, the numbers of
+# shaping, score and scale, whether uniform groups are skipped, and eps.
+
+
+def _implementation(device: str) -> str:
+    """On a GPU the C++ kernel goes before the Triton one until the two have been measured on one."""
+    if device in COMPILED_FOR:
+        return "compiled"
+    return "triton" if device == "cuda" and _has_triton() else "reference"
+
+
+def _by_reference(
+    features: Tensor,
+    rewards: Tensor,
+    members: Tensor,
+    lam: float,
+    clip: float,
+    shaping: int,
+    score: int,
+    scale: int,
+    skip_uniform: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    with torch.autocast(features.device.type, enabled=False):
+        return reference.group_geometry(
+            features,
+            rewards,
+            members,
+            lam=lam,
+            clip=clip,
+            shaping=SHAPINGS[shaping],
+            score=SCORES[score],
+            scale=SCALES[scale],
+            uniform_groups=UNIFORM_GROUPS[skip_uniform],
+            eps=eps,
+        )
+
+
+_schema = str(torch.ops.g2rl.group_geometry.default._schema)
+torch.library.define("g2rl::group_geometry_triton", _schema[_schema.index("(") :])
+
+
+@torch.library.impl("g2rl::group_geometry_triton", ("cpu", "cuda"))  # on the CPU for Triton's interpreter
+def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    from .kernels import group as kernel
+
+    if members.shape[1] > kernel.MAX_M:
+        return _by_reference(features, rewards, members, *options)
+    with torch.cuda.device_of(features):  # Triton launches on the current device
+        return kernel.launch(features, rewards, members, *options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "compiled": torch.ops.g2rl.group_geometry,  # csrc/
+    "triton": torch.ops.g2rl.group_geometry_triton,  # kernels/group.py; the reference for larger groups
+    "reference": _by_reference,
+}
+
+
 @torch.library.register_fake("g2rl::group_geometry")
+@torch.library.register_fake("g2rl::group_geometry_triton")
 def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
     S, (B, M) = features.shape[0], members.shape
     rows = (features.new_empty(S, dtype=torch.float32) for _ in range(3))

@@ -20,41 +20,74 @@ double inner(const float* a, const float* b, int64_t d) {
 
 struct Work {
   const GroupArgs* args;
-  std::vector<double> norm, nu, value;  // [B, M] each
+  std::vector<double> norm, nu, value;  // [B, M] each; value: the shaped reward
 
   bool empty(int64_t place) const { return args->members[place] < 0; }
   const float* row(int64_t place) const { return args->features + args->members[place] * args->d; }
+  double reward(int64_t place) const { return args->rewards[args->members[place]]; }
 
   void find_norm(int64_t place) {
     if (!empty(place)) norm[place] = std::sqrt(inner(row(place), row(place), args->d));
   }
 
   // Row i of one group's similarity (eq. 9) and the score of that member (eqs. 10-11).
-  void find_score(int64_t place) {
+  void find_score(int64_t i) {
     const GroupArgs& a = *args;
-    const int64_t group = place / a.M * a.M, i = place - group;
-    float* similarity = a.similarity + place * a.M;
-    if (empty(place)) {
-      std::memset(similarity, 0, sizeof(float) * a.M);
+    const int64_t group = i / a.M * a.M;
+    float* similarity = a.similarity + i * a.M - group;
+    if (empty(i)) {
+      std::memset(similarity + group, 0, sizeof(float) * a.M);
       return;
     }
-    ScoreSum sum;
-    sum.begin(a.rewards, a.members + group, a.M, a.S, i, a.options.eps);
-    for (int64_t j = 0; j < a.M; ++j) {
+    double largest = -INFINITY;
+    for (int64_t j = group; j < group + a.M; ++j)
+      if (j != i && !empty(j) && reward(j) > largest) largest = reward(j);
+    ScoreSum sum(largest);
+    for (int64_t j = group; j < group + a.M; ++j) {
       double s = 0;
-      if (!empty(group + j)) {
-        s = cosine(inner(row(place), row(group + j), a.d), norm[place], norm[group + j], a.options.eps);
-        if (j != i) sum.add(a.rewards[a.members[group + j]], s);
+      if (!empty(j)) {
+        s = cosine(inner(row(i), row(j), a.d), norm[i], norm[j], a.options.eps);
+        if (j != i) sum.add(reward(j), s);
       }
       similarity[j] = float(s);
     }
-    nu[place] = sum.score(a.options.score);
+    nu[i] = sum.score(a.options);
   }
 
+  // Eqs. 12-13 and 2 for group b. Advantages are left undivided where the scale is the batch's.
   void finish(int64_t b) {
     const GroupArgs& a = *args;
-    finish_group(a.rewards, a.members + b * a.M, a.M, a.S, a.options, nu.data() + b * a.M, value.data() + b * a.M,
-                 a.score, a.shaped_rewards, a.advantages);
+    Extremes extremes;
+    for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j)
+      if (!empty(j)) extremes.add(nu[j], reward(j));
+    double mean = 0, squares = 0;
+    int64_t n = 0;
+    for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j) {
+      if (empty(j)) continue;
+      value[j] = shaped_reward(reward(j), nu[j], extremes, a.options);
+      a.score[a.members[j]] = float(nu[j]);
+      a.shaped_rewards[a.members[j]] = float(value[j]);
+      mean += value[j], ++n;
+    }
+    mean /= n;
+    for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j)
+      if (!empty(j)) squares += (value[j] - mean) * (value[j] - mean);
+    const double scale = a.options.scale == Scale::group ? deviation(squares, n, a.options.eps) : 1;
+    for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j)
+      if (!empty(j)) a.advantages[a.members[j]] = float((value[j] - mean) / scale);
+  }
+
+  // Two passes, in order of members, so that the result depends on nothing else.
+  double batch_scale() const {
+    const int64_t places = args->B * args->M;
+    double mean = 0, squares = 0;
+    int64_t n = 0;
+    for (int64_t j = 0; j < places; ++j)
+      if (!empty(j)) mean += value[j], ++n;
+    mean /= n;
+    for (int64_t j = 0; j < places; ++j)
+      if (!empty(j)) squares += (value[j] - mean) * (value[j] - mean);
+    return n ? deviation(squares, n, args->options.eps) : 1;
   }
 };
 
@@ -70,8 +103,9 @@ void group_geometry(const GroupArgs& args, Parallel parallel) {
   parallel(places, &work, [](void* w, int64_t i) { static_cast<Work*>(w)->find_score(i); });
   parallel(args.B, &work, [](void* w, int64_t i) { static_cast<Work*>(w)->finish(i); });
   if (args.options.scale != Scale::batch) return;
-  const double scale = batch_scale(args.members, places, args.S, work.value.data(), args.options.eps);
-  for (int64_t row = 0; row < args.S; ++row) args.advantages[row] = float(args.advantages[row] / scale);
+  const double scale = work.batch_scale();
+  for (int64_t j = 0; j < places; ++j)  // rows of no group stay zero, even where the scale is NaN
+    if (!work.empty(j)) args.advantages[args.members[j]] = float(args.advantages[args.members[j]] / scale);
 }
 
 int64_t bad_member(const int64_t* members, int64_t count, int64_t S) {

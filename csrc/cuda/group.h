@@ -4,8 +4,11 @@
 
 #include "../group_math.h"
 
-// Device pointers: features [S, d] and rewards [S] float32, members [B, M] int64, all contiguous; workspace
-// [2, B, M] double. similarity [B, M, M], score, shaped_rewards, advantages [S] float32 are written in full.
+// Doubles of workspace that groups of at most M rows need; 0 where M <= 16 and `scale` is not the batch's.
+extern "C" int64_t g2rl_cuda_group_workspace(int64_t B, int64_t M, int scale);
+
+// Device pointers: features [S, d] and rewards [S] float32, members [B, M] int64, all contiguous; workspace as above,
+// contents of no matter. similarity [B, M, M], score, shaped_rewards, advantages [S] float32 are written in full.
 // Entries of members outside [0, S) are empty places; a row named twice is the caller's error (outputs race).
 // Runs on `stream` (a cudaStream_t) and never synchronises. Returns a cudaError_t, 0 for success.
 extern "C" int g2rl_cuda_group_geometry(const float* features, const float* rewards, const int64_t* members,

@@ -1,0 +1,230 @@
+"""Equations 9-13 and 2 on groups of at most 32, in one launch: the Triton twin of csrc/cuda/group.cu.
+
+One program a group, all in registers once the features are read:
+
+    Gram        G = sum over blocks of d of X X^T, X [M, BK]: BW blocks at once, one batch of a product
+                each, so that all warps have work though G is as small as 16 x 16; then the BW partial sums
+                are added
+    norms       the diagonal of G
+    cosines, weights, scores (eqs. 9-11) on [M, M]; min-max, shaping (12-13) and advantages (2) on [M]
+
+Exact: products of float32 are exact in float64, and everything is summed in float64 (double-precision tensor
+cores on sm_80 and sm_90, plain multiply-adds on sm_100) in an order that depends on shapes alone. Further
+programs write the zeros of rows that no group names; a second, one-program kernel runs only for the batch's
+deviation.
+
+The default on a GPU is the C++ kernel where the extension was built with nvcc, until the two have been
+measured on one (g2rl_kernels/group.py chooses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_M = 32  # a [64, 64] of doubles no longer fits the registers beside its like
+BR, BC = (
+    256,
+    16,
+)  # rows of a program that looks for rows of no group, members that it compares them with at once
+BP = 1024  # places that the batch's kernel takes at a time
+
+
+class Config(NamedTuple):
+    BM: int  # places of a group, a power of two
+    BK: int  # columns of one product
+    BW: int  # products side by side
+    num_warps: int
+    num_stages: int = 2
+
+
+CONFIGS = (Config(16, 64, 8, 8), Config(32, 16, 4, 4))
+
+
+@triton.jit
+def zero_unnamed(
+    members, score, shaped_rewards, advantages, i_block, S, places, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    o_r = i_block.to(tl.int64) * BR + tl.arange(0, BR)
+    b_named = tl.zeros([BR], dtype=tl.int32)
+    for o in range(0, places, BC):
+        o_p = o + tl.arange(0, BC).to(tl.int64)
+        b_row = tl.load(members + o_p, mask=o_p < places, other=-1)
+        b_named |= tl.max((o_r[:, None] == b_row[None, :]).to(tl.int32), axis=1)
+    m_r = (o_r < S) & (b_named == 0)
+    b_zero = tl.zeros([BR], dtype=tl.float32)
+    tl.store(score + o_r, b_zero, mask=m_r)
+    tl.store(shaped_rewards + o_r, b_zero, mask=m_r)
+    tl.store(advantages + o_r, b_zero, mask=m_r)
+
+
+@triton.jit
+def group_kernel(
+    features, rewards, members, similarity, score, shaped_rewards, advantages, values, S, d, B, M,
+    lam: tl.float64, clip: tl.float64, eps: tl.float64,
+    SHAPING: tl.constexpr, SCORE: tl.constexpr, SCALE: tl.constexpr, SKIP_UNIFORM: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) >= B:
+        zero_unnamed(members, score, shaped_rewards, advantages, tl.program_id(0) - B, S, B * M, BR, BC)
+        return
+    i_b = tl.program_id(0).to(tl.int64)
+    o_m = tl.arange(0, BM)
+    b_row = tl.load(members + i_b * M + o_m, mask=o_m < M, other=-1)
+    m_m = (b_row >= 0) & (b_row < S)
+    b_r = tl.load(rewards + b_row, mask=m_m, other=0.0).to(tl.float64)
+
+    # 1. inner products
+    o_w = tl.arange(0, BW)[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
+    p_row = features + (b_row * d)[None, :, None]
+    b_gram = tl.zeros([BW, BM, BM], dtype=tl.float64)
+    for k in range(0, d, BW * BK):
+        b_x = tl.load(p_row + (k + o_w), mask=m_m[None, :, None] & (k + o_w < d), other=0.0).to(tl.float64)
+        b_gram = tl.dot(b_x, tl.permute(b_x, (0, 2, 1)), b_gram, out_dtype=tl.float64)
+    b_g = tl.sum(b_gram, axis=0)
+
+    # 2. eq. 9
+    m_diagonal = o_m[:, None] == o_m[None, :]
+    m_pair = m_m[:, None] & m_m[None, :]
+    b_square = tl.where(m_diagonal, b_g, 0.0)
+    b_norm_i, b_norm_j = tl.sqrt(tl.sum(b_square, axis=1)), tl.sqrt(tl.sum(b_square, axis=0))
+    b_s = tl.where(m_pair, b_g / ((b_norm_i + eps)[:, None] * (b_norm_j + eps)[None, :]), 0.0)
+    p_s = similarity + i_b * M * M + o_m[:, None] * M.to(tl.int64) + o_m[None, :]
+    tl.store(p_s, b_s.to(tl.float32), mask=(o_m < M)[:, None] & (o_m < M)[None, :])
+
+    # 3. eqs. 10-11, relative to the largest of the others' rewards, so that no exponential overflows
+    m_other = m_pair & (o_m[:, None] != o_m[None, :])
+    b_rj = tl.broadcast_to(b_r[None, :], [BM, BM])
+    b_shift = tl.max(tl.where(m_other & (b_rj == b_rj), b_rj, -float("inf")), axis=1)
+    b_shift = tl.where(b_shift == -float("inf"), 0.0, b_shift)  # a group of one, or nothing to guard
+    b_e = tl.where(m_other, tl.exp(b_rj - b_shift[:, None]), 0.0)
+    b_sum = tl.sum(tl.where(m_other, b_e * b_s * b_s, 0.0), axis=1)
+    b_nu = 1.0 - b_sum / (tl.sum(b_e, axis=1) + eps * tl.exp(-b_shift))
+    b_nu = tl.where(b_nu < 0.0, 0.0, b_nu)  # a NaN stays
+    if SCORE == 1:
+        b_nu = tl.sqrt(b_nu)
+
+    # 4. eqs. 12-13; one NaN score makes all of its group NaN
+    if SHAPING == 0:
+        b_value = b_r
+    else:
+        b_known = m_m & (b_nu == b_nu)
+        b_low = tl.min(tl.where(b_known, b_nu, float("inf")), axis=0)
+        b_spread = tl.max(tl.where(b_known, b_nu, -float("inf")), axis=0) - b_low
+        b_spread = tl.where(tl.max((m_m & (b_nu != b_nu)).to(tl.int32), axis=0) > 0, float("nan"), b_spread)
+        b_nubar = tl.where(b_spread <= 1e-5, 0.5, (b_nu - b_low) / b_spread)
+        if SHAPING == 1:
+            b_value = b_r * (1.0 + lam * (2.0 * b_nubar - 1.0))
+        else:
+            b_value = b_r * (1.0 + lam * b_r * b_nubar)
+        b_value = tl.where(b_value > clip, clip, tl.where(b_value < -clip, -clip, b_value))
+        if SKIP_UNIFORM:
+            b_first = tl.max(tl.where(m_m, b_r, -float("inf")), axis=0)
+            m_uniform = tl.max((m_m & (b_r != b_first)).to(tl.int32), axis=0) == 0  # no NaN either
+            b_value = tl.where(m_uniform, b_r, b_value)
+
+    # 5. eq. 2
+    b_n = tl.sum(m_m.to(tl.float64), axis=0)
+    b_centred = tl.where(m_m, b_value - tl.sum(tl.where(m_m, b_value, 0.0), axis=0) / b_n, 0.0)
+    b_advantage = b_centred
+    if SCALE == 1:
+        b_advantage = b_centred / tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / b_n + eps)
+    if SCALE == 2:
+        tl.store(values + i_b * M + o_m, b_value, mask=o_m < M)
+    tl.store(score + b_row, b_nu.to(tl.float32), mask=m_m)
+    tl.store(shaped_rewards + b_row, b_value.to(tl.float32), mask=m_m)
+    tl.store(advantages + b_row, b_advantage.to(tl.float32), mask=m_m)
+
+
+@triton.jit
+def batch_scale_kernel(members, values, advantages, S, places, eps: tl.float64, BP: tl.constexpr):
+    """Eq. 2 with the batch's deviation: divides what group_kernel left undivided. One program."""
+    o_p = tl.arange(0, BP).to(tl.int64)
+    b_total = tl.zeros([BP], dtype=tl.float64)
+    b_count = tl.zeros([BP], dtype=tl.float64)
+    for o in range(0, places, BP):
+        b_row = tl.load(members + o + o_p, mask=o + o_p < places, other=-1)
+        m_p = (b_row >= 0) & (b_row < S)
+        b_total += tl.load(values + o + o_p, mask=m_p, other=0.0)
+        b_count += m_p.to(tl.float64)
+    b_n = tl.sum(b_count, axis=0)
+    b_mean = tl.sum(b_total, axis=0) / b_n
+    b_squares = tl.zeros([BP], dtype=tl.float64)
+    for o in range(0, places, BP):
+        b_row = tl.load(members + o + o_p, mask=o + o_p < places, other=-1)
+        m_p = (b_row >= 0) & (b_row < S)
+        b_centred = tl.where(m_p, tl.load(values + o + o_p, mask=m_p, other=0.0) - b_mean, 0.0)
+        b_squares += b_centred * b_centred
+    b_scale = tl.sqrt(tl.sum(b_squares, axis=0) / b_n + eps)
+    for o in range(0, places, BP):
+        b_row = tl.load(members + o + o_p, mask=o + o_p < places, other=-1)
+        m_p = (b_row >= 0) & (b_row < S)
+        b_advantage = tl.load(advantages + b_row, mask=m_p, other=0.0).to(tl.float64) / b_scale
+        tl.store(advantages + b_row, b_advantage.to(tl.float32), mask=m_p)
+
+
+def launch(
+    features: Tensor,
+    rewards: Tensor,
+    members: Tensor,
+    lam: float,
+    clip: float,
+    shaping: int,
+    score: int,
+    scale: int,
+    skip_uniform: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator g2rl::group_geometry: contiguous features [S, d] and rewards [S] in float32, members
+    [B, M] int64. Returns similarity [B, M, M] and score, shaped rewards, advantages [S].
+
+    Raises:
+        ValueError: M is larger than MAX_M.
+    """
+    (S, d), (B, M) = features.shape, members.shape
+    if M > MAX_M:
+        raise ValueError(f"members: got groups of {M}, the Triton kernel takes at most {MAX_M}")
+    similarity = features.new_empty(B, M, M)
+    if M == 0:
+        B = 0  # nobody in any group
+    nu, shaped, advantages = (features.new_empty(S) for _ in range(3))
+    values = features.new_empty((B, M) if scale == 2 else 0, dtype=torch.float64)
+    config = next(config for config in CONFIGS if M <= config.BM)
+    programs = B + triton.cdiv(S, BR)
+    if programs:
+        group_kernel[(programs,)](
+            features, rewards, members, similarity, nu, shaped, advantages, values, S, d, B, M,
+            lam, clip, eps, SHAPING=shaping, SCORE=score, SCALE=scale, SKIP_UNIFORM=skip_uniform,
+            BM=config.BM, BK=config.BK, BW=config.BW, BR=BR, BC=BC,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if scale == 2 and B:
+        batch_scale_kernel[(1,)](members, values, advantages, S, B * M, eps, BP=BP, num_warps=8)
+    return similarity, nu, shaped, advantages
+
+
+def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+    """(kernel, signature, constexprs, num_warps, num_stages, label) of what is shipped, to compile without a
+    GPU."""
+    inputs = {"features": "*fp32", "rewards": "*fp32", "members": "*i64"}
+    outputs = dict.fromkeys(("similarity", "score", "shaped_rewards", "advantages"), "*fp32")
+    sizes = dict.fromkeys(("S", "d", "B", "M"), "i32")
+    scalars = dict.fromkeys(("lam", "clip", "eps"), "fp64")
+    for config in CONFIGS:
+        for shaping, score, scale in ((1, 0, 1), (2, 1, 2), (0, 0, 0)):
+            constexprs = {
+                "SHAPING": shaping, "SCORE": score, "SCALE": scale, "SKIP_UNIFORM": True,
+                "BM": config.BM, "BK": config.BK, "BW": config.BW, "BR": BR, "BC": BC,
+            }  # fmt: skip
+            signature = inputs | outputs | {"values": "*fp64"} | sizes | scalars
+            signature |= dict.fromkeys(constexprs, "constexpr")
+            label = f"group M<={config.BM} shaping={shaping} score={score} scale={scale}"
+            yield group_kernel, signature, constexprs, config.num_warps, config.num_stages, label
+    signature = {"members": "*i64", "values": "*fp64", "advantages": "*fp32", "S": "i32", "places": "i32"}
+    signature |= {"eps": "fp64", "BP": "constexpr"}
+    yield batch_scale_kernel, signature, {"BP": BP}, 8, 2, "group batch_scale"
