@@ -32,13 +32,13 @@ class HeadFeatures(NamedTuple):
 
 
 class CertifiedHeadFeatures(NamedTuple):
-    """What `certified_head_features` returns; all float32 but skipped_tokens (int64), none with a gradient."""
+    """What `certified_head_features` returns; float32 but for skipped_tokens (int64), without gradients."""
 
     features: Tensor  # [S, d]
     logprobs: Tensor  # [N], nats
     logsumexp: Tensor  # [N], nats, of z / temperature
     entropy: Tensor  # [N], nats
-    skipped_mass: Tensor  # [S], sum of a_t (1 - p(tokens[t])) over what was skipped
+    skipped_mass: Tensor  # [S], sum of a_t (1 - p(tokens[t])) over skipped tokens
     skipped_tokens: Tensor  # [S], how many tokens were left out
 
 

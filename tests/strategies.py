@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import strategies as st
+from examples import st
 from oracle import Case, make_case
 from torch import Tensor
 

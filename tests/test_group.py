@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from examples import given
 from strategies import groupings
 
 import g2rl_kernels as g2

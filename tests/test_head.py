@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from examples import given
 from oracle import (
     BACKEND_IDS,
     BACKENDS,

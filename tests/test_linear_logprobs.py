@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from examples import given
 from oracle import Case, Sizes, entropy, logits, make_case
 from strategies import DTYPES, LAYOUTS, cases, restride
 

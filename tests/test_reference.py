@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from examples import given
 from oracle import autograd_head, make_case
 from strategies import cases
 

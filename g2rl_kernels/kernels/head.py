@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 
     hidden: Tensor  # [n, d]
     tokens: Tensor  # [n]
-    alpha: Tensor  # [n]
+    alpha: Tensor | None  # [n]; None: all 1
     response: Tensor  # [n] int32
     cu_seqlens: Tensor  # [S + 1] int64, over these tokens
 
@@ -143,7 +143,7 @@ def _head_features(
     # Not checked on a GPU, where it would wait for the device: made such that nothing reads out of bounds.
     cu_seqlens = cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
     tokens = tokens.contiguous()
-    alpha = torch.ones(N, device=device) if token_weights is None else token_weights.float().contiguous()
+    alpha = None if token_weights is None else token_weights.float().contiguous()
     known = None if max_skipped is not None else known_logprobs
     features = torch.zeros(S, D, device=device)
     skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
@@ -153,7 +153,7 @@ def _head_features(
         cu = cu_seqlens.clamp(rows.start, rows.stop) - rows.start
         position = torch.arange(len(rows), device=device)
         response = torch.searchsorted(cu[1:], position, right=True).int()
-        chunk = Chunk(hidden[part], tokens[part], alpha[part], response, cu)
+        chunk = Chunk(hidden[part], tokens[part], None if alpha is None else alpha[part], response, cu)
         if known is not None:
             found = _one_pass(chunk, head, known[part].float(), features)
         else:
@@ -161,7 +161,8 @@ def _head_features(
             skipped_mass += mass
             skipped_tokens += count
         parts.append(found[:3])
-    total = segment_sum(alpha, cu_seqlens, 0, N) + WEIGHT_EPS if N else torch.ones(S, device=device)
+    total = cu_seqlens.diff().float() if alpha is None else segment_sum(alpha, cu_seqlens, 0, N)
+    total += WEIGHT_EPS
     features *= (head.logit_scale / total)[:, None]
     logprobs, logsumexp, entropy = _join(parts, device)
     return Outputs(features, logprobs, logsumexp, entropy, skipped_mass / total, skipped_tokens)
@@ -180,8 +181,8 @@ def _two_passes(
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
     config, precision = _choice("stats", chunk.hidden, head.weight)
     found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config, precision), target)
-    mass = chunk.alpha * found.rest
-    coefficient = mass if slope is None else mass * slope
+    mass = _weighted(found.rest, chunk.alpha)
+    coefficient = _weighted(mass, slope)
     if max_skipped is None:
         _accumulate(chunk, head, features, found.lse2)
         _add_realised(chunk, head, features, coefficient)
@@ -212,8 +213,8 @@ def _one_pass(chunk: Chunk, head: Head, known: Tensor, features: Tensor) -> Stat
     listed = _pick(wrong, chunk.cu_seqlens)
     _accumulate(chunk, head, features, found.lse2, listed=listed, seed=seed, kappa=1.0 - afresh.float())
 
-    coefficient = chunk.alpha * torch.where(wrong, found.rest, totals[0, 1])
-    _add_realised(chunk, head, features, coefficient if slope is None else coefficient * slope)
+    mass = _weighted(torch.where(wrong, found.rest, totals[0, 1]), chunk.alpha)
+    _add_realised(chunk, head, features, _weighted(mass, slope))
     return found
 
 
@@ -276,6 +277,10 @@ def _add_realised(chunk: Chunk, head: Head, features: Tensor, coefficient: Tenso
         most = max(1, SLOTS // (4 * D * len(responses)))
         slots = head_gather(head.weight, chunk.tokens, coefficient, chunk.cu_seqlens, responses, most)
         head_reduce(slots, features, chunk.cu_seqlens, responses, 1.0)
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights
 
 
 def _pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:

@@ -73,7 +73,7 @@ def head_finish_kernel(
     b_top = tl.maximum(b_m, b_x)
     b_others = b_l * tl.exp2(b_m - b_top)
     b_y = tl.exp2(b_x - b_top)
-    nothing = (b_m == MASKED) & (b_x == float("-inf"))  # every entry is masked
+    nothing = (b_m < 1e-5 * MASKED) & (b_x == float("-inf"))  # every entry is masked
     b_total = tl.where(nothing, float("nan"), b_others + b_y)
     likely = b_y >= b_others
     # log of the smaller over the larger is what is added to the larger's own logarithm

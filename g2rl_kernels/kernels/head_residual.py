@@ -27,18 +27,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, Head, base2_logits, descriptor, dot_tile, load_bias, programs
+from .tile import (
+    INTERPRETED,
+    Head,
+    add_bias,
+    descriptor,
+    dot_tile,
+    leave_out,
+    masked_raw,
+    programs,
+    raw_logits,
+)
 from .tuning import Config
 
 
 @triton.jit
 def head_residual_kernel(
     hidden, weight, bias, tokens, response, alpha, shift, seed, kappa, index, cu_seqlens,
-    partial, sums, N, V, s_begin, s_end, i_tile0, n_tiles, n_strips, scale, softcap,
+    partial, sums, N, V, s_begin, s_end, i_tile0, n_tiles, n_strips, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, LISTED: tl.constexpr, SUMS: tl.constexpr, CORRECT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)
     t_begin = tl.load(cu_seqlens + s_begin).to(tl.int32)
@@ -56,7 +67,7 @@ def head_residual_kernel(
         i_tile, i_strip = i_item // n_strips, i_item % n_strips
         i_row = t_begin + (i_strip * blocks_per_strip + i_block) * BM
         i_col = (i_tile0 + i_tile) * BN
-        o_list, o_col = i_row + tl.arange(0, BM), i_col + tl.arange(0, BN)
+        o_list = i_row + tl.arange(0, BM)
         m_row = o_list < t_end
         o_row = tl.load(index + o_list, mask=m_row, other=0) if LISTED else o_list
 
@@ -64,24 +75,27 @@ def head_residual_kernel(
             hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
             D, BM, BN, BK, H_TMA, W_TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        b_bias, m_col = load_bias(bias, o_col, V, HAS_BIAS)
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
-        b_alpha = tl.load(alpha + o_row, mask=m_row, other=0.0)
         b_shift = tl.load(shift + o_row, mask=m_row, other=0.0)
         b_response = tl.load(response + o_row, mask=m_row, other=-1)
-        b_x, b_slope = base2_logits(b_acc, b_bias[None, :], scale, softcap, SOFTCAP)
-        m_others = m_col[None, :] & (o_col[None, :] != b_y[:, None])
-        b_p = tl.where(m_others, tl.exp2(b_x - b_shift[:, None]), 0.0)
+        b_x = add_bias(b_acc, bias, i_col, V, factor, BN, HAS_BIAS)
+        b_r, b_slope = raw_logits(b_x, scale, factor, SOFTCAP)
+        b_r = leave_out(b_r, b_y, i_col, masked_raw(factor), BN, not SUMS)
+        b_distance = b_r * factor - b_shift[:, None]
+        b_p = tl.exp2(b_distance)
         if SUMS:
+            b_l, b_u = tl.sum(b_p, axis=1), tl.sum(b_p * b_distance, axis=1)
             p_sums = sums + i_tile * 2 * N.to(tl.int64) + o_row
-            tl.store(p_sums, tl.sum(b_p, axis=1), mask=m_row)
-            b_u = tl.where(m_others, b_p * (b_x - b_shift[:, None]), 0.0)
-            tl.store(p_sums + N, tl.sum(b_u, axis=1), mask=m_row)
+            tl.store(p_sums, b_l, mask=m_row)
+            tl.store(p_sums + N, b_u, mask=m_row)
         if CORRECT:
             # kappa = 0 where a seed overflowed: 0 times infinity must not come of it
             b_seed = tl.where(b_kappa > 0, tl.load(seed + o_row, mask=m_row, other=0.0), float("inf"))
-            b_p -= tl.where(m_others, tl.exp2(b_x - b_seed[:, None]), 0.0)
-        b_p = b_p * b_slope * b_alpha[:, None]
+            b_p -= tl.exp2(b_r * factor - b_seed[:, None])
+        if SOFTCAP:
+            b_p *= b_slope
+        if WEIGHTED:
+            b_p *= tl.load(alpha + o_row, mask=m_row, other=0.0)[:, None]
 
         # The tokens of a block belong to consecutive responses, most often to one. The sum over a response's
         # earlier blocks lies in memory: carried in registers it would take as many as half a tile of
@@ -111,7 +125,7 @@ def head_residual(
     head: Head,
     tokens: Tensor,
     response: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     shift: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -128,9 +142,9 @@ def head_residual(
 ) -> None:
     """Fills partial [len(responses) + n_strips - 1, len(tiles) BN]; see above for what it holds.
 
-    hidden [N, d], tokens, alpha, shift [N], response [N] int32; cu_seqlens [S + 1] int64 over `index` [K]
-    int64 if that is given (K <= N, known to the device alone), else over rows. sums [len(tiles), 2, N] makes
-    it a seeded pass; seed [N] and kappa [1] make it a correction.
+    hidden [N, d], tokens, shift [N], response [N] int32, alpha [N] or None for all 1; cu_seqlens [S + 1]
+    int64 over `index` [K] int64 if that is given (K <= N, known to the device alone), else over rows. sums
+    [len(tiles), 2, N] makes it a seeded pass; seed [N] and kappa [1] make it a correction.
     """
     N, D = hidden.shape
     n_programs = programs(hidden.device) * config.programs_per_sm
@@ -139,10 +153,10 @@ def head_residual(
     head_residual_kernel[(min(n_programs, len(tiles) * n_strips),)](
         d_hidden or hidden, d_weight or head.weight, head.bias, tokens, response, alpha, shift, seed, kappa,
         index, cu_seqlens, partial, sums, N, head.weight.shape[0], responses.start, responses.stop,
-        tiles.start, len(tiles), n_strips, head.scale, head.softcap, *hidden.stride(), *head.weight.stride(),
+        tiles.start, len(tiles), n_strips, head.scale, head.factor, *hidden.stride(), *head.weight.stride(),
         D=D, BM=config.BM, BN=config.BN, BK=config.BK,
         H_TMA=d_hidden is not None, W_TMA=d_weight is not None, LISTED=index is not None,
-        SUMS=sums is not None, CORRECT=seed is not None,
+        SUMS=sums is not None, CORRECT=seed is not None, WEIGHTED=alpha is not None,
         HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

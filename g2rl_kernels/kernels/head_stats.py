@@ -18,7 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, MASKED, Head, base2_logits, descriptor, dot_tile, load_bias, programs
+from .tile import (
+    INTERPRETED,
+    MASKED,
+    Head,
+    add_bias,
+    descriptor,
+    dot_tile,
+    leave_out,
+    masked_raw,
+    programs,
+    raw_logits,
+)
 from .tuning import Config
 
 MAX_STRIPS = 32
@@ -26,7 +37,7 @@ MAX_STRIPS = 32
 
 @triton.jit
 def head_stats_kernel(
-    hidden, weight, bias, tokens, gate, partial, N, V, n_strips, tiles_per_strip, scale, softcap,
+    hidden, weight, bias, tokens, gate, partial, N, V, n_strips, tiles_per_strip, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
@@ -46,24 +57,23 @@ def head_stats_kernel(
         i_tile = i_step % tiles_per_strip
         i_block, i_strip = i_item // n_strips, i_item % n_strips
         i_row, i_col = i_block * BM, (i_strip * tiles_per_strip + i_tile) * BN
-        o_row, o_col = i_row + tl.arange(0, BM), i_col + tl.arange(0, BN)
+        o_row = i_row + tl.arange(0, BM)
         m_row = o_row < N
 
         b_acc = dot_tile(
             hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
             D, BM, BN, BK, H_TMA, W_TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        b_bias, m_col = load_bias(bias, o_col, V, HAS_BIAS)
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
-        b_x, _ = base2_logits(b_acc, b_bias[None, :], scale, softcap, SOFTCAP)
-        b_x = tl.where(m_col[None, :] & (o_col[None, :] != b_y[:, None]), b_x, MASKED)
+        b_r, _ = raw_logits(add_bias(b_acc, bias, i_col, V, factor, BN, HAS_BIAS), scale, factor, SOFTCAP)
+        b_r = leave_out(b_r, b_y, i_col, masked_raw(factor), BN, True)
 
         is_first = i_tile == 0
         b_m = tl.where(is_first, MASKED, b_m)
         b_l = tl.where(is_first, 0.0, b_l)
         b_u = tl.where(is_first, 0.0, b_u)
-        b_new = tl.maximum(b_m, tl.max(b_x, axis=1))  # a NaN is passed over here, and found in l
-        b_distance = b_x - b_new[:, None]
+        b_new = tl.maximum(b_m, tl.max(b_r, axis=1) * factor)  # a NaN is passed over here, and found in l
+        b_distance = b_r * factor - b_new[:, None]
         b_e = tl.exp2(b_distance)
         b_shrink = tl.exp2(b_m - b_new)
         b_u = (b_u + b_l * (b_m - b_new)) * b_shrink + tl.sum(b_e * b_distance, axis=1)
@@ -105,7 +115,7 @@ def head_stats(
     d_weight = descriptor(head.weight, (config.BN, config.BK))
     head_stats_kernel[(min(n_programs, n_blocks * n_strips),)](
         d_hidden or hidden, d_weight or head.weight, head.bias, tokens, gate, partial,
-        N, V, n_strips, tiles_per_strip, head.scale, head.softcap,
+        N, V, n_strips, tiles_per_strip, head.scale, head.factor,
         *hidden.stride(), *head.weight.stride(),
         D=D, BM=config.BM, BN=config.BN, BK=config.BK,
         H_TMA=d_hidden is not None, W_TMA=d_weight is not None, GATED=gate is not None,

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import Head, base2_logits
+from .tile import Head, raw_logits
 
 BT, BD = 16, 256
 
 
 @triton.jit
 def head_target_kernel(
-    hidden, weight, bias, tokens, target, slope, N, V, scale, softcap,
+    hidden, weight, bias, tokens, target, slope, N, V, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -40,10 +40,8 @@ def head_target_kernel(
     b_bias = tl.zeros([BT], dtype=tl.float32)
     if HAS_BIAS:
         b_bias = tl.load(bias + b_y, mask=m_y, other=0.0).to(tl.float32)
-    b_x, b_slope = base2_logits(tl.sum(b_sum, axis=1), b_bias, scale, softcap, SOFTCAP)
-    if HAS_BIAS and SOFTCAP:
-        b_x = tl.where(b_bias == float("-inf"), float("-inf"), b_x)  # masked behind the softcap too
-    tl.store(target + o_t, tl.where(m_y, b_x, float("nan")), mask=m_t)
+    b_r, b_slope = raw_logits(tl.sum(b_sum, axis=1) + b_bias, scale, factor, SOFTCAP)
+    tl.store(target + o_t, tl.where(m_y, b_r * factor, float("nan")), mask=m_t)
     if SOFTCAP:
         tl.store(slope + o_t, b_slope, mask=m_t)
 
@@ -55,7 +53,7 @@ def head_target(hidden: Tensor, head: Head, tokens: Tensor) -> tuple[Tensor, Ten
     slope = torch.empty_like(target) if head.has_softcap else None
     head_target_kernel[(triton.cdiv(N, BT),)](
         hidden, head.weight, head.bias, tokens, target, slope, N, head.weight.shape[0],
-        head.scale, head.softcap,
+        head.scale, head.factor,
         *hidden.stride(), *head.weight.stride(),
         D=D, BT=BT, BD=BD, HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap,
         num_warps=4,

@@ -10,7 +10,6 @@ Logits are kept in base 2, x = z / temperature * log2(e), since exp2 is what the
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -72,36 +71,56 @@ def tanh(x):
 
 
 @triton.jit
-def base2_logits(b_acc, b_bias, scale, softcap, SOFTCAP: tl.constexpr):
-    """Products to x = softcap(logit_scale (W h + b)) / T * log2(e), `scale` and `softcap` as `Head` has them.
-
-    Returns x and the softcap's slope, which is 1 without one. b_bias broadcasts against b_acc.
-    """
-    b_x = (b_acc + b_bias) * scale
-    if SOFTCAP:
-        b_e = tl.exp(-2 * tl.abs(b_x))
-        return softcap * tanh(b_x), 4 * b_e / ((1 + b_e) * (1 + b_e))  # 1 - tanh^2, without cancellation
-    else:
-        return b_x, 1.0
+def masked_raw(factor):
+    """A raw logit r with factor r about MASKED, or nearer to 0 where that would overflow."""
+    return tl.maximum(MASKED / factor, -3e38)
 
 
 @triton.jit
-def load_bias(bias, o_col, V, HAS_BIAS: tl.constexpr):
-    """Bias of some columns, and which of them are in the vocabulary: below V and not masked by -inf."""
-    m_col = o_col < V
+def add_bias(b_acc, bias, i_col, V, factor, BN: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """W h + b; masked_raw where the column is beyond V or its bias is -inf."""
+    o_col = i_col + tl.arange(0, BN)
     if HAS_BIAS:
-        b_bias = tl.load(bias + o_col, mask=m_col, other=0.0).to(tl.float32)
-        m_col = m_col & (b_bias != float("-inf"))
-        return tl.where(m_col, b_bias, 0.0), m_col
+        b_bias = tl.load(bias + o_col, mask=o_col < V, other=float("-inf")).to(tl.float32)
+        b_acc += tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
+    elif i_col + BN > V:  # the last tile alone pays for its ragged end
+        b_acc = tl.where((o_col < V)[None, :], b_acc, masked_raw(factor))
+    return b_acc
+
+
+@triton.jit
+def leave_out(b_values, b_y, i_col, instead, BN: tl.constexpr, BRANCH: tl.constexpr):
+    """b_values with `instead` at each row's realised token. With BRANCH, tiles without one, most of them, pay
+    nothing, at the price of some registers."""
+    o_col = i_col + tl.arange(0, BN)
+    if BRANCH:
+        if tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0) > 0:
+            b_values = tl.where(o_col[None, :] != b_y[:, None], b_values, instead)
+        return b_values
     else:
-        return tl.zeros_like(o_col).to(tl.float32), m_col
+        return tl.where(o_col[None, :] != b_y[:, None], b_values, instead)
+
+
+@triton.jit
+def raw_logits(b_x, scale, factor, SOFTCAP: tl.constexpr):
+    """From W h + b (as add_bias has it) to r with x = factor r, and the slope dr / d(W h + b) / scale.
+
+    The factor is left to the caller: a maximum needs no scaling, and then x - maximum is one fused operation.
+    """
+    if SOFTCAP:
+        b_u = b_x * scale
+        b_e = tl.exp(-2 * tl.abs(b_u))
+        b_slope = 4 * b_e / ((1 + b_e) * (1 + b_e))  # 1 - tanh^2, without cancellation
+        return tl.where(b_x * factor <= MASKED / 2, b_x, tanh(b_u)), b_slope
+    else:
+        return b_x, 1.0
 
 
 class Head:
     """The head's weight, bias and scalars in the form that kernels take. T is the temperature.
 
-    Without softcap x = (W h + b) * scale, scale = logit_scale / T * log2(e); with a softcap c,
-    x = softcap * tanh((W h + b) * scale), scale = logit_scale / c and softcap = c / T * log2(e).
+    Without softcap x = factor (W h + b), factor = logit_scale / T * log2(e); with a softcap c,
+    x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e).
     """
 
     def __init__(
@@ -116,19 +135,8 @@ class Head:
         self.bias = None if bias is None else bias.contiguous()
         self.logit_scale = logit_scale
         self.has_softcap = bool(logit_softcap)
-        self.scale = logit_scale / (logit_softcap if logit_softcap else temperature / LOG2E)
-        self.softcap = (logit_softcap or 0.0) / temperature * LOG2E
-
-    @property
-    def scalars(self) -> dict[str, Any]:
-        """Arguments that every kernel with an epilogue takes."""
-        return {
-            "bias": self.bias,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "HAS_BIAS": self.bias is not None,
-            "SOFTCAP": self.has_softcap,
-        }
+        self.scale = logit_scale / logit_softcap if logit_softcap else 1.0
+        self.factor = (logit_softcap or logit_scale) / temperature * LOG2E
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:

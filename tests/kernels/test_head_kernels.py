@@ -1,5 +1,5 @@
-"""The head's Triton kernels in each mode, against float64. tests/test_head.py holds the two-pass mode to what it
-asks of every backend; here is what the others promise, and what only a GPU can show.
+"""The head's Triton kernels in each mode, against float64. tests/test_head.py holds the two-pass mode to what
+it asks of every backend; here is what the others promise, and what only a GPU can show.
 
 Without a GPU the kernels are interpreted (tests/conftest.py), which is slow: shapes are small, and tiles too.
 """
@@ -7,11 +7,9 @@ Without a GPU the kernels are interpreted (tests/conftest.py), which is slow: sh
 import dataclasses
 import weakref
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from examples import assume, given, settings, st
 from oracle import (
     GPU,
     TRITON,
@@ -38,7 +36,7 @@ from g2rl_kernels.kernels import head_residual, head_stats, tile, tuning
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
-examples = hypothesis.settings(max_examples=200 if HAS_GPU else 8)
+examples = settings(max_examples=200 if HAS_GPU else 8)
 
 TINY = tuning.Config(16, 16, 16, 4, 2)
 
@@ -221,7 +219,7 @@ def test_any_case_with_known_logprobs(case, error):
     out = known_mode(case, known)
     factor = (known.double().clamp(max=0) - exact.logprobs).exp()
     near = (factor - 1).abs()
-    hypothesis.assume(not ((near - driver.KNOWN_TOLERANCE).abs() < 1e-4).any())
+    assume(not ((near - driver.KNOWN_TOLERANCE).abs() < 1e-4).any())
     factor = torch.where(near <= driver.KNOWN_TOLERANCE, factor, 1.0)
     assert_features(out.features, with_weights(case, factor), case, slack=2)
     assert (errors(out, exact).logprobs <= allowed_errors(case, TRITON).logprobs).all()
