@@ -23,8 +23,8 @@ demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gr
 test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-k bias" narrows them
 	$(PY) -m pytest $(TESTS) $(ARGS)
 
-bench: $(VENV)/.dev $(VENV)/.built ## the op against torch's own logits product: speed, memory, error
-	$(VENV)/bin/g2rl bench head $(ARGS)
+bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
+	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.built ## ruff and mypy
 	$(PY) -m ruff check .

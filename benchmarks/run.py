@@ -1,256 +1,291 @@
-"""Time, memory and error of the head op beside torch's bare logits product, measured in the same run.
-
-Every row is a ratio to `torch.mm(hidden, weight.T, out=logits)`, the least that anything which looks at all
-logits has to do: methods take turns, round by round, and the ratio is taken within a round, so that a machine
-which slows down slows both; every five rounds the tensors are made anew. Shown is the median of the rounds
-with the 20 % and 80 % quantiles.
-"""
+"""`g2rl bench`: the ops' speed, memory and error, each beside the least that the machine needs for it."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
+import itertools
 import json
 import os
-import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import g2rl_kernels as g2
-from g2rl_kernels import _C, reference
+from . import group, head, train
+from .measure import header, machine
+from .methods import METHODS, default_methods
+from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
 
-from .registry import DEFAULT_SHAPES, DTYPES, METHODS, SHAPES, Problem, Shape, problem
+DESCRIPTION = """\
+Speed, memory and error of the ops, each beside the least that the machine needs for it.
 
-ROUNDS_A_PLACEMENT = 5
-M_MMAP_THRESHOLD = -3  # malloc.h
+  g2rl bench head       the LM head: time as a ratio to the bare logits product in the same run
+  g2rl bench group      the group geometry beside one read of its features
+  g2rl bench train      what G2RL adds to a training step
+  g2rl bench table F    the table of a result F (JSON) again;  g2rl bench plot F  draws it
 
+Runs on the GPU if there is one; progress goes to stderr, the table to stdout, --out takes all as JSON."""
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+HEAD = """\
+The op beside torch.mm(hidden, weight.T, out=logits), the least that anything which looks at all logits has to
+do. Methods take turns, round by round, and a ratio is taken within a round, so that a machine which slows
+down slows both; shown is the median with the 20 % and 80 % quantiles. On a GPU each call is timed by CUDA
+events, behind a write that empties the L2. Extra memory is the growth at a call's peak, outputs included: on
+a GPU of torch's allocator, on a CPU of the process. Error is that of the first response's feature against
+the reference in float64. What could not be measured is listed below the table, with the reason."""
 
-
-def extra_memory(call: Callable[[], Any]) -> float | None:
-    """Bytes of resident memory at the call's peak beyond what was there before; None where not known."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def read(key: str) -> int:
-        return next(
-            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key)
-        )
-
-    gc.collect()
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # no buffer from what earlier calls left in the allocator
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        before = read("VmRSS")
-        call()
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
-    except (OSError, AttributeError):
-        return None
-    return float(max(read("VmHWM") - before, 0))
-
-
-def relative_error(p: Problem, method: Callable[[Problem], tuple[torch.Tensor, ...]]) -> float:
-    """Of the features of the first 64 tokens as one response, against the reference in float64."""
-    n = min(64, len(p.tokens))
-    part = Problem(p.hidden[:n], p.weight, p.tokens[:n], torch.tensor([0, n]))
-    exact = reference.head_features(part.hidden.double(), part.weight.double(), part.tokens, part.cu_seqlens)[
-        0
-    ]
-    return float((method(part)[0].double() - exact).norm() / exact.norm())
-
-
-def in_fresh_thread(call: Callable[[], Any]) -> Any:
-    """The op keeps its workspace for the thread's next call; a new thread has none yet."""
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(call()))
-    thread.start()
-    thread.join()
-    return result[0]
-
-
-def responses(shape: Shape, entry: str) -> int:
-    """What packing responses costs is shown by the same tokens cut otherwise: "..., 8 responses"."""
-    return int(entry.split(", ")[1].split()[0]) if entry.startswith("g2rl-kernels,") else shape.responses
-
-
-def entries(shape: Shape, base: Problem) -> dict[str, tuple[Callable[[Problem], Any], Problem]]:
-    names = ["g2rl-kernels, 1 response", "g2rl-kernels, 8 responses", *METHODS]
-    found = {}
-    for name in names:
-        cut = torch.arange(responses(shape, name) + 1) * shape.N // responses(shape, name)
-        found[name] = (
-            METHODS[name.split(", ")[0] if name.startswith("g2rl") else name],
-            replace(base, cu_seqlens=cut),
-        )
-    return found
-
-
-def turn(shape: Shape, base: Problem, logits: torch.Tensor) -> tuple[float, dict[str, float]]:
-    """Seconds of the bare product, then of every method."""
-    one = seconds(lambda: torch.mm(base.hidden, base.weight.T, out=logits))
-    return one, {name: seconds(lambda m=m, p=p: m(p)) for name, (m, p) in entries(shape, base).items()}
-
-
-def measure(shape: Shape, dtype: str, rounds: int, with_error: bool) -> list[dict[str, Any]]:
-    small = problem(SHAPES["tiny"], DTYPES[dtype], 2)
-    base = problem(shape, DTYPES[dtype], shape.responses)
-    memory, error = {}, {}
-    for name, (method, p) in entries(shape, base).items():
-        memory[name] = in_fresh_thread(lambda m=method, p=p: (m(small), extra_memory(lambda: m(p)))[1])
-    if with_error:
-        error = {name: relative_error(base, method) for name, method in METHODS.items()}
-
-    floor: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in memory}
-    for round_ in range(rounds):
-        if round_ % ROUNDS_A_PLACEMENT == 0:  # where tensors lie in memory moves torch's product by 15 %
-            base = problem(shape, DTYPES[dtype], shape.responses)
-            logits = torch.empty(shape.N, shape.V, dtype=DTYPES[dtype])
-            turn(shape, base, logits)  # to warm up
-        print(f"\r{shape.name} {dtype}: round {round_ + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
-        one, timed = turn(shape, base, logits)
-        floor.append(one)
-        for name, value in timed.items():
-            times[name].append(value)
-    print(file=sys.stderr)
-
-    rows = []
-    for name, values in times.items():
-        ratios = sorted(a / b for a, b in zip(values, floor, strict=True))
-        quantile = [ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.5, 0.8)]
-        rows.append(
-            {
-                "shape": shape.name,
-                "N": shape.N,
-                "V": shape.V,
-                "d": shape.d,
-                "responses": responses(shape, name),
-                "dtype": dtype,
-                "method": name,
-                "ratio_20_50_80": [round(q, 4) for q in quantile],
-                "milliseconds": round(statistics.median(values) * 1e3, 2),
-                "floor_milliseconds": round(statistics.median(floor) * 1e3, 2),
-                "extra_bytes": memory[name],
-                "error": error.get(name),
-                "rounds": rounds,
-            }
-        )
-    return rows
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(
-            line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line
-        )
-        values = {key.strip(): value.strip() for key, value in fields.items()}
-        family, model = values.get("cpu family"), values.get("model")
-        cpu = f"{values.get('model name', cpu)} (family {family}, model {model})"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": _C.chosen_isa(),
-        "torch": torch.__version__,
-        "g2rl_kernels": g2.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| N x V x d, dtype | method | time / logits product (20 to 80 %) | ms | extra memory | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, mid, high = row["ratio_20_50_80"]
-        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f} MB"
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        lines.append(
-            f"| {row['N']} x {row['V']} x {row['d']}, {row['dtype']} | {row['method']} | "
-            f"**{mid:.2f}** ({low:.2f} to {high:.2f}) | {row['milliseconds']:.0f} | {memory} | {error} |"
-        )
-    return "\n".join(lines)
+HEAD_EXAMPLES = """\
+examples:
+  g2rl bench head --quick                                 a first look, a minute
+  g2rl bench head --out mine.json --plot mine.png
+  g2rl bench head --shapes qwen3-0.6b --dtypes bf16 --rounds 5
+  g2rl bench head --shapes qwen3-8b --N 4096 16384 65536 --distributions '0.15 nats'
+  g2rl bench head --methods certificate nothing --profile kernels.txt
+  G2RL_CPU_ISA=avx2 g2rl bench head --out avx2.json
+"""
 
 
 def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
+OPS: dict[str, Any] = {"head": head, "group": group, "train": train}
+
+
+class Result:
+    """What a run found so far, written out after every case: a run that is killed leaves what it has."""
+
+    def __init__(self, op: str, device: str, out: Path | None):
+        self.out = out
+        self.content: dict[str, Any] = {"op": op, "machine": machine(device), "rows": [], "left_out": []}
+
+    def add(self, rows: list[dict[str, Any]], left_out: list[dict[str, Any]]) -> None:
+        self.content["rows"] += rows
+        self.content["left_out"] += left_out
+        if self.out:
+            write_whole(self.out, json.dumps(self.content, indent=1) + "\n")
+
+
+def render(result: dict[str, Any]) -> str:
+    """Header, table, what to know of it, and what is left out of it."""
+    op, rows = OPS[result.get("op", "head")], result["rows"]
+    parts = [header(result["machine"]), op.table(rows) if rows else "nothing was measured"]
+    if rows and (notes := op.notes(rows)):
+        parts.append(notes)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for left in result.get("left_out", []):
+        reasons.setdefault((left["method"], left["reason"]), []).append(left["case"])
+    lines = [f"- {method}, {'; '.join(cases)}: {why}" for (method, why), cases in reasons.items()]
+    if lines:
+        parts.append("Left out:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# --- the three runs -----------------------------------------------------------------------------------------
+
+
+def run_head(args: argparse.Namespace, device: str, result: Result) -> None:
+    gpu = device == "cuda"
+    cases, methods = chosen_cases(args, gpu), []
+    for name in chosen_methods(args.methods, device):
+        if reason := METHODS[name].obstacle(device):
+            left = {"case": "all cases", "method": name, "reason": reason, "fault": False}
+            result.add([], [left])
+        else:
+            methods.append(name)
+    rounds = args.rounds or (5 if args.quick else 11 if gpu else 15)
+    each = args.seconds or (4.0 if gpu else float("inf"))
+
+    def measured(one: Case) -> Any:
+        return head.measure(one, device, methods, rounds, each, not args.no_error)
+
+    named = [(f"{c.shape.name} {c.N} {c.dtype} {c.distribution}", c) for c in cases]
+    within_budget(args.budget, named, measured, result)
+    if args.profile:
+        head.profile(cases[0], device, methods, args.profile)
+
+
+def chosen_cases(args: argparse.Namespace, gpu: bool) -> list[Case]:
+    if not (args.shapes or args.N or args.dtypes or args.distributions):
+        return default_cases(gpu, args.quick)
+    axes = (
+        args.shapes or (["qwen3-1.7b"] if gpu else ["smollm2-135m", "qwen3-1.7b"]),
+        args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"]),
+        args.N or [0],
+        args.distributions or (["0.15 nats"] if gpu else ["2.3 sigma"]),
+    )
+    return [case(*one, gpu=gpu) for one in itertools.product(*axes)]
+
+
+def chosen_methods(wanted: Sequence[str] | None, device: str) -> list[str]:
+    """Those whose names contain one of the words."""
+    if not wanted:
+        return default_methods(device)
+    return [name for name in METHODS if any(word.lower() in name.lower() for word in wanted)]
+
+
+def run_group(args: argparse.Namespace, device: str, result: Result) -> None:
+    sizes = group.QUICK_SIZES if args.quick else group.SIZES if device == "cuda" else group.CPU_SIZES
+    launches = args.launches or (100 if device == "cuda" else 10)
+
+    def measured(size: tuple[int, int, int]) -> Any:
+        return group.measure(size, device, args.rounds or 15, launches)
+
+    named = [(" x ".join(map(str, size)), size) for size in args.sizes or sizes]
+    within_budget(args.budget, named, measured, result)
+
+
+def run_train(args: argparse.Namespace, device: str, result: Result) -> None:
+    gpu = device == "cuda"
+    models = args.models or (["qwen3-1.7b", "qwen3-0.6b"] if gpu else ["tiny"])
+    if args.quick:
+        models = models[:1]
+    rounds = args.rounds or (3 if args.quick else 5 if gpu else 9)
+
+    def measured(model: str) -> Any:
+        try:
+            return train.measure(model, device, train.BATCHES[device], rounds), []
+        except Exception as error:
+            return [], [{"case": model, "method": "the step", **head.why_not(error)}]
+
+    within_budget(args.budget, [(model, model) for model in models], measured, result)
+
+
+def within_budget(
+    budget: float | None, cases: list[tuple[str, Any]], measured: Callable[[Any], Any], result: Result
+) -> None:
+    """Begins no case that would end after `budget` seconds if it took as long as most so far."""
+    start, durations = time.perf_counter(), list[float]()
+    for name, one in cases:
+        begun = time.perf_counter()
+        if budget and durations and begun - start + statistics.median(durations) > budget:
+            result.add(
+                [], [{"case": name, "method": "all", "reason": "no time left (--budget)", "fault": False}]
+            )
+            continue
+        result.add(*measured(one))
+        durations.append(time.perf_counter() - begun)
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "g2rl bench",
-        description=__doc__,
-        epilog="examples:\n  g2rl bench head\n"
-        "  g2rl bench head --shapes qwen3-0.6b --dtypes bf16 --rounds 5\n"
-        "  G2RL_CPU_ISA=avx2 g2rl bench head --out avx2.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("op", choices=["head"], help="what to measure")
-    p.add_argument(
-        "--shapes",
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("g2rl bench", description=DESCRIPTION, formatter_class=raw)
+    ops = p.add_subparsers(dest="op", metavar="head | group | train | table | plot", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
+    common.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
+    common.add_argument("--rounds", type=int, help="turns of every method after one to warm up")
+    common.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case that would end later")
+    common.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's)")
+    common.add_argument("--out", type=Path, metavar="JSON", help="write the result there, after every case")
+
+    h = ops.add_parser("head", description=HEAD, epilog=HEAD_EXAMPLES, formatter_class=raw, parents=[common])
+    for option, choices, what in (
+        ("--shapes", list(SHAPES), "models' heads"),
+        ("--dtypes", list(DTYPES), "dtypes"),
+        ("--distributions", list(DISTRIBUTIONS), "how peaked the softmax is: its mean entropy"),
+    ):
+        names = f"{what}, of {', '.join(choices)}"
+        h.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=names)
+    h.add_argument("--N", nargs="+", type=int, help="numbers of tokens (default: what takes seconds here)")
+    h.add_argument(
+        "--methods",
         nargs="+",
-        choices=list(SHAPES),
-        default=list(DEFAULT_SHAPES),
-        metavar="NAME",
-        help=f"of {', '.join(SHAPES)}",
+        metavar="WORD",
+        help=f"those whose names contain one of the words, of: {'; '.join(METHODS)}".replace("%", "%%"),
     )
-    p.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=list(DTYPES),
-        default=["fp32", "bf16"],
-        metavar="DTYPE",
-        help=f"of {', '.join(DTYPES)}",
+    h.add_argument(
+        "--seconds", type=float, help="fewer rounds, at least 3, where a case takes longer (GPU: 4)"
     )
-    p.add_argument(
-        "--rounds", type=int, default=15, help="turns of every method after one to warm up (default 15)"
+    h.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
+    h.add_argument("--plot", type=Path, metavar="PNG", help="ratio and memory against N, a line a method")
+    h.add_argument(
+        "--profile", type=Path, metavar="TXT", help="the kernels of one call of each method, first case"
     )
-    p.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's)")
-    p.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
-    p.add_argument("--out", type=Path, help="where to write the JSON; without it, only the table is printed")
+
+    about = (group.__doc__ or "") + "\nOn a GPU, calls as they come and in a CUDA graph."
+    g = ops.add_parser("group", description=about, formatter_class=raw, parents=[common])
+    g.add_argument(
+        "--sizes", nargs="+", type=_size, metavar="BxMxD", help="groups x rows x d, e.g. 64x16x4096"
+    )
+    g.add_argument("--launches", type=int, help="calls in a row that are timed together (GPU: 100, CPU: 10)")
+
+    about = (
+        "What G2RL adds to a training step: the trainer's own step on a model with the shape of a Qwen3\n"
+        "and random weights, with G2RL and without it (GRPO), in turns. Generation and verification, which\n"
+        "are the same for both, are left out."
+    )
+    t = ops.add_parser("train", description=about, formatter_class=raw, parents=[common])
+    names = f"of {', '.join(train.MODELS)}"
+    t.add_argument("--models", nargs="+", choices=list(train.MODELS), metavar="NAME", help=names)
+
+    for op, what in (("table", "Print the tables of results again."), ("plot", "Draw results of `head`.")):
+        s = ops.add_parser(op, description=what)
+        s.add_argument("results", nargs="+", type=Path, help="JSON that --out wrote")
+        if op == "plot":
+            s.add_argument("--out", type=Path, required=True, metavar="PNG")
     return p
 
 
+def _size(text: str) -> tuple[int, int, int]:
+    B, m, d = map(int, text.split("x"))
+    return B, m, d
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.rounds < 1:
-        parser().error(f"--rounds is {args.rounds}, needs 1 or more")
+    """Returns 0; 1 where something that should run failed (the table says why); 2 for wrong usage."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.op in ("table", "plot"):
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+        if args.op == "table":
+            print("\n\n".join(map(render, results)))
+            return 0
+        return _plot([row for result in results for row in result["rows"]], results[0]["machine"], args.out)
+
+    for name in ("rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name} is {value}, needs 1 or more")
+    if args.op == "head" and min(args.N or [1]) < 1:
+        p.error(f"--N: {min(args.N)} tokens, needs 1 or more")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no GPU")
+    if args.op == "head" and not chosen_methods(args.methods, device):
+        p.error(f"--methods: no name contains {' or '.join(args.methods)}; they are {'; '.join(METHODS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    for name in args.shapes:
-        for dtype in args.dtypes:
-            rows += measure(SHAPES[name], dtype, args.rounds, not args.no_error)
-    header = machine()
-    keys = ("cpu", "threads", "isa", "torch", "date")
-    print(", ".join(f"{header[key]}{' threads' * (key == 'threads')}" for key in keys) + "\n")
-    print(table(rows))
-    if args.out:
-        write_whole(args.out, json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
+
+    result = Result(args.op, device, args.out)
+    {"head": run_head, "group": run_group, "train": run_train}[args.op](args, device, result)
+    print(render(result.content))
+    status = int(any(left["fault"] for left in result.content["left_out"]))
+    if args.op == "head" and args.plot:
+        status |= _plot(result.content["rows"], result.content["machine"], args.plot)
+    return status
+
+
+def _plot(rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> int:
+    try:
+        from .plots import draw
+    except ImportError as error:
+        print(f"g2rl bench: no plot: {error}; pip install matplotlib", file=sys.stderr)
+        return 2
+    if not rows:
+        print("g2rl bench: no plot: nothing was measured", file=sys.stderr)
+        return 2
+    draw(rows, header(machine), out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command `g2rl`: info, train, bench. Whatever is heavy is imported by the subcommand that needs it."""
+"""The command `g2rl`: info, train, bench, tune. What is heavy is imported by the subcommand that needs it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ examples:
   g2rl info                          what this machine can run, and what is missing
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
+  g2rl bench train                   what G2RL adds to a training step; bench group: the group geometry
+  g2rl tune --model Qwen/Qwen3-1.7B  the fastest tiles for a head on this GPU, kept for later runs
 
 `g2rl COMMAND --help` explains each."""
 
@@ -83,6 +85,12 @@ def _bench(argv: Sequence[str]) -> int:
     return int(runner.main(list(argv)) or 0)
 
 
+def _tune(argv: Sequence[str]) -> int:
+    from .kernels import tune
+
+    return tune.main(argv)
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("g2rl", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
@@ -96,18 +104,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    # These two parse their own arguments, --help too: their parsers are imported only when they are wanted.
+    # These parse their own arguments, --help too: their parsers are imported only when they are wanted.
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
     commands.add_parser(
-        "bench", help="measure the ops: speed, memory and error beside plain torch", add_help=False
+        "bench", help="measure speed, memory and error: bench head | group | train", add_help=False
     )
+    commands.add_parser("tune", help="find the fastest GPU tiles for a head, and keep them", add_help=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `g2rl` with `argv` (default: the process's own arguments); returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    handed_on = {"train": _train, "bench": _bench}
+    handed_on = {"train": _train, "bench": _bench, "tune": _tune}
     if argv and argv[0] in handed_on:
         return handed_on[argv[0]](argv[1:])
     return _info(_parser().parse_args(argv))

@@ -1,8 +1,10 @@
-"""Puts the table of a benchmark run into README.md, from the JSON that `g2rl bench` wrote.
+"""Puts the tables of benchmark runs into README.md, from the JSON that `g2rl bench` wrote.
 
     g2rl bench head --out benchmarks/results/cpu-epyc-zen5-2cores.json
     python tools/readme_table.py
 
+A table stands between `<!-- table: g2rl bench head -->`, which takes the file above, or with a file of
+benchmarks/results named, `<!-- table: g2rl bench group gpu-nvidia-h200-group.json -->`, and `<!-- end -->`.
 tests/test_readme.py compares the two.
 """
 
@@ -15,19 +17,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-epyc-zen5-2cores.json"
-BLOCK = re.compile(r"(<!-- table: g2rl bench head -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT = "cpu-epyc-zen5-2cores.json"
+BLOCK = re.compile(
+    r"(<!-- table: g2rl bench (head|group|train)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
-def block() -> str:
+def written(found: re.Match[str]) -> str:
+    """The block as it should be."""
+    return found[1] + block(found[2], found[3] or DEFAULT) + found[4]
+
+
+def block(op: str, file: str) -> str:
     """What stands between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.run import table
+    from benchmarks.measure import header
+    from benchmarks.run import OPS, render
 
-    result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    machine = "{cpu}, {threads} threads, {isa}, torch {torch}, {date}".format(**result["machine"])
-    rounds = result["rows"][0]["rounds"]
-    return f"{machine}; {rounds} rounds:\n\n{table(result['rows'])}\n\n{summary(result['rows'])}\n"
+    result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    if "gpu" in result["machine"] or op != "head":
+        return render(result) + "\n"
+    rows = result["rows"]
+    rounds = rows[0]["rounds"]
+    return f"{header(result['machine'])}; {rounds} rounds:\n\n{OPS[op].table(rows)}\n\n{summary(rows)}\n"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -53,9 +66,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text, count = BLOCK.subn(lambda m: m[1] + block() + m[2], readme.read_text(encoding="utf-8"))
-    if count != 1:
-        sys.exit(f"README.md has {count} pairs of the markers, needs 1")
+    text, count = BLOCK.subn(written, readme.read_text(encoding="utf-8"))
+    if count == 0:
+        sys.exit("README.md has no pair of markers, <!-- table: g2rl bench head --> and <!-- end -->")
     readme.write_text(text, encoding="utf-8")
 
 

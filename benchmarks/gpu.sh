@@ -1,0 +1,226 @@
+#!/usr/bin/env bash
+# Proof and figures on a GPU, in one command and under ten minutes, on a bare machine: torch for CUDA, nvcc and a
+# C++ compiler; no network, no virtual environment, nothing is installed.
+#
+#     benchmarks/gpu.sh                                  everything, into benchmarks/results/gpu
+#     PARTS="build kernels head" benchmarks/gpu.sh       only these, where GPU time is scarce
+#     OUT=elsewhere PYTHON=python3.12 benchmarks/gpu.sh
+#     PYTHONPATH=$PWD/carried benchmarks/gpu.sh          with what was put there before, for this Python, by
+#                                                        pip install --target carried --no-deps hypothesis sortedcontainers ...
+#
+# Parts, in order; each has its own time limit and its own log, and a failing one does not stop the next:
+#   build       the extension in place, for this GPU's architecture only
+#   info        g2rl info, nvidia-smi
+#   kernels     tests/kernels on the GPU            } tests
+#   suite       all other tests that can be imported }
+#   memcheck, racecheck   compute-sanitizer on the kernels' small tests    } sanitizers
+#   tune        g2rl tune for the first case; only if it is named, before head, with its own two minutes
+#   head, group, train    g2rl bench, JSON named after the GPU }
+#   profile     time by kernel of one call in each mode        } bench
+#   plots       pictures from the JSON                         }
+# PARTS takes these names and those of the braces. PROFILE=1 adds Nsight Compute's or Systems' report, and its time.
+# HEAD_ARGS, GROUP_ARGS and TRAIN_ARGS replace the arguments of g2rl bench. LIMIT_head=200 moves a time limit.
+#
+# Exit status: 0, or 1 if a part failed. What cannot run here is skipped with its reason. Without a GPU the
+# benchmarks run small on the CPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results/gpu}
+PARTS=" ${PARTS:-build info tests sanitizers bench} "
+PARTS=${PARTS// tests / kernels suite }
+PARTS=${PARTS// sanitizers / memcheck racecheck }
+PARTS=${PARTS// bench / head group train profile plots }
+# Seconds that a part may take. Those of a whole run add up to less than ten minutes; the second line comes on top.
+declare -A LIMITS=([build]=70 [info]=15 [kernels]=105 [suite]=70 [memcheck]=35 [racecheck]=35 [head]=120 [group]=25
+  [train]=45 [profile]=30 [plots]=15)
+LIMITS+=([tune]=120 [ncu]=120 [nsys]=60)
+ALL="build info kernels suite memcheck racecheck tune head group train profile plots"
+for part in $PARTS; do
+  [[ " $ALL " == *" $part "* ]] || { echo "gpu.sh: no part '$part'; they are: $ALL (or tests, sanitizers, bench)" >&2; exit 2; }
+done
+mkdir -p "$OUT"
+[[ -n ${CUDA_HOME:-} || ! -d /usr/local/cuda ]] || export CUDA_HOME=/usr/local/cuda
+export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+G2RL=("$PYTHON" -m g2rl_kernels.cli)
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+if ! has torch; then
+  echo "gpu.sh: $PYTHON has no torch: name an interpreter that has it in PYTHON=..." >&2
+  exit 2
+fi
+GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+if [[ -n $GPU ]]; then
+  NAME=gpu-$(tr -cs 'a-z0-9\n' '-' <<<"${GPU,,}" | sed 's/-*$//')
+  # "a" is what Hopper's wgmma needs
+  export G2RL_CUDA_ARCHS=${G2RL_CUDA_ARCHS:-$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))')}
+else
+  NAME=cpu
+  NO_GPU="torch sees no GPU"
+fi
+
+# --- running a part -----------------------------------------------------------------------------------------
+
+SUMMARY="$OUT/summary.md"
+printf '%s, %s\n\n| part | status | seconds | log |\n|---|---|---|---|\n' "${GPU:-no GPU}" "$(date +%F)" >"$SUMMARY"
+FAILED=0
+
+row() { echo "| $1 | $2 | $3 | $4 |" >>"$SUMMARY"; }
+wanted() { [[ $PARTS == *" $1 "* ]]; }
+skip() { # part, reason
+  echo "== $1: skipped, $2"
+  row "$1" "skipped: $2" "" ""
+}
+run() { # part, command
+  local part=$1 limit_name=LIMIT_$1 start=$SECONDS status code
+  local limit=${!limit_name:-${LIMITS[$1]}}
+  shift
+  echo "== $part (at most $limit s)"
+  timeout -k 5 "$limit" "$@" >"$OUT/$part.log" 2>&1
+  code=$?
+  case $code in
+    0) status=ok ;;
+    124 | 137) status="FAILED: out of time, $limit s" ;;
+    *) status="FAILED: exit status $code" ;;
+  esac
+  if ((code)); then
+    FAILED=1
+    tail -n 15 "$OUT/$part.log" | sed 's/^/   | /'
+  fi
+  echo "   $status"
+  row "$part" "$status" $((SECONDS - start)) "$part.log"
+}
+
+# --- build and tests ----------------------------------------------------------------------------------------
+
+if wanted build; then
+  run build "$PYTHON" setup.py build_ext --inplace
+fi
+
+info() {
+  "${G2RL[@]}" info || return
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu --format=csv
+  fi
+}
+if wanted info; then
+  export -f info
+  export PYTHON
+  run info bash -c 'G2RL=("$PYTHON" -m g2rl_kernels.cli); info'
+fi
+
+PYTEST=("$PYTHON" -m pytest -q -ra)
+has pytest || NO_TESTS="pytest is not installed"
+if [[ -z ${NO_TESTS:-} ]]; then
+  # Test files that import what is not there would end the whole run.
+  mapfile -t MISSING < <("$PYTHON" benchmarks/missing_imports.py tests)
+  for line in ${MISSING[@]+"${MISSING[@]}"}; do
+    file=${line%%:*}
+    [[ $file == */conftest.py ]] && PYTEST+=(--noconftest) || PYTEST+=("--ignore=$file")
+    if wanted kernels || wanted suite; then echo "   left out: $line"; fi
+  done
+  KERNEL_TESTS=0
+  for file in tests/kernels/test_*.py; do
+    [[ " ${PYTEST[*]} " == *" --ignore=$file "* ]] || KERNEL_TESTS=1
+  done
+  has xdist && PARALLEL=(-n "$(($(nproc) < 8 ? $(nproc) : 8))") || PARALLEL=()
+fi
+for part in kernels suite memcheck racecheck; do
+  wanted $part || continue
+  if [[ -n ${NO_GPU:-${NO_TESTS:-}} ]]; then
+    skip $part "${NO_GPU:-$NO_TESTS}; make test runs all tests that need none"
+    continue
+  fi
+  if [[ $part == suite ]]; then
+    run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests --ignore=tests/kernels
+  elif [[ $part == kernels ]]; then
+    if ((KERNEL_TESTS)); then
+      run kernels "${PYTEST[@]}" "${PARALLEL[@]}" tests/kernels
+    else
+      skip kernels "its tests need what is not installed"
+    fi
+  else
+    tool=$(PATH="$PATH:${CUDA_HOME:-}/bin" command -v compute-sanitizer)
+    if [[ -z $tool ]]; then
+      skip $part "compute-sanitizer is not there"
+      continue
+    fi
+    if ((KERNEL_TESTS)); then
+      small=("${PYTEST[@]}" tests/kernels -k small)
+    else
+      small=("${G2RL[@]}" bench head --shapes tiny --N 200 --methods g2rl --rounds 1)
+    fi
+    # Without torch's cache of memory, a byte past the end of a tensor is one past an allocation.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $part "$tool" --tool $part --error-exitcode 9 "${small[@]}"
+  fi
+done
+
+# --- benchmarks ---------------------------------------------------------------------------------------------
+
+bench() { # part, the variable that replaces its arguments, what its JSON's name ends with, its arguments
+  local part=$1 name=$2 suffix=$3
+  shift 3
+  local -a arguments
+  read -ra arguments <<<"${!name:-$*}"
+  run "$part" "${G2RL[@]}" bench "$part" "${arguments[@]}" --out "$OUT/$NAME$suffix.json"
+}
+if [[ -n $GPU ]]; then
+  head=(--budget 100) group=(--budget 20) train=(--budget 35)
+  profile=(--quick --methods g2rl all)
+else
+  head=(--quick --device cpu) group=(--quick --device cpu) train=(--quick --device cpu)
+  profile=(--quick --device cpu --methods g2rl 64)
+fi
+if wanted tune; then
+  if [[ -z $GPU ]]; then
+    skip tune "$NO_GPU"
+  else
+    run tune "${G2RL[@]}" tune --vocab 151936 --hidden 2048
+  fi
+fi
+! wanted head || bench head HEAD_ARGS "" "${head[@]}"
+! wanted group || bench group GROUP_ARGS -group "${group[@]}"
+if wanted train; then
+  if has transformers; then
+    bench train TRAIN_ARGS -train "${train[@]}"
+  else
+    skip train "transformers is not installed"
+  fi
+fi
+if wanted profile; then
+  read -ra arguments <<<"${HEAD_ARGS:-${profile[*]}}"
+  run profile "${G2RL[@]}" bench head "${arguments[@]}" --rounds 1 --no-error --profile "$OUT/kernel-times.txt"
+fi
+if [[ ${PROFILE:-} == 1 && -n $GPU ]]; then
+  small=("${G2RL[@]}" bench head --quick --methods g2rl --rounds 1 --no-error)
+  if command -v ncu >/dev/null; then
+    run ncu ncu --set full --kernel-name 'regex:head_|group_' --launch-count 12 -f -o "$OUT/ncu" "${small[@]}"
+  elif command -v nsys >/dev/null; then
+    run nsys nsys profile --force-overwrite true -o "$OUT/nsys" "${small[@]}"
+  else
+    skip ncu "neither ncu nor nsys is there"
+  fi
+fi
+if wanted plots; then
+  if [[ ! -s $OUT/$NAME.json ]]; then
+    skip plots "there is no $NAME.json"
+  elif has matplotlib; then
+    run plots "${G2RL[@]}" bench plot "$OUT/$NAME.json" --out "$OUT/$NAME.png"
+  else
+    skip plots "matplotlib is not installed; elsewhere: g2rl bench plot $NAME.json --out $NAME.png"
+  fi
+fi
+# The tables of this run and of those before it that left their JSON here.
+mapfile -t RESULTS < <(find "$OUT" -maxdepth 1 -name "$NAME*.json" | sort)
+if ((${#RESULTS[@]})); then
+  "${G2RL[@]}" bench table "${RESULTS[@]}" >"$OUT/$NAME.md" || FAILED=1
+fi
+
+echo
+cat "$SUMMARY"
+exit $FAILED

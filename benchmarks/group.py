@@ -1,0 +1,156 @@
+"""Time of the group geometry, one call for all groups, beside one read of its features."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import g2rl_kernels as g2
+from g2rl_kernels import group, reference
+
+from .head import why_not
+from .measure import Turns, progress, quantiles
+
+# groups, rows a group, d
+SIZES = ((64, 16, 4096), (64, 16, 2048), (8, 16, 4096), (256, 16, 2048), (64, 8, 4096), (32, 32, 4096))
+CPU_SIZES = ((4, 16, 576), (64, 16, 2048))
+QUICK_SIZES = ((8, 16, 1024),)
+OPTIONS = ("lam", "clip", "shaping", "score", "scale", "uniform_groups", "eps")
+DEFAULTS = {name: p.default for name, p in inspect.signature(g2.group_geometry).parameters.items()}
+
+
+def inputs(B: int, m: int, d: int, device: str) -> tuple[Tensor, Tensor, int]:
+    """Features that share a direction, as responses to one prompt do, and rewards of +1 and -1."""
+    g = torch.Generator(device).manual_seed(0)
+    shared = torch.randn(B, 1, d, generator=g, device=device)
+    features = (shared + torch.randn(B, m, d, generator=g, device=device)).view(B * m, d)
+    rewards = torch.randint(2, (B * m,), generator=g, device=device) * 2.0 - 1
+    return features, rewards, m
+
+
+def implementations(features: Tensor, rewards: Tensor, m: int) -> dict[str, Callable[[], Any]]:
+    """Name -> call whose last result are the advantages: what users call, with its checks and the list of
+    members, and each operator behind it by itself, one launch."""
+    numbers = (
+        float(DEFAULTS["lam"]),
+        float(DEFAULTS["clip"]),
+        group.SHAPINGS.index(DEFAULTS["shaping"]),
+        group.SCORES.index(DEFAULTS["score"]),
+        group.SCALES.index(DEFAULTS["scale"]),
+        DEFAULTS["uniform_groups"] == "skip",
+        float(DEFAULTS["eps"]),
+    )
+    members = torch.arange(len(rewards), device=rewards.device).view(-1, m)
+    gpu = features.is_cuda
+    names = {"compiled": "CUDA C++" if gpu else "C++", "triton": "Triton", "reference": "PyTorch"}
+    found: dict[str, Callable[[], Any]] = {"group_geometry": lambda: g2.group_geometry(features, rewards, m)}
+    for key, operator in group.IMPLEMENTATIONS.items():
+        if key == "triton" and not gpu:
+            continue  # in Triton's interpreter, which tests it and has no speed
+        found[f"{names[key]} operator"] = lambda operator=operator: operator(
+            features, rewards, members, *numbers
+        )
+    return found
+
+
+def exact(features: Tensor, rewards: Tensor, m: int) -> Tensor:
+    """The advantages in float64."""
+    members = torch.arange(len(rewards), device=rewards.device).view(-1, m)
+    options = {name: DEFAULTS[name] for name in OPTIONS}
+    return reference.group_geometry(features.double(), rewards.double(), members, **options)[3]
+
+
+def graphed(call: Callable[[], Any], launches: int) -> Callable[[], None]:
+    """So many calls in one CUDA graph: what is left of them without the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    return graph.replay
+
+
+def measure(
+    size: tuple[int, int, int], device: str, rounds: int, launches: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows for one size. A round times `launches` calls in a row, so that the features stay in the L2."""
+    B, m, d = size
+    label = f"{B} x {m} x {d}"
+    features, rewards, _ = inputs(B, m, d, device)
+    total = torch.empty((), device=device)
+    truth = exact(features, rewards, m)
+    singles: dict[str, Callable[[], Any]] = {"floor": lambda: torch.sum(features, (0, 1), out=total)}
+    errors, left_out = {}, []
+    for name, call in implementations(features, rewards, m).items():
+        try:
+            errors[name] = float((call()[-1].double() - truth).abs().max())
+            singles[name] = call
+        except Exception as error:
+            left_out.append({"case": label, "method": name, **why_not(error)})
+
+    calls = {name: lambda call=call: [call() for _ in range(launches)] for name, call in singles.items()}
+    for name, call in singles.items() if device == "cuda" else ():
+        try:
+            calls[f"{name} graph"] = graphed(call, launches)
+        except Exception as error:
+            left_out.append({"case": label, "method": f"{name}, in a CUDA graph", **why_not(error)})
+    turns = Turns(device)
+    turns.round(calls)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds):
+        progress(f"group {label}: round {round_ + 1}/{rounds}", often=True)
+        for name, value in turns.round(calls).items():
+            times[name].append(value / launches * 1e6)
+    progress("")
+
+    rows = []
+    for name in singles:
+        graph = times.get(f"{name} graph")
+        rows.append(
+            {
+                "groups": B,
+                "m": m,
+                "d": d,
+                "implementation": "one read of the features" if name == "floor" else name,
+                "microseconds_20_50_80": [round(q, 3) for q in quantiles(times[name])],
+                "graph_microseconds": round(statistics.median(graph), 3) if graph else None,
+                "error": errors.get(name),
+                "rounds": rounds,
+                "launches": launches,
+            }
+        )
+    return rows, left_out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    graphs = any(row["graph_microseconds"] is not None for row in rows)
+    columns = ["groups x rows x d", "implementation", "us a call (20 to 80 %)"]
+    columns += ["us in a CUDA graph"] * graphs + ["error of the advantages"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        low, mid, high = row["microseconds_20_50_80"]
+        cells = [f"{row['groups']} x {row['m']} x {row['d']}", row["implementation"]]
+        cells.append(f"**{mid:.1f}** ({low:.1f} to {high:.1f})")
+        if graphs:
+            cells.append("" if row["graph_microseconds"] is None else f"{row['graph_microseconds']:.1f}")
+        cells.append("" if row["error"] is None else f"{row['error']:.0e}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def notes(rows: list[dict[str, Any]]) -> str:
+    launches = {row["launches"] for row in rows}
+    return (
+        f"Float32; each figure is the mean of {max(launches)} calls in a row, with the features in cache; "
+        "median of the rounds."
+    )

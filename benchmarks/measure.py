@@ -1,0 +1,239 @@
+"""Time, memory and the machine: what the benchmarks of head, group and train share."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import g2rl_kernels as g2
+from g2rl_kernels import _C
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+FLUSH_BYTES = 256 << 20  # several times any GPU's L2
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+STARTED = time.perf_counter()
+
+
+def progress(text: str, often: bool = False) -> None:
+    """One line on stderr, over the last one; "" ends it. What comes `often` is left out of log files."""
+    line = f"{time.perf_counter() - STARTED:5.0f} s  {text}" if text else ""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="" if text else "\n", file=sys.stderr, flush=True)
+    elif text and not often:
+        print(line, file=sys.stderr, flush=True)
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Turns:
+    """Times calls in turns, round by round, so that a machine which slows down slows all of them.
+
+    On a GPU each call stands between two CUDA events, behind a write of 256 MB that leaves nothing of the
+    last one in the L2; the host waits for the device only at the end of a round. On a CPU it is wall time.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
+
+    def round(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Seconds of one call of each."""
+        if self.flush is None:
+            return {name: seconds(call) for name, call in calls.items()}
+        events = {}
+        for name, call in calls.items():
+            events[name] = start, stop = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.flush.zero_()
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize()
+        return {name: start.elapsed_time(stop) / 1e3 for name, (start, stop) in events.items()}
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """20, 50 and 80 %."""
+    ordered = sorted(values)
+    return [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)]
+
+
+def settle_clocks(device: str, a_while: float = 0.5) -> dict[str, Any]:
+    """Keeps a GPU busy until its clocks are those of a long run; what nvidia-smi says under that load."""
+    if device != "cuda":
+        return {}
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    until = time.perf_counter() + a_while
+    while time.perf_counter() < until:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+    for _ in range(1000):  # about a second of work, on which nvidia-smi looks
+        a @ a
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
+    found = _nvidia_smi(fields)
+    torch.cuda.synchronize()
+    return found
+
+
+def _nvidia_smi(fields: tuple[str, ...]) -> dict[str, Any]:
+    if not shutil.which("nvidia-smi"):
+        return {}
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")] if done.stdout else []
+    return dict(zip(fields, values)) if done.returncode == 0 else {}
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def extra_memory(
+    device: str, call: Callable[[], Any], warm: Callable[[], Any] = lambda: None
+) -> tuple[float | None, Any]:
+    """Bytes held at the call's peak beyond what was held before, its outputs included, and these outputs.
+
+    On a GPU, what torch's allocator handed out. On a CPU, resident memory, in a thread of its own: the op
+    keeps its workspace for the thread's next call, and a new thread has none yet; `warm` goes before it, so
+    that the thread has what every thread needs. None where not known.
+    """
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before), out
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: (warm(), _resident_growth(call))[1]).result()
+
+
+def _resident_growth(call: Callable[[], Any]) -> tuple[float | None, Any]:
+    status = Path("/proc/self/status")
+
+    def read(key: str) -> int:
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    gc.collect()
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # no buffer from what earlier calls left in the allocator
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = read("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return None, call()
+    out = call()
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
+    return float(max(read("VmHWM") - before, 0)), out
+
+
+def out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+
+
+@contextmanager
+def released(device: str) -> Iterator[None]:
+    """Memory that the block let go is free for the next one."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure depends on; the header of every result."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line]
+        values = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
+        family, model = values.get("cpu family"), values.get("model")
+        cpu = f"{values.get('model name', cpu)} (family {family}, model {model})"
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.chosen_isa(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "g2rl_kernels": g2.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "fp32_products": torch.get_float32_matmul_precision(),
+            "packages": {
+                n: v for n in ("cut-cross-entropy", "liger-kernel", "quack-kernels") if (v := _version(n))
+            },
+            **settle_clocks(device),
+        }
+    return found
+
+
+def header(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    if "gpu" not in machine:
+        return "{cpu}, {threads} threads, {isa}, torch {torch}, {date}".format(**machine)
+    clock = (
+        f"{machine['clocks.sm']} of {machine['clocks.max.sm']}" if "clocks.sm" in machine else "clock unknown"
+    )
+    driver = machine.get("driver_version", "unknown")
+    return (
+        f"{machine['gpu']}, {clock} under load, driver {driver}, torch {machine['torch']}, "
+        f"triton {machine['triton']}, {machine['date']}"
+    )

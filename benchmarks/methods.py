@@ -1,0 +1,237 @@
+"""The ways to compute the head op that are compared: ours in each mode, plain torch, and other packages.
+
+A method takes a `Problem` and returns `Outputs`, with None for what it leaves out. It is a row of the table
+when it can run: `Method.obstacle` says why it cannot, an exception at the first call does the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import g2rl_kernels as g2
+
+from .registry import Problem
+
+MAX_SKIPPED = 0.01  # of a response's residual mass, by the certificate
+
+
+class Outputs(NamedTuple):
+    features: Tensor | None = None  # [S, d]
+    logprobs: Tensor | None = None  # [N]
+    logsumexp: Tensor | None = None  # [N]
+    entropy: Tensor | None = None  # [N]
+    skipped_mass: Tensor | None = None  # [S], share of a response's residual mass that was left out
+    skipped_tokens: Tensor | None = None  # [S]
+
+
+class Unavailable(Exception):
+    """Why a method cannot run here, in one line."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    call: Callable[[Problem], Outputs]
+    leaves_out: str = ""
+    device: str = ""  # "cpu" or "cuda" where it runs on one of them only
+    package: str = ""  # that it needs
+    responses: int = 0  # cut otherwise than the case says: shows what packing responses costs
+    default: tuple[str, ...] = ("cuda",)  # devices on which it is measured unless others are named
+
+    def obstacle(self, device: str) -> str | None:
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        # Under Triton's interpreter the kernels run on a CPU: to be tested, not to be timed.
+        interpreted = self.device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.device not in ("", device) and not interpreted:
+            return f"runs on {self.device} only"
+        return None
+
+
+# --- ours ---------------------------------------------------------------------------------------------------
+
+
+def _features(p: Problem, backend: str, known: Tensor | None = None) -> Outputs:
+    inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
+    options: dict[str, Any] = {"logit_softcap": p.softcap, "known_logprobs": known, "backend": backend}
+    return Outputs(*g2.head_features(*inputs, **options))
+
+
+def _certified(p: Problem) -> Outputs:
+    if not hasattr(g2, "certified_head_features"):
+        raise Unavailable("this version has no certified_head_features")
+    inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
+    return Outputs(
+        *g2.certified_head_features(
+            *inputs, max_skipped=MAX_SKIPPED, logit_softcap=p.softcap, backend="triton"
+        )
+    )
+
+
+def _statistics(p: Problem) -> Outputs:
+    try:
+        from g2rl_kernels.kernels.head import statistics
+    except ImportError as error:
+        raise Unavailable(f"this version has no kernel for it ({error})") from None
+    return Outputs(None, *statistics(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap))
+
+
+# --- plain torch --------------------------------------------------------------------------------------------
+
+
+def _softmax(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """log p(token), logsumexp, entropy, p [n, V] and the softcap's slope: float32, of logits in the model's
+    dtype."""
+    z, slope = (hidden @ weight.T).float(), None
+    if softcap is not None:
+        z = torch.tanh_(z.div_(softcap))
+        slope = 1 - z.square()
+        z.mul_(softcap)
+    lse = torch.logsumexp(z, -1)
+    z = z.sub_(lse[:, None])
+    logprobs = z.gather(1, tokens[:, None])[:, 0]
+    p = z.exp()
+    return logprobs, lse, -torch.linalg.vecdot(p, z), p, slope
+
+
+def _segments(cu_seqlens: Tensor, N: int) -> Tensor:
+    S = cu_seqlens.shape[0] - 1
+    number = torch.arange(S, device=cu_seqlens.device)
+    return torch.repeat_interleave(number, cu_seqlens.diff(), output_size=N)
+
+
+def _naive(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs, lse, entropy, p, slope = _softmax(hidden, weight, tokens, softcap)
+    residual = p.neg_()
+    residual.scatter_add_(1, tokens[:, None], torch.ones_like(tokens, dtype=p.dtype)[:, None])
+    if slope is not None:
+        residual *= slope
+    phi = (residual.to(weight.dtype) @ weight).float()
+    lengths = cu_seqlens.diff()
+    features = phi.new_zeros(lengths.shape[0], phi.shape[1])
+    features = features.index_add(0, _segments(cu_seqlens, tokens.shape[0]), phi)
+    return features / lengths[:, None], logprobs, lse, entropy
+
+
+def torch_naive(p: Problem) -> Outputs:
+    """Equations 5 to 8 as they stand: all logits at once, a feature for each token, then their means."""
+    return Outputs(*_naive(p.hidden, p.weight, p.tokens, p.cu_seqlens, p.softcap))
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_naive, dynamic=True)  # else it compiles anew for every N and V
+
+
+def torch_compiled(p: Problem) -> Outputs:
+    with torch.no_grad():
+        return Outputs(*_compiled()(p.hidden, p.weight, p.tokens, p.cu_seqlens, p.softcap))
+
+
+def torch_chunked(p: Problem, chunk: int) -> Outputs:
+    """The best that plain torch does: a chunk of logits at a time, residuals summed by response before the
+    second product, which then has as many rows as there are responses."""
+    N, S = len(p.tokens), len(p.cuts) - 1
+    segment = _segments(p.cu_seqlens, N)
+    response = [s for s in range(S) for _ in range(p.cuts[s], p.cuts[s + 1])]
+    residual = torch.zeros(S, len(p.weight), device=p.hidden.device)
+    logprobs, lse, entropy, at_token = torch.ones(4, N, device=p.hidden.device)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        first, last = response[start], response[rows.stop - 1]
+        logprobs[rows], lse[rows], entropy[rows], prob, slope = _softmax(
+            p.hidden[rows], p.weight, p.tokens[rows], p.softcap
+        )
+        if slope is not None:
+            at_token[rows] = slope.gather(1, p.tokens[rows, None])[:, 0]
+            prob *= slope
+        here = torch.arange(first, last + 1, device=p.hidden.device)[:, None] == segment[rows]
+        residual[first : last + 1] -= here.float() @ prob
+    residual.index_put_((segment, p.tokens), at_token, accumulate=True)
+    features = (residual.to(p.weight.dtype) @ p.weight).float()
+    return Outputs(features / p.cu_seqlens.diff()[:, None], logprobs, lse, entropy)
+
+
+# --- other packages: forward only, so what they do for a loss, and no more ----------------------------------
+
+
+def _cce(p: Problem) -> Outputs:
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss = linear_cross_entropy(p.hidden, p.weight, p.tokens, softcap=p.softcap, reduction="none")
+    return Outputs(logprobs=-loss)
+
+
+def _liger(p: Problem) -> Outputs:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
+
+    options = (None, None, -100, 0.0, 0.0, "none", p.softcap)  # bias ... reduction, softcap
+    out = fused.apply(p.hidden, p.weight, p.tokens, *options)
+    return Outputs(logprobs=-(out[0] if isinstance(out, tuple) else out))
+
+
+def _quack(p: Problem) -> Outputs:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if p.softcap is not None:
+        raise Unavailable("quack has no softcap")
+    chunked_linear_cross_entropy(p.hidden, p.weight, p.tokens, reduction="sum")
+    return Outputs()
+
+
+OURS = "g2rl-kernels"
+NO_LOSS = "features, logsumexp, entropy"
+METHODS = {
+    method.name: method
+    for method in (
+        # C++ on a CPU
+        Method(
+            f"{OURS}, 1 response", lambda p: _features(p, "cpu"), "", "cpu", responses=1, default=("cpu",)
+        ),
+        Method(
+            f"{OURS}, 8 responses", lambda p: _features(p, "cpu"), "", "cpu", responses=8, default=("cpu",)
+        ),
+        Method(OURS, lambda p: _features(p, "cpu"), "", "cpu", default=("cpu",)),
+        # Triton on a GPU
+        Method(f"{OURS}, statistics", _statistics, "features", "cuda"),
+        Method(f"{OURS}, known_logprobs", lambda p: _features(p, "triton", p.logprobs), "", "cuda"),
+        Method(
+            f"{OURS}, known_logprobs rounded",  # as a sampler with 16-bit logits reports them
+            lambda p: _features(p, "triton", p.rounded_logprobs),
+            "",
+            "cuda",
+        ),
+        Method(f"{OURS}, nothing known", lambda p: _features(p, "triton"), "", "cuda"),
+        Method(
+            f"{OURS}, certificate",
+            _certified,
+            f"tokens with at most {MAX_SKIPPED:.0%} of a response's residual mass",
+            "cuda",
+        ),
+        # plain torch
+        Method("torch, 64 tokens at a time", lambda p: torch_chunked(p, 64), default=("cpu",)),
+        Method("torch, 2048 tokens at a time", lambda p: torch_chunked(p, 2048)),
+        Method("torch, all logits at once", torch_naive, default=("cpu", "cuda")),
+        Method("torch.compile, all logits at once", torch_compiled),
+        # other packages
+        Method("CCE", _cce, NO_LOSS, "cuda", "cut_cross_entropy"),
+        Method("Liger", _liger, NO_LOSS, "cuda", "liger_kernel"),
+        Method("quack", _quack, f"{NO_LOSS}, log-probs but for their sum", "cuda", "quack"),
+    )
+}
+
+
+def default_methods(device: str) -> list[str]:
+    return [name for name, method in METHODS.items() if device in method.default]
