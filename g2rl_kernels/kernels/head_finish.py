@@ -45,7 +45,7 @@ def log1p(x):
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_strips"])
 def head_finish_kernel(
     partial, target, gate, logprobs, logsumexp, entropy, lse2, rest, N, n_strips,
     GATED: tl.constexpr, LN2: tl.constexpr, BT: tl.constexpr,

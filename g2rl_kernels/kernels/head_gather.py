@@ -17,11 +17,11 @@ from .tile import programs
 BT, BD = 32, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "s_begin", "n_responses", "n_parts", "D"])
 def head_gather_kernel(
     weight, tokens, coefficient, cu_seqlens, slots, V, s_begin, n_responses, n_parts,
     stride_wv, stride_wd,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     i_s, i_d, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     t_begin, t_end = tl.load(cu_seqlens + s_begin + i_s), tl.load(cu_seqlens + s_begin + i_s + 1)

@@ -23,11 +23,22 @@ from .tile import INTERPRETED, programs
 BD, BK = 128, 64
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "V",
+        "s_begin",
+        "n_responses",
+        "i_col0",
+        "n_columns",
+        "n_strips",
+        "blocks_per_split",
+        "D",
+    ]
+)
 def head_project_kernel(
     partial, weight, cu_seqlens, slots, V, s_begin, n_responses, i_col0, n_columns, n_strips,
     blocks_per_split,    stride_wv, stride_wd,
-    D: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    D, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     SPLIT_BF16: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_s, i_d, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)

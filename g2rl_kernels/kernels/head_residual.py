@@ -41,12 +41,12 @@ from .tile import (
 from .tuning import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "s_begin", "s_end", "i_tile0", "n_tiles", "n_strips", "D"])
 def head_residual_kernel(
     hidden, weight, bias, tokens, response, alpha, shift, seed, kappa, index, cu_seqlens,
     partial, sums, N, V, s_begin, s_end, i_tile0, n_tiles, n_strips, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, LISTED: tl.constexpr, SUMS: tl.constexpr, CORRECT: tl.constexpr,
     WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -73,7 +73,7 @@ def head_residual_kernel(
 
         b_acc = dot_tile(
             hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, H_TMA, W_TMA, PRECISION, UPCAST,
+            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
         )  # fmt: skip
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
         b_shift = tl.load(shift + o_row, mask=m_row, other=0.0)
@@ -154,7 +154,7 @@ def head_residual(
         d_hidden or hidden, d_weight or head.weight, head.bias, tokens, response, alpha, shift, seed, kappa,
         index, cu_seqlens, partial, sums, N, head.weight.shape[0], responses.start, responses.stop,
         tiles.start, len(tiles), n_strips, head.scale, head.factor, *hidden.stride(), *head.weight.stride(),
-        D=D, BM=config.BM, BN=config.BN, BK=config.BK,
+        D=D, BM=config.BM, BN=config.BN, BK=config.BK, EVEN_D=D % config.BK == 0,
         H_TMA=d_hidden is not None, W_TMA=d_weight is not None, LISTED=index is not None,
         SUMS=sums is not None, CORRECT=seed is not None, WEIGHTED=alpha is not None,
         HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,

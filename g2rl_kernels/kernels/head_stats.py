@@ -35,11 +35,11 @@ from .tuning import Config
 MAX_STRIPS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "D"])
 def head_stats_kernel(
     hidden, weight, bias, tokens, gate, partial, N, V, n_strips, tiles_per_strip, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def head_stats_kernel(
 
         b_acc = dot_tile(
             hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, H_TMA, W_TMA, PRECISION, UPCAST,
+            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
         )  # fmt: skip
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
         b_r, _ = raw_logits(add_bias(b_acc, bias, i_col, V, factor, BN, HAS_BIAS), scale, factor, SOFTCAP)
@@ -117,7 +117,7 @@ def head_stats(
         d_hidden or hidden, d_weight or head.weight, head.bias, tokens, gate, partial,
         N, V, n_strips, tiles_per_strip, head.scale, head.factor,
         *hidden.stride(), *head.weight.stride(),
-        D=D, BM=config.BM, BN=config.BN, BK=config.BK,
+        D=D, BM=config.BM, BN=config.BN, BK=config.BK, EVEN_D=D % config.BK == 0,
         H_TMA=d_hidden is not None, W_TMA=d_weight is not None, GATED=gate is not None,
         HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages,

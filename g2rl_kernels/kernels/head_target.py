@@ -17,11 +17,11 @@ from .tile import Head, raw_logits
 BT, BD = 16, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "D"])
 def head_target_kernel(
     hidden, weight, bias, tokens, target, slope, N, V, scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    D, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)

@@ -30,10 +30,11 @@ MASKED = tl.constexpr(-1e30)
 def dot_tile(
     hidden, weight, b_rows, m_rows, i_row, i_col,
     stride_hn, stride_hd, stride_wv, stride_wd, V,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] float32: hidden[rows] @ weight[i_col : i_col + BN]^T. With H_TMA, rows are i_row and on."""
+    """[BM, BN] float32: hidden[rows] @ weight[i_col : i_col + BN]^T. With H_TMA, rows are i_row and on.
+    EVEN_D: BK divides D."""
     o_col = i_col + tl.arange(0, BN)
     b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     for i_k in range(0, D, BK):
@@ -42,12 +43,14 @@ def dot_tile(
             b_h = hidden.load([i_row, i_k])
         else:
             p_h = hidden + b_rows.to(tl.int64)[:, None] * stride_hn + o_k.to(tl.int64)[None, :] * stride_hd
-            b_h = tl.load(p_h, mask=m_rows[:, None] & (o_k < D)[None, :], other=0.0)
+            m_k = tl.full([BK], True, dtype=tl.int1) if EVEN_D else o_k < D
+            b_h = tl.load(p_h, mask=m_rows[:, None] & m_k[None, :], other=0.0)
         if W_TMA:
             b_w = weight.load([i_col, i_k])
         else:
             p_w = weight + o_col.to(tl.int64)[:, None] * stride_wv + o_k.to(tl.int64)[None, :] * stride_wd
-            b_w = tl.load(p_w, mask=(o_col < V)[:, None] & (o_k < D)[None, :], other=0.0)
+            m_k = tl.full([BK], True, dtype=tl.int1) if EVEN_D else o_k < D
+            b_w = tl.load(p_w, mask=(o_col < V)[:, None] & m_k[None, :], other=0.0)
         if UPCAST:  # Triton's interpreter multiplies the raw bits of bfloat16
             b_h = b_h.to(tl.float32)
             b_w = b_w.to(tl.float32)
