@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 try:
-    import hypothesis
     from hypothesis import assume, given, settings
     from hypothesis import strategies as st
 
@@ -21,18 +20,21 @@ try:
 except ImportError:
 
     class _Absent:
-        """Stands for strategies, decorators and what they make: does nothing, whatever is asked."""
+        """Stands for strategies and what they make: does nothing, whatever is asked."""
 
         def __getattr__(self, name: str) -> Any:
             return _Absent()
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return args[0] if len(args) == 1 and callable(args[0]) else _Absent()
+            return _Absent()
 
         def __or__(self, other: Any) -> Any:
             return self
 
-    hypothesis = assume = settings = st = _Absent()  # type: ignore[assignment]
+    assume = st = _Absent()  # type: ignore[assignment]
+
+    def settings(*args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
+        return lambda function: function
 
     def given(*args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
         return pytest.mark.skip(reason="needs hypothesis: pip install hypothesis")

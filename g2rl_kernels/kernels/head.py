@@ -33,6 +33,7 @@ import triton
 from torch import Tensor
 
 from ..reference import WEIGHT_EPS, segment_sum
+from . import tuning
 from .head_finish import Statistics, head_finish
 from .head_gather import head_gather
 from .head_project import head_project
@@ -47,8 +48,8 @@ from .tuning import Config, choose
 KNOWN_TOLERANCE = 0.01
 GROSS = (-60.0, 10.0)  # log2 l outside: start afresh
 
-WORKSPACE = 32 << 20  # bytes: A and per-token sums of a slab
-SLOTS = 8 << 20  # bytes: partial features
+WORKSPACE = 8 << 20  # bytes: A and per-token sums of a slab
+SLOTS = 6 << 20  # bytes: partial features
 CHUNK = 1 << 17  # tokens at a time
 SEEDED_CHUNK = 1 << 15  # with per-token sums, of which a slab has one for each tile
 
@@ -91,7 +92,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats; arguments as for head_features."""
     head = Head(weight, bias, temperature, logit_scale, logit_softcap)
-    config, precision = _choice("stats", hidden, weight)
+    config, precision = _choice("stats", hidden, head)
     parts = []
     for rows in _ranges(hidden.shape[0], CHUNK):
         h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop].contiguous()
@@ -179,7 +180,7 @@ def _two_passes(
     chunk: Chunk, head: Head, max_skipped: float | None, features: Tensor
 ) -> tuple[Statistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
-    config, precision = _choice("stats", chunk.hidden, head.weight)
+    config, precision = _choice("stats", chunk.hidden, head)
     found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config, precision), target)
     mass = _weighted(found.rest, chunk.alpha)
     coefficient = _weighted(mass, slope)
@@ -205,7 +206,7 @@ def _one_pass(chunk: Chunk, head: Head, known: Tensor, features: Tensor) -> Stat
     log2_l = found.lse2 - seed
     good = (torch.exp2(log2_l) - 1).abs() <= KNOWN_TOLERANCE
     afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
-    config, precision = _choice("stats", chunk.hidden, head.weight)
+    config, precision = _choice("stats", chunk.hidden, head)
     gate = afresh.int()
     again = head_stats(chunk.hidden, head, chunk.tokens, config, precision, gate)
     found = head_finish(again, target, found, gate)
@@ -239,7 +240,7 @@ def _accumulate(
     V, S = head.weight.shape[0], features.shape[0]
     device = chunk.hidden.device
     kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
-    config, precision = _choice(kind, chunk.hidden, head.weight)
+    config, precision = _choice(kind, chunk.hidden, head)
     cu_seqlens = chunk.cu_seqlens if listed is None else listed.cu_seqlens
     n_programs = programs(device) * config.programs_per_sm
     batches = _ranges(S, max(16, SLOTS // (4 * D)))
@@ -287,19 +288,17 @@ def _pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:
     """The tokens where `wanted` [n] is true. Their number stays on the device."""
     n = wanted.shape[0]
     count = wanted.cumsum(0)
-    place = torch.where(
-        wanted, count - 1, n
-    )  # the others overwrite each other in a last place, which is not used
+    place = torch.where(wanted, count - 1, n)  # the others share a last place, which is not used
     index = torch.empty(n + 1, dtype=torch.int64, device=wanted.device)
     index.scatter_(0, place, torch.arange(n, device=wanted.device))
     return TokenList(index, torch.nn.functional.pad(count, (1, 0))[cu_seqlens])
 
 
-def _choice(kind: str, hidden: Tensor, weight: Tensor) -> tuple[Config, str]:
-    """Tiles, and the precision of float32 products: torch.set_float32_matmul_precision decides, and "medium",
-    which would allow plain TF32, gives 3xTF32 too."""
-    config = choose(kind, hidden.device, hidden.dtype, *weight.shape)
-    return config, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+def _choice(kind: str, hidden: Tensor, head: Head) -> tuple[Config, str]:
+    """Tiles and the precision of float32 products."""
+    form = tuning.form(hidden, head.weight, head.has_softcap)
+    V, D = head.weight.shape
+    return choose(kind, hidden.device, hidden.dtype, V, D, form), tuning.precision()
 
 
 @lru_cache
@@ -311,14 +310,16 @@ def _slabs(n: int, S: int, V: int, config: Config, n_programs: int, sums: bool) 
     """
     n_blocks, n_tiles = triton.cdiv(n, config.BM), triton.cdiv(V, config.BN)
 
-    def plan(n_strips: int) -> tuple[int, int, int]:
+    def plan(n_strips: int, more: int) -> tuple[int, int, int]:
         bytes_a_tile = 4 * config.BN * (S + n_strips - 1) + (8 * n if sums else 0)
-        n_slabs = triton.cdiv(n_tiles, max(1, min(n_tiles, WORKSPACE // bytes_a_tile)))
-        slab = triton.cdiv(n_tiles, n_slabs)
+        least = triton.cdiv(n_tiles, max(1, WORKSPACE // bytes_a_tile))
+        slab = triton.cdiv(n_tiles, min(n_tiles, least + more))
+        n_slabs = triton.cdiv(n_tiles, slab)
         busiest = n_slabs * triton.cdiv(slab * n_strips, n_programs) * triton.cdiv(n_blocks, n_strips)
         return busiest, n_strips, slab
 
-    _, n_strips, slab = min(plan(k) for k in range(min(8, n_blocks), min(24, n_blocks) + 1))
+    strips = range(min(8, n_blocks), min(24, n_blocks) + 1)
+    _, n_strips, slab = min(plan(k, more) for k in strips for more in range(4))
     return n_strips, slab
 
 

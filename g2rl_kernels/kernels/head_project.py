@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .tile import INTERPRETED, programs
 
-BD, BK = 128, 64
+# Most responses at a time, block of the hidden size, columns: as much as registers hold.
+TILES = {torch.bfloat16: (64, 128, 32), torch.float16: (32, 128, 32), torch.float32: (16, 64, 64)}
 
 
 @triton.jit(
@@ -98,7 +99,8 @@ def head_project(
     `columns` may end past V: head_residual.py fills whole tiles, with zeros there.
     """
     D, S = weight.shape[1], len(responses)
-    BS = 16 if S <= 16 else 32 if S <= 32 else 64
+    most, BD, BK = TILES[weight.dtype]
+    BS = min(most, 16 if S <= 16 else 32 if S <= 32 else 64)
     n_blocks = triton.cdiv(len(columns), BK)
     cells = triton.cdiv(S, BS) * triton.cdiv(D, BD)
     splits = max(1, min(most_slots, n_blocks, triton.cdiv(4 * programs(weight.device), cells)))
@@ -110,6 +112,6 @@ def head_project(
         n_strips, blocks_per_split, *weight.stride(),
         D=D, BM=BM, BS=BS, BD=BD, BK=BK, SPLIT_BF16=weight.dtype == torch.bfloat16,
         PRECISION="tf32x3" if weight.dtype == torch.float16 else precision, UPCAST=INTERPRETED,
-        num_warps=4, num_stages=3,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return slots

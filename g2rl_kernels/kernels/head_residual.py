@@ -33,8 +33,6 @@ from .tile import (
     add_bias,
     descriptor,
     dot_tile,
-    leave_out,
-    masked_raw,
     programs,
     raw_logits,
 )
@@ -78,9 +76,9 @@ def head_residual_kernel(
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
         b_shift = tl.load(shift + o_row, mask=m_row, other=0.0)
         b_response = tl.load(response + o_row, mask=m_row, other=-1)
-        b_x = add_bias(b_acc, bias, i_col, V, factor, BN, HAS_BIAS)
-        b_r, b_slope = raw_logits(b_x, scale, factor, SOFTCAP)
-        b_r = leave_out(b_r, b_y, i_col, masked_raw(factor), BN, not SUMS)
+        BRANCH: tl.constexpr = not (SUMS or CORRECT or SOFTCAP)
+        b_x = add_bias(b_acc, b_y, bias, i_col, V, factor, BN, HAS_BIAS, BRANCH)
+        b_r = raw_logits(b_x, scale, factor, SOFTCAP)
         b_distance = b_r * factor - b_shift[:, None]
         b_p = tl.exp2(b_distance)
         if SUMS:
@@ -92,8 +90,9 @@ def head_residual_kernel(
             # kappa = 0 where a seed overflowed: 0 times infinity must not come of it
             b_seed = tl.where(b_kappa > 0, tl.load(seed + o_row, mask=m_row, other=0.0), float("inf"))
             b_p -= tl.exp2(b_r * factor - b_seed[:, None])
-        if SOFTCAP:
-            b_p *= b_slope
+        if SOFTCAP:  # the slope 1 - tanh^2: off by rounding of 1, as little as p is; -1 for what is masked
+            b_tanh = tl.maximum(b_r, -1.0)
+            b_p *= 1 - b_tanh * b_tanh
         if WEIGHTED:
             b_p *= tl.load(alpha + o_row, mask=m_row, other=0.0)[:, None]
 

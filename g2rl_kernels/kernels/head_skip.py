@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BT = 1024
+BT = 512
 
 
 @triton.jit

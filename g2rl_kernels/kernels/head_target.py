@@ -40,9 +40,12 @@ def head_target_kernel(
     b_bias = tl.zeros([BT], dtype=tl.float32)
     if HAS_BIAS:
         b_bias = tl.load(bias + b_y, mask=m_y, other=0.0).to(tl.float32)
-    b_r, b_slope = raw_logits(tl.sum(b_sum, axis=1) + b_bias, scale, factor, SOFTCAP)
+    b_x = tl.sum(b_sum, axis=1) + b_bias
+    b_r = raw_logits(b_x, scale, factor, SOFTCAP)
     tl.store(target + o_t, tl.where(m_y, b_r * factor, float("nan")), mask=m_t)
     if SOFTCAP:
+        b_e = tl.exp(-2 * tl.abs(b_x * scale))
+        b_slope = 4 * b_e / ((1 + b_e) * (1 + b_e))  # 1 - tanh^2, without cancellation
         tl.store(slope + o_t, b_slope, mask=m_t)
 
 

@@ -80,43 +80,37 @@ def masked_raw(factor):
 
 
 @triton.jit
-def add_bias(b_acc, bias, i_col, V, factor, BN: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """W h + b; masked_raw where the column is beyond V or its bias is -inf."""
+def add_bias(
+    b_acc, b_y, bias, i_col, V, factor, BN: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr
+):
+    """W h + b, and masked_raw where the column is beyond V, its bias is -inf, or it is the realised one.
+
+    Most tiles hold no realised token and no ragged end: with BRANCH they pay nothing for either, at the price
+    of some registers.
+    """
     o_col = i_col + tl.arange(0, BN)
     if HAS_BIAS:
         b_bias = tl.load(bias + o_col, mask=o_col < V, other=float("-inf")).to(tl.float32)
         b_acc += tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
-    elif i_col + BN > V:  # the last tile alone pays for its ragged end
-        b_acc = tl.where((o_col < V)[None, :], b_acc, masked_raw(factor))
+        b_acc = tl.where(o_col[None, :] != b_y[:, None], b_acc, masked_raw(factor))
+    elif BRANCH:
+        n_here = tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0)
+        if (n_here > 0) | (i_col + BN > V):
+            m_others = (o_col < V)[None, :] & (o_col[None, :] != b_y[:, None])
+            b_acc = tl.where(m_others, b_acc, masked_raw(factor))
+    else:
+        m_others = (o_col < V)[None, :] & (o_col[None, :] != b_y[:, None])
+        b_acc = tl.where(m_others, b_acc, masked_raw(factor))
     return b_acc
 
 
 @triton.jit
-def leave_out(b_values, b_y, i_col, instead, BN: tl.constexpr, BRANCH: tl.constexpr):
-    """b_values with `instead` at each row's realised token. With BRANCH, tiles without one, most of them, pay
-    nothing, at the price of some registers."""
-    o_col = i_col + tl.arange(0, BN)
-    if BRANCH:
-        if tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0) > 0:
-            b_values = tl.where(o_col[None, :] != b_y[:, None], b_values, instead)
-        return b_values
-    else:
-        return tl.where(o_col[None, :] != b_y[:, None], b_values, instead)
-
-
-@triton.jit
 def raw_logits(b_x, scale, factor, SOFTCAP: tl.constexpr):
-    """From W h + b (as add_bias has it) to r with x = factor r, and the slope dr / d(W h + b) / scale.
+    """From W h + b (as add_bias has it) to r with x = factor r.
 
     The factor is left to the caller: a maximum needs no scaling, and then x - maximum is one fused operation.
     """
-    if SOFTCAP:
-        b_u = b_x * scale
-        b_e = tl.exp(-2 * tl.abs(b_u))
-        b_slope = 4 * b_e / ((1 + b_e) * (1 + b_e))  # 1 - tanh^2, without cancellation
-        return tl.where(b_x * factor <= MASKED / 2, b_x, tanh(b_u)), b_slope
-    else:
-        return b_x, 1.0
+    return tl.where(b_x * factor <= MASKED / 2, b_x, tanh(b_x * scale)) if SOFTCAP else b_x
 
 
 class Head:

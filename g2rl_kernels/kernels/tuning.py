@@ -1,4 +1,4 @@
-"""Tile shapes of the head's two large kernels: shipped ones, and those that `g2rl tune` measured on this machine.
+"""Tile shapes of the head's two large kernels: shipped ones, and those that `g2rl tune` measured here.
 
 A training step never tunes: it takes what a file holds for this GPU, dtype, V and d, else what is shipped.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,68 @@ class Config:
 # Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens.
 KINDS = ("stats", "residual", "seeded", "listed")
 
-INTERPRETER = Config(32, 64, 64, 4, 2)  # fewer, larger steps: each costs the interpreter alike
+INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interpreter alike
 
-# (least compute capability, is 16-bit) -> the shipped choice first, then what `g2rl tune` tries beside it.
-# All of them compile without spills (benchmarks/results/triton-resources.md).
-CANDIDATES: dict[tuple[int, bool], tuple[Config, ...]] = {
-    (10, True): (Config(128, 128, 64, 8, 4), Config(128, 128, 128, 8, 3), Config(128, 64, 64, 4, 4, 2)),
-    (9, True): (
-        Config(128, 256, 64, 8, 4),
+# What of a call decides how many registers a tile needs. `softcap`: twice the arithmetic behind the product.
+# `unaligned`: rows of hidden or weight that do not start at multiples of 16 bytes, or whose numbers are not
+# adjacent; each number is then loaded by itself, through registers. `ieee` and `tf32x3`: float32 products on
+# the CUDA cores, and as three products on the tensor cores.
+FORMS = ("plain", "softcap", "ieee", "tf32x3", "unaligned", "unaligned fp32")
+
+# (least compute capability, form) -> the shipped choice first, then what `g2rl tune` tries beside it. None of
+# them spills, in any kind and with any bias, and two programs fit where two are asked for: tools/
+# kernel_resources.py compiles them all (benchmarks/results/triton-resources.md).
+CANDIDATES: dict[tuple[int, str], tuple[Config, ...]] = {
+    (10, "plain"): (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3)),
+    (9, "plain"): (
         Config(128, 256, 64, 8, 3),
-        Config(128, 128, 64, 8, 3, 2),
         Config(128, 128, 64, 8, 5),
+        Config(128, 64, 64, 4, 4, 2),
     ),
-    (8, True): (Config(128, 128, 64, 8, 3), Config(128, 128, 32, 8, 4), Config(128, 64, 64, 4, 3, 2)),
-    (10, False): (Config(64, 64, 32, 4, 3),),
-    (9, False): (Config(64, 64, 32, 4, 3),),
-    (8, False): (Config(64, 64, 32, 4, 3),),
+    (8, "plain"): (Config(128, 128, 64, 8, 3), Config(128, 128, 32, 8, 4), Config(128, 64, 64, 4, 3, 2)),
+    (10, "softcap"): (Config(128, 128, 64, 8, 3),),
+    (9, "softcap"): (Config(128, 128, 64, 8, 4), Config(64, 256, 64, 8, 4)),
+    (8, "softcap"): (Config(128, 64, 64, 8, 3),),
+    (10, "ieee"): (Config(64, 64, 16, 8, 3),),
+    (9, "ieee"): (Config(64, 32, 32, 8, 3), Config(32, 32, 32, 4, 3)),
+    (8, "ieee"): (Config(64, 64, 16, 8, 3), Config(64, 64, 32, 8, 3)),
+    (10, "tf32x3"): (Config(128, 64, 32, 8, 3),),
+    (9, "tf32x3"): (Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3)),
+    (8, "tf32x3"): (Config(64, 128, 32, 8, 3),),
+    (10, "unaligned"): (Config(128, 64, 32, 8, 3),),
+    (10, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
+    (9, "unaligned"): (Config(128, 64, 32, 8, 3),),
+    (9, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
+    (8, "unaligned"): (Config(128, 64, 32, 8, 3),),
+    (8, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
 }
 
 
-def candidates(capability: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def precision() -> str:
+    """Of float32 products: torch.set_float32_matmul_precision decides, and "medium", which would allow plain
+    TF32, gives 3xTF32 too."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+
+
+def form(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
+    """What of a call decides how many registers a tile needs: one of FORMS."""
+    for matrix in (hidden, weight):
+        row = matrix.stride(0) * matrix.element_size()
+        if matrix.stride(1) != 1 or row % 16 or matrix.data_ptr() % 16:
+            return "unaligned fp32" if hidden.dtype == torch.float32 else "unaligned"
+    if hidden.dtype == torch.float32:
+        return precision()
+    return "softcap" if softcap else "plain"
+
+
+def candidates(capability: int, form: str) -> tuple[Config, ...]:
     """Configurations for GPUs of compute capability `capability`.x; the first is the shipped choice."""
     least = 10 if capability >= 10 else 9 if capability == 9 else 8
-    return CANDIDATES[least, dtype != torch.float32]
+    return CANDIDATES[least, form]
+
+
+def candidates_on(device: torch.device, form: str) -> tuple[Config, ...]:
+    return candidates(torch.cuda.get_device_capability(device)[0], form)
 
 
 def cache_file() -> Path:
@@ -63,8 +105,8 @@ def cache_file() -> Path:
     return Path(folder).expanduser() / "tuned.json"
 
 
-def key(device_name: str, kind: str, dtype: torch.dtype, V: int, D: int) -> str:
-    return f"{device_name}, {kind}, {str(dtype).removeprefix('torch.')}, V={V}, d={D}"
+def key(device_name: str, kind: str, dtype: torch.dtype, V: int, D: int, form: str) -> str:
+    return f"{device_name}, {kind}, {str(dtype).removeprefix('torch.')}, V={V}, d={D}, {form}"
 
 
 @lru_cache
@@ -72,28 +114,59 @@ def tuned(path: Path) -> dict[str, Config]:
     if not path.exists():
         return {}
     try:
-        return {name: Config(**values) for name, values in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or run g2rl tune again") from error
+        found = {name: Config(**values) for name, values in json.loads(path.read_text()).items()}
+        for name, config in found.items():
+            if not all(type(value) is int and value > 0 for value in asdict(config).values()):
+                raise ValueError(f"{name}: {config}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or run g2rl tune --clear") from error
+    return found
 
 
 def store(found: dict[str, Config]) -> Path:
     """Adds to the file, which is replaced whole."""
     path = cache_file()
-    tuned.cache_clear()
+    forget()
     content: dict[str, Any] = {name: asdict(config) for name, config in {**tuned(path), **found}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
-    tuned.cache_clear()
-    choose.cache_clear()
+    forget()
     return path
 
 
+def forget() -> None:
+    """The file is read again when next it is needed."""
+    tuned.cache_clear()
+    chosen.cache_clear()
+
+
 @lru_cache
-def choose(kind: str, device: torch.device, dtype: torch.dtype, V: int, D: int) -> Config:
+def chosen(kind: str, device: torch.device, dtype: torch.dtype, V: int, D: int, form: str) -> Config:
     if device.type != "cuda":
         return INTERPRETER
-    measured = tuned(cache_file()).get(key(torch.cuda.get_device_name(device), kind, dtype, V, D))
-    return measured or candidates(torch.cuda.get_device_capability(device)[0], dtype)[0]
+    measured = tuned(cache_file()).get(key(torch.cuda.get_device_name(device), kind, dtype, V, D, form))
+    return measured or candidates_on(device, form)[0]
+
+
+on_trial: Config | None = None
+
+
+def choose(
+    kind: str, device: torch.device, dtype: torch.dtype, V: int, D: int, form: str | None = None
+) -> Config:
+    if form is None:
+        form = precision() if dtype == torch.float32 else "plain"
+    return on_trial or chosen(kind, device, dtype, V, D, form)
+
+
+@contextmanager
+def trial(config: Config) -> Iterator[None]:
+    """Whatever is asked for, `config` is chosen: how `g2rl tune` times it."""
+    global on_trial
+    on_trial = config
+    try:
+        yield
+    finally:
+        on_trial = None

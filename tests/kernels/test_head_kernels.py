@@ -493,7 +493,7 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
         for name in ("stats", "finish", "residual", "project", "gather", "reduce", "skip", "target"):
             module = __import__(f"g2rl_kernels.kernels.head_{name}", fromlist=["x"])
             monkeypatch.setattr(module, f"head_{name}_kernel", Launch())
-        monkeypatch.setattr(driver, "choose", lambda *_: tuning.candidates(9, torch.bfloat16)[0])
+        monkeypatch.setattr(driver, "choose", lambda *_: tuning.candidates(9, "plain")[0])
     hidden = torch.zeros(1, d, dtype=torch.bfloat16, device=GPU).expand(N, d)
     weight = torch.zeros(1, d, dtype=torch.bfloat16, device=GPU).expand(V, d)
     tokens = torch.zeros(N, dtype=torch.int64, device=GPU)
@@ -523,7 +523,8 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
 def test_every_candidate_is_right(monkeypatch, dtype):
     case = make_case([700, 0, 33, 1, 290], V=5003, d=192, dtype=dtype, bias=torch.randn(5003))
     known = autograd_head(case).logprobs.float()
-    for config in tuning.candidates(torch.cuda.get_device_capability()[0], dtype):
+    form = "ieee" if dtype == torch.float32 else "plain"
+    for config in tuning.candidates(torch.cuda.get_device_capability()[0], form):
         monkeypatch.setattr(driver, "choose", lambda *_, config=config: config)
         assert_as_exact_as_torch(case, run_head(case, TRITON), TRITON)
         assert_as_exact_as_torch(case, known_mode(case, known), TRITON, multiple=4)
