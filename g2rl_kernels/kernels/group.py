@@ -28,10 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_M = 32  # a [64, 64] of doubles no longer fits the registers beside its like
-BR, BC = (
-    256,
-    16,
-)  # rows of a program that looks for rows of no group, members that it compares them with at once
+BR, BC = 256, 16  # rows of a program that looks for rows of no group; members compared with them at once
 BP = 1024  # places that the batch's kernel takes at a time
 
 

@@ -27,15 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import (
-    INTERPRETED,
-    Head,
-    add_bias,
-    descriptor,
-    dot_tile,
-    programs,
-    raw_logits,
-)
+from .tile import INTERPRETED, Head, add_bias, descriptor, dot_tile, programs, raw_logits
 from .tuning import Config
 
 
@@ -52,7 +44,9 @@ def head_residual_kernel(
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)
     t_begin = tl.load(cu_seqlens + s_begin).to(tl.int32)
     t_end = tl.load(cu_seqlens + s_end).to(tl.int32)
-    blocks_per_strip = tl.cdiv(tl.cdiv(t_end - t_begin, BM), n_strips)
+    n_blocks = tl.cdiv(t_end - t_begin, BM)
+    blocks_per_strip = tl.maximum(tl.cdiv(n_blocks, n_strips), 1)
+    n_strips = tl.cdiv(n_blocks, blocks_per_strip)  # those that hold tokens: a short list fills few, or none
     n_mine = tl.cdiv(n_tiles * n_strips - i_program, n_programs)
     n_columns = (n_tiles * BN).to(tl.int64)
     if CORRECT:
@@ -97,8 +91,7 @@ def head_residual_kernel(
             b_p *= tl.load(alpha + o_row, mask=m_row, other=0.0)[:, None]
 
         # The tokens of a block belong to consecutive responses, most often to one. The sum over a response's
-        # earlier blocks lies in memory: carried in registers it would take as many as half a tile of
-        # products.
+        # earlier blocks lies in memory: in registers it would take as many as half a tile of products.
         if i_row < t_end:
             i_last = tl.minimum(i_row + BM, t_end) - 1
             if LISTED:

@@ -18,16 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import (
-    INTERPRETED,
-    MASKED,
-    Head,
-    add_bias,
-    descriptor,
-    dot_tile,
-    programs,
-    raw_logits,
-)
+from .tile import INTERPRETED, MASKED, Head, add_bias, descriptor, dot_tile, programs, raw_logits
 from .tuning import Config
 
 MAX_STRIPS = 32

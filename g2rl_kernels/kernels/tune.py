@@ -180,11 +180,9 @@ class Bench:
         tokens = torch.randint(size.V, (N,), device=device, generator=generator)
         cu_seqlens = torch.tensor([N * s // S for s in range(S + 1)], device=device)
         response = torch.searchsorted(cu_seqlens[1:], torch.arange(N, device=device), right=True).int()
-        alpha = torch.ones(N, device=device)
-        self.chunk = ops.Chunk(self.hidden, tokens, alpha, response, cu_seqlens)
+        self.chunk = ops.Chunk(self.hidden, tokens, None, response, cu_seqlens)
         n = min(N, ops.SEEDED_CHUNK)
-        first = (self.hidden[:n], tokens[:n], alpha[:n], response[:n])
-        self.seeded = ops.Chunk(*first, cu_seqlens.clamp(max=n))
+        self.seeded = ops.Chunk(self.hidden[:n], tokens[:n], None, response[:n], cu_seqlens.clamp(max=n))
         self.half = ops._pick(torch.rand(N, device=device, generator=generator) < 0.5, cu_seqlens)
         self.target, _ = ops.head_target(self.hidden, self.head, tokens)
         self.shift = self.statistics(tuning.candidates_on(device, size.form)[0]).lse2

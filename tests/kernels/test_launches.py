@@ -1,0 +1,94 @@
+"""What head.py launches, as it launches it, compiles: its own arguments through Triton's own launcher, with a
+driver that only says it is a Hopper and launches that end when the kernel is compiled. The interpreter shows
+what kernels compute; it does not read argument types as the compiler does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Hopper:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Hopper())
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+compiled, launch = {}, JITFunction.run
+
+
+def run(self, *args, grid, warmup, **options):
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    assert kernel is not None, self.__name__
+    compiled[id(kernel)] = (self.__name__, kernel)  # kept alive: ids are not used again
+
+
+JITFunction.run = run
+from g2rl_kernels.kernels import head, tuning
+
+head.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
+
+
+def call(N, V, d, S, dtype, mode):
+    options = {
+        "two passes": {},
+        "one pass": {"known_logprobs": torch.zeros(N)},
+        "certificate": {"max_skipped": 0.1},
+        "every option": {"bias": torch.zeros(V), "token_weights": torch.ones(N), "logit_softcap": 30.0},
+    }[mode]
+    hidden, weight = torch.zeros(N, d, dtype=dtype), torch.zeros(V, d, dtype=dtype)
+    cu_seqlens = torch.tensor([0] * S + [N])
+    head.head_features(hidden, weight, torch.zeros(N, dtype=torch.int64), cu_seqlens, **options)
+
+
+counts = []
+for size in json.loads(sys.argv[1]):
+    for mode in ("two passes", "one pass", "certificate", "every option"):
+        call(*size, getattr(torch, sys.argv[2]), mode)
+    counts.append(len(compiled))
+print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
+"""
+
+
+def launches(sizes: list[tuple[int, int, int, int]], dtype: str) -> tuple[list[int], list[str]]:
+    """Kernels that were compiled after each size (N, V, d, S), and their names."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts, names = json.loads(done.stdout.splitlines()[-1])
+    return counts, names
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_mode_compiles_once_for_all_sizes(dtype):
+    """One token, one response, one tile; then many: nothing is compiled anew, and only the first step is slow."""
+    counts, names = launches([(1, 64, 64, 1), (500, 70_001, 192, 3), (4099, 1000, 1024, 16)], dtype)
+    assert counts[0] == counts[1] == counts[2]
+    assert set(names) == {
+        f"head_{name}_kernel"
+        for name in ("target", "stats", "finish", "residual", "project", "gather", "reduce", "skip")
+    }
+
+
+def test_rows_that_tma_cannot_address_compile():
+    counts, _ = launches([(9, 50, 3, 2), (40, 300, 7, 2)], "bfloat16")
+    assert counts[0] == counts[1]
