@@ -80,7 +80,7 @@ def launches(sizes: list[tuple[int, int, int, int]], dtype: str) -> tuple[list[i
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_mode_compiles_once_for_all_sizes(dtype):
-    """One token, one response, one tile; then many: nothing is compiled anew, and only the first step is slow."""
+    """One token, one response, one tile; then many: nothing compiles anew, only the first step is slow."""
     counts, names = launches([(1, 64, 64, 1), (500, 70_001, 192, 3), (4099, 1000, 1024, 16)], dtype)
     assert counts[0] == counts[1] == counts[2]
     assert set(names) == {
