@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .head import _check_shape, _check_tensor, _has_triton, _shape, check_positive
+from .head import HAS_TRITON, _check_shape, _check_tensor, _shape, check_positive
 
 # By their number in the operator's schema.
 SHAPINGS = ("none", "intent", "equation")
@@ -157,7 +157,7 @@ def _implementation(device: str) -> str:
     """On a GPU the C++ kernel goes before the Triton one until the two have been measured on one."""
     if device in COMPILED_FOR:
         return "compiled"
-    return "triton" if device == "cuda" and _has_triton() else "reference"
+    return "triton" if device == "cuda" and HAS_TRITON else "reference"
 
 
 def _by_reference(

@@ -6,7 +6,6 @@ those in Triton in kernels/; that of `linear_logprobs` is in PyTorch, below.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
@@ -20,6 +19,7 @@ from . import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "cpu", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile sees a constant
 
 
 class HeadFeatures(NamedTuple):
@@ -463,11 +463,11 @@ def _choose_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        return "triton" if device.type == "cuda" and _has_triton() else "reference"
+        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
-        if not _has_triton():
+        if not HAS_TRITON:
             raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -477,11 +477,6 @@ def _choose_backend(backend: str | None, device: torch.device) -> str:
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
     return backend
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 # --- operators ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from g2rl_kernels import _C, head
 # (backend, instruction set): all that this machine can run
 CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]
 TRITON = ("triton", None)
-BACKENDS = [("reference", None), *CPU_BACKENDS, *([TRITON] if head._has_triton() else [])]
+BACKENDS = [("reference", None), *CPU_BACKENDS, *([TRITON] if head.HAS_TRITON else [])]
 BACKEND_IDS = [isa or backend for backend, isa in BACKENDS]
 BEST = CPU_BACKENDS[-1]
 # The kernels' device; without a GPU they are interpreted (conftest.py).

@@ -198,7 +198,7 @@ def test_the_operator_and_larger_groups():
 )
 def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
     monkeypatch.setattr(g2.group, "COMPILED_FOR", compiled_for)
-    monkeypatch.setattr(g2.group, "_has_triton", lambda: has_triton)
+    monkeypatch.setattr(g2.group, "HAS_TRITON", has_triton)
     assert g2.group._implementation("cuda") == expected
     assert g2.group._implementation("cpu") == "compiled"
     assert g2.group._implementation("mps") == "reference"
