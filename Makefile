@@ -9,6 +9,8 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 RECIPE  ?= recipes/demo.yaml
 TESTS   ?= tests
+# Processes that share the tests, with a thread each; 1 runs them in one, with all threads.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
 SETUP   := pyproject.toml constraints.txt tools/environment.py
 .DELETE_ON_ERROR:
@@ -21,7 +23,9 @@ demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gr
 	@echo "  (g2rl is $(VENV)/bin/g2rl; 'source $(VENV)/bin/activate' puts it on the path)"
 
 test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-k bias" narrows them
-	$(PY) -m pytest $(TESTS) $(ARGS)
+	@if [ "$(WORKERS)" -gt 1 ] && $(PY) -c "import xdist" 2>/dev/null; then \
+	  set -- -n "$(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
+	  set -x; $(PY) -m pytest "$$@" $(TESTS) $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
