@@ -105,6 +105,23 @@ def test_any_number_of_programs(monkeypatch, tiny_tiles, dtype, n_programs):
     assert_as_exact_as_torch(case, run_head(case, TRITON), TRITON)
 
 
+@dtypes
+@pytest.mark.parametrize("n_strips", [1, 2, 3])
+def test_strips_of_several_blocks(monkeypatch, tiny_tiles, dtype, n_strips):
+    """A response's sum goes on over blocks, ends within one, is cut by strips; NaN stays in its own."""
+    monkeypatch.setattr(driver, "_slabs", lambda *_: (n_strips, 2))
+    case = make_case([37, 0, 3, 1, 80], V=50, d=24, dtype=dtype, token_weights=torch.rand(121))
+    exact = autograd_head(case)
+    assert_as_exact_as_torch(case, run_head(case, TRITON), TRITON)
+    assert_features(known_mode(case, exact.logprobs.float()).features, exact.features, case, slack=2)
+    allowed = allowed_errors(case, TRITON)
+    case.hidden[50] = torch.nan
+    out = run_head(case, TRITON)
+    assert torch.isnan(out.features[4]).all()
+    assert (errors(out, exact).features[:4] <= allowed.features[:4]).all()
+    assert (errors(out, exact).entropy <= allowed.entropy)[torch.arange(121) != 50].all()
+
+
 def test_small_budgets_change_nothing(tiny_budgets):
     """More than 16 responses, 50 tokens and some tiles of the vocabulary: batches, chunks and slabs."""
     lengths = [3, 0, 7, 1, 1, 1, 2, 1, 0, 9, 1, 1, 4, 1, 1, 1, 1, 40, 1, 1, 1, 30]
