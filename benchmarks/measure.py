@@ -21,6 +21,7 @@ import torch
 
 import g2rl_kernels as g2
 from g2rl_kernels import _C
+from g2rl_kernels.info import _version
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2
@@ -177,15 +178,6 @@ def released(device: str) -> Iterator[None]:
 
 
 # --- the machine --------------------------------------------------------------------------------------------
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def machine(device: str) -> dict[str, Any]:

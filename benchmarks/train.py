@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
+from g2rl_kernels import reference
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer.model import find_head
 from g2rl_kernels.trainer.sampling import Rollout
@@ -115,8 +116,8 @@ class Step(Trainer):
             logprobs[rows, : mask.shape[1]] = _padded(packed, mask)
         rewards = torch.where(scores >= self.config.score_gate, 1.0, -1.0)
         grouped = rewards.view(-1, self.config.group_size)
-        centred = grouped - grouped.mean(1, keepdim=True)
-        advantages = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        everyone = torch.ones_like(grouped, dtype=torch.bool)
+        advantages = reference.group_advantages(grouped, everyone, "group", 1e-6)
         geometry: Any = SimpleNamespace(advantages=advantages.flatten())
         return Measured(scores, rewards, logprobs, None, 0.0, geometry, 0.0)
 

@@ -38,7 +38,7 @@ TILES = {torch.bfloat16: (64, 128, 32), torch.float16: (32, 128, 32), torch.floa
 )
 def head_project_kernel(
     partial, weight, cu_seqlens, slots, V, s_begin, n_responses, i_col0, n_columns, n_strips,
-    blocks_per_split,    stride_wv, stride_wd,
+    blocks_per_split, stride_wv, stride_wd,
     D, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     SPLIT_BF16: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tuning import aligned
+
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -138,10 +140,7 @@ class Head:
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:
     """A tensor descriptor that loads `block`; None where TMA cannot address the matrix or does not exist."""
-    size = matrix.element_size()
-    if matrix.shape[0] == 0 or matrix.shape[1] == 0 or matrix.stride(1) != 1:
-        return None
-    if matrix.data_ptr() % 16 or matrix.stride(0) * size % 16 or block[1] * size < 16:
+    if matrix.numel() == 0 or not aligned(matrix) or block[1] * matrix.element_size() < 16:
         return None
     if not INTERPRETED and torch.cuda.get_device_capability(matrix.device)[0] < 9:
         return None

@@ -76,12 +76,16 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
+def aligned(matrix: Tensor) -> bool:
+    """Rows of adjacent numbers that start at multiples of 16 bytes: what TMA and wide loads can address."""
+    row = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and row % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def form(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
     """What of a call decides how many registers a tile needs: one of FORMS."""
-    for matrix in (hidden, weight):
-        row = matrix.stride(0) * matrix.element_size()
-        if matrix.stride(1) != 1 or row % 16 or matrix.data_ptr() % 16:
-            return "unaligned fp32" if hidden.dtype == torch.float32 else "unaligned"
+    if not (aligned(hidden) and aligned(weight)):
+        return "unaligned fp32" if hidden.dtype == torch.float32 else "unaligned"
     if hidden.dtype == torch.float32:
         return precision()
     return "softcap" if softcap else "plain"
