@@ -27,7 +27,7 @@ def check_tensor(
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
     if hasattr(value, "full_tensor"):  # a DTensor holds this rank's shard under the shape of the whole
         remedy = f"pass {name}.full_tensor()"
-        placements = getattr(value, "placements", ())
+        placements: Any = getattr(value, "placements", ())
         if name in ("weight", "bias") and len(placements) == 1 and placements[0].is_shard(0):
             remedy += (
                 f", or, if all ranks have the same hidden (a vocabulary-parallel head, not FSDP), "

@@ -9,8 +9,8 @@ tokens, S responses and hidden size d,
     float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
 
 A rank's statistics are one more part for `logprobs.merge`, taken in rank order. The realised token is left
-out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients are sums
-over the vocabulary: once the normaliser is known, each rank adds up its own rows.
+out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients are
+sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
 
 Operators take the group's name, "" for none, which torch.compile can keep. Nothing waits for the device.
 """
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from . import tiled
 from .arguments import check_token_values, may_read_values, sizes
@@ -59,9 +59,9 @@ def checked(
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: this process is no member of it; call on its members only")
     if not isinstance(process_group, dist.ProcessGroup):
-        kind = type(process_group).__name__
         raise TypeError(
-            f"process_group: got {kind}, needs a torch.distributed.ProcessGroup; of a DeviceMesh, mesh.get_group()"
+            f"process_group: got {type(process_group).__name__}, needs a "
+            "torch.distributed.ProcessGroup; a DeviceMesh has get_group()"
         )
     tensors = [t for t in (hidden, weight, tokens) if isinstance(t, Tensor)]
     if tensors and not may_read_values(tensors[0]):
@@ -82,8 +82,8 @@ def checked(
         for name, value in messages[0].items():
             if name != "rows" and other.get(name) != value:
                 raise ValueError(
-                    f"{name}: rank {rank} of process_group has {other.get(name)}, rank 0 has {value}; all ranks "
-                    "need the same"
+                    f"{name}: rank {rank} of process_group has {other.get(name)}, rank 0 has {value}; all "
+                    "ranks need the same"
                 )
     check_token_values(tokens, sum(other["rows"] for other in messages))
     return result
@@ -97,17 +97,24 @@ def _fact(name: str, value: Any) -> str:
     if name == "hidden":
         trained = ", requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
         return f"{sizes(value)} {value.dtype}{trained}"
-    content = value.detach().cpu().contiguous().view(torch.uint8) if value.numel() else value.cpu()
-    return f"{sizes(value)} {value.dtype} of checksum {zlib.crc32(content.numpy()):08x}"
+    content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{sizes(value)} {value.dtype} of checksum {zlib.crc32(content):08x}"
 
 
-def _exchange(message: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> list[dict[str, Any]]:
+def _exchange(
+    message: dict[str, Any], group: dist.ProcessGroup, device: torch.device
+) -> list[dict[str, Any]]:
     text = json.dumps(message).encode().ljust(MESSAGE)
     mine = torch.tensor([*text], dtype=torch.uint8, device=device)
     return [json.loads(bytes(other.tolist())) for other in _gathered(mine, group)]
 
 
 # --- tokens and statistics ----------------------------------------------------------------------------------
+
+
+def _members(group: str) -> dist.ProcessGroup:
+    resolve: Any = distributed_c10d._resolve_process_group  # some versions of torch want a subtype of str
+    return resolve(group)
 
 
 def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -120,14 +127,14 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_reduce(values: Tensor, group: str) -> None:
     """The sum over all ranks, in place; nothing without a group."""
     if group and values.numel():
-        dist.all_reduce(values, group=_resolve_process_group(group))
+        dist.all_reduce(values, group=_members(group))
 
 
 @torch.library.custom_op("g2rl::local_tokens", mutates_args=())
 def local_tokens(tokens: Tensor, V: int, group: str) -> Tensor:
     """tokens [N], counted over the rows of all ranks -> counted over the V rows of this one, or ELSEWHERE, or
     NOWHERE."""
-    members = _resolve_process_group(group)
+    members = _members(group)
     end = _gathered(tokens.new_full((1,), V), members).flatten().cumsum(0)
     local = tokens - (end[members.rank()] - V)
     known = (tokens >= 0) & (tokens < end[-1])
@@ -144,7 +151,7 @@ def over_ranks(partial: Tensor, target: Tensor, tokens: Tensor, group: str) -> t
 
     tokens [N] are local; a token that is NOWHERE gets NaN for its logit.
     """
-    members = _resolve_process_group(group)
+    members = _members(group)
     mine = torch.cat([torch.stack(tiled.joined(partial)), target[None]])
     mine[3].masked_fill_(tokens == NOWHERE, torch.nan)
     found = torch.empty_like(mine)
