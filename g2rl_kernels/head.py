@@ -366,12 +366,13 @@ def _head_features_over_ranks(
     found, entropy, normaliser = logprobs._linear_logprobs(
         hidden, weight, tokens, bias, *options, backend, group
     )
+    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
+    responses = cu_seqlens, bias, token_weights
     with torch.autocast(hidden.device.type, enabled=False):
-        features = tiled.features(
-            hidden, weight, tokens, cu_seqlens, bias, token_weights, normaliser, -torch.expm1(found), *options
-        )
+        part = torch.ops.g2rl.head_features_of_part if backend == "cpu" else tiled.features_of_part
+        features = part(hidden, weight, tokens, *responses, logsumexp, rest, *options)
         vocab_parallel.all_reduce(features, group)
-    return features, found, normaliser.sum(0), entropy
+    return features, found, logsumexp.float(), entropy
 
 
 torch.library.register_fake("g2rl::head_features_over_ranks", _fake_head_features)

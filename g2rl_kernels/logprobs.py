@@ -19,7 +19,7 @@ forward pass that is four products of N x V x d; `_gradients` says in which orde
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -96,11 +96,12 @@ def linear_logprobs(
     return LinearLogprobs(logprobs, entropy)
 
 
-def _module(backend: str) -> ModuleType:
-    """Where a backend's `statistics`, `merge` and `sweep` are."""
-    if backend == "triton":
-        return importlib.import_module("g2rl_kernels.kernels.logprobs")
-    return tiled
+def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
+    """A backend's `statistics` and `sweep`."""
+    if backend == "cpu":
+        return torch.ops.g2rl.head_statistics, torch.ops.g2rl.logprobs_sweep
+    module = importlib.import_module("g2rl_kernels.kernels.logprobs") if backend == "triton" else tiled
+    return module.statistics, module.sweep
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def _linear_logprobs(
     their sum would be rounded to the size of the logits. With a group (vocab_parallel.py), of all ranks."""
     head = hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap
     with torch.autocast(hidden.device.type, enabled=False):
-        partial, target = _module(backend).statistics(*head)
+        partial, target = _implementation(backend)[0](*head)
         if group:
             partial, target = vocab_parallel.over_ranks(partial, target, tokens, group)
         return merge(partial, target, reference.accumulation_dtype(hidden))
@@ -178,8 +179,10 @@ def _linear_logprobs_backward(
     own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
     terms = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
 
+    _, add = _implementation(backend)
+
     def sweep(rows: slice, begin: int, end: int, *sums: Tensor | None) -> None:
-        _module(backend).sweep(
+        add(
             hidden[rows], weight, tokens[rows], bias, normaliser[:, rows], terms[:, rows],
             temperature, logit_scale, logit_softcap, begin, end, *sums,
         )  # fmt: skip
@@ -189,7 +192,7 @@ def _linear_logprobs_backward(
 
 
 def _gradients(
-    sweep: Any,
+    sweep: Callable[..., None],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -79,7 +79,7 @@ def gradients(N: int) -> torch.Tensor:
 
 
 def run(
-    case: Case, mine: slice, group: Any, trained: tuple[str, ...] = TRAINED
+    case: Case, mine: slice, group: Any, trained: tuple[str, ...] = TRAINED, backend: str | None = None
 ) -> Results:
     """Both ops on the rows `mine`, forward and backward; `group` None: on all rows, alone."""
     bias = None if case.bias is None else case.bias[mine]
@@ -88,7 +88,7 @@ def run(
     for name in trained:
         if name in leaves:
             leaves[name].requires_grad_()
-    options = {**case.head, "bias": leaves.get("bias"), "process_group": group}
+    options = {**case.head, "bias": leaves.get("bias"), "process_group": group, "backend": backend}
     out = g2.linear_logprobs(leaves["hidden"], leaves["weight"], case.tokens, **options)
     torch.autograd.backward([*out], [*gradients(len(case.tokens)).to(out.logprobs)])
     results = {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
@@ -158,13 +158,13 @@ def main(rank: int, world: int, folder: Path) -> None:
         mine,
         group,
     )
+    for name in ("all options", "bf16"):
+        found[f"{name}, reference"] = run(cases(world)[name], mine, group, backend="reference")
     found["hidden alone"] = run(case, mine, group, ("hidden",))
     found["weight alone"] = run(case, mine, group, ("weight",))
     sums, piece = logprobs.SUMS, vocab_parallel.PIECE
-    logprobs.SUMS, vocab_parallel.PIECE = (
-        4 * 24 * 10,
-        7 * world,
-    )  # tokens of sums, and of statistics, at a time
+    logprobs.SUMS = 4 * 24 * 10  # bytes: of 10 tokens
+    vocab_parallel.PIECE = 7 * world  # 7 tokens
     found["in pieces"] = run(cases(world)["bf16"], mine, group)
     logprobs.SUMS, vocab_parallel.PIECE = sums, piece
 

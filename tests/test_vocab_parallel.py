@@ -19,8 +19,7 @@ from g2rl_kernels.head import _head_features_over_ranks
 TESTS = Path(__file__).resolve().parent
 WORLDS = [2, 4]
 worlds = pytest.mark.parametrize("world", WORLDS)
-NAMES = list(ranks.cases(2))
-names = pytest.mark.parametrize("name", NAMES)
+names = pytest.mark.parametrize("name", [*ranks.cases(2), "all options, reference", "bf16, reference"])
 
 
 def run_ranks(world: int, folder: Path) -> list[dict]:
@@ -72,10 +71,11 @@ def split(results: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], g2
 @worlds
 @names
 def test_any_case(found, world, name):
-    case = ranks.cases(world)[name]
+    case_name, _, backend = name.partition(", ref")
+    case = ranks.cases(world)[case_name]
     linear, head = split(joined([results[name] for results in found[world]]))
     assert_as_exact_as_torch(case, tuple(ranks.gradients(len(case.tokens))), linear)
-    oracle.assert_as_exact_as_torch(case, head, ("cpu", None))
+    oracle.assert_as_exact_as_torch(case, head, ("reference" if backend else "cpu", None))
     assert torch.equal(head.logprobs, linear["logprobs"])
     assert torch.equal(head.entropy, linear["entropy"])
 
@@ -107,9 +107,7 @@ def test_exact_in_float64(found, world):
 def test_same_bits_again(found, world, other):
     """Run after run, after calls that failed, and whatever else is trained."""
     for results in found[world]:
-        trained = {"hidden alone": {"hidden"}, "weight alone": {"weight"}}.get(
-            other, set(ranks.TRAINED)
-        )
+        trained = {"hidden alone": {"hidden"}, "weight alone": {"weight"}}.get(other, set(ranks.TRAINED))
         assert set(ranks.TRAINED) & set(results[other]) == trained
         for name, value in results[other].items():
             assert torch.equal(value, results["all options"][name]), name
@@ -119,7 +117,7 @@ def test_same_bits_again(found, world, other):
 def test_pieces_change_only_the_rounding_of_sums(found, world):
     case = ranks.cases(world)["bf16"]
     pieces = joined([results["in pieces"] for results in found[world]])
-    linear, head = split(pieces)
+    linear, _ = split(pieces)
     assert_as_exact_as_torch(case, tuple(ranks.gradients(len(case.tokens))), linear)
     for name, value in joined([results["bf16"] for results in found[world]]).items():
         if name != "bias":  # a sum over all tokens, piece by piece
@@ -212,10 +210,9 @@ def test_opcheck(alone, trained):
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, args)
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
+        responses = case.cu_seqlens, case.bias, case.token_weights, None
         torch.library.opcheck(
-            _head_features_over_ranks,
-            (case.hidden, case.weight, tokens, case.cu_seqlens, case.bias, case.token_weights, None)
-            + (0.7, 1.3, 4.0, "reference", group),
+            _head_features_over_ranks, (case.hidden, case.weight, tokens, *responses, *args[4:])
         )
         outputs = logprobs._linear_logprobs(*args)
         needs = (True, True, True)
