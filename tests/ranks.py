@@ -143,9 +143,9 @@ def message(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    group = dist.group.WORLD
+def everything(group: Any) -> dict[str, Any]:
+    """What this rank of the group finds."""
+    rank, world = group.rank(), group.size()
     found: dict[str, Any] = {}
     for name, case in cases(world).items():
         found[name] = run(case, rows(len(case.weight), world)[rank], group)
@@ -153,11 +153,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     case = cases(world)["all options"]
     mine = rows(len(case.weight), world)[rank]
     found["again"] = run(case, mine, group)
-    found["float64"] = run(
-        case.replace(**{name: getattr(case, name).double() for name in TRAINED}),
-        mine,
-        group,
-    )
+    double = case.replace(**{name: getattr(case, name).double() for name in TRAINED})
+    found["float64"] = run(double, mine, group)
     for name in ("all options", "bf16"):
         found[f"{name}, reference"] = run(cases(world)[name], mine, group, backend="reference")
     found["hidden alone"] = run(case, mine, group, ("hidden",))
@@ -171,28 +168,36 @@ def main(rank: int, world: int, folder: Path) -> None:
     bad = case.replace(tokens=case.tokens.clone())
     bad.tokens[0], bad.tokens[1] = len(case.weight), -1
     function = torch.compile(g2.linear_logprobs, fullgraph=True, backend="aot_eager")
-    compiled = {}
     for name, one in (("right", case), ("wrong", bad)):
         options = {**one.head, "bias": one.bias[mine], "process_group": group}
-        compiled[name] = function(one.hidden, one.weight[mine], one.tokens, **options)._asdict()
-    found["compiled"] = {f"{which} {name}": t for which, out in compiled.items() for name, t in out.items()}
+        out = function(one.hidden, one.weight[mine], one.tokens, **options)
+        found[f"compiled, {name}"] = out._asdict()
 
     found["errors"] = {}
     for name, call in wrong_arguments(case, rank, group).items():
         start = time.perf_counter()
         found["errors"][name] = [message(call), time.perf_counter() - start]
-    some = dist.new_group([0, 1])
     found["after errors"] = run(case, mine, group)
-    two = rows(len(case.weight), 2)[min(rank, 1)]
-    found["two of them"] = run(case, two, some) if rank < 2 else message(lambda: run(case, two, some))
+    return found
 
-    # The last rank dies in the middle of it all.
+
+def main(rank: int, world: int, folder: Path) -> None:
+    """All ranks together, and the first two of them; in the end the last one dies."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    everyone, two = dist.group.WORLD, dist.new_group([0, 1])
+    found: dict[Any, Any] = {world: everything(everyone)}
+    case = cases(world)["all options"]
+    mine = rows(len(case.weight), world)[rank]
+    if rank < 2:
+        found[2] = everything(two)
+    else:
+        found["no member"] = message(lambda: run(case, mine, two))
+    torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     if rank == world - 1:
-        torch.save(found, folder / f"rank{rank}.pt")
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.perf_counter()
-    found["a rank was killed"] = [message(lambda: run(case, mine, group)), time.perf_counter() - start]
+    found["a rank was killed"] = [message(lambda: run(case, mine, everyone)), time.perf_counter() - start]
     torch.save(found, folder / f"rank{rank}.pt")
     os._exit(0)  # no farewell to a group that is broken
 

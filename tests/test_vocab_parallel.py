@@ -1,6 +1,7 @@
 """process_group: 2 and 4 ranks, each with rows of the vocabulary, against the whole of it in float64."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,38 +18,40 @@ from g2rl_kernels import logprobs, reference, vocab_parallel
 from g2rl_kernels.head import _head_features_over_ranks
 
 TESTS = Path(__file__).resolve().parent
-WORLDS = [2, 4]
-worlds = pytest.mark.parametrize("world", WORLDS)
+worlds = pytest.mark.parametrize("world", [2, 4])
 names = pytest.mark.parametrize("name", [*ranks.cases(2), "all options, reference", "bf16, reference"])
 
 
-def run_ranks(world: int, folder: Path) -> list[dict]:
-    """What each rank found. The last one is killed before the end, by itself."""
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> list[dict]:
+    """What each of 4 ranks found; the last one kills itself in the end."""
+    folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    processes = [
+    running = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "ranks.py"), str(rank), str(world), str(folder)],
+            [sys.executable, str(TESTS / "ranks.py"), str(rank), "4", str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(world)
+        for rank in range(4)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=240)[0] for process in running]
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
-    for process, text in zip(processes[:-1], said):
+    for process, text in zip(running[:3], said):
         assert process.returncode == 0, text
-    assert processes[-1].returncode == -9, said[-1]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    assert running[3].returncode == -signal.SIGKILL, said[3]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[int, list[dict]]:
-    return {world: run_ranks(world, tmp_path_factory.mktemp(f"ranks{world}")) for world in WORLDS}
+def found(processes) -> dict[int, list[dict]]:
+    """By the size of the group, what each of its ranks found."""
+    return {2: [results[2] for results in processes[:2]], 4: [results[4] for results in processes]}
 
 
 def joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -129,22 +132,15 @@ def test_compiled(found, world):
     """The same bits; a token of no rank, which is not checked then, is NaN on all ranks."""
     for results in found[world]:
         for name in ("logprobs", "entropy"):
-            right, wrong = (results["compiled"][f"{which} {name}"] for which in ("right", "wrong"))
+            right, wrong = (results[f"compiled, {which}"][name] for which in ("right", "wrong"))
             assert torch.equal(right, results["all options"][name])
             assert torch.isnan(wrong[:2]).all()
             assert torch.equal(wrong[2:], right[2:])
 
 
-def test_a_group_of_some_ranks(found):
-    members, others = found[4][:2], found[4][2:]
-    linear, head = split(joined([results["two of them"] for results in members]))
-    case = ranks.cases(2)["all options"]
-    assert_as_exact_as_torch(case, tuple(ranks.gradients(len(case.tokens))), linear)
-    oracle.assert_as_exact_as_torch(case, head, ("cpu", None))
-    for results in others:
-        assert results["two of them"] == (
-            "ValueError: process_group: this process is no member of it; call on its members only"
-        )
+def test_only_members_may_call(processes):
+    for results in processes[2:]:
+        assert results["no member"].startswith("ValueError: process_group: this process is no member of it")
 
 
 # What all ranks say where rank 1 is wrong, or differs
@@ -178,13 +174,12 @@ def test_an_error_on_one_rank_is_raised_by_all(found, world):
             assert seconds < 10
 
 
-@worlds
-def test_a_killed_rank_ends_the_others(found, world):
-    for results in found[world][:-1]:
+def test_a_killed_rank_ends_the_others(processes):
+    for results in processes[:3]:
         said, seconds = results["a rank was killed"]
-        assert said.startswith(("RuntimeError", "DistBackendError")), said
+        assert said.startswith("RuntimeError"), said
         assert seconds < 10
-    assert "a rank was killed" not in found[world][-1]
+    assert "a rank was killed" not in processes[3]
 
 
 # --- in this process: a group of one ------------------------------------------------------------------------
