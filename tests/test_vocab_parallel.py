@@ -11,9 +11,11 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from oracle import make_case
 from test_linear_logprobs import assert_as_exact_as_torch
 
 import g2rl_kernels as g2
+from benchmarks import scaling
 from g2rl_kernels import logprobs, reference, vocab_parallel
 from g2rl_kernels.head import _head_features_over_ranks
 
@@ -256,3 +258,29 @@ def test_a_sharded_dtensor_says_how_to_pass_the_shard(alone):
     replicated = distribute_tensor(case.weight, mesh, [torch.distributed.tensor.Replicate()])
     with pytest.raises(TypeError, match=r"weight\.full_tensor\(\)$"):
         g2.linear_logprobs(case.hidden, replicated, case.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_messages_are_those_of_the_cost_model(alone, monkeypatch, dtype):
+    """docs/scaling.md: their number, order and bytes, of what each rank holds in the end."""
+    case = make_case([20, 13], 203, 24, dtype=dtype)
+    sent = []
+    for name in ("all_gather", "all_reduce"):
+        call = getattr(dist, name)
+
+        def counted(values, *args, name=name, call=call, **options):
+            sent.append((name, sum(t.nbytes for t in values) if isinstance(values, list) else values.nbytes))
+            return call(values, *args, **options)
+
+        monkeypatch.setattr(dist, name, counted)
+    before = [("all_gather", vocab_parallel.MESSAGE), ("all_gather", 8)]  # arguments; sizes of the shards
+    before.append(("all_gather", scaling.statistics_bytes(33, ranks=1)))
+    options = {"process_group": alone, "backend": "reference"}
+    g2.head_features(case.hidden, case.weight, case.tokens, case.cu_seqlens, **options)
+    assert sent == [*before, ("all_reduce", scaling.feature_bytes(2, 24))]
+    sent.clear()
+    monkeypatch.setattr(logprobs, "SUMS", 4 * 24 * 20)
+    hidden = case.hidden.requires_grad_()
+    g2.linear_logprobs(hidden, case.weight, case.tokens, **options).logprobs.sum().backward()
+    pieces = [33] if dtype == torch.float32 else [20, 13]
+    assert sent == [*before, *[("all_reduce", scaling.gradient_bytes(n, 24)) for n in pieces]]
