@@ -219,7 +219,7 @@ def _gradients(
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     sum_bias = weight.new_zeros(V, dtype=reference.accumulation_dtype(weight)) if need_bias else None
     gw = grad_weight if need_weight else None
-    if not need_hidden:
+    if not need_hidden or N == 0:
         if need_weight or need_bias:
             sweep(everything, 0, V, None, gw, sum_bias)
     elif grad_hidden.element_size() >= 4:

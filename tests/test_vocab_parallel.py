@@ -76,11 +76,11 @@ def split(results: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], g2
 @worlds
 @names
 def test_any_case(found, world, name):
-    case_name, _, backend = name.partition(", ref")
-    case = ranks.cases(world)[case_name]
+    case_name, _, other = name.partition(", ref")
+    case, backend = ranks.cases(world)[case_name], ("reference", None) if other else oracle.BEST
     linear, head = split(joined([results[name] for results in found[world]]))
-    assert_as_exact_as_torch(case, tuple(ranks.gradients(len(case.tokens))), linear)
-    oracle.assert_as_exact_as_torch(case, head, ("reference" if backend else "cpu", None))
+    assert_as_exact_as_torch(case, backend, tuple(ranks.gradients(len(case.tokens))), linear)
+    oracle.assert_as_exact_as_torch(case, head, backend)
     assert torch.equal(head.logprobs, linear["logprobs"])
     assert torch.equal(head.entropy, linear["entropy"])
 
@@ -123,7 +123,7 @@ def test_pieces_change_only_the_rounding_of_sums(found, world):
     case = ranks.cases(world)["bf16"]
     pieces = joined([results["in pieces"] for results in found[world]])
     linear, _ = split(pieces)
-    assert_as_exact_as_torch(case, tuple(ranks.gradients(len(case.tokens))), linear)
+    assert_as_exact_as_torch(case, oracle.BEST, tuple(ranks.gradients(len(case.tokens))), linear)
     for name, value in joined([results["bf16"] for results in found[world]]).items():
         if name != "bias":  # a sum over all tokens, piece by piece
             assert torch.equal(value, pieces[name]), name

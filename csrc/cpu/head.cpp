@@ -24,17 +24,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "head_kernels.h"
+#include "memory.h"
 #include "tasks.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace g2rl {
 namespace {
@@ -43,31 +38,7 @@ constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller alloca
 constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
 constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
 
-// The workspace of the calling thread, kept for its next call: fresh pages would cost 2 to 4 % of a call.
-class Workspace {
- public:
-  // Memory for at least `bytes`, on a page boundary; what an earlier call left there may still be in it.
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      data_ = nullptr, size_ = 0;
-      void* p = nullptr;
-      if (posix_memalign(&p, kHuge, bytes)) throw std::bad_alloc();
-#ifdef __linux__
-      if (bytes >= kHuge) madvise(p, bytes / kHuge * kHuge, MADV_HUGEPAGE);
-#endif
-      data_ = static_cast<char*>(p), size_ = bytes;
-    }
-    return data_;
-  }
-  ~Workspace() { std::free(data_); }
-
- private:
-  static constexpr int64_t kHuge = 2 << 20;
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
+// Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
 thread_local Workspace workspace;
 
 // How the workspace is shared out.
@@ -105,11 +76,10 @@ class Head {
     // the codes are dead while rows are projected: the same memory holds the partial projections
     code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, 4 * row_stride(args.d));
-    int64_t bytes = 0;
-    const auto place = [&bytes](int64_t size) { return std::exchange(bytes, bytes + ceil_div(size, 64) * 64); };  // -> offset
-    const int64_t codes_at = place(code_bytes), packed_at = place(4 * c.units * width);
-    const int64_t statistics_at = place(4 * 3 * blocks * width), residual_at = place(4 * plan.rows * plan.span);
-    char* memory = workspace.reserve(bytes);
+    Layout layout;
+    const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
+    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.span);
+    char* memory = workspace.reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);

@@ -552,29 +552,31 @@ static void gradient(const GradientBlock& g, int64_t v0, int64_t count) {
   (c.bf16_pairs ? store_gradient<true> : store_gradient<false>)(g, count, logits);
 }
 
+// Two rows of 16-bit numbers, side by side in pairs
+static void interleave(const uint16_t* first, const uint16_t* second, int64_t n, uint16_t* out) {
+  for (int64_t j = 0; j < n; j++) out[2 * j] = first[j], out[2 * j + 1] = second[j];
+}
+
 // Rows [row, row + count) of a matrix as the packed operand of a product over them: [units][kColumns] for each slice of its
 // columns, slices slice_stride floats apart. A unit is a row, or a pair of them; zeros beyond the edges.
 static void pack_rows(const HeadChunk& c, const Matrix& m, int64_t row, int64_t count, float* out, int64_t slice_stride) {
-  const int64_t d = c.args->d, columns = panel_for(kMaxWidth), rows_a_unit = c.bf16_pairs ? 2 : 1;
-  for (int64_t k = 0; k < d; k += columns, out += slice_stride) {
-    const int64_t n = smaller(columns, d - k);
-    for (int64_t u = 0; u * rows_a_unit < count; u++) {
-      float* unit = out + u * columns;
+  const int64_t d = c.args->d, columns = panel_for(kMaxWidth), step = c.bf16_pairs ? 2 : 1;
+  for (int64_t i = 0; i < count; i += step)
+    for (int64_t k = 0; k < d; k += columns) {
+      const int64_t n = smaller(columns, d - k);
+      float* unit = out + k / columns * slice_stride + i / step * columns;
       if (!c.bf16_pairs) {
-        unpack_floats(c.args->dtype, m, row + u, k, n, unit);
-        for (int64_t j = n; j < columns; j++) unit[j] = 0.0f;
-        continue;
+        unpack_floats(c.args->dtype, m, row + i, k, n, unit);
+      } else {
+        const uint16_t* first = (const uint16_t*)m.data + (row + i) * m.stride0 + k * m.stride1;
+        const uint16_t* second = first + m.stride0;
+        uint16_t* pairs = (uint16_t*)unit;
+        if (m.stride1 == 1 && i + 1 < count) interleave(first, second, n, pairs);
+        else
+          for (int64_t j = 0; j < n; j++) pairs[2 * j] = first[j * m.stride1], pairs[2 * j + 1] = i + 1 < count ? second[j * m.stride1] : (uint16_t)0;
       }
-      const uint16_t* first = (const uint16_t*)m.data + (row + 2 * u) * m.stride0 + k * m.stride1;
-      const uint16_t* second = 2 * u + 1 < count ? first + m.stride0 : nullptr;
-      uint16_t* pairs = (uint16_t*)unit;
-      if (m.stride1 == 1 && second)
-        for (int64_t j = 0; j < n; j++) pairs[2 * j] = first[j], pairs[2 * j + 1] = second[j];
-      else
-        for (int64_t j = 0; j < n; j++) pairs[2 * j] = first[j * m.stride1], pairs[2 * j + 1] = second ? second[j * m.stride1] : (uint16_t)0;
-      std::memset(pairs + 2 * n, 0, 4 * (columns - n));
+      for (int64_t j = n; j < columns; j++) unit[j] = 0.0f;
     }
-  }
 }
 
 // out[r, :] (+)= rows[r, :] . packed for `count` rows and one slice of columns. Rows are readable up to whole tiles.

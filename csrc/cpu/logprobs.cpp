@@ -6,7 +6,7 @@
 //   gradient  each block of 96 entries x 64 tokens: logits anew, p, dz; kept twice, as rows of entries and rows of tokens,
 //             in bf16 where the inputs are (its products take pairs of bf16), else in float32
 //   hidden    sum_hidden[tokens, a slice of columns] += dz W, the strip's sum in registers
-//   weight    grad_weight[a block, a slice of columns] = dz^T hidden, likewise; over several chunks in float32, rounded last
+//   weight    grad_weight[a block, some slices] = dz^T hidden, likewise; over several chunks in float32, rounded last
 //
 // All three are one register tile (product_tile): rows of numbers against a packed operand.  The packed operands are hidden^T
 // for the logits, and W and hidden in slices of 64 columns; packing costs a few percent of the products that use it.
@@ -17,16 +17,17 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "head_kernels.h"
+#include "memory.h"
 #include "tasks.h"
 
 namespace g2rl {
 namespace {
 
 constexpr int64_t kStrip = 16 * kBlock, kChunk = 16 * kMaxWidth;
+constexpr int64_t kSlices = 8;  // of the columns of grad_weight, written together
 constexpr int64_t kMemory = 40 << 20;  // bytes, of all that grows with the shapes
 
 class Sweep {
@@ -45,17 +46,21 @@ class Sweep {
     chunk = std::clamp((kMemory - strip * entry) / token / kMaxWidth * kMaxWidth, kMaxWidth, kChunk);
     chunk = std::min(chunk, ceil_div(h.N, kMaxWidth) * kMaxWidth);
 
-    const auto buffer = [this](int64_t bytes) {
-      buffers.emplace_back(new char[bytes + 64]);
-      char* p = buffers.back().get();
-      return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
-    };
-    transposed = reinterpret_cast<float*>(buffer(chunk * base.units * 4));
-    by_entry = buffer(strip * chunk * size);
     token_bytes = strip * size;
-    if (a.sum_hidden) by_token = buffer((chunk + kProductRows) * token_bytes), weights = reinterpret_cast<float*>(buffer(strip * width * size));
-    if (a.grad_weight) hiddens = reinterpret_cast<float*>(buffer(chunk * width * size));
-    if (a.grad_weight && chunk < h.N) sum_weight = reinterpret_cast<float*>(buffer(strip * width * 4));
+    Layout layout;
+    const int64_t transposed_at = layout.place(chunk * base.units * 4), entries_at = layout.place(strip * chunk * size);
+    const int64_t tokens_at = layout.place(a.sum_hidden ? (chunk + kProductRows) * token_bytes : 0);
+    const int64_t weights_at = layout.place(a.sum_hidden ? strip * width * size : 0);
+    const int64_t hiddens_at = layout.place(a.grad_weight ? chunk * width * size : 0);
+    several_chunks = chunk < h.N;
+    const int64_t sum_at = layout.place(a.grad_weight && several_chunks ? strip * width * 4 : 0);
+    char* memory = workspace.reserve(layout.bytes());
+    transposed = reinterpret_cast<float*>(memory + transposed_at);
+    by_entry = memory + entries_at;
+    by_token = memory + tokens_at;
+    weights = reinterpret_cast<float*>(memory + weights_at);
+    hiddens = reinterpret_cast<float*>(memory + hiddens_at);
+    sum_weight = reinterpret_cast<float*>(memory + sum_at);
     terms.resize(5 * chunk);
     if (a.grad_bias) sum_entries.resize(strip * (chunk / kMaxWidth));
   }
@@ -111,7 +116,6 @@ class Sweep {
     const int64_t count = groups.size(), blocks = ceil_div(entries, kBlock);
     run(parallel, blocks * count, [&](int64_t i) {
       const int64_t b = i / count, g = i % count, v = b * kBlock, n = std::min(kBlock, entries - v), t = g * kMaxWidth;
-      if (a.sum_hidden && g == 0) k.pack_rows(base, h.weight, v0 + v, n, weights + units(v) * columns, units(entries) * columns);
       GradientBlock block{};
       block.chunk = &groups[g];
       const float** of_tokens[] = {&block.top, &block.log_total, &block.a, &block.e, &block.own};
@@ -123,15 +127,17 @@ class Sweep {
       if (a.sum_hidden) block.by_token = by_token + t * token_bytes + v * size;
       if (a.grad_bias) block.sum_entries = sum_entries.data() + g * strip + v;
       k.gradient(block, v0 + v, n);
+      // after that: the block is in cache now, and gradient() fetches it ahead, which packing does not
+      if (a.sum_hidden && g == 0) k.pack_rows(base, h.weight, v0 + v, n, weights + units(v) * columns, units(entries) * columns);
     });
   }
 
   void products() {
     const int64_t rows = kProductRows * 16, pieces = ceil_div(tokens, rows), blocks = ceil_div(entries, kBlock);
-    const int64_t of_hidden = a.sum_hidden ? slices * pieces : 0, of_weight = a.grad_weight ? slices * blocks : 0;
+    const int64_t of_hidden = a.sum_hidden ? slices * pieces : 0, of_weight = a.grad_weight ? ceil_div(slices, kSlices) * blocks : 0;
     run(parallel, of_hidden + of_weight, [&](int64_t i) {
       if (i < of_hidden) hidden_product(i / pieces, i % pieces * rows, std::min(rows, tokens - i % pieces * rows));
-      else weight_product((i - of_hidden) % slices, (i - of_hidden) / slices * kBlock);
+      else weight_product((i - of_hidden) / blocks, (i - of_hidden) % blocks * kBlock);
     });
     if (a.grad_bias)
       for (int64_t g = 0; g < int64_t(groups.size()); g++)
@@ -145,17 +151,21 @@ class Sweep {
               a.sum_hidden + (first + t) * h.d + slice * columns, h.d, slice_width(slice), true);
   }
 
-  void weight_product(int64_t slice, int64_t v) {
-    alignas(64) float tile[kBlock * kMaxWidth];
-    const int64_t count = std::min(kBlock, entries - v), width = slice_width(slice);
-    const bool one = sum_weight == nullptr, last = first + tokens == h.N;
-    float* sum = one ? tile : sum_weight + (slice * strip + v) * columns;
-    k.product(base, by_entry + v * chunk * size, chunk * size, count, hiddens + slice * units(padded) * columns, units(padded), sum,
-              columns, width, first > 0);
-    if (!last) return;
+  // A few entries at a time against several slices: their rows of grad_weight are then written in long runs.
+  void weight_product(int64_t group, int64_t v) {
+    alignas(64) float tile[kProductRows * kSlices * kMaxWidth];
+    const int64_t begin = group * kSlices, end = std::min(begin + kSlices, slices), width = std::min(end * columns, h.d) - begin * columns;
     const int64_t bytes = h.dtype == DType::f32 ? 4 : 2;
-    for (int64_t r = 0; r < count; r++)
-      k.round_to(h.dtype, sum + r * columns, width, static_cast<char*>(a.grad_weight) + ((v0 + v + r) * h.d + slice * columns) * bytes);
+    for (int64_t r = v; r < std::min(v + kBlock, entries); r += kProductRows) {
+      const int64_t count = std::min(kProductRows, entries - r), stride = several_chunks ? slices * columns : kSlices * columns;
+      float* sum = several_chunks ? sum_weight + r * stride + begin * columns : tile;
+      for (int64_t j = begin; j < end; j++)
+        k.product(base, by_entry + r * chunk * size, chunk * size, count, hiddens + j * units(padded) * columns, units(padded),
+                  sum + (j - begin) * columns, stride, slice_width(j), first > 0);
+      if (first + tokens < h.N) continue;
+      for (int64_t i = 0; i < count; i++)
+        k.round_to(h.dtype, sum + i * stride, width, static_cast<char*>(a.grad_weight) + ((v0 + r + i) * h.d + begin * columns) * bytes);
+    }
   }
 
   const SweepArgs& a;
@@ -167,22 +177,22 @@ class Sweep {
   int64_t v0 = 0, entries = 0;                // the strip
   int64_t first = 0, tokens = 0, padded = 0;  // the chunk
   std::vector<HeadChunk> groups;
-  std::vector<std::unique_ptr<char[]>> buffers;
-  float *transposed, *weights = nullptr, *hiddens = nullptr, *sum_weight = nullptr;
-  char *by_entry, *by_token = nullptr;
+  Workspace workspace;
+  bool several_chunks;
+  float *transposed, *weights, *hiddens, *sum_weight;
+  char *by_entry, *by_token;
   std::vector<float> terms, sum_entries;
 };
 
 }  // namespace
 
 void logprobs_sweep(const SweepArgs& args, Isa isa, Parallel parallel) {
-  const bool wanted = args.sum_hidden || args.grad_weight || args.grad_bias;
-  if (args.head.N > 0 && args.begin < args.end && wanted) {
-    Sweep(args, kernels_for(isa), parallel).run_all();
-  } else if (args.grad_weight && args.begin < args.end) {
-    const int64_t row = args.head.d * (args.head.dtype == DType::f32 ? 4 : 2);
-    std::memset(static_cast<char*>(args.grad_weight) + args.begin * row, 0, (args.end - args.begin) * row);
-  }
+  if (args.begin == args.end) return;
+  const int64_t row = args.head.d * (args.head.dtype == DType::f32 ? 4 : 2), bytes = (args.end - args.begin) * row;
+  char* grad_weight = args.grad_weight ? static_cast<char*>(args.grad_weight) + args.begin * row : nullptr;
+  if (grad_weight) prefer_huge_pages(grad_weight, bytes);
+  if (args.head.N > 0) Sweep(args, kernels_for(isa), parallel).run_all();
+  else if (grad_weight) std::memset(grad_weight, 0, bytes);
 }
 
 }  // namespace g2rl
