@@ -28,6 +28,7 @@ import functools
 import importlib.metadata
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -191,9 +192,12 @@ class G2RLTrainer(GRPOTrainer):
         if self._shapes:
             self._correctness = _correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
-        for causal in (self.model, self.ref_model):
-            if causal is not None and (fused or (self._shapes and causal is self.model)):
-                self._add_ops(_innermost(causal), fused)
+        if fused or self._shapes:
+            # ZeRO-3 has taken the weights apart, and FSDP may have loaded them on the first process alone
+            whole = self.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
+            self._add_ops(_innermost(self.model), fused, compare=whole)
+        if fused and self.ref_model is not None:
+            self._add_ops(_innermost(self.ref_model), fused, compare=False)  # by now it may be sharded
 
     # --- the model's forward --------------------------------------------------------------------------------
 
@@ -209,11 +213,9 @@ class G2RLTrainer(GRPOTrainer):
             raise ValueError(f"g2rl_fused_logprobs=True: {why_not}; leave it unset, and TRL's head is used")
         return asked is not False and why_not is None
 
-    def _add_ops(self, model: Any, fused: bool) -> None:
+    def _add_ops(self, model: Any, fused: bool, compare: bool) -> None:
         """Answers `model(..., fused_lm_head=True)` by our ops. `model.forward` is TRL's addition already."""
-        whole = self.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
-        head = find_head(model, compare=whole)  # FSDP may load weights on the first process alone
-        theirs = model.forward
+        head, theirs = find_head(model, compare), model.forward
 
         @functools.wraps(theirs)
         def forward(*args: Any, **inputs: Any) -> Any:
@@ -229,7 +231,7 @@ class G2RLTrainer(GRPOTrainer):
                 self._measure(measurement, now, hidden[0], inputs["labels"])
                 return output
             del inputs["fused_lm_head"]
-            labels = inputs.pop("labels")
+            labels = inputs.pop("labels").to(now.output.weight.device)  # of a model split over devices
             hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
             if measurement is not None and measures:
                 logprobs, entropy = self._measure(measurement, now, hidden, labels)
@@ -248,12 +250,12 @@ class G2RLTrainer(GRPOTrainer):
     def _head_inputs(self, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Any, ...]:
         """Packed hidden [N, d], weight and bias in the dtype that TRL multiplies in; tokens [N], cu_seqlens
         [B + 1] and mask [B, L - 1]. hidden [B, L, d], labels [B, L] with -100 at what is not scored."""
-        device = hidden.device.type
-        dtype = head.output.weight.dtype
-        if torch.is_autocast_enabled(device) and not self.args.cast_lm_head_to_fp32:
-            dtype = torch.get_autocast_dtype(device)
-        mask = labels[:, 1:] != -100
-        packed, tokens, cu_seqlens = g2.pack_responses(hidden[:, :-1], labels[:, 1:], mask)
+        device, dtype = head.output.weight.device, head.output.weight.dtype
+        if torch.is_autocast_enabled(device.type) and not self.args.cast_lm_head_to_fp32:
+            dtype = torch.get_autocast_dtype(device.type)
+        hidden, labels = hidden.to(device)[:, :-1], labels.to(device)[:, 1:]
+        mask = labels != -100
+        packed, tokens, cu_seqlens = g2.pack_responses(hidden, labels, mask)
         return packed.to(dtype), *head.weights(dtype), tokens, cu_seqlens, mask
 
     def _measure(
@@ -358,9 +360,18 @@ class G2RLTrainer(GRPOTrainer):
         args, start = self.args, self._clock()
         rewards = measurement.rewards
         assert rewards is not None
+        scores = rewards[:, self._correctness]
+        scored = scores[~scores.isnan()]
+        if len(scored) and scored.max() - scored.min() > 1.01 * args.g2rl_correctness_gap:
+            warnings.warn(
+                f"rewards of {self.reward_func_names[self._correctness]} lie further apart than "
+                f"g2rl_correctness_gap={args.g2rl_correctness_gap:g}, which makes shaping weaker than g2rl_lam "
+                "says: set it to the distance between right and wrong (2 for rewards of -1 and +1)",
+                stacklevel=2,
+            )
         shaped = shape_scores(
             gather(torch.cat(measurement.features)),
-            rewards[:, self._correctness],
+            scores,
             self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             threshold=args.g2rl_correctness_threshold,
