@@ -219,13 +219,13 @@ class G2RLTrainer(GRPOTrainer):
 
         @functools.wraps(theirs)
         def forward(*args: Any, **inputs: Any) -> Any:
-            measurement = self._measurement
-            measures = measurement is not None and measurement.running
-            if not inputs.get("fused_lm_head") or not (fused or measures):
+            asked = self._measurement
+            measurement = asked if asked is not None and asked.running else None
+            if not inputs.get("fused_lm_head") or not (fused or measurement):
                 return theirs(*args, **inputs)
             # FSDP and PEFT replace both after this function was made
             now = replace(head, backbone=model.base_model, output=model.get_output_embeddings())
-            if measurement is not None and measures and not fused:
+            if measurement and not fused:
                 with _last_hidden_state(now.backbone) as hidden:
                     output = theirs(*args, **inputs)
                 self._measure(measurement, now, hidden[0], inputs["labels"])
@@ -233,7 +233,7 @@ class G2RLTrainer(GRPOTrainer):
             del inputs["fused_lm_head"]
             labels = inputs.pop("labels").to(now.output.weight.device)  # of a model split over devices
             hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
-            if measurement is not None and measures:
+            if measurement:
                 logprobs, entropy = self._measure(measurement, now, hidden, labels)
             else:
                 packed, weight, bias, tokens, _, _ = self._head_inputs(now, hidden, labels)
@@ -365,8 +365,8 @@ class G2RLTrainer(GRPOTrainer):
         if len(scored) and scored.max() - scored.min() > 1.01 * args.g2rl_correctness_gap:
             warnings.warn(
                 f"rewards of {self.reward_func_names[self._correctness]} lie further apart than "
-                f"g2rl_correctness_gap={args.g2rl_correctness_gap:g}, which makes shaping weaker than g2rl_lam "
-                "says: set it to the distance between right and wrong (2 for rewards of -1 and +1)",
+                f"g2rl_correctness_gap={args.g2rl_correctness_gap:g}, so that shaping is weaker than g2rl_lam"
+                " says: set it to the distance between right and wrong (2 for rewards of -1 and +1)",
                 stacklevel=2,
             )
         shaped = shape_scores(

