@@ -57,3 +57,46 @@ def test_own_loop():
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(plain_loss(), parameters)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_trl(tmp_path, monkeypatch):
+    """As written, but for a tiny model, local problems and three steps."""
+    pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
+    from tiny_trl import CHAT, make_tokenizer, prompts, save_model
+
+    source = code("trl.md")
+    for theirs, ours in (
+        ('"Qwen/Qwen3-1.7B-Base"', repr(save_model(tmp_path / "model"))),
+        ('load_dataset("trl-lib/DeepMath-103K", split="train")', "problems"),
+        ("num_generations=16", "num_generations=4, max_completion_length=4, max_steps=3, use_cpu=True"),
+    ):
+        assert theirs in source
+        source = source.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "model")
+    problems = prompts().map(
+        lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}], "solution": "$1$"}
+    )
+    names: dict = {"problems": problems}
+    exec(compile(source, "trl.md", "exec"), names)
+    assert names["trainer"].state.global_step == 3
+    assert any("g2rl/cos_mean" in entry for entry in names["trainer"].state.log_history)
+
+
+def test_the_trl_page_lists_every_argument():
+    integration = pytest.importorskip("g2rl_kernels.integrations.trl", reason="needs TRL 1.16")
+    text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`g2rl_.*?) \| (.*?) \|", text, re.MULTILINE)
+    defaults = integration.G2RLConfig.__dataclass_fields__
+    listed = {
+        name: value
+        for names, values in rows
+        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "))
+    }
+    assert listed.keys() == {name for name in defaults if name.startswith("g2rl_")}
+    for name, value in listed.items():
+        if defaults[name].default is not None:
+            assert value.strip("`") == str(defaults[name].default), name

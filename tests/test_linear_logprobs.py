@@ -196,6 +196,13 @@ def test_one_entry_vocabulary_and_no_tokens(backend):
 
 @backends
 @dtypes
+def test_logits_far_above_zero(dtype, backend):
+    """exp(256) is no float32, in places of a tile that hold no token either."""
+    check(make_case([3], V=31, d=6, dtype=dtype, bias=torch.full((31,), 256.0)), backend)
+
+
+@backends
+@dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(dtype, layout, backend):
     case = make_case([20], V=31, d=6, dtype=dtype, bias=torch.randn(62)[::2])
