@@ -62,7 +62,10 @@ def linear_logprobs(
             PyTorch).
         weight: [V, d], dtype of hidden.
         tokens: [N] int64 in [0, V).
-        bias, temperature, logit_scale, logit_softcap, process_group, backend: as for `head_features`.
+        bias, temperature, logit_scale, logit_softcap, process_group, backend: as for `head_features`. With a
+            process_group each rank goes on to the same loss and calls backward, with the same incoming
+            gradients: hidden's gradient is then whole, and the same, on all ranks (summing it over them once
+            more would be wrong), those of weight and bias are of this rank's rows.
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight
