@@ -207,11 +207,11 @@ def _gradients(
     (N, d), V = hidden.shape, weight.shape[0]
     everything = slice(0, N)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    # contiguous, whatever weight is; without tokens nothing is written
-    grad_weight = (weight.new_empty if N else weight.new_zeros)(weight.shape if need_weight else (0,))
+    # contiguous, whatever weight is
+    grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     sum_bias = weight.new_zeros(V, dtype=reference.accumulation_dtype(weight)) if need_bias else None
     gw = grad_weight if need_weight else None
-    if not need_hidden:
+    if not need_hidden or N == 0:
         if need_weight or need_bias:
             sweep(everything, 0, V, None, gw, sum_bias)
     elif grad_hidden.element_size() >= 4:

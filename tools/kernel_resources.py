@@ -42,8 +42,8 @@ TENSOR_MEMORY = 512  # columns, on Blackwell
 
 # Types of arguments by name; what is neither here nor a constant is an int32.
 TYPES = {
-    "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass numbers part partial rest "
-    "seed shift skipped_mass slope slots sums target",
+    "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass numbers part partial "
+    "rest seed shift skipped_mass slope slots sums target",
     "*i64": "cu_seqlens index skipped_tokens tokens",
     "*i32": "gate response",
     "*i8": "keep",

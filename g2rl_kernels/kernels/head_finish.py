@@ -1,7 +1,7 @@
 """From the sums over vocabulary strips to log-probability, logsumexp and entropy of each token.
 
-With m*, l*, u* joined from the strips (head_join.py), of all entries but the realised token y, that one is put
-back: with x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
+m*, l*, u* are joined from the strips (head_join.py), the realised token y left out. Here y is put back: with
+x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
 
     logsumexp   = m* + k, or x_y + log1p(...) where y is likely     (base 2)
     1 - p_y     = l* 2^(m* - M) / (l* 2^(m* - M) + 2^(x_y - M)),    M = max(m*, x_y): nothing is subtracted

@@ -83,8 +83,8 @@ def head_gradient(
 ) -> None:
     """Fills gradient [rows, columns], of the dtype of hidden, with rows a multiple of 16 numbers apart.
 
-    hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the two parts of the logsumexp in
-    nats, a, e and at_token.
+    hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the two parts of the logsumexp
+    in nats, a, e and at_token.
     """
     (N, D), (n_rows, n_columns) = hidden.shape, gradient.shape
     n_blocks = triton.cdiv(n_rows, config.BM)

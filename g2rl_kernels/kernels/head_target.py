@@ -52,8 +52,8 @@ def head_target_kernel(
 def head_target(
     hidden: Tensor, head: Head, tokens: Tensor, factor: float | None = None, outside: float = math.nan
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, d], tokens [N] -> logit of each token [N], in base 2 unless `factor` is another, `outside` for
-    a token outside of [0, V); the softcap's slope there [N] if any."""
+    """hidden [N, d], tokens [N] -> logit of each token [N], in base 2 unless `factor` is another, `outside`
+    for a token outside of [0, V); the softcap's slope there [N] if any."""
     N, D = hidden.shape
     target = torch.empty(N, dtype=torch.float32, device=hidden.device)
     slope = torch.empty_like(target) if head.has_softcap else None

@@ -1,38 +1,42 @@
 """`linear_logprobs` in Triton and cuBLAS: backend "triton". g2rl_kernels/logprobs.py says what is computed.
 
-**Forward.** head_stats over all tokens, strips joined (head_join.py), the realised token beside them.
+**Forward.** head_stats over all tokens, its strips joined (head_join.py), the realised token beside them.
 
-**Backward.** Tile by tile of [chunk of tokens, block of the vocabulary], head_gradient.py computes dz anew and
-two products of torch's, that is cuBLAS, take it up:
+**Backward.** For a chunk of tokens x a block of the vocabulary at a time, head_gradient.py computes dz anew,
+in the dtype of hidden, and two products of torch's, that is cuBLAS, take it up:
 
     sum_hidden[chunk] += dz W[block]        grad_weight[block] = sum over chunks of dz^T hidden[chunk]
 
-in float32, the latter rounded once. dz lies in a buffer of GRADIENT bytes at most, in the dtype of hidden.
+in float32, the latter rounded once: by the product itself if one chunk holds all tokens, else from sums that
+lie in the rows of grad_weight behind the block, which are written later (`_sums`).
 
-**Shapes.** With n tokens and v entries a tile, the float32 sums are read and written V / v and N / n times,
-8 N V d (1 / v + 1 / n) bytes that products of 6 N V d operations pay for: at 700 TFLOP/s and 3 TB/s, 470 (1 / v
-+ 1 / n) of the three. So both should be large, and n v is bounded by the buffer: 4096 x 3072 in 16 bits. If one
-chunk holds all tokens, the second product writes the gradient itself, and only 1 / v remains.
+**Shapes.** With n tokens a chunk and v entries a block, float32 sums are read and written V / v and N / n
+times: 8 N V d (1 / v + 1 / n) bytes beside the 6 N V d operations of the three bare products, which is 310 (1
+/ v + 1 / n) of their time at 700 TFLOP/s and 3 TB/s. So both should be large, as far as the buffer for dz
+allows: 4096 x 4096. All three products are then cut into whole waves of 128 x 256 tiles on 132
+multiprocessors, to 3 %, if d is a multiple of 2048.
 
-**On paper, H100, bf16, V = 151936, d = 2048.** Three bare products of N tokens take N x 2.7 us; ours in units of
-them, where products run at cuBLAS' rate and nothing of the sums' traffic hides behind products:
+**On paper, H100, bf16, V = 151936, d = 2048**, in units of the three bare products, 2.7 us a token:
 
-    forward and dz, with their epilogues (6 % each)    2 / 3 + 0.04
-    the two products                                   2 / 3
-    sums                                               N <= 4096: 470 / 3072 = 0.15, beyond: 0.27
-    logits anew in logprobs._gradients (2 N / V)       N = 4096: 0.02, N = 16384: 0.07
-    dz written once, read twice                        in L2, as the operands of any product
-    launches: Triton, cuBLAS, cuBLAS for each tile     20 us behind 220 us of work
+                                                          N <= 4096    N = 16384
+    forward and dz: products, and 6 % for epilogues       0.71         0.71
+    dhidden and dW                                        0.67         0.67
+    float32 sums, if nothing hides behind products        0.08         0.15
+    logits once more in logprobs._gradients, 2 N / V      0.02         0.07
+                                                          1.47         1.60
 
-1.55 for 4096 tokens and 1.71 for 16384 if nothing hides; if half of the sums' traffic does, 1.47 and 1.58. The
-aim is 1.5, and no GPU has run this yet.
+dz is written once and read twice, like operands and results of the bare products, and more often from L2. A
+tile of 4096 x 4096 is 0.3 ms of work behind three launches, some 50 us of the CPU's time. If half of the
+sums' traffic hides behind products it is 1.43 and 1.52. The aim is 1.5; no GPU has run this yet.
 
-**float16.** Gradients of a mean over many tokens are so small that p (a + e log p) would underflow: of 1 / 4096,
-all p below 2e-4 would be lost. dz is therefore in units of 2^-15 of the largest that it can be, found on the
-device; the sums are in these units until the sweep ends. bfloat16 has float32's exponents and needs none.
+**float16.** g p is mostly below what it can hold where g belongs to a mean over many tokens, and all of dz
+but the realised tokens' would vanish. dz is therefore in units of 2^-15 of the largest that it can be, found
+on the device, and so are the sums until the sweep ends. Relative error of dW in rows of tokens that were
+never realised, 1024 tokens, V = 16384, g = advantages / 16384: 2.5 %, of which all is the result's own
+rounding; without the units, and in plain torch, 20 %. bfloat16 has float32's exponents and needs no unit.
 
-**Float32** products of torch's follow torch.set_float32_matmul_precision: if the user allows TF32 there, these
-two products are TF32 as any of torch's are.
+**float32.** Torch's products follow torch.set_float32_matmul_precision as all of torch's do: TF32 if the user
+allows it.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ from .head_target import head_target
 from .tile import Head
 from .tuning import Config
 
-GRADIENT = 24 << 20  # bytes of dz
+GRADIENT = 32 << 20  # bytes of dz
 TOKENS = 4096  # of a chunk
 ENTRIES = 16384  # of a block of the vocabulary
 SUMS = 8 << 20  # bytes of a block's sums, where the gradient itself has no room for them
@@ -119,7 +123,7 @@ def sweep(
     chunk, most = _shape(N, end - begin, hidden.element_size(), config)
     buffer = hidden.new_empty(chunk, most)
     # Whether the weight's gradient has to be added up apart from where it ends.
-    apart = grad_weight is not None and hidden.element_size() < 4 and (N > chunk or unit is not None)
+    apart = grad_weight is not None and hidden.element_size() < 4 and (chunk < N or unit is not None)
     if unit is not None and sum_hidden is not None:
         sum_hidden /= unit
     with torch.cuda.device_of(hidden), _rounded_once():

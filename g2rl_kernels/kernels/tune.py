@@ -1,7 +1,7 @@
 """What `g2rl tune` does: times the configurations of tuning.py on this machine's GPU, and stores the fastest.
 
-They are timed through the functions that head.py and logprobs.py call. A configuration may win only if its results are
-those of the shipped one up to rounding, and the same bits when it is run again.
+They are timed through the functions that head.py and logprobs.py call. A configuration may win only if its
+results are those of the shipped one up to rounding, and the same bits when it is run again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ Find the fastest tiles for a model's LM head on this machine's GPU, and keep the
 
 The three large kernels come with tiles that were chosen for each generation of GPUs. This command times some
 others beside them, for one vocabulary, hidden size and dtype, and stores the fastest in a file that
-head_features, linear_logprobs and the trainer look into. It takes a minute or two. Nothing else ever measures: without such
-a file the shipped tiles are used, everything works, and results are the same up to rounding."""
+head_features, linear_logprobs and the trainer look into. It takes a minute or two. Nothing else ever
+measures: without such a file the shipped tiles are used, everything works, and results are the same up to
+rounding."""
 
 EPILOG = """\
 examples:

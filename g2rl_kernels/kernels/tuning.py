@@ -30,7 +30,8 @@ class Config:
     programs_per_sm: int = 1  # 2: one program's epilogue runs beside the other's products
 
 
-# Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens; head_gradient.
+# Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens;
+# head_gradient.
 KINDS = ("stats", "residual", "seeded", "listed", "gradient")
 
 INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interpreter alike
