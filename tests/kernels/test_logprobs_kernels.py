@@ -29,6 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).s
 
 TINY = tuning.Config(16, 32, 32, 4, 2)
 NO_OPTIONS = (1.0, 1.0, 0.0)  # temperature, logit_scale, logit_softcap
+BACKEND = ("triton",)  # as the operators take it
 
 
 @pytest.fixture
@@ -341,9 +342,9 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
     tokens, grad = torch.zeros(N, dtype=torch.int64, device=GPU), torch.ones(N, device=GPU)
 
     def run():
-        out = logprobs._linear_logprobs._init_fn(hidden, weight, tokens, None, *NO_OPTIONS, "triton")
+        out = logprobs._linear_logprobs._init_fn(hidden, weight, tokens, None, *NO_OPTIONS, *BACKEND)
         return out, logprobs._linear_logprobs_backward._init_fn(
-            grad, grad, hidden, weight, tokens, None, *out, *NO_OPTIONS, "triton", True, not frozen, False
+            grad, grad, hidden, weight, tokens, None, *out, *NO_OPTIONS, *BACKEND, True, not frozen, False
         )
 
     if HAS_GPU:
@@ -384,7 +385,7 @@ def test_products_are_rounded_once_and_torchs_setting_comes_back():
 @pytest.mark.parametrize("trained", [(), (0,), (0, 1, 3)], ids=str)
 def test_opcheck(trained):
     case = make_case([8], V=67, d=16).to(GPU)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, "triton"]
+    args = [case.hidden, case.weight, case.tokens, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
@@ -435,9 +436,9 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
 
     def run():
         inputs = (case.hidden, case.weight, case.tokens, None)
-        out = torch.ops.g2rl.linear_logprobs(*inputs, *NO_OPTIONS, "triton")
+        out = torch.ops.g2rl.linear_logprobs(*inputs, *NO_OPTIONS, *BACKEND)
         return torch.ops.g2rl.linear_logprobs_backward(
-            grad, grad, *inputs, *out, *NO_OPTIONS, "triton", True, True, False
+            grad, grad, *inputs, *out, *NO_OPTIONS, *BACKEND, True, True, False
         )
 
     expected = run()  # compiles
