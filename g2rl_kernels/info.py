@@ -55,7 +55,8 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
         },
         "cpu": {
             "available": isa["problem"] is None,
-            "does": f"head_features, linear_logprobs and group_geometry in C++ with {isa['chosen'] or 'no instruction set'}",
+            "does": "head_features, linear_logprobs and group_geometry in C++ with "
+            + (isa["chosen"] or "no instruction set"),
             "reason": isa["problem"],
         },
         "triton": {
