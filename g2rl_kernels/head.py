@@ -6,6 +6,7 @@ those in Triton in kernels/. `linear_logprobs` has a file of its own, logprobs.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -369,10 +370,19 @@ def _head_features_over_ranks(
     logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
     responses = cu_seqlens, bias, token_weights
     with torch.autocast(hidden.device.type, enabled=False):
-        part = torch.ops.g2rl.head_features_of_part if backend == "cpu" else tiled.features_of_part
-        features = part(hidden, weight, tokens, *responses, logsumexp, rest, *options)
+        features = _features_of_part(backend)(hidden, weight, tokens, *responses, logsumexp, rest, *options)
         vocab_parallel.all_reduce(features, group)
     return features, found, logsumexp.float(), entropy
+
+
+def _features_of_part(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        return torch.ops.g2rl.head_features_of_part
+    if backend == "triton":
+        from .kernels import head
+
+        return head.features_of_part
+    return tiled.features_of_part
 
 
 torch.library.register_fake("g2rl::head_features_over_ranks", _fake_head_features)

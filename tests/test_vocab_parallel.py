@@ -16,8 +16,8 @@ from test_linear_logprobs import assert_as_exact_as_torch
 
 import g2rl_kernels as g2
 from benchmarks import scaling
-from g2rl_kernels import logprobs, reference, vocab_parallel
-from g2rl_kernels.head import _head_features_over_ranks
+from g2rl_kernels import arguments, logprobs, reference, vocab_parallel
+from g2rl_kernels.head import _features_of_part, _head_features_over_ranks
 
 TESTS = Path(__file__).resolve().parent
 worlds = pytest.mark.parametrize("world", [2, 4])
@@ -184,7 +184,36 @@ def test_a_killed_rank_ends_the_others(processes):
     assert "a rank was killed" not in processes[3]
 
 
-# --- in this process: a group of one ------------------------------------------------------------------------
+# --- in this process ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [("reference", None), *oracle.CPU_BACKENDS, oracle.TRITON], ids=str)
+@pytest.mark.parametrize("name", ["all options", "bf16", "fp16", "the first rank masked"])
+def test_features_of_parts_add_up(backend, name):
+    """Whatever the cuts; nothing of a token that lies elsewhere is read."""
+    if backend == oracle.TRITON and not arguments.HAS_TRITON:
+        pytest.skip("needs triton")
+    whole = ranks.cases(2)[name]
+    exact = oracle.autograd_head(whole)
+    case = whole.to(oracle.GPU) if backend == oracle.TRITON else whole
+    logsumexp, rest = (t.to(case.hidden.device) for t in (exact.logsumexp, -torch.expm1(exact.logprobs)))
+    features = 0
+    for rows in ranks.rows(len(case.weight), 4):
+        local = torch.where(
+            (rows.start <= case.tokens) & (case.tokens < rows.stop), case.tokens - rows.start, -1
+        )
+        bias = None if case.bias is None else case.bias[rows]
+        options = case.temperature, case.logit_scale, case.logit_softcap or 0.0
+        with oracle.environment("G2RL_CPU_ISA", backend[1]):
+            features += _features_of_part(backend[0])(
+                case.hidden, case.weight[rows], local, case.cu_seqlens, bias, case.token_weights,
+                logsumexp, rest, *options,
+            )  # fmt: skip
+    assert features.dtype == torch.float32
+    oracle.assert_as_exact_as_torch(whole, exact._replace(features=features.cpu()), backend)
+
+
+# A group of one.
 
 
 @pytest.fixture(scope="module")
