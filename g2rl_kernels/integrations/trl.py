@@ -389,9 +389,7 @@ class G2RLTrainer(GRPOTrainer):
         for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
         self._logs["extra"]["g2rl_bonus"].extend(shaped.bonus.tolist())
-        for _ in range(len(advantages)):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(advantages.tolist())
+        self._logs["advantages"].extend(advantages.tolist())  # it holds one batch: TRL's own drop out
         first = self.accelerator.process_index * count
         return advantages[first : first + count]
 

@@ -95,7 +95,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats; arguments as for head_features."""
     head = Head(weight, bias, temperature, logit_scale, logit_softcap)
-    config, precision = _choice("stats", hidden, head)
+    config, precision = choice("stats", hidden, head)
     parts = []
     for rows in _ranges(hidden.shape[0], CHUNK):
         h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop].contiguous()
@@ -230,7 +230,7 @@ def _two_passes(
     chunk: Chunk, head: Head, max_skipped: float | None, features: Tensor
 ) -> tuple[Statistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
-    config, precision = _choice("stats", chunk.hidden, head)
+    config, precision = choice("stats", chunk.hidden, head)
     found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config, precision), target)
     mass = _weighted(found.rest, chunk.alpha)
     coefficient = _weighted(mass, slope)
@@ -256,7 +256,7 @@ def _one_pass(chunk: Chunk, head: Head, known: Tensor, features: Tensor) -> Stat
     log2_l = found.lse2 - seed
     good = (torch.exp2(log2_l) - 1).abs() <= KNOWN_TOLERANCE
     afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
-    config, precision = _choice("stats", chunk.hidden, head)
+    config, precision = choice("stats", chunk.hidden, head)
     gate = afresh.int()
     again = head_stats(chunk.hidden, head, chunk.tokens, config, precision, gate)
     found = head_finish(again, target, found, gate)
@@ -290,7 +290,7 @@ def _accumulate(
     V, S = head.weight.shape[0], features.shape[0]
     device = chunk.hidden.device
     kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
-    config, precision = _choice(kind, chunk.hidden, head)
+    config, precision = choice(kind, chunk.hidden, head)
     cu_seqlens = chunk.cu_seqlens if listed is None else listed.cu_seqlens
     n_programs = programs(device) * config.programs_per_sm
     batches = _ranges(S, max(16, SLOTS // (4 * D)))
@@ -344,7 +344,7 @@ def _pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:
     return TokenList(index, torch.nn.functional.pad(count, (1, 0))[cu_seqlens])
 
 
-def _choice(kind: str, hidden: Tensor, head: Head) -> tuple[Config, str]:
+def choice(kind: str, hidden: Tensor, head: Head) -> tuple[Config, str]:
     """Tiles and the precision of float32 products."""
     form = tuning.form(hidden, head.weight, head.has_softcap)
     V, D = head.weight.shape

@@ -30,7 +30,18 @@ from tiny_trl import (
     save_model,
     weights,
 )
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 import g2rl_kernels as g2
 from g2rl_kernels.integrations import trl as integration
@@ -162,16 +173,20 @@ def test_a_response_without_tokens_keeps_its_reward_and_touches_nobody(make: Cal
 def test_no_forward_is_added_where_trl_has_one(
     make: Callable[..., Any], settings: dict[str, Any], extra: int
 ) -> None:
-    def count(kind: type) -> int:
-        trainer, calls = make(kind, max_steps=1, **settings), []
+    def count(kind: type) -> tuple[int, set[str]]:
+        trainer, calls, keys = make(kind, max_steps=1, **settings), [], set()
+        score = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: (keys.update(out := score(inputs)), out)[1]
         causal = trainer.model
         generate = causal.generate
         causal.generate = lambda *a, **k: (generate(*a, **k), calls.clear())[0]  # count what comes after
         causal.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         trainer.train()
-        return sum(not gradients for gradients in calls)
+        return sum(not gradients for gradients in calls), keys
 
-    assert count(G2RLTrainer) == count(GRPOTrainer) + extra
+    (ours, our_keys), (theirs, their_keys) = count(G2RLTrainer), count(GRPOTrainer)
+    assert ours == theirs + extra
+    assert our_keys == their_keys  # so the ratio of an update that needs no old log-probs is 1 to the bit
 
 
 # --- plain GRPO ---------------------------------------------------------------------------------------------
@@ -242,6 +257,58 @@ def test_whose_head_computes_the_log_probs(
     assert bool(calls) == (fused is not True)
 
 
+def gemma() -> Any:
+    """Its logits are capped."""
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {"vocab_size": 40, "num_hidden_layers": 1, "head_dim": 16, "initializer_range": 0.5}
+    return Gemma2ForCausalLM(Gemma2Config(**text, **small, final_logit_softcapping=2.0))
+
+
+def llava() -> Any:
+    """It sees: its backbone takes pixels."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    text = Qwen3Config(**sizes, vocab_size=40, num_key_value_heads=1, head_dim=16, initializer_range=0.3)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39, image_seq_length=4)
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("family", [gemma, llava])
+def test_families_have_the_log_probs_that_trl_gives_them(
+    make: Callable[..., Any], family: Callable[[], Any]
+) -> None:
+    trainer, model = make(temperature=0.7), family()
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    ids = torch.randint(3, 38, (2, 12))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "fused_lm_head": True}
+    inputs["labels"] = ids.clone().index_fill(1, torch.arange(8), -100)
+    if family is llava:
+        ids[:, 1:5] = 39
+        inputs["pixel_values"] = torch.randn(2, 3, 8, 8)
+    theirs = model(**inputs)
+    trainer._add_ops(model, fused=True, compare=True)
+    ours = model(**inputs)
+    assert (ours.log_probs[:, -4:] < -0.1).all()
+    for name in ("log_probs", "entropy"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_of_experts_keeps_trls_head_and_is_measured(
+    make: Callable[..., Any], model_dir: str
+) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    moe = Qwen3MoeConfig(
+        **sizes, **experts, vocab_size=25, head_dim=16, initializer_range=0.3, pad_token_id=0
+    )
+    parts = {"model": Qwen3MoeForCausalLM(moe), "processing_class": make_tokenizer()}
+    trainer = trained(make, Watched, max_steps=1, router_aux_loss_coef=0.1, **parts)
+    assert logged(trainer, "aux_loss")[0] > 0
+    torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="g2rl_fused_logprobs=True: the load-balancing loss"):
+        make(g2rl_fused_logprobs=True, router_aux_loss_coef=0.1, **parts)
+
+
 def test_bf16_autocast_computes_in_the_dtype_of_trls_products(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +365,16 @@ def test_a_head_in_modules_to_save_is_measured_as_trained(make: Callable[..., An
     assert torch.equal(head.original_module.weight, original)
     assert not torch.equal(head.modules_to_save["default"].weight, start)
     assert all(kl > 1e-3 for kl in logged(trainer, "kl"))  # the reference has the head as it was
+
+
+def test_a_head_that_is_put_in_later_is_the_one_that_counts(make: Callable[..., Any]) -> None:
+    """As FSDP does when training starts."""
+    trainer = make(Watched, max_steps=1)
+    head = torch.nn.Linear(32, trainer.model.config.vocab_size, bias=False)
+    trainer.model.lm_head = head
+    torch.nn.init.normal_(head.weight)
+    trainer.train()
+    torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_on_the_head_is_refused(make: Callable[..., Any]) -> None:
@@ -428,6 +505,20 @@ def test_a_response_that_is_not_scored_takes_no_part(make: Callable[..., Any]) -
     assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(alone.shaped_rewards.mean().item())
 
 
+def signs(completions: list[str], **_: Any) -> list[float]:
+    return [2 * reward - 1 for reward in parity(completions)]
+
+
+def test_rewards_of_another_unit_shape_as_much(make: Callable[..., Any]) -> None:
+    zero_one = trained(make, Watched)
+    units = {"g2rl_correctness_threshold": 0.0, "g2rl_correctness_gap": 2.0, "log_completions": True}
+    plus_minus = trained(make, Watched, reward_funcs=signs, **units)
+    for one, other in zip(zero_one.seen, plus_minus.seen):
+        torch.testing.assert_close(one["advantages"], other["advantages"], rtol=1e-3, atol=1e-3)
+    with pytest.warns(UserWarning, match="rewards of signs lie further apart than g2rl_correctness_gap=1"):
+        trained(make, reward_funcs=signs)
+
+
 def test_metrics_and_tables_keep_the_raw_rewards(make: Callable[..., Any], tmp_path: Path) -> None:
     import pandas
 
@@ -445,6 +536,9 @@ def test_metrics_and_tables_keep_the_raw_rewards(make: Callable[..., Any], tmp_p
         signs = 2 * raw[:, 1] - 1
         shaped = g2.group_geometry(seen["features"], signs, 4, lam=0.5)
         torch.testing.assert_close(bonus, (shaped.shaped_rewards - signs) / 2)
+        groups = (raw.nansum(1) + bonus).view(-1, 4)
+        expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-3, atol=1e-4)
         assert logged(trainer, "g2rl/score_mean")[step] == pytest.approx(shaped.score.mean().item())
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     names = "score_mean cos_mean negative_pairs accuracy shaped_reward_mean sign_flips feature_seconds"
