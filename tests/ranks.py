@@ -20,7 +20,7 @@ import torch.distributed as dist
 from oracle import Case, make_case
 
 import g2rl_kernels as g2
-from g2rl_kernels import logprobs, vocab_parallel
+from g2rl_kernels import arguments, logprobs, vocab_parallel
 
 Results = dict[str, torch.Tensor]
 TRAINED = ("hidden", "weight", "bias")
@@ -157,6 +157,8 @@ def everything(group: Any) -> dict[str, Any]:
     found["float64"] = run(double, mine, group)
     for name in ("all options", "bf16"):
         found[f"{name}, reference"] = run(cases(world)[name], mine, group, backend="reference")
+    if arguments.HAS_TRITON and world == 2:  # interpreted, it takes seconds
+        found["all options, triton"] = run(case, mine, group, backend="triton")
     found["hidden alone"] = run(case, mine, group, ("hidden",))
     found["weight alone"] = run(case, mine, group, ("weight",))
     sums, piece = logprobs.SUMS, vocab_parallel.PIECE

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from oracle import make_case
+from oracle import Case, make_case
 from test_linear_logprobs import assert_as_exact_as_torch
 
 import g2rl_kernels as g2
@@ -28,7 +28,11 @@ names = pytest.mark.parametrize("name", [*ranks.cases(2), "all options, referenc
 def processes(tmp_path_factory) -> list[dict]:
     """What each of 4 ranks found; the last one kills itself in the end."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    }
     running = [
         subprocess.Popen(
             [sys.executable, str(TESTS / "ranks.py"), str(rank), "4", str(folder)],
@@ -77,8 +81,19 @@ def split(results: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], g2
 @names
 def test_any_case(found, world, name):
     case_name, _, other = name.partition(", ref")
-    case, backend = ranks.cases(world)[case_name], ("reference", None) if other else oracle.BEST
-    linear, head = split(joined([results[name] for results in found[world]]))
+    backend = ("reference", None) if other else oracle.BEST
+    check(ranks.cases(world)[case_name], backend, [results[name] for results in found[world]])
+
+
+@pytest.mark.skipif(not arguments.HAS_TRITON, reason="needs triton")
+def test_triton(found):
+    check(
+        ranks.cases(2)["all options"], oracle.TRITON, [results["all options, triton"] for results in found[2]]
+    )
+
+
+def check(case: Case, backend: tuple[str, str | None], results: list[dict[str, torch.Tensor]]) -> None:
+    linear, head = split(joined(results))
     assert_as_exact_as_torch(case, backend, tuple(ranks.gradients(len(case.tokens))), linear)
     oracle.assert_as_exact_as_torch(case, head, backend)
     assert torch.equal(head.logprobs, linear["logprobs"])
