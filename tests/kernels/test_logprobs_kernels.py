@@ -29,7 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).s
 
 TINY = tuning.Config(16, 32, 32, 4, 2)
 NO_OPTIONS = (1.0, 1.0, 0.0)  # temperature, logit_scale, logit_softcap
-BACKEND = ("triton",)  # as the operators take it
+BACKEND = ("triton", "")  # as the operators take it, without a process group
 
 
 @pytest.fixture
