@@ -12,7 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from oracle import Case, make_case
-from test_linear_logprobs import assert_as_exact_as_torch
+from test_linear_logprobs import assert_as_exact_as_torch, plain
 
 import g2rl_kernels as g2
 from benchmarks import scaling
@@ -98,6 +98,16 @@ def check(case: Case, backend: tuple[str, str | None], results: list[dict[str, t
     oracle.assert_as_exact_as_torch(case, head, backend)
     assert torch.equal(head.logprobs, linear["logprobs"])
     assert torch.equal(head.entropy, linear["entropy"])
+
+
+@worlds
+def test_the_gradient_of_hidden_is_rounded_once(found, world):
+    """Each rank's part rounded to bfloat16 before the sum would be off by several times as much."""
+    case = ranks.cases(world)["bf16"]
+    exact = plain(case, tuple(ranks.gradients(len(case.tokens))), torch.float64)["hidden"]
+    for results in found[world]:
+        error = (results["bf16, reference"]["hidden"].double() - exact).abs()
+        assert (error <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-5 * exact.abs().max()).all()
 
 
 @worlds
