@@ -52,7 +52,9 @@ def head_gradient_kernel(
     b_r = raw_logits(b_x, scale, factor, SOFTCAP)
     b_log_p = b_r * factor - b_top[:, None] - b_log_total[:, None]
     b_p = tl.exp(b_log_p)
-    b_g = -b_p * (b_a[:, None] + b_e[:, None] * tl.maximum(b_log_p, -150.0))  # 0 times infinity is no number
+    if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is no number
+        b_log_p = tl.maximum(b_log_p, -150.0)
+    b_g = -b_p * (b_a[:, None] + b_e[:, None] * b_log_p)
     is_token = o_col[None, :] == b_y[:, None]
     if SOFTCAP:
         b_g = tl.where(is_token, b_at_token[:, None], b_g) * softcap_slope(b_x * scale)

@@ -183,8 +183,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
     """out = beta out + a b, added up in float32."""
     if a.is_cuda:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
-    else:  # the interpreter's; torch has no such product on the CPU
-        out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=beta))
+    else:  # beside interpreted kernels; on the CPU torch has no products into another dtype
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
 @contextmanager

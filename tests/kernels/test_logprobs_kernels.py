@@ -99,6 +99,8 @@ def test_masked_entries(tiny_budgets):
         case.tokens[(case.tokens >= 24) & (case.tokens < 100)] = 5
         check(case)
         assert not ours(case, (torch.ones(40), torch.ones(40)))["weight"][24:100].any()
+    large = ours(case, (torch.ones(40), torch.full((40,), 1e10)))
+    assert all(torch.isfinite(large[name]).all() for name in ("hidden", "weight", "bias"))
     case.bias[:] = -torch.inf
     case.bias[5], case.tokens[:] = 0.0, 5
     check(case)
@@ -196,6 +198,17 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
     torch.testing.assert_close(sum(shard[0] for shard in shards), sums, **close)
     torch.testing.assert_close(torch.cat([shard[1] for shard in shards]), grad_weight, **close)
     torch.testing.assert_close(torch.cat([shard[2] for shard in shards]), grad_bias, **close)
+
+
+def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
+    """All of its entries masked: no part of any sum. NaN in hidden: in the sum, if the logit lies elsewhere."""
+    case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
+    case.tokens[:2] = -1
+    case.hidden[1] = torch.nan
+    partial, target = kernels.statistics(case.hidden, case.weight, case.tokens, case.bias, *NO_OPTIONS)
+    assert partial[0, :, [0, 2]].T.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
+    assert partial[0, 1, 1].isnan()
+    assert (target == -torch.inf).all()
 
 
 @pytest.mark.parametrize("value", [-1, 50, 2**40], ids=str)
