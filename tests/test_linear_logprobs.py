@@ -120,6 +120,12 @@ def test_many_tiles(dtype, backend):
 
 
 @backends
+def test_sums_over_a_large_vocabulary(backend):
+    """A hundred thousand small terms keep their digits beside what was added up before them."""
+    check(make_case([20], V=100003, d=16), backend)
+
+
+@backends
 @dtypes
 @pytest.mark.parametrize("N", [150, 700], ids="N={}".format)
 def test_sums_in_borrowed_memory(monkeypatch, dtype, backend, N):
