@@ -68,6 +68,10 @@ class Case:
     distribution: str
     responses: int
 
+    @property
+    def label(self) -> str:
+        return f"{self.shape.name} {self.N} {self.dtype} {self.distribution}"
+
 
 def case(shape: str, dtype: str, N: int = 0, distribution: str = "2.3 sigma", gpu: bool = False) -> Case:
     """N = 0: what one measures in seconds. Responses have 1024 tokens on a GPU; on a CPU there are 4."""
@@ -104,6 +108,15 @@ def default_cases(gpu: bool, quick: bool) -> list[Case]:
         ("qwen3-0.6b", "fp32", 4096, "2.3 sigma"),
     ]
     return [case(*one, gpu=True) for one in wanted]
+
+
+def default_training_cases(gpu: bool, quick: bool) -> list[Case]:
+    """What `g2rl bench logprobs` measures when nothing is asked for."""
+    if not gpu:
+        return default_cases(gpu, quick)
+    shapes = ["qwen3-1.7b"] if quick else ["qwen3-1.7b", "qwen3-8b", "gemma2-9b"]
+    sizes = [4096] if quick else [16384, 4096]
+    return [case(shape, "bf16", N, "0.15 nats", gpu=True) for N in sizes for shape in shapes]
 
 
 # --- tensors of a case --------------------------------------------------------------------------------------
