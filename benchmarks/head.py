@@ -28,18 +28,7 @@ from .measure import (
     synchronize,
 )
 from .methods import METHODS, Outputs
-from .registry import DTYPES, Case, Problem, case, default_cases, problem
-
-__all__ = [
-    "FLOOR",
-    "METHODS",
-    "ROUNDS",
-    "calls",
-    "default_cases",
-    "measure",
-    "notes",
-    "table",
-]  # used by run.py
+from .registry import DTYPES, Case, Problem, case, problem
 
 FLOOR = "logits product"
 ROUNDS = {"cpu": 15, "cuda": 11}

@@ -27,9 +27,6 @@ from .measure import attempts, in_turns, markdown, progress, released
 from .methods import TRAINING as METHODS
 from .methods import Method, Outputs
 from .registry import Case, Problem, problem
-from .registry import default_training_cases as default_cases
-
-__all__ = ["FLOOR", "METHODS", "ROUNDS", "calls", "default_cases", "measure", "notes", "table"]
 
 FLOOR = "bare products"
 ROUNDS = {"cpu": 9, "cuda": 11}

@@ -18,7 +18,7 @@ import torch
 from . import group, head, logprobs, train
 from .measure import header, machine, profile, why_not
 from .methods import Method, default_methods
-from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case
+from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
 
 DESCRIPTION = """\
 Speed, memory and error of the ops, each beside the least that the machine needs for it.
@@ -120,7 +120,7 @@ def render(result: dict[str, Any]) -> str:
 def run_methods(args: argparse.Namespace, device: str, result: Result) -> None:
     """head and logprobs: methods that are compared, case by case."""
     op, gpu = OPS[args.op], device == "cuda"
-    cases, methods = chosen_cases(args, op, gpu), []
+    cases, methods = chosen_cases(args, gpu), []
     for name in chosen_methods(op.METHODS, args.methods, device):
         if reason := op.METHODS[name].obstacle(device):
             left = {"case": "all cases", "method": name, "reason": reason, "fault": False}
@@ -138,10 +138,9 @@ def run_methods(args: argparse.Namespace, device: str, result: Result) -> None:
         profile(device, cases[0].label, op.calls(cases[0], device, methods), args.profile)
 
 
-def chosen_cases(args: argparse.Namespace, op: Any, gpu: bool) -> list[Case]:
+def chosen_cases(args: argparse.Namespace, gpu: bool) -> list[Case]:
     if not (args.shapes or args.N or args.dtypes or args.distributions):
-        cases: list[Case] = op.default_cases(gpu, args.quick)
-        return cases
+        return default_cases(args.op, gpu, args.quick)
     axes = (
         args.shapes or (["qwen3-1.7b"] if gpu else ["smollm2-135m", "qwen3-1.7b"]),
         args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"]),

@@ -88,9 +88,9 @@ def test_heads_are_those_of_the_models(name, V, d, softcap):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("default_cases", [registry.default_cases, registry.default_training_cases])
-def test_default_cases_are_distinct_and_in_the_registry(default_cases, gpu, quick):
-    cases = default_cases(gpu, quick)
+@pytest.mark.parametrize("op", ["head", "logprobs"])
+def test_default_cases_are_distinct_and_in_the_registry(op, gpu, quick):
+    cases = registry.default_cases(op, gpu, quick)
     assert len({*cases}) == len(cases) > 0
     for case in cases:
         assert registry.SHAPES[case.shape.name] is case.shape
@@ -677,7 +677,7 @@ def test_cases_are_the_product_of_what_is_named():
     args = argparse.Namespace(
         shapes=["tiny"], N=[8, 16], dtypes=["fp16"], distributions=["flat", "0.5 nats"], quick=False
     )
-    cases = run.chosen_cases(args, head, gpu=True)
+    cases = run.chosen_cases(args, gpu=True)
     assert [(c.N, c.distribution) for c in cases] == [
         (8, "flat"),
         (8, "0.5 nats"),
