@@ -47,7 +47,7 @@ clean: ## remove builds and the environment; runs/ stays
 
 # One environment: dev adds to demo.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.dev:  EXTRAS := demo,dev
+$(VENV)/.dev:  EXTRAS := demo,trl,dev
 $(VENV)/.demo $(VENV)/.dev: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
 	  "g2rl-kernels needs Python 3.10 or newer, '$(PYTHON)' is none: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }

@@ -26,7 +26,14 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
     if hasattr(value, "full_tensor"):  # a DTensor holds this rank's shard under the shape of the whole
-        raise TypeError(f"{name}: got a DTensor, needs a plain tensor; pass {name}.full_tensor()")
+        remedy = f"pass {name}.full_tensor()"
+        placements: Any = getattr(value, "placements", ())
+        if name in ("weight", "bias") and len(placements) == 1 and placements[0].is_shard(0):
+            remedy += (
+                f", or, if all ranks have the same hidden (a vocabulary-parallel head, not FSDP), "
+                f"{name}.to_local() and process_group={name}.device_mesh.get_group()"
+            )
+        raise TypeError(f"{name}: got a DTensor, needs a plain tensor; {remedy}")
     if dtypes is None and not value.dtype.is_floating_point:
         raise TypeError(f"{name}: got {value.dtype}, needs a floating-point dtype")
     if dtypes is not None and value.dtype not in dtypes:

@@ -6,12 +6,13 @@ those in Triton in kernels/. `linear_logprobs` has a file of its own, logprobs.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference, tiled
+from . import logprobs, reference, tiled, vocab_parallel
 from .arguments import (
     DTYPES,
     check_cu_seqlens_values,
@@ -85,7 +86,10 @@ def head_features(
             over the logits then does the work of two; other backends ignore it. It need not be exact:
             outputs are computed afresh, and a token whose known probability is off by a factor l within 1 %
             goes into its response's feature with weight l alpha_t, all others with alpha_t.
-        process_group: vocabulary-parallel weights; not available yet.
+        process_group: a torch.distributed process group whose ranks share the vocabulary: weight and bias
+            are this rank's rows [V_r, d] and [V_r], those of rank r following those of rank r - 1, of any
+            number each. Everything else is the same on all ranks, tokens count over all rows, and all ranks
+            get the same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
         backend: "triton" (GPUs), "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU
             tensors; for others "triton" where it is installed, else "reference". float32 products on a GPU
             follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are 3xTF32.
@@ -102,10 +106,12 @@ def head_features(
             checked on the CPU only (elsewhere this would wait for the device; G2RL_CHECK=1 in the
             environment asks for it) and not while compiling; unchecked, they make results meaningless (a
             token outside [0, V): NaN) but read nothing out of bounds.
+            With a process_group, where values are checked: an error on any rank is raised on all, and so is
+            a difference between ranks. Elsewhere a rank that raises, or never calls, leaves the others
+            waiting until the group's timeout (NCCL: 10 minutes by default, then its watchdog ends them).
         ImportError: backend="triton" without triton.
-        NotImplementedError: process_group is asked for.
     """
-    backend, args = _head_arguments(
+    backend, group, args = _head_arguments(
         hidden,
         weight,
         tokens,
@@ -119,7 +125,7 @@ def head_features(
         process_group,
         backend,
     )
-    return _head_features(backend, args)
+    return _head_features(backend, group, args)
 
 
 def certified_head_features(
@@ -158,13 +164,18 @@ def certified_head_features(
         features, logprobs, logsumexp, entropy: see `head_features`; skipped_mass [S]; skipped_tokens [S].
 
     Raises:
-        TypeError, ValueError, ImportError, NotImplementedError: as `head_features`.
+        TypeError, ValueError, ImportError: as `head_features`.
+        NotImplementedError: process_group is given.
     """
     if isinstance(max_skipped, bool) or not isinstance(max_skipped, (int, float)):
         raise TypeError(f"max_skipped: got {type(max_skipped).__name__}, needs a number")
     if not 0 <= max_skipped < 1:
         raise ValueError(f"max_skipped: got {max_skipped}, needs a share in [0, 1)")
-    backend, args = _head_arguments(
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: certified_head_features needs the whole weight; head_features takes a shard of it"
+        )
+    backend, _, args = _head_arguments(
         hidden,
         weight,
         tokens,
@@ -183,10 +194,11 @@ def certified_head_features(
     N = hidden.shape[0]
     alpha = hidden.new_ones(N, dtype=torch.float32) if args.token_weights is None else args.token_weights
     cu = cu_seqlens.to(torch.int64)
-    _, logprobs, logsumexp, entropy = _head_features(backend, args)
+    _, logprobs, logsumexp, entropy = _head_features(backend, "", args)
     mass = -alpha * torch.expm1(logprobs)
     keep, skipped_mass, skipped_tokens = reference.skipped_tokens(mass, cu, max_skipped)
-    features = _head_features(backend, args._replace(token_weights=torch.where(keep, alpha, 0.0)))[0]
+    kept_args = args._replace(token_weights=torch.where(keep, alpha, 0.0))
+    features = _head_features(backend, "", kept_args).features
     total, kept = (reference.segment_sum(a, cu, 0, N) for a in (alpha, torch.where(keep, alpha, 0.0)))
     features *= ((kept + reference.WEIGHT_EPS) / (total + reference.WEIGHT_EPS))[:, None]
     return CertifiedHeadFeatures(
@@ -222,28 +234,38 @@ def _head_arguments(
     known_logprobs: Tensor | None,
     process_group: Any,
     backend: str | None,
-) -> tuple[str, _HeadArguments]:
-    check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
-    N = hidden.shape[0]
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens: got shape {sizes(cu_seqlens)}, needs [S + 1], starting with 0")
-    for name, values in (("token_weights", token_weights), ("known_logprobs", known_logprobs)):
-        if values is not None:
-            check_tensor(name, values, None, hidden.device)
-            check_shape(name, values, (N,), "[N], one for each row of hidden")
-    if may_read_values(hidden):
-        check_token_values(tokens, weight.shape[0])
-        check_cu_seqlens_values(cu_seqlens, N)
-        if token_weights is not None and not bool((token_weights >= 0).all()):
-            at = int((~(token_weights >= 0)).nonzero()[0])
-            raise ValueError(
-                f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
-            )
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not supported yet; gather the weight"
-        )
+) -> tuple[str, str, _HeadArguments]:
+    """Backend, name of the group ("" for none), and arguments for them."""
+
+    def check() -> str:
+        check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
+        N = hidden.shape[0]
+        check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens: got shape {sizes(cu_seqlens)}, needs [S + 1], starting with 0")
+        for name, values in (("token_weights", token_weights), ("known_logprobs", known_logprobs)):
+            if values is not None:
+                check_tensor(name, values, None, hidden.device)
+                check_shape(name, values, (N,), "[N], one for each row of hidden")
+        if may_read_values(hidden):
+            if process_group is None:
+                check_token_values(tokens, weight.shape[0])
+            check_cu_seqlens_values(cu_seqlens, N)
+            if token_weights is not None and not bool((token_weights >= 0).all()):
+                at = int((~(token_weights >= 0)).nonzero()[0])
+                raise ValueError(
+                    f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
+                )
+        return choose_backend(backend, hidden.device)
+
+    chosen = vocab_parallel.checked(
+        check, process_group, hidden, weight, tokens, function="head_features", cu_seqlens=cu_seqlens,
+        bias=bias, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
+        token_weights=token_weights, backend=backend,
+    )  # fmt: skip
+    group = "" if process_group is None else process_group.group_name
+    if group:
+        tokens = vocab_parallel.local_tokens(tokens, weight.shape[0], group)
     bias, alpha, known = (t if t is None else t.detach() for t in (bias, token_weights, known_logprobs))
     args = _HeadArguments(
         hidden.detach(),
@@ -257,10 +279,12 @@ def _head_arguments(
         float(logit_scale),
         float(logit_softcap or 0.0),
     )
-    return choose_backend(backend, hidden.device), args
+    return chosen, group, args
 
 
-def _head_features(backend: str, args: _HeadArguments) -> HeadFeatures:
+def _head_features(backend: str, group: str, args: _HeadArguments) -> HeadFeatures:
+    if group:
+        return HeadFeatures(*_head_features_over_ranks(*args, backend, group))
     if backend == "cpu":
         return HeadFeatures(*torch.ops.g2rl.head_features(*args))
     if backend == "triton":
@@ -314,12 +338,54 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 @torch.library.register_fake("g2rl::head_features")
-def _(
+def _fake_head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     N, S = hidden.shape[0], cu_seqlens.shape[0] - 1
     features = hidden.new_empty((S, hidden.shape[1]), dtype=torch.float32)
     return features, *(hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("g2rl::head_features_over_ranks", mutates_args=())
+def _head_features_over_ranks(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    known_logprobs: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """head_features of a vocabulary shard, with local tokens (vocab_parallel.py): the normaliser over all
+    ranks first, then this rank's part of the features, summed over all ranks."""
+    options = temperature, logit_scale, logit_softcap
+    found, entropy, normaliser = logprobs._linear_logprobs(
+        hidden, weight, tokens, bias, *options, backend, group
+    )
+    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
+    responses = cu_seqlens, bias, token_weights
+    with torch.autocast(hidden.device.type, enabled=False):
+        features = _features_of_part(backend)(hidden, weight, tokens, *responses, logsumexp, rest, *options)
+        vocab_parallel.all_reduce(features, group)
+    return features, found, logsumexp.float(), entropy
+
+
+def _features_of_part(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        return torch.ops.g2rl.head_features_of_part
+    if backend == "triton":
+        from .kernels import head
+
+        return head.features_of_part
+    return tiled.features_of_part
+
+
+torch.library.register_fake("g2rl::head_features_over_ranks", _fake_head_features)
 
 
 @torch.library.custom_op("g2rl::head_features_triton", mutates_args=())

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, tiled
+from . import reference, tiled, vocab_parallel
 from .arguments import DTYPES, check_head, check_token_values, choose_backend, may_read_values
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; what is more lies in the weight's gradient.
@@ -62,7 +62,10 @@ def linear_logprobs(
             PyTorch).
         weight: [V, d], dtype of hidden.
         tokens: [N] int64 in [0, V).
-        bias, temperature, logit_scale, logit_softcap, process_group, backend: as for `head_features`.
+        bias, temperature, logit_scale, logit_softcap, process_group, backend: as for `head_features`. With a
+            process_group each rank goes on to the same loss and calls backward, with the same incoming
+            gradients: hidden's gradient is then whole, and the same, on all ranks (summing it over them once
+            more would be wrong), those of weight and bias are of this rank's rows.
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight
@@ -70,24 +73,29 @@ def linear_logprobs(
 
     Raises:
         TypeError, ValueError, ImportError: as for `head_features`.
-        NotImplementedError: process_group is asked for.
     """
-    check_head(
-        hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, (*DTYPES, torch.float64)
-    )
-    if may_read_values(hidden):
-        check_token_values(tokens, weight.shape[0])
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not supported yet; gather the weight"
+
+    def check() -> str:
+        check_head(
+            hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, (*DTYPES, torch.float64)
         )
-    if hidden.dtype == torch.float64:
+        if process_group is None and may_read_values(hidden):
+            check_token_values(tokens, weight.shape[0])
+        if hidden.dtype != torch.float64:
+            return choose_backend(backend, hidden.device)
         if backend not in (None, "reference"):
             raise TypeError(f"hidden: got torch.float64, which backend {backend!r} does not take; use None")
-        backend = "reference"
-    backend = choose_backend(backend, hidden.device)
+        return "reference"
+
+    chosen = vocab_parallel.checked(
+        check, process_group, hidden, weight, tokens, function="linear_logprobs", bias=bias,
+        temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap, backend=backend,
+    )  # fmt: skip
+    group = "" if process_group is None else process_group.group_name
+    if group:
+        tokens = vocab_parallel.local_tokens(tokens, weight.shape[0], group)
     options = float(temperature), float(logit_scale), float(logit_softcap or 0.0)
-    logprobs, entropy, _ = _linear_logprobs(hidden, weight, tokens, bias, *options, backend)
+    logprobs, entropy, _ = _linear_logprobs(hidden, weight, tokens, bias, *options, chosen, group)
     return LinearLogprobs(logprobs, entropy)
 
 
@@ -112,12 +120,15 @@ def _linear_logprobs(
     logit_scale: float,
     logit_softcap: float,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs [N], entropy [N] and the normaliser [2, N]: top and log_total, the logsumexp in two parts, as
-    their sum would be rounded to the size of the logits."""
+    their sum would be rounded to the size of the logits. With a group (vocab_parallel.py), of all ranks."""
     head = hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap
     with torch.autocast(hidden.device.type, enabled=False):
         partial, target = _implementation(backend)[0](*head)
+        if group:
+            partial, target = vocab_parallel.over_ranks(partial, target, tokens, group)
         return merge(partial, target, reference.accumulation_dtype(hidden))
 
 
@@ -129,14 +140,8 @@ def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def merge(partial: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """From m, s, u of each part of the vocabulary [R, 3, N] and the realised logits [N]: log-probs [N],
-    entropy [N] and normaliser [2, N]. Parts are added in order: the same bits every time."""
-    m = partial[0, 0]
-    for other in partial[1:, 0]:
-        m = torch.maximum(m, other)
-    s, u = torch.zeros_like(m), torch.zeros_like(m)
-    for part in partial:
-        part_s, part_u = tiled.shifted(part[0], part[1], part[2], m)
-        s, u = s + part_s, u + part_u
+    entropy [N] and normaliser [2, N]."""
+    m, s, u = tiled.joined(partial)
     top = torch.maximum(m, target)
     s, u = tiled.shifted(m, s, u, top)
     e_y = torch.exp(target - top)
@@ -167,6 +172,7 @@ def _linear_logprobs_backward(
     logit_scale: float,
     logit_softcap: float,
     backend: str,
+    group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -185,7 +191,7 @@ def _linear_logprobs_backward(
         )  # fmt: skip
 
     with torch.autocast(hidden.device.type, enabled=False):
-        return _gradients(sweep, hidden, weight, bias, need_hidden, need_weight, need_bias)
+        return _gradients(sweep, hidden, weight, bias, group, need_hidden, need_weight, need_bias)
 
 
 def _gradients(
@@ -193,6 +199,7 @@ def _gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -203,6 +210,10 @@ def _gradients(
     one needs float32 for all tokens at once, the other all tokens at once for a block of the vocabulary.
     Where the former takes more than SUMS bytes, it borrows the weight's gradient: its last 2 N rows, which
     are then written last, by a sweep that computes the logits there once more (2 N / V of a product).
+
+    With a group, hidden's gradient is summed over ranks before it is rounded, piece by piece. All ranks must
+    cut the same pieces, whatever the size of their shards: none borrows, and where there are several pieces
+    the weight's gradient is a sweep of its own, a fifth product.
     """
     (N, d), V = hidden.shape, weight.shape[0]
     everything = slice(0, N)
@@ -216,11 +227,17 @@ def _gradients(
             sweep(everything, 0, V, None, gw, sum_bias)
     elif grad_hidden.element_size() >= 4:
         sweep(everything, 0, V, grad_hidden, gw, sum_bias)
-    elif not need_weight or 4 * N * d <= SUMS:
-        for rows in tiled.slices(0, N, max(1, SUMS // (4 * d))):
+        vocab_parallel.all_reduce(grad_hidden, group)
+    elif group or not need_weight or 4 * N * d <= SUMS:
+        step = max(1, SUMS // (4 * d))
+        one_piece = 0 < N <= step
+        for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
-            sweep(rows, 0, V, sums, gw, sum_bias)
+            sweep(rows, 0, V, sums, gw if one_piece else None, sum_bias)
+            vocab_parallel.all_reduce(sums, group)
             grad_hidden[rows] = sums
+        if need_weight and not one_piece:
+            sweep(everything, 0, V, None, gw, None)
     else:
         start = max(0, (V - 2 * N) // 2 * 2)  # even: on a whole float32
         memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()

@@ -81,6 +81,53 @@ def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Ten
     return s * factor, factor * (u + s * delta)
 
 
+def joined(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, s and u [N] of all parts of the vocabulary [R, 3, N], added in order: the same bits every time."""
+    m = partial[0, 0]
+    for other in partial[1:, 0]:
+        m = torch.maximum(m, other)
+    s, u = torch.zeros_like(m), torch.zeros_like(m)
+    for part in partial:
+        part_s, part_u = shifted(part[0], part[1], part[2], m)
+        s, u = s + part_s, u + part_u
+    return m, s, u
+
+
+def features_of_part(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    logsumexp: Tensor,
+    rest: Tensor,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float,
+) -> Tensor:
+    """[S, d], eq. 8 with the sums of eq. 7 over these rows of the vocabulary alone.
+
+    logsumexp [N] float64 and rest = 1 - p(tokens[t]) [N] are those of the whole vocabulary. A token that
+    lies elsewhere has its rest added there.
+    """
+    (N, d), V, dtype = hidden.shape, weight.shape[0], reference.accumulation_dtype(hidden)
+    top, rest = logsumexp.to(dtype), rest.to(dtype)
+    normaliser = torch.stack([top, (logsumexp - top).to(dtype)])
+    terms = torch.stack([torch.ones_like(rest), torch.zeros_like(rest), rest])
+    alpha = torch.ones_like(rest) if token_weights is None else token_weights.to(dtype)
+    sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d, dtype=dtype)
+    for rows in slices(0, N, TOKENS):
+        gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p; phi / temperature
+        sweep(
+            hidden[rows], weight, tokens[rows], bias, normaliser[:, rows], terms[:, rows],
+            temperature, logit_scale, logit_softcap, 0, V, gradient, None, None,
+        )  # fmt: skip
+        sums += reference.segment_sum(alpha[rows, None] * gradient, cu_seqlens, rows.start, rows.stop)
+    total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
+    return sums * (temperature / total)[:, None]
+
+
 def sweep(
     hidden: Tensor,
     weight: Tensor,

@@ -65,7 +65,7 @@ def test_opcheck_group_members():
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1, 3)], ids=str)
 def test_opcheck_linear_logprobs(trained, backend):
     case = make_case([8], V=67, d=16)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0, backend]
+    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0, backend, ""]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
@@ -74,7 +74,7 @@ def test_opcheck_linear_logprobs(trained, backend):
 @backends
 def test_opcheck_linear_logprobs_backward(backend):
     case = make_case([8], V=67, d=16)
-    options = (1.0, 1.0, 0.0, backend)
+    options = (1.0, 1.0, 0.0, backend, "")
     inputs = (case.hidden, case.weight, case.tokens, None)
     outputs = torch.ops.g2rl.linear_logprobs(*inputs, *options)
     for needs in ((True, True, False), (False, True, False), (True, False, False)):

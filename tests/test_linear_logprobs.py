@@ -67,19 +67,25 @@ def ours(case: Case, grads: tuple[torch.Tensor, torch.Tensor], backend: Backend 
 
 
 def rounded_dz(case: Case, dz: torch.Tensor) -> dict[str, float]:
-    """What rounding dz to bf16 adds to a gradient's error: each product is off by at most 2^-9 of itself,
-    signs at random. Three times the root of the sum of squares, 5 standard deviations, is allowed."""
+    """What rounding dz to bf16 adds to a gradient's error: each product is off by at most 2^-8 of itself,
+    signs at random. Twice the root of the sum of squares, 5 standard deviations, is allowed."""
     squares = dz.double() ** 2
     sums = {"hidden": squares @ case.weight.double() ** 2, "weight": squares.T @ case.hidden.double() ** 2}
-    return {name: 3 * 2.0**-9 * float(s.amax().sqrt()) if s.numel() else 0.0 for name, s in sums.items()}
+    return {name: 2 * 2.0**-8 * float(s.amax().sqrt()) if s.numel() else 0.0 for name, s in sums.items()}
 
 
 def check(case: Case, backend: Backend = DEFAULT) -> None:
-    """Errors relative to the largest value: at most twice torch's own in the same dtype, plus rounding."""
-    N, dtype = len(case.tokens), case.hidden.dtype
+    N = len(case.tokens)
     grads = (torch.randn(N), torch.randn(N))
-    exact, actual = plain(case, grads, torch.float64), ours(case, grads, backend)
-    torchs = plain(case, grads, dtype)
+    assert_as_exact_as_torch(case, backend, grads, ours(case, grads, backend))
+
+
+def assert_as_exact_as_torch(
+    case: Case, backend: Backend, grads: tuple[torch.Tensor, torch.Tensor], actual: Results
+) -> None:
+    """Errors relative to the largest value: at most twice torch's own in the same dtype, plus rounding."""
+    dtype = case.hidden.dtype
+    exact, torchs = plain(case, grads, torch.float64), plain(case, grads, dtype)
     pairs = dtype == torch.bfloat16 and backend == ("cpu", "avx512bf16")
     extra = rounded_dz(case, exact["dz"]) if pairs else {}
     for name, value in actual.items():
@@ -186,6 +192,13 @@ def test_masked_entries(backend):
 def test_one_entry_vocabulary_and_no_tokens(backend):
     check(make_case([3], V=1, d=4), backend)
     check(make_case([0], V=5, d=4, bias=torch.randn(5)), backend)
+
+
+@backends
+@dtypes
+def test_logits_far_above_zero(dtype, backend):
+    """exp(256) is no float32, in places of a tile that hold no token either."""
+    check(make_case([3], V=31, d=6, dtype=dtype, bias=torch.full((31,), 256.0)), backend)
 
 
 @backends

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..integrations.shaping import describe
 from . import checkpoint
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, check_packages
@@ -232,22 +233,15 @@ class Trainer:
 
     def _describe(self, rollout: Rollout, measured: Measured) -> dict[str, float]:
         """Metrics of a rollout. What dropped responses did not take part in is a mean over the others."""
-        geometry, kept = measured.geometry, rollout.mask.any(1)
-        count = max(int(kept.sum()), 1)
-        shaped, real = geometry.shaped_rewards, geometry.members >= 0
-        pairs = (real[:, :, None] & real[:, None, :]).triu(1)
-        cosines = geometry.similarity[pairs]
+        shaping = describe(measured.geometry, measured.rewards)
         return {
             "reward": measured.rewards.mean().item(),
-            "accuracy": (measured.rewards > 0).float().mean().item(),
-            "shaped_reward": shaped[kept].sum().item() / count,
-            "length": rollout.mask.sum().item() / count,
+            "accuracy": shaping["accuracy"],
+            "shaped_reward": shaping["shaped_reward_mean"],
+            "length": rollout.mask.sum().item() / max(int(rollout.mask.any(1).sum()), 1),
             "truncated": rollout.truncated.float().mean().item(),
             "entropy": measured.entropy,
-            "cos_mean": cosines.sum().item() / max(len(cosines), 1),
-            "negative_pairs": (cosines < 0).sum().item() / max(len(cosines), 1),
-            "score_mean": geometry.score[kept].sum().item() / count,
-            "sign_flips": (shaped * measured.rewards < 0)[kept].sum().item() / count,
+            **{key: shaping[key] for key in ("cos_mean", "negative_pairs", "score_mean", "sign_flips")},
         }
 
     # --- the run --------------------------------------------------------------------------------------------

@@ -1,0 +1,5 @@
+"""G2RL inside other people's trainers; what is heavy is imported by the module that needs it.
+
+trl.py       G2RLConfig and G2RLTrainer, for TRL
+shaping.py   what the integrations share: from a trainer's scores to shaped ones, and the g2rl/* metrics
+"""

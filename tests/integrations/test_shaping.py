@@ -1,0 +1,80 @@
+"""From a trainer's scores to shaped ones: units, NaN, padding and responses without tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import g2rl_kernels as g2
+from g2rl_kernels.integrations.shaping import describe, shape_scores, signed_rewards
+
+NAN = torch.nan
+FEATURES = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, -0.2]])
+SIGNS = torch.tensor([1.0, 1.0, -1.0, -1.0])
+
+
+def test_signed_rewards_follow_the_threshold() -> None:
+    scores = torch.tensor([0.0, 0.49, 0.5, 1.0, NAN, -1.0])
+    expected = torch.tensor([-1.0, -1.0, 1.0, 1.0, NAN, -1.0])
+    assert torch.equal(signed_rewards(scores, 0.5).nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+def test_shaping_means_the_same_in_every_unit() -> None:
+    paper = g2.group_geometry(FEATURES, SIGNS, 4, lam=0.5).shaped_rewards
+    same = shape_scores(FEATURES, SIGNS, 4, threshold=0.0, gap=2.0, lam=0.5)
+    assert torch.equal(same.scores, paper)
+    zero_one = shape_scores(FEATURES, (SIGNS + 1) / 2, 4, lam=0.5)
+    torch.testing.assert_close(2 * zero_one.scores - 1, paper)
+    assert not torch.equal(paper, SIGNS)
+    assert zero_one.metrics == same.metrics
+
+
+@pytest.mark.parametrize("why", ["not scored", "without tokens", "padding"])
+def test_rows_that_take_no_part_touch_nobody(why: str) -> None:
+    at = torch.tensor([0, 1, 3, 4])
+    features, scores = torch.randn(5, 2), torch.full((5,), 0.25)
+    features[at], scores[at] = FEATURES, (SIGNS + 1) / 2
+    has_tokens, groups = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
+    if why == "not scored":
+        scores[2] = NAN
+    elif why == "without tokens":
+        has_tokens[2] = False
+    else:
+        groups[2] = -1
+    alone = shape_scores(FEATURES, scores[at], 4)
+    beside = shape_scores(features, scores, groups, has_tokens=has_tokens)
+    assert torch.equal(beside.scores[at], alone.scores)
+    assert torch.equal(beside.scores[2:3].nan_to_num(9.0), scores[2:3].nan_to_num(9.0))
+    assert beside.bonus[2] == 0
+    if why == "not scored":
+        assert beside.metrics == alone.metrics
+    else:  # scored, if wrong
+        assert beside.metrics == {**alone.metrics, "accuracy": 2 / 5}
+
+
+def test_metrics_of_a_group_worked_by_hand() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 0.0]])
+    rewards = torch.tensor([1.0, -1.0, NAN, 1.0])
+    geometry = g2.group_geometry(features, rewards, torch.tensor([0, 0, -1, 0]), lam=3.0, clip=5.0)
+    found = describe(geometry, rewards)
+    # cosines 0, 1, 0. w = e^r: nu = 1 - e / (e + 1/e) for both right ones, 1 for the wrong one
+    nu = 1 - 1 / (1 + torch.tensor(-2.0).exp().item())
+    assert found["cos_mean"] == pytest.approx(1 / 3, abs=1e-5)
+    assert found["negative_pairs"] == 0
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["score_mean"] == pytest.approx((2 * nu + 1) / 3, abs=1e-5)
+    # nubar 0, 1, 0: r (1 - lam), r (1 + lam), r (1 - lam)
+    assert found["shaped_reward_mean"] == pytest.approx((-2 - 4 - 2) / 3, abs=1e-5)
+    assert found["sign_flips"] == pytest.approx(2 / 3)
+
+
+def test_a_batch_in_which_nobody_takes_part_is_described_by_zeros() -> None:
+    shaped = shape_scores(FEATURES, torch.full((4,), NAN), 4)
+    assert shaped.scores.isnan().all()
+    assert (shaped.bonus == 0).all()
+    assert set(shaped.metrics.values()) == {0.0}
+
+
+def test_a_gap_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="gap: got 0"):
+        shape_scores(FEATURES, SIGNS, 4, gap=0)
