@@ -13,8 +13,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 from g2rl_kernels import group, reference
 
-from .head import why_not
-from .measure import Turns, progress, quantiles
+from .measure import in_turns, markdown, quantiles, spread, why_not
 
 # groups, rows a group, d
 SIZES = ((64, 16, 4096), (64, 16, 2048), (8, 16, 4096), (256, 16, 2048), (64, 8, 4096), (32, 32, 4096))
@@ -104,14 +103,8 @@ def measure(
             calls[f"{name} graph"] = graphed(call, launches)
         except Exception as error:
             left_out.append({"case": label, "method": f"{name}, in a CUDA graph", **why_not(error)})
-    turns = Turns(device)
-    turns.round(calls)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds):
-        progress(f"group {label}: round {round_ + 1}/{rounds}", often=True)
-        for name, value in turns.round(calls).items():
-            times[name].append(value / launches * 1e6)
-    progress("")
+    seconds = in_turns(device, f"group {label}", calls, rounds)
+    times = {name: [value / launches * 1e6 for value in values] for name, values in seconds.items()}
 
     rows = []
     for name in singles:
@@ -133,19 +126,20 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    graphs = any(row["graph_microseconds"] is not None for row in rows)
-    columns = ["groups x rows x d", "implementation", "us a call (20 to 80 %)"]
-    columns += ["us in a CUDA graph"] * graphs + ["error of the advantages"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        low, mid, high = row["microseconds_20_50_80"]
-        cells = [f"{row['groups']} x {row['m']} x {row['d']}", row["implementation"]]
-        cells.append(f"**{mid:.1f}** ({low:.1f} to {high:.1f})")
-        if graphs:
-            cells.append("" if row["graph_microseconds"] is None else f"{row['graph_microseconds']:.1f}")
-        cells.append("" if row["error"] is None else f"{row['error']:.0e}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(
+        [
+            {
+                "groups x rows x d": f"{row['groups']} x {row['m']} x {row['d']}",
+                "implementation": row["implementation"],
+                "us a call (20 to 80 %)": spread(row["microseconds_20_50_80"], ".1f"),
+                "us in a CUDA graph": (
+                    "" if row["graph_microseconds"] is None else f"{row['graph_microseconds']:.1f}"
+                ),
+                "error of the advantages": "" if row["error"] is None else f"{row['error']:.0e}",
+            }
+            for row in rows
+        ]
+    )
 
 
 def notes(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Time, memory and the machine: what the benchmarks of head, group and train share."""
+"""Time, memory, the machine and tables: what the benchmarks of all ops share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import datetime
 import gc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ import g2rl_kernels as g2
 from g2rl_kernels import _C
 from g2rl_kernels.info import _version
 
+from .methods import Unavailable
+
+ROUNDS_A_PLACEMENT = 5
+LEAST_ROUNDS = 3
 M_MMAP_THRESHOLD = -3  # malloc.h
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2
 
@@ -77,6 +82,37 @@ class Turns:
             stop.record()
         torch.cuda.synchronize()
         return {name: start.elapsed_time(stop) / 1e3 for name, (start, stop) in events.items()}
+
+
+def in_turns(
+    device: str,
+    label: str,
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    budget: float = float("inf"),
+    moved: Callable[[], Mapping[str, Callable[[], Any]]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round, after one to warm up. Fewer rounds, at least 3, where they would
+    take more than `budget` seconds.
+
+    On a CPU where tensors lie in memory moves torch's product by 15 %: every few rounds `moved` gives the
+    same calls on tensors elsewhere.
+    """
+    turns, times = Turns(device), {name: list[float]() for name in calls}
+    turns.round(calls)
+    started = time.perf_counter()
+    for round_ in range(rounds):
+        spent = time.perf_counter() - started
+        if round_ >= LEAST_ROUNDS and spent + spent / round_ > budget:
+            break
+        progress(f"{label}: round {round_ + 1}/{rounds}", often=True)
+        if moved and device == "cpu" and round_ and round_ % ROUNDS_A_PLACEMENT == 0:
+            calls = moved()
+            turns.round(calls)
+        for name, value in turns.round(calls).items():
+            times[name].append(value)
+    progress("")
+    return times
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -161,6 +197,35 @@ def _resident_growth(call: Callable[[], Any]) -> tuple[float | None, Any]:
     return float(max(read("VmHWM") - before, 0)), out
 
 
+# --- what cannot be measured --------------------------------------------------------------------------------
+
+
+def attempts(
+    device: str, label: str, calls: Mapping[str, Callable[[], dict[str, Any]]]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What each call returns, and of those that raised instead: why."""
+    found, left_out = {}, []
+    for name, call in calls.items():
+        progress(f"{label}: {name}, first call")
+        with released(device):
+            try:
+                found[name] = call()
+            except Exception as error:
+                left_out.append({"case": label, "method": name, **why_not(error)})
+    return found, left_out
+
+
+def why_not(error: Exception) -> dict[str, Any]:
+    """The reason in one line, and whether it is a fault: what is absent or does not fit is none."""
+    text = re.sub(r"(/[\w.+-]+)+/", "", " ".join(str(error).split()))[:240]  # no paths of this machine
+    absent = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("g2rl")
+    if absent or isinstance(error, (Unavailable, NotImplementedError)):
+        return {"reason": text, "fault": False}
+    if out_of_memory(error):
+        return {"reason": "out of memory", "fault": False}
+    return {"reason": f"{type(error).__name__}: {text}", "fault": True}
+
+
 def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
@@ -175,6 +240,56 @@ def released(device: str) -> Iterator[None]:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+# --- where the time goes ------------------------------------------------------------------------------------
+
+
+def profile(device: str, title: str, calls: Mapping[str, Callable[[], Any]], path: Path) -> None:
+    """Which kernels the time of one call goes to, by torch.profiler, for every call that runs."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    parts = [f"{title}: one call of each method\n"]
+    for name, call in calls.items():
+        progress(f"profile: {name}")
+        with released(device):
+            try:
+                call()
+                synchronize(device)
+                with record(activities=kinds) as recorded:
+                    call()
+                    synchronize(device)
+                text = recorded.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
+            except Exception as error:
+                text = why_not(error)["reason"]
+        parts.append(f"== {name}\n{text}\n")
+    progress("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows of cells by the names of their columns. Columns that no row fills are not there."""
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows])
+
+
+def spread(values: list[float], form: str, unit: str = "") -> str:
+    """Median and quantiles, as `quantiles` gives them, in a cell."""
+    low, mid, high = (format(value, form) for value in values)
+    return f"**{mid}{unit}** ({low} to {high})"
+
+
+def span(values: Iterable[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 # --- the machine --------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""The ways to compute the head op that are compared: ours in each mode, plain torch, and other packages.
+"""The ways to compute an op that are compared: ours in each mode, plain torch, and other packages. METHODS
+are those of the head op, TRAINING those of `linear_logprobs`.
 
-A method takes a `Problem` and returns `Outputs`, with None for what it leaves out. It is a row of the table
-when it can run: `Method.obstacle` says why it cannot, an exception at the first call does the same.
+A method takes a `Problem` and returns `Outputs`, with None for what it leaves out; in TRAINING autograd then
+takes their gradients. It is a row of the table when it can run: `Method.obstacle` says why it cannot, an
+exception at the first call does the same.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import g2rl_kernels as g2
 
@@ -28,6 +31,7 @@ class Outputs(NamedTuple):
     logprobs: Tensor | None = None  # [N]
     logsumexp: Tensor | None = None  # [N]
     entropy: Tensor | None = None  # [N]
+    total: Tensor | None = None  # sum of the log-probs, where a package differentiates no more than that
     skipped_mass: Tensor | None = None  # [S], share of a response's residual mass that was left out
     skipped_tokens: Tensor | None = None  # [S]
 
@@ -44,6 +48,7 @@ class Method:
     device: str = ""  # "cpu" or "cuda" where it runs on one of them only
     package: str = ""  # that it needs
     responses: int = 0  # cut otherwise than the case says: shows what packing responses costs
+    frozen: bool = False  # TRAINING: the weight gets no gradient
     default: tuple[str, ...] = ("cuda",)  # devices on which it is measured unless others are named
 
     def obstacle(self, device: str) -> str | None:
@@ -56,7 +61,7 @@ class Method:
         return None
 
 
-# --- ours ---------------------------------------------------------------------------------------------------
+# --- the head op: ours --------------------------------------------------------------------------------------
 
 
 def _features(p: Problem, backend: str, known: Tensor | None = None) -> Outputs:
@@ -84,7 +89,7 @@ def _statistics(p: Problem) -> Outputs:
     return Outputs(None, *statistics(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap))
 
 
-# --- plain torch --------------------------------------------------------------------------------------------
+# --- the head op: plain torch -------------------------------------------------------------------------------
 
 
 def _softmax(
@@ -164,22 +169,62 @@ def torch_chunked(p: Problem, chunk: int) -> Outputs:
     return Outputs(features / p.cu_seqlens.diff()[:, None], logprobs, lse, entropy)
 
 
-# --- other packages: forward only, so what they do for a loss, and no more ----------------------------------
+# --- linear_logprobs ----------------------------------------------------------------------------------------
 
 
-def _cce(p: Problem) -> Outputs:
+def _logprobs(p: Problem, entropy: bool = False, backend: str | None = None) -> Outputs:
+    out = g2.linear_logprobs(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap, backend=backend)
+    return Outputs(logprobs=out.logprobs, entropy=out.entropy if entropy else None)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, tokens: Tensor, softcap: float | None) -> Tensor:
+    """[N], as one writes it: softmax in float32, of logits in the model's dtype."""
+    z = (hidden @ weight.T).float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def _logprobs_naive(p: Problem) -> Outputs:
+    return Outputs(logprobs=_log_softmax(p.hidden, p.weight, p.tokens, p.softcap))
+
+
+@functools.cache
+def _compiled_logprobs() -> Callable[..., Tensor]:
+    return torch.compile(_log_softmax, dynamic=True)
+
+
+def _logprobs_compiled(p: Problem) -> Outputs:
+    return Outputs(logprobs=_compiled_logprobs()(p.hidden, p.weight, p.tokens, p.softcap))
+
+
+def _logprobs_chunked(p: Problem, chunk: int) -> Outputs:
+    """A chunk of logits at a time, forward and backward: checkpoints are computed again."""
+    parts = zip(p.hidden.split(chunk), p.tokens.split(chunk))
+    logprobs = [
+        checkpoint(_log_softmax, hidden, p.weight, tokens, p.softcap, use_reentrant=False)
+        for hidden, tokens in parts
+    ]
+    return Outputs(logprobs=torch.cat(logprobs))
+
+
+# --- other packages: what they do for a loss, and no more ---------------------------------------------------
+
+
+def _cce(p: Problem, impl: str = "cce") -> Outputs:
     from cut_cross_entropy import linear_cross_entropy
 
-    loss = linear_cross_entropy(p.hidden, p.weight, p.tokens, softcap=p.softcap, reduction="none")
-    return Outputs(logprobs=-loss)
+    options = {"softcap": p.softcap, "reduction": "none", "impl": impl}
+    return Outputs(logprobs=-linear_cross_entropy(p.hidden, p.weight, p.tokens, **options))
 
 
-def _liger(p: Problem) -> Outputs:
+def _liger(p: Problem, reduction: str = "none") -> Outputs:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
 
-    options = (None, None, -100, 0.0, 0.0, "none", p.softcap)  # bias ... reduction, softcap
+    options = (None, None, -100, 0.0, 0.0, reduction, p.softcap)  # bias ... reduction, softcap
     out = fused.apply(p.hidden, p.weight, p.tokens, *options)
-    return Outputs(logprobs=-(out[0] if isinstance(out, tuple) else out))
+    loss = out[0] if isinstance(out, tuple) else out
+    return Outputs(total=-loss) if reduction == "sum" else Outputs(logprobs=-loss)
 
 
 def _quack(p: Problem) -> Outputs:
@@ -187,12 +232,13 @@ def _quack(p: Problem) -> Outputs:
 
     if p.softcap is not None:
         raise Unavailable("quack has no softcap")
-    chunked_linear_cross_entropy(p.hidden, p.weight, p.tokens, reduction="sum")
-    return Outputs()
+    return Outputs(total=-chunked_linear_cross_entropy(p.hidden, p.weight, p.tokens, reduction="sum"))
 
 
 OURS = "g2rl-kernels"
 NO_LOSS = "features, logsumexp, entropy"
+NO_ENTROPY = "entropy"
+SUM_ONLY = f"{NO_ENTROPY}, gradients but for those of the log-probs' sum"
 METHODS = {
     method.name: method
     for method in (
@@ -232,6 +278,30 @@ METHODS = {
     )
 }
 
+EVERYWHERE = ("cpu", "cuda")
+TRAINING = {
+    method.name: method
+    for method in (
+        # C++ on a CPU, Triton on a GPU
+        Method(OURS, _logprobs, default=EVERYWHERE),
+        Method(f"{OURS}, entropy bonus", lambda p: _logprobs(p, entropy=True), default=EVERYWHERE),
+        Method(f"{OURS}, frozen weight", _logprobs, frozen=True, default=EVERYWHERE),
+        Method(f"{OURS}, tiles in PyTorch", lambda p: _logprobs(p, backend="reference"), default=EVERYWHERE),
+        # plain torch
+        Method(
+            "torch, 64 tokens at a time", lambda p: _logprobs_chunked(p, 64), NO_ENTROPY, default=("cpu",)
+        ),
+        Method("torch, 2048 tokens at a time", lambda p: _logprobs_chunked(p, 2048), NO_ENTROPY),
+        Method("torch, all logits at once", _logprobs_naive, NO_ENTROPY, default=EVERYWHERE),
+        Method("torch.compile, all logits at once", _logprobs_compiled, NO_ENTROPY),
+        # other packages
+        Method("CCE", _cce, f"{NO_ENTROPY}, gradients where p < 2^-12", "cuda", "cut_cross_entropy"),
+        Method("CCE, exact", lambda p: _cce(p, "cce_exact"), NO_ENTROPY, "cuda", "cut_cross_entropy"),
+        Method("Liger", lambda p: _liger(p, "sum"), SUM_ONLY, "cuda", "liger_kernel"),
+        Method("quack", _quack, SUM_ONLY, "cuda", "quack"),
+    )
+}
 
-def default_methods(device: str) -> list[str]:
-    return [name for name, method in METHODS.items() if device in method.default]
+
+def default_methods(methods: dict[str, Method], device: str) -> list[str]:
+    return [name for name, method in methods.items() if device in method.default]

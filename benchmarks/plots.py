@@ -1,4 +1,4 @@
-"""Pictures of `g2rl bench head`: ratio against N and memory against N, one line a method."""
+"""Pictures of `g2rl bench head` and `logprobs`: ratio against N and memory against N, one line a method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def panels(rows: list[Row]) -> dict[str, list[Row]]:
     return lines or found
 
 
-def draw(rows: list[Row], title: str, path: Path) -> None:
+def draw(rows: list[Row], title: str, floor: str, path: Path) -> None:
     cases = panels(rows)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = {method: plt.get_cmap("tab20")(i % 20) for i, method in enumerate(methods)}
@@ -47,7 +47,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
                 right.plot(*zip(*memory), **style)
         left.axhline(1, color="black", linewidth=0.8)
         left.set_ylim(0, 1.15 * max(1, *(row["ratio_20_50_80"][1] for row in some)))
-        left.set(ylabel="time / bare logits product")
+        left.set(ylabel=f"time / {floor}")
         right.set(ylabel="extra memory, MiB", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
         numbers = sorted({row["N"] for row in some})

@@ -68,6 +68,10 @@ class Case:
     distribution: str
     responses: int
 
+    @property
+    def label(self) -> str:
+        return f"{self.shape.name} {self.N} {self.dtype} {self.distribution}"
+
 
 def case(shape: str, dtype: str, N: int = 0, distribution: str = "2.3 sigma", gpu: bool = False) -> Case:
     """N = 0: what one measures in seconds. Responses have 1024 tokens on a GPU; on a CPU there are 4."""
@@ -77,15 +81,18 @@ def case(shape: str, dtype: str, N: int = 0, distribution: str = "2.3 sigma", gp
     return Case(SHAPES[shape], N, dtype, distribution, max(1, N // 1024) if gpu else min(4, N))
 
 
-def default_cases(gpu: bool, quick: bool) -> list[Case]:
-    """What `g2rl bench head` measures when nothing is asked for: the most telling first, because a run that
-    is out of time stops where it is."""
+def default_cases(op: str, gpu: bool, quick: bool) -> list[Case]:
+    """What `g2rl bench head` or `logprobs` measures when nothing is asked for: the most telling first,
+    because a run that is out of time stops where it is."""
     if not gpu:
         if quick:
             return [case("smollm2-135m", "bf16", 128)]
         return [case(shape, dtype) for shape in ("smollm2-135m", "qwen3-1.7b") for dtype in ("fp32", "bf16")]
     if quick:
         return [case("qwen3-1.7b", "bf16", 16384, "0.15 nats", gpu=True)]
+    if op == "logprobs":
+        shapes = ("qwen3-1.7b", "qwen3-8b", "gemma2-9b")
+        return [case(shape, "bf16", N, "0.15 nats", gpu=True) for N in (16384, 4096) for shape in shapes]
     wanted = [
         ("qwen3-1.7b", "bf16", 16384, "0.15 nats"),
         ("qwen3-8b", "bf16", 16384, "0.15 nats"),

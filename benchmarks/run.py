@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from . import group, head, scaling, train
-from .measure import header, machine
-from .methods import METHODS, default_methods
+from . import group, head, logprobs, scaling, train
+from .measure import header, machine, profile, why_not
+from .methods import Method, default_methods
 from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
 
 DESCRIPTION = """\
 Speed, memory and error of the ops, each beside the least that the machine needs for it.
 
   g2rl bench head       the LM head: time as a ratio to the bare logits product in the same run
+  g2rl bench logprobs   linear_logprobs, forward and backward, as a ratio to the three bare products
   g2rl bench group      the group geometry beside one read of its features
   g2rl bench train      what G2RL adds to a training step
   g2rl bench scaling    the same on paper: models up to 235B, on 1 to 1024 GPUs; measures nothing
@@ -50,6 +51,31 @@ examples:
 """
 
 
+LOGPROBS = """\
+Forward and backward of linear_logprobs beside the products that a head which holds its logits cannot do
+without: logits = hidden W^T, dX = dz W and dW = dz^T hidden, each by torch.mm; with a frozen weight, the
+first two. A method that never holds the logits computes them twice: four products (three) at least. Memory
+for the bare products' logits is there beforehand, and they stand in for dz. dX and dW are fresh memory in
+each call, as gradients from autograd are: on some machines that costs much, and all methods pay it alike.
+
+Methods take turns, round by round, and a ratio is taken within a round; shown is the median with the 20 % and
+80 % quantiles. On a GPU each pass is timed by CUDA events, behind a write that empties the L2. The gradient
+that comes in is random, and that of the log-probs alone; with "entropy bonus" the entropy has one too. Extra
+memory is the growth at the peak beyond the gradients themselves: on a GPU of torch's allocator, on a CPU of
+the process. Errors are against float64: of hidden's gradient at the first 16 tokens and of 32 rows of the
+weight's, half of them of tokens that occur, relative to their norm; of log p, the largest. What could not be
+measured is listed below the table, with the reason."""
+
+LOGPROBS_EXAMPLES = """\
+examples:
+  g2rl bench logprobs --quick                             a first look, a minute
+  g2rl bench logprobs --out mine.json --plot mine.png
+  g2rl bench logprobs --shapes qwen3-0.6b --dtypes bf16 --methods g2rl --rounds 5
+  g2rl bench logprobs --shapes qwen3-8b --N 4096 16384 --distributions '0.15 nats'
+  g2rl bench logprobs --methods frozen --profile kernels.txt
+"""
+
+
 def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -57,7 +83,7 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-OPS: dict[str, Any] = {"head": head, "group": group, "train": train}
+OPS: dict[str, Any] = {"head": head, "logprobs": logprobs, "group": group, "train": train}
 
 
 class Result:
@@ -89,33 +115,33 @@ def render(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-# --- the three runs -----------------------------------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------------------------
 
 
-def run_head(args: argparse.Namespace, device: str, result: Result) -> None:
-    gpu = device == "cuda"
+def run_methods(args: argparse.Namespace, device: str, result: Result) -> None:
+    """head and logprobs: methods that are compared, case by case."""
+    op, gpu = OPS[args.op], device == "cuda"
     cases, methods = chosen_cases(args, gpu), []
-    for name in chosen_methods(args.methods, device):
-        if reason := METHODS[name].obstacle(device):
+    for name in chosen_methods(op.METHODS, args.methods, device):
+        if reason := op.METHODS[name].obstacle(device):
             left = {"case": "all cases", "method": name, "reason": reason, "fault": False}
             result.add([], [left])
         else:
             methods.append(name)
-    rounds = args.rounds or (5 if args.quick else 11 if gpu else 15)
+    rounds = args.rounds or (5 if args.quick else op.ROUNDS[device])
     each = args.seconds or (4.0 if gpu else float("inf"))
 
     def measured(one: Case) -> Any:
-        return head.measure(one, device, methods, rounds, each, not args.no_error)
+        return op.measure(one, device, methods, rounds, each, not args.no_error)
 
-    named = [(f"{c.shape.name} {c.N} {c.dtype} {c.distribution}", c) for c in cases]
-    within_budget(args.budget, named, measured, result)
+    within_budget(args.budget, [(one.label, one) for one in cases], measured, result)
     if args.profile:
-        head.profile(cases[0], device, methods, args.profile)
+        profile(device, cases[0].label, op.calls(cases[0], device, methods), args.profile)
 
 
 def chosen_cases(args: argparse.Namespace, gpu: bool) -> list[Case]:
     if not (args.shapes or args.N or args.dtypes or args.distributions):
-        return default_cases(gpu, args.quick)
+        return default_cases(args.op, gpu, args.quick)
     axes = (
         args.shapes or (["qwen3-1.7b"] if gpu else ["smollm2-135m", "qwen3-1.7b"]),
         args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"]),
@@ -125,11 +151,11 @@ def chosen_cases(args: argparse.Namespace, gpu: bool) -> list[Case]:
     return [case(*one, gpu=gpu) for one in itertools.product(*axes)]
 
 
-def chosen_methods(wanted: Sequence[str] | None, device: str) -> list[str]:
+def chosen_methods(methods: dict[str, Method], wanted: Sequence[str] | None, device: str) -> list[str]:
     """Those whose names contain one of the words."""
     if not wanted:
-        return default_methods(device)
-    return [name for name in METHODS if any(word.lower() in name.lower() for word in wanted)]
+        return default_methods(methods, device)
+    return [name for name in methods if any(word.lower() in name.lower() for word in wanted)]
 
 
 def run_group(args: argparse.Namespace, device: str, result: Result) -> None:
@@ -154,7 +180,7 @@ def run_train(args: argparse.Namespace, device: str, result: Result) -> None:
         try:
             return train.measure(model, device, train.BATCHES[device], rounds), []
         except Exception as error:
-            return [], [{"case": model, "method": "the step", **head.why_not(error)}]
+            return [], [{"case": model, "method": "the step", **why_not(error)}]
 
     within_budget(args.budget, [(model, model) for model in models], measured, result)
 
@@ -181,7 +207,8 @@ def within_budget(
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("g2rl bench", description=DESCRIPTION, formatter_class=raw)
-    ops = p.add_subparsers(dest="op", metavar="head | group | train | scaling | table | plot", required=True)
+    commands = " | ".join((*OPS, "scaling", "table", "plot"))
+    ops = p.add_subparsers(dest="op", metavar=commands, required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
     common.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
@@ -190,29 +217,9 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's)")
     common.add_argument("--out", type=Path, metavar="JSON", help="write the result there, after every case")
 
-    h = ops.add_parser("head", description=HEAD, epilog=HEAD_EXAMPLES, formatter_class=raw, parents=[common])
-    for option, choices, what in (
-        ("--shapes", list(SHAPES), "models' heads"),
-        ("--dtypes", list(DTYPES), "dtypes"),
-        ("--distributions", list(DISTRIBUTIONS), "how peaked the softmax is: its mean entropy"),
-    ):
-        names = f"{what}, of {', '.join(choices)}"
-        h.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=names)
-    h.add_argument("--N", nargs="+", type=int, help="numbers of tokens (default: what takes seconds here)")
-    h.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="WORD",
-        help=f"those whose names contain one of the words, of: {'; '.join(METHODS)}".replace("%", "%%"),
-    )
-    h.add_argument(
-        "--seconds", type=float, help="fewer rounds, at least 3, where a case takes longer (GPU: 4)"
-    )
-    h.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
-    h.add_argument("--plot", type=Path, metavar="PNG", help="ratio and memory against N, a line a method")
-    h.add_argument(
-        "--profile", type=Path, metavar="TXT", help="the kernels of one call of each method, first case"
-    )
+    for op, about, examples in (("head", HEAD, HEAD_EXAMPLES), ("logprobs", LOGPROBS, LOGPROBS_EXAMPLES)):
+        m = ops.add_parser(op, description=about, epilog=examples, formatter_class=raw, parents=[common])
+        add_methods(m, OPS[op].METHODS)
 
     about = (group.__doc__ or "") + "\nOn a GPU, calls as they come and in a CUDA graph."
     g = ops.add_parser("group", description=about, formatter_class=raw, parents=[common])
@@ -240,12 +247,41 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--gpus", nargs="+", type=int, default=scaling.GPUS, metavar="G", help="numbers of GPUs")
     c.add_argument("--response", type=int, metavar="TOKENS", help="tokens a response (default: the paper's)")
 
-    for op, what in (("table", "Print the tables of results again."), ("plot", "Draw results of `head`.")):
+    for op, what in (
+        ("table", "Print the tables of results again."),
+        ("plot", "Draw results of `head` or of `logprobs`."),
+    ):
         s = ops.add_parser(op, description=what)
         s.add_argument("results", nargs="+", type=Path, help="JSON that --out wrote")
         if op == "plot":
             s.add_argument("--out", type=Path, required=True, metavar="PNG")
     return p
+
+
+def add_methods(p: argparse.ArgumentParser, methods: dict[str, Method]) -> None:
+    """Options of an op for which methods are compared."""
+    for option, choices, what in (
+        ("--shapes", list(SHAPES), "models' heads"),
+        ("--dtypes", list(DTYPES), "dtypes"),
+        ("--distributions", list(DISTRIBUTIONS), "how peaked the softmax is: its mean entropy"),
+    ):
+        names = f"{what}, of {', '.join(choices)}"
+        p.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=names)
+    p.add_argument("--N", nargs="+", type=int, help="numbers of tokens (default: what takes seconds here)")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="WORD",
+        help=f"those whose names contain one of the words, of: {'; '.join(methods)}".replace("%", "%%"),
+    )
+    p.add_argument(
+        "--seconds", type=float, help="fewer rounds, at least 3, where a case takes longer (GPU: 4)"
+    )
+    p.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="ratio and memory against N, a line a method")
+    p.add_argument(
+        "--profile", type=Path, metavar="TXT", help="the kernels of one call of each method, first case"
+    )
 
 
 def _size(text: str) -> tuple[int, int, int]:
@@ -262,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.op == "table":
             print("\n\n".join(map(render, results)))
             return 0
-        return _plot([row for result in results for row in result["rows"]], results[0]["machine"], args.out)
+        return _plot(results, args.out)
 
     if args.op == "scaling":
         if min(*args.gpus, args.response or 1) < 1:
@@ -275,26 +311,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name} is {value}, needs 1 or more")
-    if args.op == "head" and min(args.N or [1]) < 1:
+    methods = getattr(OPS[args.op], "METHODS", None)
+    if methods and min(args.N or [1]) < 1:
         p.error(f"--N: {min(args.N)} tokens, needs 1 or more")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no GPU")
-    if args.op == "head" and not chosen_methods(args.methods, device):
-        p.error(f"--methods: no name contains {' or '.join(args.methods)}; they are {'; '.join(METHODS)}")
+    if methods and not chosen_methods(methods, args.methods, device):
+        p.error(f"--methods: no name contains {' or '.join(args.methods)}; they are {'; '.join(methods)}")
     if args.threads:
         torch.set_num_threads(args.threads)
 
     result = Result(args.op, device, args.out)
-    {"head": run_head, "group": run_group, "train": run_train}[args.op](args, device, result)
+    {"group": run_group, "train": run_train}.get(args.op, run_methods)(args, device, result)
     print(render(result.content))
     status = int(any(left["fault"] for left in result.content["left_out"]))
-    if args.op == "head" and args.plot:
-        status |= _plot(result.content["rows"], result.content["machine"], args.plot)
+    if methods and args.plot:
+        status |= _plot([result.content], args.plot)
     return status
 
 
-def _plot(rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> int:
+def _plot(results: list[dict[str, Any]], out: Path) -> int:
+    """Of results of one op: what their times are a ratio to is written on the axis."""
+    rows = [row for result in results for row in result["rows"]]
+    names = {result.get("op", "head") for result in results}
+    floors = {getattr(OPS[name], "FLOOR", None) for name in names}
+    if len(floors) > 1 or None in floors:
+        print(
+            f"g2rl bench: no plot of {' and '.join(sorted(names))}: of head or of logprobs", file=sys.stderr
+        )
+        return 2
     try:
         from .plots import draw
     except ImportError as error:
@@ -303,7 +349,7 @@ def _plot(rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> int
     if not rows:
         print("g2rl bench: no plot: nothing was measured", file=sys.stderr)
         return 2
-    draw(rows, header(machine), out)
+    draw(rows, header(results[0]["machine"]), floors.pop(), out)
     return 0
 
 

@@ -22,7 +22,7 @@ from g2rl_kernels.trainer.model import find_head
 from g2rl_kernels.trainer.sampling import Rollout
 from g2rl_kernels.trainer.trainer import Measured, Trainer, _padded, _slices
 
-from .measure import Turns, progress, quantiles, synchronize
+from .measure import Turns, markdown, progress, quantiles, spread, synchronize
 
 # hidden, intermediate, layers, heads, key-value heads, size of a head, vocabulary, tied embeddings
 MODELS = {
@@ -194,24 +194,23 @@ def measure(name: str, device: str, batch: Batch, rounds: int) -> list[dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ["model, responses, tokens", "step", "seconds", "more than GRPO (20 to 80 %)"]
-    columns += ["features and geometry alone", "peak memory"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    cells = []
     for row in rows:
-        cells = [
-            f"{row['model']}, {row['responses']}, {row['tokens']}",
-            row["algorithm"],
-            f"{row['seconds']:.3f}",
-        ]
-        if row["added_20_50_80"] is None:
-            cells += ["", ""]
-        else:
-            low, mid, high = (100 * share for share in row["added_20_50_80"])
-            share = 100 * row["feature_seconds"] / row["seconds"]
-            cells += [f"**{mid:+.1f} %** ({low:+.1f} to {high:+.1f})", f"{share:.1f} % of the step"]
-        cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        added, alone = "", ""
+        if row["added_20_50_80"] is not None:
+            added = spread([100 * share for share in row["added_20_50_80"]], "+.1f", " %")
+            alone = f"{100 * row['feature_seconds'] / row['seconds']:.1f} % of the step"
+        cells.append(
+            {
+                "model, responses, tokens": f"{row['model']}, {row['responses']}, {row['tokens']}",
+                "step": row["algorithm"],
+                "seconds": f"{row['seconds']:.3f}",
+                "more than GRPO (20 to 80 %)": added,
+                "features and geometry alone": alone,
+                "peak memory": "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB",
+            }
+        )
+    return markdown(cells)
 
 
 def notes(rows: list[dict[str, Any]]) -> str:

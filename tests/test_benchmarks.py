@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -24,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # As the command finds them: in a checkout `benchmarks`, installed (editable too) a part of the package.
 run: Any = cli._benchmarks()
-group, head, measure, methods, missing_imports, registry, train = (
+group, head, logprobs, measure, methods, missing_imports, registry, train = (
     import_module(f"{run.__package__}.{name}")
-    for name in ("group", "head", "measure", "methods", "missing_imports", "registry", "train")
+    for name in ("group", "head", "logprobs", "measure", "methods", "missing_imports", "registry", "train")
 )
-METHODS, Method, Outputs, Unavailable = (
-    getattr(methods, name) for name in ("METHODS", "Method", "Outputs", "Unavailable")
+METHODS, TRAINING, Method, Outputs, Unavailable = (
+    getattr(methods, name) for name in ("METHODS", "TRAINING", "Method", "Outputs", "Unavailable")
 )
 Case, Shape, problem = registry.Case, registry.Shape, registry.problem
 
@@ -87,8 +88,9 @@ def test_heads_are_those_of_the_models(name, V, d, softcap):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
-def test_default_cases_are_distinct_and_in_the_registry(gpu, quick):
-    cases = registry.default_cases(gpu, quick)
+@pytest.mark.parametrize("op", ["head", "logprobs"])
+def test_default_cases_are_distinct_and_in_the_registry(op, gpu, quick):
+    cases = registry.default_cases(op, gpu, quick)
     assert len({*cases}) == len(cases) > 0
     for case in cases:
         assert registry.SHAPES[case.shape.name] is case.shape
@@ -212,16 +214,18 @@ def test_the_chunk_of_plain_torch_may_end_anywhere():
             torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
 
 
-def test_other_packages_are_called_for_log_probabilities(monkeypatch):
-    p = problem(small(48, SOFTCAPPED)).cut(3)
+@pytest.fixture
+def packages(monkeypatch):
+    """Stand-ins for other packages, with their interfaces."""
 
-    def losses(hidden, weight, tokens, softcap):
-        z = softcap * torch.tanh(hidden @ weight.T / softcap)
-        return torch.nn.functional.cross_entropy(z, tokens, reduction="none")
+    def losses(hidden, weight, tokens, softcap, reduction):
+        z = hidden @ weight.T
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return torch.nn.functional.cross_entropy(z, tokens, reduction=reduction)
 
-    def cce(e, c, targets, softcap=None, reduction="mean"):
-        assert reduction == "none"
-        return losses(e, c, targets, softcap)
+    def cce(e, c, targets, softcap=None, reduction="mean", impl="cce"):
+        assert impl in ("cce", "cce_exact")
+        return losses(e, c, targets, softcap, reduction)
 
     class Liger:
         @staticmethod
@@ -229,8 +233,10 @@ def test_other_packages_are_called_for_log_probabilities(monkeypatch):
             _input, weight, target, bias, ce_weight, ignore_index, z_loss, smoothing, reduction, softcap
         ):
             assert (bias, ce_weight, ignore_index, z_loss, smoothing) == (None, None, -100, 0.0, 0.0)
-            assert reduction == "none"
-            return losses(_input, weight, target, softcap), None
+            return losses(_input, weight, target, softcap, reduction), None
+
+    def quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+        return losses(x, weight, target, None, reduction)
 
     def module(name: str, **members: object) -> None:
         for i in range(1, name.count(".") + 1):
@@ -242,13 +248,83 @@ def test_other_packages_are_called_for_log_probabilities(monkeypatch):
 
     module("cut_cross_entropy", linear_cross_entropy=cce)
     module("liger_kernel.ops.fused_linear_cross_entropy", LigerFusedLinearCrossEntropyFunction=Liger)
+    module("quack.linear_cross_entropy", chunked_linear_cross_entropy=quack)
+
+
+def test_other_packages_are_called_for_log_probabilities(packages):
+    p = problem(small(48, SOFTCAPPED)).cut(3)
     for name in ("CCE", "Liger"):
         errors = head.errors(METHODS[name].call(p), head.exact(p))
         assert {*errors} == {"logprobs"}
         assert errors["logprobs"] < 1e-4
-    module("quack.linear_cross_entropy", chunked_linear_cross_entropy=None)
     with pytest.raises(Unavailable, match="softcap"):
         METHODS["quack"].call(p)
+
+
+def trained(method: Any, p: Any) -> Any:
+    """log-probs and gradients of a method in TRAINING, and their errors."""
+    training = logprobs.Training(method, p)
+    out, grads = training()
+    return out, grads, logprobs.Exact(p).errors(out, grads, training.incoming)
+
+
+@pytest.mark.parametrize("shape", [HEAD, SOFTCAPPED], ids=lambda shape: shape.name)
+def test_the_truth_about_gradients_is_that_of_autograd(shape):
+    p = problem(small(40, shape))
+    exact = logprobs.Exact(p)
+    hidden, weight = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
+    log_p = softmax(dataclasses.replace(p, hidden=hidden, weight=weight))
+    entropy = -(log_p.exp() * log_p).sum(1)
+    chosen = log_p.gather(1, p.tokens[:, None])[:, 0]
+    torch.testing.assert_close(exact.logprobs, chosen.detach())
+    torch.testing.assert_close(exact.entropy, entropy.detach())
+    assert len(exact.rows) > 20
+    incoming = torch.randn(2, 40)
+    for out, grads_in in (
+        (Outputs(logprobs=chosen), (incoming[0], 0 * incoming[1])),
+        (Outputs(logprobs=chosen, entropy=entropy), incoming),
+        (Outputs(total=chosen.sum()), (torch.ones(40), torch.zeros(40))),
+    ):
+        loss = (chosen * grads_in[0] + entropy * grads_in[1]).sum()
+        grads = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        errors = exact.errors(out, grads, incoming)
+        assert {"hidden", "weight"} <= {*errors}
+        assert max(errors.values()) < 1e-12
+        wrong = (grads[0], grads[1] * (1 + 1e-3))
+        assert exact.errors(out, wrong, incoming)["weight"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (name, shape)
+        for name, method in TRAINING.items()
+        for shape in (HEAD, SOFTCAPPED)
+        if not method.package and ("compile" not in name or shape is SOFTCAPPED)  # compiling takes seconds
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_gradients_of_methods_agree_with_float64(name, shape):
+    method, p = TRAINING[name], problem(small(70, shape), DEVICE)
+    out, grads, errors = trained(method, p)
+    given = {"hidden", "logprobs"} | ({"weight"} if not method.frozen else set())
+    assert {*errors} == given | ({"entropy"} if "bonus" in name else set())
+    assert max(errors.values()) < 1e-4
+    assert [grad.shape for grad in grads] == [p.hidden.shape, p.weight.shape][: len(grads)]
+    assert out.logprobs.shape == p.tokens.shape
+
+
+def test_other_packages_are_called_for_gradients(packages):
+    p = problem(small(48, SOFTCAPPED))
+    for name in ("CCE", "CCE, exact", "Liger"):
+        _, _, errors = trained(TRAINING[name], p)
+        assert {"hidden", "weight"} <= {*errors}, name
+        assert max(errors.values()) < 1e-4, name
+    with pytest.raises(Unavailable, match="softcap"):
+        trained(TRAINING["quack"], p)
+    _, _, errors = trained(TRAINING["quack"], problem(small(48)))
+    assert {*errors} == {"hidden", "weight"}
+    assert max(errors.values()) < 1e-4
 
 
 def test_obstacles(compiled):
@@ -279,10 +355,27 @@ def test_the_floor_is_the_whole_product_in_chunks_that_fit(limit, rows, chunks):
 
     torch.mm = spy
     try:
-        floor(p)
+        floor.logits(p)
     finally:
         torch.mm = real
     torch.testing.assert_close(torch.cat(seen), p.hidden @ p.weight.T)
+
+
+@pytest.mark.parametrize(("limit", "chunks"), [(None, 1), (4 * 4096 * 4, 3)])
+def test_the_floor_of_the_backward_pass_is_both_products(limit, chunks):
+    p = problem(small(10, distribution="2.3 sigma"))
+    floor = head.Floor(p, limit)
+    floor.logits(p)
+    assert list(logprobs.products(floor, p)) == ["logits", "dX", "dW"]
+    assert list(logprobs.products(floor, p, frozen=True)) == ["logits", "dX"]
+    # What stands for dz are the logits of the last chunk; each chunk has as many rows of it as tokens.
+    dz = floor.out.repeat(chunks, 1)[:10]
+    torch.testing.assert_close(floor.grad_hidden(p), dz @ p.weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(floor.grad_weight(p), dz.T @ p.hidden, atol=1e-4, rtol=1e-4)
+    before = floor.out
+    floor.move()
+    assert floor.out.data_ptr() != before.data_ptr()
+    assert torch.equal(floor.out, before)
 
 
 def test_quantiles():
@@ -301,15 +394,38 @@ def test_extra_memory_counts_what_the_call_holds_at_its_peak():
     assert 47 << 20 <= extra <= 60 << 20  # what the process let go elsewhere counts too
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark to reset")
+@pytest.mark.parametrize(
+    ("N", "V", "d", "dtype", "frozen"),
+    [
+        (3000, 50021, 1024, torch.bfloat16, False),
+        (3000, 20021, 1024, torch.bfloat16, True),
+        (3000, 20021, 1024, torch.float32, False),
+        (3000, 20021, 1024, torch.float32, True),
+        (12000, 2001, 2048, torch.bfloat16, False),  # hidden's gradient in float32 alone would be more
+    ],
+)
+def test_linear_logprobs_takes_less_than_64_MiB_beside_its_gradients(N, V, d, dtype, frozen):
+    hidden = torch.randn(N, d).to(dtype)
+    weight = torch.empty(V, d, dtype=dtype).uniform_(-0.05, 0.05)
+    nothing = torch.empty(0)
+    p = registry.Problem(
+        hidden, weight, torch.randint(V, (N,)), nothing, (0, N), None, nothing, nothing, entropy=0.0
+    )
+    method = Method("", lambda p: methods._logprobs(p, entropy=True, backend="cpu"), frozen=frozen)
+    extra = logprobs.first_pass(method, p, "cpu", None)["extra_bytes"]
+    assert 0 < extra <= 64 << 20, f"{extra / 2**20:.1f} MiB"
+
+
 def test_reasons_tell_faults_from_absence_and_name_no_paths():
-    assert head.why_not(Unavailable("x is not there")) == {"reason": "x is not there", "fault": False}
-    assert head.why_not(torch.OutOfMemoryError("Tried to allocate")) == {
+    assert measure.why_not(Unavailable("x is not there")) == {"reason": "x is not there", "fault": False}
+    assert measure.why_not(torch.OutOfMemoryError("Tried to allocate")) == {
         "reason": "out of memory",
         "fault": False,
     }
-    assert not head.why_not(ModuleNotFoundError("no quack", name="quack"))["fault"]
-    assert head.why_not(ModuleNotFoundError("gone", name="g2rl_kernels.kernels.head"))["fault"]
-    found = head.why_not(RuntimeError("in /home/me/lib/file.py:3: bad"))
+    assert not measure.why_not(ModuleNotFoundError("no quack", name="quack"))["fault"]
+    assert measure.why_not(ModuleNotFoundError("gone", name="g2rl_kernels.kernels.head"))["fault"]
+    found = measure.why_not(RuntimeError("in /home/me/lib/file.py:3: bad"))
     assert found == {"reason": "RuntimeError: in file.py:3: bad", "fault": True}
 
 
@@ -375,6 +491,74 @@ def test_head_measures_writes_and_draws(compiled, tmp_path, capsys):
     again = tmp_path / "again.png"
     assert bench("plot", out, "--out", again) == 0
     assert again.read_bytes() == plot.read_bytes()
+
+
+def test_logprobs_measures_writes_and_draws(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out, plot, kernels = (tmp_path / name for name in ("a.json", "a.png", "kernels.txt"))
+    wanted = ["--shapes", "tiny", "--N", 16, "--dtypes", "bf16", "fp32", "--distributions", "0.5 nats"]
+    wanted += ["--methods", "g2rl", "64", "CCE", "--rounds", 6]  # one round after a move in memory
+    assert (
+        bench("logprobs", "--device", "cpu", *wanted, "--out", out, "--plot", plot, "--profile", kernels) == 0
+    )
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    names = [name for name in TRAINING if name.startswith("g2rl") or "64" in name]
+    rows = result["rows"]
+    assert [(row["N"], row["dtype"], row["method"]) for row in rows] == [
+        (16, dtype, name) for dtype in ("bf16", "fp32") for name in names
+    ]
+    for row in rows:
+        low, mid, high = row["ratio_20_50_80"]
+        assert 0 < low <= mid <= high
+        assert row["rounds"] == 6
+        assert 0 < row["forward_milliseconds"] < row["milliseconds"]
+        assert 0 < row["backward_milliseconds"] < row["milliseconds"]
+        frozen = "frozen" in row["method"]
+        assert len(row["product_milliseconds"]) == (2 if frozen else 3)
+        assert row["floor_milliseconds"] > max(row["product_milliseconds"])
+        assert ("weight" in row["errors"]) != frozen
+        assert ("entropy" in row["errors"]) == ("entropy" in row["method"])
+        for name in ("hidden", "weight"):
+            assert 0 <= row["errors"].get(name, 0) < (1e-4 if row["dtype"] == "fp32" else 0.02)
+    by_name = {row["method"]: row for row in rows if row["dtype"] == "bf16"}
+    ours, torchs = by_name["g2rl-kernels"]["errors"], by_name["torch, 64 tokens at a time"]["errors"]
+    assert ours["hidden"] < torchs["hidden"]
+    assert ours["logprobs"] < torchs["logprobs"]
+    assert printed.count("| 16 x 2048 x 64, bf16, 0.5 nats |") == len(names)
+    assert "time / bare products (20 to 80 %)" in printed
+    assert "With a frozen weight they are two" in printed
+    assert "- CCE, exact, all cases: " in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for name in ("torch.mm, logits", "torch.mm, dX", "torch.mm, dW", *names):
+        assert f"== {name}\n" in kernels.read_text()
+    assert "g2rl::linear_logprobs_backward" in kernels.read_text()
+
+    assert bench("table", out) == 0
+    assert capsys.readouterr().out == printed
+    other = tmp_path / "head.json"
+    other.write_text(json.dumps({"op": "head", "machine": result["machine"], "rows": []}))
+    assert bench("plot", out, other, "--out", plot) == 2
+    assert "no plot of head and logprobs" in capsys.readouterr().err
+
+    tool = readme_table()
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    text, count = tool.BLOCK.subn(tool.written, "<!-- table: g2rl bench logprobs a.json -->\n<!-- end -->\n")
+    assert count == 1
+    assert head.table is not logprobs.table
+    assert logprobs.table(rows) in text
+    assert re.search(
+        r"In short: .* in fp32, .* in bf16 of the three products; .* MB beyond the gradients", text
+    )
+    with pytest.raises(SystemExit, match=r"g2rl bench head names a.json, a result of g2rl bench logprobs"):
+        tool.block("head", "a.json")
+
+
+def readme_table() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools" / "readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_a_method_that_fails_is_named_and_the_others_measured(monkeypatch, capsys):
@@ -450,6 +634,8 @@ def test_the_step_without_g2rl_is_the_trainers_with_lam_0():
         (["head", "--N", "0"], "--N: 0 tokens"),
         (["head", "--shapes", "gpt-9"], "invalid choice: 'gpt-9'"),
         (["head", "--methods", "magic"], "no name contains magic"),
+        (["logprobs", "--N", "16", "0"], "--N: 0 tokens"),
+        (["logprobs", "--methods", "certificate"], "no name contains certificate"),
         (["group", "--sizes", "3x4"], "--sizes: invalid"),
         (["dance"], "invalid choice: 'dance'"),
     ],
@@ -461,22 +647,30 @@ def test_wrong_usage(argv, needed, capsys):
     assert needed in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", ["", "head", "group", "train"])
+@pytest.mark.parametrize("op", ["", "head", "logprobs", "group", "train"])
 def test_help_teaches(op, capsys):
     with pytest.raises(SystemExit) as stop:
         bench(*op.split(), "--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    needed = {"head": ["examples:", "qwen3-8b", "float64", "L2"], "group": ["CUDA graph"], "train": ["GRPO"]}
-    for word in needed.get(op, ["bench head", "bench group", "bench train", "--out"]):
+    needed = {
+        "head": ["examples:", "qwen3-8b", "float64", "L2"],
+        "logprobs": ["examples:", "dW = dz^T hidden", "fresh memory", "frozen", "beyond the gradients"],
+        "group": ["CUDA graph"],
+        "train": ["GRPO"],
+    }
+    for word in needed.get(op, ["bench head", "bench logprobs", "bench group", "bench train", "--out"]):
         assert word in text
 
 
 def test_methods_are_chosen_by_words():
-    assert run.chosen_methods(["certificate", "cce"], "cuda") == ["g2rl-kernels, certificate", "CCE"]
-    on_gpu = run.chosen_methods(None, "cuda")
+    assert run.chosen_methods(METHODS, ["certificate", "cce"], "cuda") == ["g2rl-kernels, certificate", "CCE"]
+    on_gpu = run.chosen_methods(METHODS, None, "cuda")
     assert not {"g2rl-kernels", "torch, 64 tokens at a time"} & {*on_gpu}
     assert {"g2rl-kernels, statistics", "torch, all logits at once", "Liger"} <= {*on_gpu}
+    trained = run.chosen_methods(TRAINING, None, "cpu")
+    assert {"g2rl-kernels", "g2rl-kernels, frozen weight", "torch, 64 tokens at a time"} <= {*trained}
+    assert "torch.compile, all logits at once" not in trained
 
 
 def test_cases_are_the_product_of_what_is_named():

@@ -4,7 +4,8 @@
     python tools/readme_table.py
 
 A table stands between `<!-- table: g2rl bench head -->`, which takes the file above, or with a file of
-benchmarks/results named, `<!-- table: g2rl bench group gpu-nvidia-h200-group.json -->`, and `<!-- end -->`.
+benchmarks/results named, `<!-- table: g2rl bench logprobs FILE.json -->` (logprobs, group, train), and
+`<!-- end -->`.
 tests/test_readme.py compares the two.
 """
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = "cpu-epyc-zen5-2cores.json"
 BLOCK = re.compile(
-    r"(<!-- table: g2rl bench (head|group|train)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- table: g2rl bench (head|logprobs|group|train)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -36,21 +37,28 @@ def block(op: str, file: str) -> str:
     from benchmarks.run import OPS, render
 
     result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-    if "gpu" in result["machine"] or op != "head":
+    if (measured := result.get("op", "head")) != op:
+        sys.exit(f"README.md: the table of g2rl bench {op} names {file}, a result of g2rl bench {measured}")
+    if "gpu" in result["machine"] or op not in SUMMARIES:
         return render(result) + "\n"
     rows = result["rows"]
-    rounds = rows[0]["rounds"]
-    return f"{header(result['machine'])}; {rounds} rounds:\n\n{OPS[op].table(rows)}\n\n{summary(rows)}\n"
+    rounds, summary = rows[0]["rounds"], SUMMARIES[op](rows)
+    return f"{header(result['machine'])}; {rounds} rounds:\n\n{OPS[op].table(rows)}\n\n{summary}\n"
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
+def span(times: dict[tuple[str, ...], float], dtype: str) -> str:
+    """Of times by (shape, dtype, method)."""
+    values = [time for key, time in times.items() if key[1] == dtype]
+    return f"{min(values):.2f} to {max(values):.2f} in {dtype}"
+
+
+def median_times(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    return {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in rows}
+
+
+def head_summary(rows: list[dict[str, Any]]) -> str:
     ours = [row for row in rows if row["method"].startswith("g2rl-kernels")]
-    times = {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in ours}
-
-    def span(dtype: str) -> str:
-        values = [time for (_, kind, _), time in times.items() if kind == dtype]
-        return f"{min(values):.2f} to {max(values):.2f} in {dtype}"
-
+    times = median_times(ours)
     one, eight = "g2rl-kernels, 1 response", "g2rl-kernels, 8 responses"
     cost = [
         100 * (times[shape, dtype, eight] / time - 1)
@@ -59,9 +67,26 @@ def summary(rows: list[dict[str, Any]]) -> str:
     ]
     memory = max(row["extra_bytes"] for row in ours) / 1e6
     return (
-        f"In short: {span('fp32')}, {span('bf16')}; 8 responses instead of 1: {min(cost):+.0f} to "
-        f"{max(cost):+.0f} % of time; at most {memory:.1f} MB."
+        f"In short: {span(times, 'fp32')}, {span(times, 'bf16')}; 8 responses instead of 1: "
+        f"{min(cost):+.0f} to {max(cost):+.0f} % of time; at most {memory:.1f} MB."
     )
+
+
+def logprobs_summary(rows: list[dict[str, Any]]) -> str:
+    ours = {
+        "of the three products": "g2rl-kernels",
+        "with an entropy bonus": "g2rl-kernels, entropy bonus",
+        "of two with a frozen weight": "g2rl-kernels, frozen weight",
+    }
+    text = []
+    for what, method in ours.items():
+        times = median_times([row for row in rows if row["method"] == method])
+        text.append(f"{span(times, 'fp32')}, {span(times, 'bf16')} {what}")
+    memory = max(row["extra_bytes"] for row in rows if row["method"] in ours.values()) / 1e6
+    return f"In short: {'; '.join(text)}; at most {memory:.1f} MB beyond the gradients."
+
+
+SUMMARIES = {"head": head_summary, "logprobs": logprobs_summary}
 
 
 def main() -> None:
