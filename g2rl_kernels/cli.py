@@ -24,6 +24,7 @@ examples:
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
   g2rl train recipes/trl-demo.yaml   the same by TRL's GRPO trainer, which also runs on many GPUs
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
+  g2rl bench logprobs                the same of log-probs and their gradients, beside three bare products
   g2rl bench train                   what G2RL adds to a training step; bench group: the group geometry
   g2rl tune --model Qwen/Qwen3-1.7B  the fastest tiles for a head on this GPU, kept for later runs
 
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     # These parse their own arguments, --help too: their parsers are imported only when they are wanted.
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
     commands.add_parser(
-        "bench", help="measure speed, memory and error: bench head | group | train", add_help=False
+        "bench", help="measure speed, memory and error: bench head | logprobs | group | train", add_help=False
     )
     commands.add_parser("tune", help="find the fastest GPU tiles for a head, and keep them", add_help=False)
     return parser
