@@ -48,6 +48,8 @@ def ask_for_fsdp(version: int) -> None:
         "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_USE_ORIG_PARAMS": "true",
+        # the first process alone loads the weights; under FSDP1 that needs a GPU
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": str(version == 2),
     }
 
 
