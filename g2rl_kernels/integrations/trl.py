@@ -170,6 +170,8 @@ class G2RLTrainer(GRPOTrainer):
         "id": "2512.15687",
     }
 
+    num_iterations: int
+
     def __init__(
         self,
         model: Any,
@@ -186,7 +188,6 @@ class G2RLTrainer(GRPOTrainer):
             raise TypeError(f"args: got {type(args).__name__}, needs a G2RLConfig (g2rl_lam=0 is plain GRPO)")
         _check_prompts(train_dataset, args)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
-        self.num_iterations: int  # of TRL
         self._shapes = args.g2rl_lam > 0
         self._measurement: _Measurement | None = None
         if self._shapes:

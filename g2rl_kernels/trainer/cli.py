@@ -97,7 +97,7 @@ def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         at = words.index("--config")
         return words[at + 1], words[:at] + words[at + 2 :]
     for at, word in enumerate(words):
-        if word.endswith((".yaml", ".yml")):
+        if word.endswith((".yaml", ".yml")) and ("=" not in word or Path(word).exists()):
             return word, words[:at] + words[at + 1 :]
     return None, words
 

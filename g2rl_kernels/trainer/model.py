@@ -99,9 +99,17 @@ class Head:
         }
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """FSDP2 keeps this rank's shard, a DTensor, in modules that are not run by a call of their own."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+def _whole(parameter: Any) -> Tensor:
+    """All of a parameter of which FSDP2 keeps this rank's shard, a DTensor; its gradient is the ranks' mean.
+
+    FSDP2 does that averaging itself, but not for modules that are not run by a call of their own.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    whole: Tensor = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return whole
 
 
 def find_head(model: Any, compare: bool = True) -> Head:

@@ -48,6 +48,8 @@ from g2rl_kernels.integrations import trl as integration
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 from g2rl_kernels.trainer import TrainerError
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Any:

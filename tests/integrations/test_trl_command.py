@@ -22,6 +22,7 @@ from g2rl_kernels.integrations.rewards import last_number
 from g2rl_kernels.integrations.trl_command import parse
 from g2rl_kernels.trainer import cli
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 

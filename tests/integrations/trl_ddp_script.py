@@ -1,8 +1,9 @@
 """Two steps of G2RLTrainer on responses that only depend on their place in the whole batch; what came of it.
 
-    torchrun --nproc_per_node 2 trl_ddp_script.py MODEL OUT ddp fsdp2 fsdp1
+    torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp fsdp2 fsdp2-head fsdp1
 
-For each way of sharing, each process writes OUT/<way>/rank<i>.json, the first one weights.safetensors too.
+The models are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own
+for ...-head, FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
 
-def ask_for_fsdp(version: int) -> None:
+def ask_for_fsdp(version: int, head: bool) -> None:
     """accelerate turns FSDP on for several GPUs only, but all the rest works on several CPUs too."""
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     _init_utils._get_compute_device = lambda *_: torch.device("cpu")  # FSDP1 wants it numbered
@@ -44,27 +45,32 @@ def ask_for_fsdp(version: int) -> None:
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": str(version),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer" + ",Linear" * head,
         "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_USE_ORIG_PARAMS": "true",
+        # the first process alone loads the weights; under FSDP1 that needs a GPU
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": str(version == 2),
     }
 
 
-def run(model: str, out: Path, way: str) -> None:
-    out = out / way
+def run(folder: Path, way: str) -> None:
+    out, head = folder / way, way.endswith("-head")
     share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
     # Adam would magnify what is left of rounding
     args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share)
     if way.startswith("fsdp"):
-        ask_for_fsdp(int(way[-1]))
-    trainer = G2RLTrainer(model, parity, args, prompts(), rollout_func=rollout)
+        ask_for_fsdp(int(way[4]), head)
+    model = folder / ("model-head" if head else "model")
+    trainer = G2RLTrainer(str(model), parity, args, prompts(), rollout_func=rollout)
     trainer.train()
     rank = trainer.accelerator.process_index
     whole = FullyShardedDataParallel.summon_full_params if way == "fsdp1" else nullcontext
     with whole(trainer.model):
         state = {
-            name.replace("_fsdp_wrapped_module.", ""): t.full_tensor() if way == "fsdp2" else t.clone()
+            name.replace("_fsdp_wrapped_module.", ""): t.full_tensor()
+            if way.startswith("fsdp2")
+            else t.clone()
             for name, t in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
         }
     seen = {
@@ -82,6 +88,6 @@ def run(model: str, out: Path, way: str) -> None:
 
 
 if __name__ == "__main__":
-    for way in sys.argv[3:]:
-        run(sys.argv[1], Path(sys.argv[2]), way)
+    for way in sys.argv[2:]:
+        run(Path(sys.argv[1]), way)
     torch.distributed.destroy_process_group()
