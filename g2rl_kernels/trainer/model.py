@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, need
@@ -89,7 +90,12 @@ class Head:
         """weight [V, d] and bias [V] or None, in `dtype`; differentiable in the parameters."""
         weight: Tensor = self.output.weight
         bias: Tensor | None = self.output.bias
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _whole(weight).to(dtype), None if bias is None else _whole(bias).to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """z [..., V], float32, of a few hidden states [..., d]: no more than to compare with the model's."""
+        z = nn.functional.linear(hidden, *self.weights(hidden.dtype)).float() * self.logit_scale
+        return z if self.logit_softcap is None else self.logit_softcap * torch.tanh(z / self.logit_softcap)
 
     def options(self, temperature: float) -> dict[str, Any]:
         return {
@@ -99,8 +105,16 @@ class Head:
         }
 
 
-def find_head(model: Any) -> Head:
-    """Backbone and head of a transformers causal LM; raises TrainerError where they cannot be told apart."""
+def _whole(parameter: Tensor) -> Tensor:
+    """FSDP2 keeps this rank's shard, a DTensor, in modules that are not run by a call of their own."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def find_head(model: Any, compare: bool = True) -> Head:
+    """Backbone and head of a transformers causal LM; raises TrainerError where they cannot be told apart.
+
+    compare=False leaves out the comparison with the model's own logits, for where its weights are elsewhere.
+    """
     name = type(model).__name__
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps PEFT
     output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -109,38 +123,44 @@ def find_head(model: Any) -> Head:
         raise TrainerError(
             f"model: {name} is not a transformers causal language model with a backbone and an LM head"
         )
-    if type(output) is not nn.Linear:
-        if hasattr(output, "base_layer"):
-            raise TrainerError(
-                "model: the LM head carries an unmerged adapter (LoRA), which the feature would ignore: "
-                "leave lm_head out of target_modules, or merge the adapter first"
-            )
+    if hasattr(output, "base_layer"):
         raise TrainerError(
-            f"model: the LM head is a {type(output).__name__}; only a plain nn.Linear is supported"
+            "model: the LM head carries an unmerged adapter (LoRA), which the feature would ignore: "
+            "leave lm_head out of target_modules (modules_to_save trains it), or merge the adapter first"
+        )
+    # With modules_to_save, PEFT trains a copy of the head; .weight is of whichever is active, at every access
+    linear = output.original_module if hasattr(output, "modules_to_save") else output
+    if next(kind for kind in type(linear).__mro__ if not issubclass(kind, FSDPModule)) is not nn.Linear:
+        raise TrainerError(
+            f"model: the LM head is a {type(linear).__name__}; only a plain nn.Linear is supported"
         )
     settings = inner.config.get_text_config()
     scale = float(getattr(settings, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(settings, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
     head = Head(backbone, output, scale, float(softcap) if softcap else None)
-    _compare_logits(inner, head)
+    if compare:
+        _compare_logits(inner, head)
     return head
 
 
 @torch.no_grad()
 def _compare_logits(model: Any, head: Head) -> None:
     """Some families change logits in ways that no configuration key tells; a few tokens show it."""
-    weight, bias = head.weights(head.output.weight.dtype)
+    weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
     was_training = model.training
     model.eval()
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    theirs = model(input_ids=ids, use_cache=False).logits
     hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
-    ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * head.logit_scale
-    if head.logit_softcap is not None:
-        ours = head.logit_softcap * torch.tanh(ours / head.logit_softcap)
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 2e-2
+    check_logits(model, head.logits(hidden.to(weight.dtype)), theirs)
+
+
+def check_logits(model: Any, ours: Tensor, theirs: Tensor) -> None:
+    """Raises TrainerError where `Head.logits` of a few tokens are not the logits that the model gave."""
+    tolerance = 1e-3 if theirs.dtype == torch.float32 else 2e-2
+    theirs = theirs.float()
     error = (ours - theirs).abs().max().item()
     if not error <= tolerance * max(theirs.abs().max().item(), 1e-3):
         raise TrainerError(
