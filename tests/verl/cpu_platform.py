@@ -26,6 +26,7 @@ class PlatformCPU(PlatformCUDA):
         synchronize=nothing,
         empty_cache=nothing,
         mem_get_info=lambda: (0, 0),
+        get_device_name=lambda: "cpu",
         is_available=lambda: True,
         **dict.fromkeys(
             ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), lambda: 0

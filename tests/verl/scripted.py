@@ -69,6 +69,7 @@ class ScriptedAgentLoopManager:
             "position_ids": torch.arange(len(ids)),
             "response_mask": torch.ones_like(response),
             "loss_mask": torch.ones_like(response),
+            "rollout_log_probs": -torch.rand(len(response), generator=self.random),
             "rm_scores": scores,
             "num_turns": 2,
         }

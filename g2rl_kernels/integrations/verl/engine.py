@@ -18,7 +18,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from ... import head_features
 from ...trainer.model import Head, check_logits, find_head
 
-REQUEST = "g2rl_features"  # set in a batch's non-tensor data: its forward is to return what follows
+REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to return what follows
 FEATURES = "g2rl_features"  # [B, d] float32
 SECONDS = "g2rl_seconds"  # [B, 1] float32, each row's share of the time that its micro-batch's features took
 

@@ -135,13 +135,15 @@ class G2RLTrainerSync(PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         start = time.perf_counter()
-        fields = ["uid", "rm_scores", "response_mask", FEATURES, SECONDS]
+        fields = ["rm_scores", "response_mask", FEATURES, SECONDS]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        raw, settings = data["rm_scores"], self.g2rl
+        if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+            raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
+        raw, settings, groups = data["rm_scores"], self.g2rl, group_ids(batch.keys, batch.tags)
         shaped = shape_scores(
             torch.stack(data[FEATURES].unbind()),
-            _row_sums(raw),
-            group_ids(batch.keys, batch.tags, data["uid"].tolist()),
+            _row_sums(raw).masked_fill(groups < 0, torch.nan),  # no scores: padding must not count as wrong
+            groups,
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
             gap=settings.correctness_gap,
@@ -173,19 +175,20 @@ NO_PLUGIN = (
 )
 
 
-def group_ids(keys: list[str], tags: list[dict], uids: list[Any]) -> Tensor:
-    """[S] int64: a number for each prompt, -1 for rows that take no part.
+def group_ids(keys: list[str], tags: list[dict]) -> Tensor:
+    """[S] int64: a number for each prompt, -1 for rows that take no part. Keys are {uid}_{session}_{index}.
 
-    Those are padding, and what a session (key {uid}_{session}_{index}) gave before its last output: verl's
-    GRPO, too, compares sessions by their last.
+    Those are padding, and what a session gave before its last output: verl's GRPO, too, compares sessions by
+    their last.
     """
-    sessions = [key.rsplit("_", 1) for key in keys]
+    rows = [(*key.rsplit("_", 1), tag) for key, tag in zip(keys, tags)]
     last: dict[str, int] = {}
-    for session, index in sessions:
+    for session, index, _ in rows:
         last[session] = max(last.get(session, 0), int(index))
-    numbers: dict[Any, int] = {}
+    numbers: dict[str, int] = {}
     ids = []
-    for (session, index), tag, uid in zip(sessions, tags, uids):
+    for session, index, tag in rows:
+        uid = session.rsplit("_", 1)[0]
         takes_part = not tag.get("is_padding", False) and int(index) == last[session]
         ids.append(numbers.setdefault(uid, len(numbers)) if takes_part else -1)
     return torch.tensor(ids)
