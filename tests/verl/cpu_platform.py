@@ -6,6 +6,8 @@ verl reaches its engines by device; VERL_ENGINE_DEVICE=cuda then picks the FSDP 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,3 +63,6 @@ def with_one_backend(backend: str, *args: Any, **options: Any) -> None:
 
 
 dist.init_process_group = torch.distributed.init_process_group = with_one_backend
+
+if os.environ.get("WITHOUT_G2RL") == "workers" and "RANK" in os.environ:
+    sys.modules["g2rl_kernels"] = None  # type: ignore[assignment]  # as on a node where it is not installed

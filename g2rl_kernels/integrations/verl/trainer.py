@@ -115,10 +115,10 @@ class G2RLTrainerSync(PPOTrainerSync):
         self._check_workers()
 
     def _check_workers(self) -> None:
-        """Every worker's process must have loaded the plugin: better to know before the first rollout."""
+        """Has every worker load the plugin, if its verl has not: better to fail before the first rollout."""
         try:
             answers = self.actor_rollout_wg.execute_all_sync("execute_func_rank_zero", is_patched)
-        except Exception as error:  # whatever Ray wraps: a node without this package cannot unpickle is_patched
+        except Exception as error:  # whatever Ray makes of it: a node without this package, say
             raise RuntimeError(NO_PLUGIN.format(reason=str(error).strip().splitlines()[-1])) from error
         if not all(answers):
             ranks = [rank for rank, answer in enumerate(answers) if not answer]
@@ -170,8 +170,8 @@ class G2RLTrainerSync(PPOTrainerSync):
 
 
 NO_PLUGIN = (
-    "trainer_mode=g2rl_sync, but not every worker loaded the plugin of g2rl-kernels ({reason}): install g2rl-kernels "
-    "on every node, let VERL_USE_EXTERNAL_PLUGINS include g2rl, and look for 'g2rl-kernels' in the workers' logs"
+    "trainer_mode=g2rl_sync, but not every worker could load the plugin of g2rl-kernels ({reason}): install "
+    "g2rl-kernels on every node, in the same version, and look for it in the workers' logs"
 )
 
 
