@@ -109,7 +109,8 @@ def torch_requirement(pinned: str) -> str:
 
 
 def install_torch(environment: Environment) -> None:
-    torch = torch_requirement(environment.pins["torch"])
+    pinned = environment.pins["torch"]
+    torch = torch_requirement(pinned)
     say(f"installing {torch} and build tools")
     if environment.install(torch, *BUILD_TOOLS):
         return
@@ -117,7 +118,7 @@ def install_torch(environment: Environment) -> None:
         f"""[set-up] {torch} could not be installed (pip's reason is above). If your index has no CPU build:
   - name one that has, PIP_EXTRA_INDEX_URL=... make (pytorch.org, 'Start locally', CPU);
   - or give an interpreter that has torch, make PYTHON=...;
-  - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={environment.pins["torch"]} make"""
+  - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pinned} make"""
     )
 
 

@@ -16,7 +16,7 @@ try:
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("verl is not installed here: make test-verl", allow_module_level=True)
 
-# For this process and those that tests start: verl on a CPU, and the tiny model and tokenizer of tests/trainer.
+# For this process and those that tests start: verl on a CPU; the tiny model and tokenizer of tests/trainer.
 os.environ |= {
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
     "VERL_ENGINE_DEVICE": "cuda",  # the engine that GPUs get

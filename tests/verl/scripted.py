@@ -48,9 +48,9 @@ class ScriptedAgentLoopManager:
     def generate_sequences(self, prompts: Any) -> None:
         step = int(prompts["global_steps"])
         for uid in prompts["uid"]:
-            rows = [self._row(str(uid), step, session) for session in range(self.config.actor_rollout_ref.rollout.n)]
-            keys, fields, tags = zip(*rows)
-            tq.kv_batch_put(list(keys), "train", fields=list_of_dict_to_tensordict(list(fields)), tags=list(tags))
+            sessions = range(self.config.actor_rollout_ref.rollout.n)
+            keys, fields, tags = map(list, zip(*(self._row(str(uid), step, session) for session in sessions)))
+            tq.kv_batch_put(keys, "train", fields=list_of_dict_to_tensordict(fields), tags=tags)
             tq.kv_put(str(uid), "train", tag={"status": "finished"})
 
     def _row(self, uid: str, step: int, session: int) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""One training step of verl in one process: the trainer's own methods, its real engine as the only worker, and a
+"""One training step of verl in one process: the trainer's own methods, its real engine as the only worker, a
 dictionary in place of the TransferQueue (which needs Ray: test_training.py has all of that)."""
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Step:
                         "rm_scores": raw,
                     }
                 )
-                tags.append({"seq_len": len(ids), "prompt_len": len(ids) - len(mask), "response_len": len(mask)})
+                lengths = {"prompt_len": len(ids) - len(mask), "response_len": len(mask)}
+                tags.append({"seq_len": len(ids), **lengths})
         return self.store.kv_batch_put(keys, "train", list_of_dict_to_tensordict(fields), tags)
 
     def run(self) -> dict[str, Tensor]:

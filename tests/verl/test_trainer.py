@@ -140,14 +140,16 @@ def test_workers_without_the_plugin_are_named(make_step):
     wg.execute_all_sync = lambda method, function: [function(), function()]
     step.trainer._check_workers()
     wg.execute_all_sync = lambda method, function: [function(), False]
-    with pytest.raises(RuntimeError, match=r"not every worker could .* \(ranks \[1\] run verl's own engine\): install"):
+    with pytest.raises(
+        RuntimeError, match=r"not every worker .* \(ranks \[1\] run verl's own engine\): inst"
+    ):
         step.trainer._check_workers()
 
     def missing(method, function):
         raise ModuleNotFoundError("No module named 'g2rl_kernels'")
 
     wg.execute_all_sync = missing
-    with pytest.raises(RuntimeError, match=r"\(No module named 'g2rl_kernels'\): install g2rl-kernels on every"):
+    with pytest.raises(RuntimeError, match=r"\(No module named 'g2rl_kernels'\): install g2rl-kernels on"):
         step.trainer._check_workers()
     assert is_patched()
 
@@ -218,17 +220,17 @@ def test_settings_default_and_are_read_from_the_command_line():
     ("override", "message"),
     [
         ("+algorithm.g2rl.lamda=1", "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: lam, clip,"),
-        ("+algorithm.g2rl.lam=much", "algorithm.g2rl: Value 'much' of type 'str' could not be converted to Float"),
+        ("+algorithm.g2rl.lam=much", "algorithm.g2rl: Value 'much' of type 'str' could not be convert"),
         ("+algorithm.g2rl.lam=-1", "algorithm.g2rl.lam: got -1.0, needs a finite number, 0 or more"),
         ("+algorithm.g2rl.lam=nan", "algorithm.g2rl.lam: got nan, needs a finite number"),
         ("+algorithm.g2rl.clip=0", "algorithm.g2rl.clip: got 0.0, needs a positive finite number"),
         ("+algorithm.g2rl.correctness_gap=0", "algorithm.g2rl.correctness_gap: got 0.0, needs a positive"),
         ("+algorithm.g2rl.shaping=prose", "algorithm.g2rl.shaping: got 'prose', needs one of none, intent,"),
         ("+algorithm.g2rl.score=log", "algorithm.g2rl.score: got 'log', needs one of linear, sqrt"),
-        ("+algorithm.g2rl.uniform_groups=drop", "algorithm.g2rl.uniform_groups: got 'drop', needs one of shape"),
+        ("+algorithm.g2rl.uniform_groups=drop", "algorithm.g2rl.uniform_groups: got 'drop', needs one of"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator: got gae, g2rl_sync needs grpo"),
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode: g2rl_sync needs False, for features"),
-        ("actor_rollout_ref.actor.strategy=megatron", "strategy: got megatron, g2rl_sync needs fsdp or fsdp2"),
+        ("actor_rollout_ref.actor.strategy=megatron", "strategy: got megatron, g2rl_sync needs fsdp"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_built(override, message):

@@ -1,4 +1,4 @@
-"""verl's own command line, workers, queue and loop, for two steps on two ranks; only generation is made up."""
+"""verl's own command line, workers, queue and loop, two steps on two ranks; only generation is made up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas
 import pytest
@@ -28,7 +27,7 @@ def run(tmp_path_factory):
     prompt |= {"reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0}}
     pandas.DataFrame(8 * [prompt]).to_parquet(folder / "prompts.parquet")
 
-    def run_verl(name: str, *overrides: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    def run_verl(name: str, *overrides: str, **environment: str):
         metrics = folder / f"{name}.jsonl"
         command = [
             *(sys.executable, "-m", "verl.trainer.main_ppo", "trainer.v1.trainer_mode=g2rl_sync"),
@@ -44,8 +43,9 @@ def run(tmp_path_factory):
             *("actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.actor.use_torch_compile=False"),
             "actor_rollout_ref.actor.ppo_mini_batch_size=2",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
-            *("reward.num_workers=1", "trainer.device=cpu", "trainer.n_gpus_per_node=2", "trainer.logger=[file]"),
-            *("trainer.val_before_train=False", "trainer.total_training_steps=2", "trainer.resume_mode=disable"),
+            *("reward.num_workers=1", "trainer.device=cpu", "trainer.n_gpus_per_node=2"),
+            *("trainer.logger=[file]", "trainer.val_before_train=False", "trainer.resume_mode=disable"),
+            "trainer.total_training_steps=2",
             *("+ray_kwargs.ray_init.num_cpus=16", "+ray_kwargs.ray_init.num_gpus=2"),
             "+ray_kwargs.ray_init.include_dashboard=False",
             "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
@@ -67,7 +67,7 @@ def test_two_steps(run):
     assert "plugin loaded into verl 0.9.1; trainer.v1.trainer_mode=g2rl_sync selects it" in done.stderr
     assert len(steps) == 2
     for step in steps:
-        assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])  # raw: 0 and 1, without padding
+        assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])  # 0 and 1, no padding
         assert step["critic/score/max"] == 1
         assert 0 < step["g2rl/score_mean"] < 1
         assert -1 < step["g2rl/cos_mean"] < 1

@@ -1,7 +1,5 @@
-"""Run by test_engine.py under torchrun, on two ranks: features against the float64 reference.
-
-    torchrun --nproc_per_node=2 tests/verl/two_ranks.py MODEL
-"""
+"""Run by test_engine.py on two ranks, `torchrun --nproc_per_node=2 two_ranks.py MODEL`: features against the
+float64 reference."""
 
 from __future__ import annotations
 
@@ -34,8 +32,8 @@ for packed in (True, False):
     data = rows.batch(mine, **{REQUEST: True, "use_remove_padding": packed})
     check(stacked(infer(engine, data)[FEATURES]), rows.features(model)[mine])
 
-# Ulysses: both ranks have all rows, and half of the packed tokens each. Without flash attention verl's ranks do not
-# attend to each other's half, so what is compared with has hidden states of the halves.
+# Ulysses: both ranks have all rows, and half of the packed tokens each. Without flash attention verl's ranks
+# do not attend to each other's half, so what is compared with has hidden states of the halves.
 engine, both = make_engine(model, sp=2), [1, 4]
 features = stacked(infer(engine, rows.batch(both, **{REQUEST: True}))[FEATURES])
 ids = torch.cat([rows.ids[row] for row in both])

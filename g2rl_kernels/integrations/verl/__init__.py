@@ -31,7 +31,7 @@ REMEDY = "pip install 'verl>=0.9.1,<0.10'"
 def check_version(version: str) -> None:
     """Raises ImportError for a verl other than 0.9: trainer and engine reach into what only it has."""
     if not re.match(r"0\.9(\D|$)", version):
-        raise ImportError(f"verl {version} is installed, its plugin of g2rl-kernels is for verl 0.9: {REMEDY}")
+        raise ImportError(f"verl {version} is installed, the plugin is for verl 0.9: {REMEDY}")
 
 
 def _register_trainer() -> None:

@@ -22,6 +22,8 @@ REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to 
 FEATURES = "g2rl_features"  # [B, d] float32
 SECONDS = "g2rl_seconds"  # [B, 1] float32, each row's share of the time that its micro-batch's features took
 
+COMPARED = 8  # tokens whose logits are compared with the model's own, once
+
 
 def patch() -> None:
     """Wraps `FSDPEngineWithLMHead.forward_step`. A batch without `REQUEST` costs one dictionary look-up."""
@@ -82,7 +84,7 @@ class Measurement:
         self.compared = getattr(engine, "g2rl_head_compared", False)
 
     def __enter__(self) -> None:
-        self.features = self.logits = None
+        self.features: Tensor | None = None
         self.hooks = [self.head.backbone.register_forward_hook(self._after_backbone)]
         if not self.compared:
             self.hooks.append(self.module.register_forward_hook(self._after_model))
@@ -145,10 +147,7 @@ class Measurement:
         return features / total.clamp(min=1)[:, None]
 
     def _after_model(self, _module: Any, _args: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)  # None with verl's fused kernels, which know plain heads only
-        if logits is not None and self.logits is not None:
+        logits = getattr(output, "logits", None)
+        if logits is not None:  # it is with verl's fused kernels, which know plain heads only
             check_logits(self.module, self.logits, logits[:1, :COMPARED])
         self.engine.g2rl_head_compared = True
-
-
-COMPARED = 8  # tokens whose logits are compared with the model's own, once

@@ -43,7 +43,7 @@ class G2RLSettings:
     score: str = "linear"  # linear | sqrt
     uniform_groups: str = "skip"  # groups of all right or all wrong answers: skip | shape
     correctness_threshold: float = 0.5  # answers whose score reaches it are right
-    correctness_gap: float = 1.0  # between the scores of a right and a wrong answer: 1 for 0 and 1, 2 for -1 and +1
+    correctness_gap: float = 1.0  # of the scores of right and wrong answers: 1 for 0 and 1, 2 for -1 and +1
 
     @classmethod
     def read(cls, config: DictConfig) -> G2RLSettings:
@@ -53,7 +53,7 @@ class G2RLSettings:
         """
         try:
             merged = OmegaConf.merge(OmegaConf.structured(cls), config.algorithm.get("g2rl") or {})
-            settings: G2RLSettings = OmegaConf.to_object(merged)  # type: ignore[assignment]
+            settings: G2RLSettings = OmegaConf.to_object(merged)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"algorithm.g2rl: {reason}; options: {', '.join(cls.__annotations__)}") from None
@@ -181,15 +181,16 @@ def group_ids(keys: list[str], tags: list[dict]) -> Tensor:
     Those are padding, and what a session gave before its last output: verl's GRPO, too, compares sessions by
     their last.
     """
-    rows = [(*key.rsplit("_", 1), tag) for key, tag in zip(keys, tags)]
     last: dict[str, int] = {}
-    for session, index, _ in rows:
+    for key in keys:
+        session, index = key.rsplit("_", 1)
         last[session] = max(last.get(session, 0), int(index))
     numbers: dict[str, int] = {}
     ids = []
-    for session, index, tag in rows:
-        uid = session.rsplit("_", 1)[0]
+    for key, tag in zip(keys, tags):
+        session, index = key.rsplit("_", 1)
         takes_part = not tag.get("is_padding", False) and int(index) == last[session]
+        uid = session.rsplit("_", 1)[0]
         ids.append(numbers.setdefault(uid, len(numbers)) if takes_part else -1)
     return torch.tensor(ids)
 
@@ -200,6 +201,7 @@ def _row_sums(nested: Tensor) -> Tensor:
 
 def _with_bonus(scores: Tensor, bonus: Tensor) -> Tensor:
     """Token-level scores [S, jagged] with each row's bonus added at its last token; 0 changes no bit."""
-    values, filled = scores.values().clone(), scores.offsets().diff() > 0
-    values.index_add_(0, scores.offsets()[1:][filled] - 1, bonus[filled])
-    return torch.nested.nested_tensor_from_jagged(values, scores.offsets())
+    values, offsets = scores.values().clone(), scores.offsets()  # type: ignore[attr-defined]
+    filled = offsets.diff() > 0
+    values.index_add_(0, offsets[1:][filled] - 1, bonus[filled])
+    return torch.nested.nested_tensor_from_jagged(values, offsets)
