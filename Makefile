@@ -51,7 +51,7 @@ clean: ## remove builds and environments; runs/ stays
 
 # One environment, where dev adds to demo; and verl's.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.dev:  EXTRAS := demo,dev
+$(VENV)/.dev:  EXTRAS := demo,trl,dev
 $(VENV)/.demo $(VENV)/.dev: constraints.txt
 $(VERL)/.verl: EXTRAS := verl,test constraints-verl.txt
 $(VERL)/.verl: constraints-verl.txt

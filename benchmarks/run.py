@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import group, head, train
+from . import group, head, scaling, train
 from .measure import header, machine
 from .methods import METHODS, default_methods
 from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
@@ -26,6 +26,7 @@ Speed, memory and error of the ops, each beside the least that the machine needs
   g2rl bench head       the LM head: time as a ratio to the bare logits product in the same run
   g2rl bench group      the group geometry beside one read of its features
   g2rl bench train      what G2RL adds to a training step
+  g2rl bench scaling    the same on paper: models up to 235B, on 1 to 1024 GPUs; measures nothing
   g2rl bench table F    the table of a result F (JSON) again;  g2rl bench plot F  draws it
 
 Runs on the GPU if there is one; progress goes to stderr, the table to stdout, --out takes all as JSON."""
@@ -180,7 +181,7 @@ def within_budget(
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("g2rl bench", description=DESCRIPTION, formatter_class=raw)
-    ops = p.add_subparsers(dest="op", metavar="head | group | train | table | plot", required=True)
+    ops = p.add_subparsers(dest="op", metavar="head | group | train | scaling | table | plot", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
     common.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
@@ -229,6 +230,16 @@ def parser() -> argparse.ArgumentParser:
     names = f"of {', '.join(train.MODELS)}"
     t.add_argument("--models", nargs="+", choices=list(train.MODELS), metavar="NAME", help=names)
 
+    about = (
+        "FLOPs, seconds and bytes of a training step with G2RL, on paper: nothing is measured.\n"
+        "docs/scaling.md says what is assumed."
+    )
+    c = ops.add_parser("scaling", description=about, formatter_class=raw)
+    names = f"Qwen3, of {', '.join(scaling.MODELS)} (default: all)"
+    c.add_argument("--models", nargs="+", choices=[*scaling.MODELS], metavar="NAME", help=names)
+    c.add_argument("--gpus", nargs="+", type=int, default=scaling.GPUS, metavar="G", help="numbers of GPUs")
+    c.add_argument("--response", type=int, metavar="TOKENS", help="tokens a response (default: the paper's)")
+
     for op, what in (("table", "Print the tables of results again."), ("plot", "Draw results of `head`.")):
         s = ops.add_parser(op, description=what)
         s.add_argument("results", nargs="+", type=Path, help="JSON that --out wrote")
@@ -252,6 +263,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n\n".join(map(render, results)))
             return 0
         return _plot([row for result in results for row in result["rows"]], results[0]["machine"], args.out)
+
+    if args.op == "scaling":
+        if min(*args.gpus, args.response or 1) < 1:
+            p.error("--gpus, --response: need 1 or more")
+        models = [scaling.MODELS[name] for name in args.models or scaling.MODELS]
+        print(scaling.report(models, args.gpus, args.response))
+        return 0
 
     for name in ("rounds", "threads"):
         value = getattr(args, name)

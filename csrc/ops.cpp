@@ -18,10 +18,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/group.h"
 #include "cpu/head.h"
 #include "cpu/isa.h"
+#include "cpu/logprobs.h"
 #ifdef WITH_CUDA
 #include "cuda/group.h"
 
@@ -108,16 +110,13 @@ void require_cu_seqlens(const int64_t* cu, int64_t S, int64_t N) {
   require(cu[S] == N, "cu_seqlens ends at ", cu[S], ", needs the number of rows of hidden, ", N);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Tensor& hidden, const Tensor& weight, const Tensor& tokens,
-                                                         const Tensor& cu_seqlens, const std::optional<Tensor>& bias,
-                                                         const std::optional<Tensor>& token_weights,
-                                                         const std::optional<Tensor>& known_logprobs, double temperature,
-                                                         double logit_scale, double logit_softcap) {
+// The head's own arguments.  Small tensors that had to be brought into another form live in `kept`.
+g2rl::HeadArgs head_args(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, const std::optional<Tensor>& bias,
+                         double temperature, double logit_scale, double logit_softcap, std::vector<Tensor>& kept) {
   require(hidden.dim() == 2, "hidden has shape ", shape(hidden), ", needs [N, d]");
   require(weight.dim() == 2 && weight.size(1) == hidden.size(1), "weight has shape ", shape(weight), ", needs [V, d] with d = ",
           hidden.size(1), " as in hidden");
   require(hidden.scalar_type() == weight.scalar_type(), "hidden and weight have to be of one dtype");
-  require(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens has shape ", shape(cu_seqlens), ", needs [S + 1]");
   require(temperature > 0 && std::isfinite(temperature), "temperature = ", temperature, ", needs a finite number > 0");
   require(logit_softcap >= 0 && std::isfinite(logit_softcap), "logit_softcap = ", logit_softcap, ", needs a finite number > 0");
 
@@ -125,38 +124,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Tensor& hidden, c
   args.N = hidden.size(0);
   args.d = hidden.size(1);
   args.V = weight.size(0);
-  args.S = cu_seqlens.size(0) - 1;
   args.dtype = dtype_of(hidden, "hidden");
   args.hidden = {hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1)};
   args.weight = {weight.const_data_ptr(), weight.stride(0), weight.stride(1)};
-
   require_vector(tokens, "tokens", args.N, "N");
-  const Tensor token_ids = indices(tokens, "tokens");
-  args.tokens = token_ids.const_data_ptr<int64_t>();
-  require_tokens(args.tokens, args.N, args.V);
-
-  const Tensor offsets = indices(cu_seqlens, "cu_seqlens");
-  args.cu_seqlens = offsets.const_data_ptr<int64_t>();
-  require_cu_seqlens(args.cu_seqlens, args.S, args.N);
-
+  kept.push_back(indices(tokens, "tokens"));
+  args.tokens = kept.back().const_data_ptr<int64_t>();
   if (bias) {
     require_vector(*bias, "bias", args.V, "V");
     args.bias = bias->const_data_ptr();
     args.bias_dtype = dtype_of(*bias, "bias");
     args.bias_stride = bias->stride(0);
   }
-  std::optional<Tensor> alpha;
-  if (token_weights) {
-    require_vector(*token_weights, "token_weights", args.N, "N");
-    alpha = floats(*token_weights, "token_weights");
-    args.token_weights = alpha->const_data_ptr<float>();
-  }
-  // The CPU pass has the logsumexp of a token before it needs it, so it gains nothing from known_logprobs.
-  if (known_logprobs) require_vector(*known_logprobs, "known_logprobs", args.N, "N");
-
   args.temperature = static_cast<float>(temperature);
   args.logit_scale = static_cast<float>(logit_scale);
   args.logit_softcap = static_cast<float>(logit_softcap);
+  return args;
+}
+
+void add_responses(g2rl::HeadArgs& args, const Tensor& cu_seqlens, const std::optional<Tensor>& token_weights, std::vector<Tensor>& kept) {
+  require(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens has shape ", shape(cu_seqlens), ", needs [S + 1]");
+  args.S = cu_seqlens.size(0) - 1;
+  kept.push_back(indices(cu_seqlens, "cu_seqlens"));
+  args.cu_seqlens = kept.back().const_data_ptr<int64_t>();
+  require_cu_seqlens(args.cu_seqlens, args.S, args.N);
+  if (token_weights) {
+    require_vector(*token_weights, "token_weights", args.N, "N");
+    kept.push_back(floats(*token_weights, "token_weights"));
+    args.token_weights = kept.back().const_data_ptr<float>();
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Tensor& hidden, const Tensor& weight, const Tensor& tokens,
+                                                         const Tensor& cu_seqlens, const std::optional<Tensor>& bias,
+                                                         const std::optional<Tensor>& token_weights,
+                                                         const std::optional<Tensor>& known_logprobs, double temperature,
+                                                         double logit_scale, double logit_softcap) {
+  std::vector<Tensor> kept;
+  g2rl::HeadArgs args = head_args(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, kept);
+  require_tokens(args.tokens, args.N, args.V);
+  add_responses(args, cu_seqlens, token_weights, kept);
+  // The CPU pass has the logsumexp of a token before it needs it, so it gains nothing from known_logprobs.
+  if (known_logprobs) require_vector(*known_logprobs, "known_logprobs", args.N, "N");
 
   const Tensor features = torch::stable::new_empty(hidden, {args.S, args.d}, ScalarType::Float);
   const Tensor logprobs = torch::stable::new_empty(hidden, {args.N}, ScalarType::Float);
@@ -169,6 +178,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Tensor& hidden, c
 
   g2rl::head_features(args, g2rl::chosen_isa(), parallel);
   return {features, logprobs, logsumexp, entropy};
+}
+
+// Of a vocabulary, or of a part of it: tokens outside [0, V) are elsewhere.
+std::tuple<Tensor, Tensor> head_statistics(const Tensor& hidden, const Tensor& weight, const Tensor& tokens,
+                                           const std::optional<Tensor>& bias, double temperature, double logit_scale,
+                                           double logit_softcap) {
+  std::vector<Tensor> kept;
+  g2rl::HeadArgs args = head_args(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, kept);
+  const int64_t all[2] = {0, args.N};
+  args.cu_seqlens = all;
+  args.S = 1;
+  const Tensor partial = torch::stable::new_empty(hidden, {1, 3, args.N}, ScalarType::Double);
+  const Tensor target = torch::stable::new_empty(hidden, {args.N}, ScalarType::Double);
+  args.partial = partial.mutable_data_ptr<double>();
+  args.target = target.mutable_data_ptr<double>();
+  g2rl::head_features(args, g2rl::chosen_isa(), parallel);
+  return {partial, target};
+}
+
+Tensor head_features_of_part(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, const Tensor& cu_seqlens,
+                             const std::optional<Tensor>& bias, const std::optional<Tensor>& token_weights, const Tensor& logsumexp,
+                             const Tensor& rest, double temperature, double logit_scale, double logit_softcap) {
+  std::vector<Tensor> kept;
+  g2rl::HeadArgs args = head_args(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, kept);
+  add_responses(args, cu_seqlens, token_weights, kept);
+  require_vector(logsumexp, "logsumexp", args.N, "N");
+  require_vector(rest, "rest", args.N, "N");
+  const Tensor lse = contiguous(logsumexp, ScalarType::Double), others = contiguous(rest, ScalarType::Double);
+  args.lse = lse.const_data_ptr<double>();
+  args.rest = others.const_data_ptr<double>();
+  const Tensor features = torch::stable::new_empty(hidden, {args.S, args.d}, ScalarType::Float);
+  args.features = features.mutable_data_ptr<float>();
+  g2rl::head_features(args, g2rl::chosen_isa(), parallel);
+  return features;
+}
+
+void require_sum(const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() && tensor.scalar_type() == dtype;
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = tensor.size(i) == sizes[i];
+  require(fits, name, " has shape ", shape(tensor), ", or another dtype, or is not contiguous");
+}
+
+void logprobs_sweep(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, const std::optional<Tensor>& bias,
+                    const Tensor& normaliser, const Tensor& terms, double temperature, double logit_scale, double logit_softcap,
+                    int64_t begin, int64_t end, std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight,
+                    std::optional<Tensor> grad_bias) {
+  std::vector<Tensor> kept;
+  g2rl::SweepArgs args{};
+  args.head = head_args(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, kept);
+  const int64_t N = args.head.N, d = args.head.d, V = args.head.V;
+  require(0 <= begin && begin <= end && end <= V, "begin = ", begin, ", end = ", end, ", needs 0 <= begin <= end <= V = ", V);
+  const Tensor two = floats(normaliser, "normaliser"), three = floats(terms, "terms");
+  require_sum(two, "normaliser", ScalarType::Float, {2, N});
+  require_sum(three, "terms", ScalarType::Float, {3, N});
+  args.normaliser = two.const_data_ptr<float>();
+  args.terms = three.const_data_ptr<float>();
+  args.begin = begin;
+  args.end = end;
+  if (sum_hidden) {
+    require_sum(*sum_hidden, "sum_hidden", ScalarType::Float, {N, d});
+    args.sum_hidden = sum_hidden->mutable_data_ptr<float>();
+  }
+  if (grad_weight) {
+    require_sum(*grad_weight, "grad_weight", weight.scalar_type(), {V, d});
+    args.grad_weight = grad_weight->mutable_data_ptr();
+  }
+  if (grad_bias) {
+    require_sum(*grad_bias, "grad_bias", ScalarType::Float, {V});
+    args.grad_bias = grad_bias->mutable_data_ptr<float>();
+  }
+  g2rl::logprobs_sweep(args, g2rl::chosen_isa(), parallel);
 }
 
 // What group_geometry takes and gives, on whatever device.
@@ -279,6 +359,16 @@ STABLE_TORCH_LIBRARY(g2rl, m) {
       "Tensor? known_logprobs, float temperature, float logit_scale, float logit_softcap) "
       "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
   m.def(
+      "head_statistics(Tensor hidden, Tensor weight, Tensor tokens, Tensor? bias, float temperature, float logit_scale, "
+      "float logit_softcap) -> (Tensor partial, Tensor target)");
+  m.def(
+      "head_features_of_part(Tensor hidden, Tensor weight, Tensor tokens, Tensor cu_seqlens, Tensor? bias, Tensor? token_weights, "
+      "Tensor logsumexp, Tensor rest, float temperature, float logit_scale, float logit_softcap) -> Tensor features");
+  m.def(
+      "logprobs_sweep(Tensor hidden, Tensor weight, Tensor tokens, Tensor? bias, Tensor normaliser, Tensor terms, "
+      "float temperature, float logit_scale, float logit_softcap, int begin, int end, Tensor(a!)? sum_hidden, "
+      "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def(
       "group_geometry(Tensor features, Tensor rewards, Tensor members, float lam, float clip, int shaping, int score, int scale, "
       "bool skip_uniform, float eps) -> (Tensor similarity, Tensor scores, Tensor shaped_rewards, Tensor advantages)");
   m.def("group_members(Tensor ids) -> Tensor members");
@@ -286,6 +376,9 @@ STABLE_TORCH_LIBRARY(g2rl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(g2rl, CPU, m) {
   m.impl("head_features", TORCH_BOX(&head_features));
+  m.impl("head_statistics", TORCH_BOX(&head_statistics));
+  m.impl("head_features_of_part", TORCH_BOX(&head_features_of_part));
+  m.impl("logprobs_sweep", TORCH_BOX(&logprobs_sweep));
   m.impl("group_geometry", TORCH_BOX(&group_geometry));
   m.impl("group_members", TORCH_BOX(&group_members));
 }

@@ -16,12 +16,11 @@ from .group import GroupGeometry, group_geometry
 from .head import (
     CertifiedHeadFeatures,
     HeadFeatures,
-    LinearLogprobs,
     certified_head_features,
     head_features,
-    linear_logprobs,
     pack_responses,
 )
+from .logprobs import LinearLogprobs, linear_logprobs
 
 __all__ = [
     "CertifiedHeadFeatures",

@@ -22,6 +22,7 @@ _EPILOG = """\
 examples:
   g2rl info                          what this machine can run, and what is missing
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
+  g2rl train recipes/trl-demo.yaml   the same by TRL's GRPO trainer, which also runs on many GPUs
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
   g2rl bench train                   what G2RL adds to a training step; bench group: the group geometry
   g2rl tune --model Qwen/Qwen3-1.7B  the fastest tiles for a head on this GPU, kept for later runs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .head import HAS_TRITON, _check_shape, _check_tensor, _shape, check_positive
+from .arguments import HAS_TRITON, check_positive, check_shape, check_tensor, sizes
 
 # By their number in the operator's schema.
 SHAPINGS = ("none", "intent", "equation")
@@ -95,11 +95,11 @@ def group_geometry(
         TypeError: a dtype is wrong, or an argument is no tensor.
         ValueError: shapes or devices do not fit, m does not divide S, an option or a scalar is out of range.
     """
-    _check_tensor("features", features, None)
+    check_tensor("features", features, None)
     if features.dim() != 2:
-        raise ValueError(f"features: got shape {_shape(features)}, needs [S, d]")
-    _check_tensor("rewards", rewards, None, features.device)
-    _check_shape("rewards", rewards, (features.shape[0],), "[S], one for each row of features")
+        raise ValueError(f"features: got shape {sizes(features)}, needs [S, d]")
+    check_tensor("rewards", rewards, None, features.device)
+    check_shape("rewards", rewards, (features.shape[0],), "[S], one for each row of features")
     check_positive("clip", clip)
     check_positive("eps", eps)
     if lam != 0:
@@ -141,8 +141,8 @@ def _members(features: Tensor, groups: int | Tensor) -> Tensor:
         return torch.arange(S, device=features.device).view(-1, groups)
     if not isinstance(groups, Tensor):
         raise TypeError(f"groups: got {type(groups).__name__}, needs an int or an int64 tensor of ids")
-    _check_tensor("groups", groups, (torch.int64,), features.device)
-    _check_shape("groups", groups, (S,), "[S], an id for each row of features")
+    check_tensor("groups", groups, (torch.int64,), features.device)
+    check_shape("groups", groups, (S,), "[S], an id for each row of features")
     if features.device.type == "cpu":
         return torch.ops.g2rl.group_members(groups.contiguous())
     return reference.group_members(groups)

@@ -1,25 +1,29 @@
-"""The LM head, without ever holding its logits: `head_features`, `linear_logprobs` and `pack_responses`.
+"""The LM head, without ever holding its logits: `head_features` and `pack_responses`.
 
 Each public function checks its arguments, picks a backend and calls one operator. Those in C++ are in csrc/,
-those in Triton in kernels/; that of `linear_logprobs` is in PyTorch, below.
+those in Triton in kernels/. `linear_logprobs` has a file of its own, logprobs.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", "cpu", "triton")
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile sees a constant
+from . import logprobs, reference, tiled, vocab_parallel
+from .arguments import (
+    DTYPES,
+    check_cu_seqlens_values,
+    check_head,
+    check_shape,
+    check_tensor,
+    check_token_values,
+    choose_backend,
+    may_read_values,
+    sizes,
+)
 
 
 class HeadFeatures(NamedTuple):
@@ -40,13 +44,6 @@ class CertifiedHeadFeatures(NamedTuple):
     entropy: Tensor  # [N], nats
     skipped_mass: Tensor  # [S], sum of a_t (1 - p(tokens[t])) over skipped tokens
     skipped_tokens: Tensor  # [S], how many tokens were left out
-
-
-class LinearLogprobs(NamedTuple):
-    """What `linear_logprobs` returns; float32 (float64 for float64 inputs), differentiable."""
-
-    logprobs: Tensor  # [N], nats
-    entropy: Tensor  # [N], nats
 
 
 def head_features(
@@ -89,7 +86,10 @@ def head_features(
             over the logits then does the work of two; other backends ignore it. It need not be exact:
             outputs are computed afresh, and a token whose known probability is off by a factor l within 1 %
             goes into its response's feature with weight l alpha_t, all others with alpha_t.
-        process_group: vocabulary-parallel weights; not available yet.
+        process_group: a torch.distributed process group whose ranks share the vocabulary: weight and bias
+            are this rank's rows [V_r, d] and [V_r], those of rank r following those of rank r - 1, of any
+            number each. Everything else is the same on all ranks, tokens count over all rows, and all ranks
+            get the same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
         backend: "triton" (GPUs), "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU
             tensors; for others "triton" where it is installed, else "reference". float32 products on a GPU
             follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are 3xTF32.
@@ -106,10 +106,12 @@ def head_features(
             checked on the CPU only (elsewhere this would wait for the device; G2RL_CHECK=1 in the
             environment asks for it) and not while compiling; unchecked, they make results meaningless (a
             token outside [0, V): NaN) but read nothing out of bounds.
+            With a process_group, where values are checked: an error on any rank is raised on all, and so is
+            a difference between ranks. Elsewhere a rank that raises, or never calls, leaves the others
+            waiting until the group's timeout (NCCL: 10 minutes by default, then its watchdog ends them).
         ImportError: backend="triton" without triton.
-        NotImplementedError: process_group is asked for.
     """
-    backend, args = _head_arguments(
+    backend, group, args = _head_arguments(
         hidden,
         weight,
         tokens,
@@ -123,7 +125,7 @@ def head_features(
         process_group,
         backend,
     )
-    return _head_features(backend, args)
+    return _head_features(backend, group, args)
 
 
 def certified_head_features(
@@ -162,13 +164,18 @@ def certified_head_features(
         features, logprobs, logsumexp, entropy: see `head_features`; skipped_mass [S]; skipped_tokens [S].
 
     Raises:
-        TypeError, ValueError, ImportError, NotImplementedError: as `head_features`.
+        TypeError, ValueError, ImportError: as `head_features`.
+        NotImplementedError: process_group is given.
     """
     if isinstance(max_skipped, bool) or not isinstance(max_skipped, (int, float)):
         raise TypeError(f"max_skipped: got {type(max_skipped).__name__}, needs a number")
     if not 0 <= max_skipped < 1:
         raise ValueError(f"max_skipped: got {max_skipped}, needs a share in [0, 1)")
-    backend, args = _head_arguments(
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: certified_head_features needs the whole weight; head_features takes a shard of it"
+        )
+    backend, _, args = _head_arguments(
         hidden,
         weight,
         tokens,
@@ -187,10 +194,11 @@ def certified_head_features(
     N = hidden.shape[0]
     alpha = hidden.new_ones(N, dtype=torch.float32) if args.token_weights is None else args.token_weights
     cu = cu_seqlens.to(torch.int64)
-    _, logprobs, logsumexp, entropy = _head_features(backend, args)
+    _, logprobs, logsumexp, entropy = _head_features(backend, "", args)
     mass = -alpha * torch.expm1(logprobs)
     keep, skipped_mass, skipped_tokens = reference.skipped_tokens(mass, cu, max_skipped)
-    features = _head_features(backend, args._replace(token_weights=torch.where(keep, alpha, 0.0)))[0]
+    kept_args = args._replace(token_weights=torch.where(keep, alpha, 0.0))
+    features = _head_features(backend, "", kept_args).features
     total, kept = (reference.segment_sum(a, cu, 0, N) for a in (alpha, torch.where(keep, alpha, 0.0)))
     features *= ((kept + reference.WEIGHT_EPS) / (total + reference.WEIGHT_EPS))[:, None]
     return CertifiedHeadFeatures(
@@ -226,28 +234,38 @@ def _head_arguments(
     known_logprobs: Tensor | None,
     process_group: Any,
     backend: str | None,
-) -> tuple[str, _HeadArguments]:
-    _check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
-    N = hidden.shape[0]
-    _check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, needs [S + 1], starting with 0")
-    for name, values in (("token_weights", token_weights), ("known_logprobs", known_logprobs)):
-        if values is not None:
-            _check_tensor(name, values, None, hidden.device)
-            _check_shape(name, values, (N,), "[N], one for each row of hidden")
-    if _may_read_values(hidden):
-        _check_token_values(tokens, weight.shape[0])
-        _check_cu_seqlens_values(cu_seqlens, N)
-        if token_weights is not None and not bool((token_weights >= 0).all()):
-            at = int((~(token_weights >= 0)).nonzero()[0])
-            raise ValueError(
-                f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
-            )
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not supported yet; gather the weight"
-        )
+) -> tuple[str, str, _HeadArguments]:
+    """Backend, name of the group ("" for none), and arguments for them."""
+
+    def check() -> str:
+        check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
+        N = hidden.shape[0]
+        check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens: got shape {sizes(cu_seqlens)}, needs [S + 1], starting with 0")
+        for name, values in (("token_weights", token_weights), ("known_logprobs", known_logprobs)):
+            if values is not None:
+                check_tensor(name, values, None, hidden.device)
+                check_shape(name, values, (N,), "[N], one for each row of hidden")
+        if may_read_values(hidden):
+            if process_group is None:
+                check_token_values(tokens, weight.shape[0])
+            check_cu_seqlens_values(cu_seqlens, N)
+            if token_weights is not None and not bool((token_weights >= 0).all()):
+                at = int((~(token_weights >= 0)).nonzero()[0])
+                raise ValueError(
+                    f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
+                )
+        return choose_backend(backend, hidden.device)
+
+    chosen = vocab_parallel.checked(
+        check, process_group, hidden, weight, tokens, function="head_features", cu_seqlens=cu_seqlens,
+        bias=bias, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
+        token_weights=token_weights, backend=backend,
+    )  # fmt: skip
+    group = "" if process_group is None else process_group.group_name
+    if group:
+        tokens = vocab_parallel.local_tokens(tokens, weight.shape[0], group)
     bias, alpha, known = (t if t is None else t.detach() for t in (bias, token_weights, known_logprobs))
     args = _HeadArguments(
         hidden.detach(),
@@ -261,10 +279,12 @@ def _head_arguments(
         float(logit_scale),
         float(logit_softcap or 0.0),
     )
-    return _choose_backend(backend, hidden.device), args
+    return chosen, group, args
 
 
-def _head_features(backend: str, args: _HeadArguments) -> HeadFeatures:
+def _head_features(backend: str, group: str, args: _HeadArguments) -> HeadFeatures:
+    if group:
+        return HeadFeatures(*_head_features_over_ranks(*args, backend, group))
     if backend == "cpu":
         return HeadFeatures(*torch.ops.g2rl.head_features(*args))
     if backend == "triton":
@@ -281,65 +301,9 @@ def _head_features(backend: str, args: _HeadArguments) -> HeadFeatures:
                 logit_scale=args.logit_scale,
                 logit_softcap=args.logit_softcap or None,
                 token_weights=args.token_weights,
-                chunk=max(1, _tile_elements(args.hidden) // args.weight.shape[0]),
+                chunk=max(1, tiled.elements(args.hidden) // args.weight.shape[0]),
             )
         )
-
-
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    process_group: Any = None,
-    backend: str | None = None,
-) -> LinearLogprobs:
-    """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
-
-    Forward and backward work on tiles of tokens and vocabulary, of bounded size, in float32: no tensor of N
-    x V is made, bf16 weights are never copied whole, and gradients are summed in float32 before they are
-    rounded to the dtype of their input (16-bit inputs: hidden's gradient in float32, [N, d], exists for a
-    moment if the weight or bias needs one too). 1 - p does not cancel for near-certain tokens. A frozen
-    weight costs no weight gradient.
-
-    Args:
-        hidden: [N, d] float32, bfloat16, float16, or float64 (for gradient checks: float64 throughout).
-        weight: [V, d], dtype of hidden.
-        tokens: [N] int64 in [0, V).
-        bias, temperature, logit_scale, logit_softcap, process_group: as for `head_features`.
-        backend: None or "reference": tiled PyTorch, on any device, the one implementation so far.
-
-    Returns:
-        logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight
-        and bias; they cannot be differentiated again.
-
-    Raises:
-        TypeError, ValueError: as for `head_features`.
-        NotImplementedError: process_group or a backend that does not exist yet is asked for.
-    """
-    _check_head(
-        hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, (*DTYPES, torch.float64)
-    )
-    if _may_read_values(hidden):
-        _check_token_values(tokens, weight.shape[0])
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not supported yet; gather the weight"
-        )
-    if backend not in (None, "reference"):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}, needs None or 'reference'")
-        raise NotImplementedError(
-            f"backend={backend!r}: linear_logprobs has no such kernel yet; use backend=None"
-        )
-    logprobs, entropy, _ = _linear_logprobs(
-        hidden, weight, tokens, bias, float(temperature), float(logit_scale), float(logit_softcap or 0.0)
-    )
-    return LinearLogprobs(logprobs, entropy)
 
 
 def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,138 +321,71 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
-    _check_tensor("hidden", hidden, None)
+    check_tensor("hidden", hidden, None)
     if hidden.dim() != 3:
-        raise ValueError(f"hidden: got shape {_shape(hidden)}, needs [B, L, d]")
-    _check_tensor("tokens", tokens, (torch.int64,), hidden.device)
-    _check_shape("tokens", tokens, tuple(hidden.shape[:2]), "[B, L] of hidden")
-    _check_tensor("mask", mask, (torch.bool, torch.int64, torch.int32, torch.uint8), hidden.device)
-    _check_shape("mask", mask, tuple(hidden.shape[:2]), "[B, L] of hidden")
+        raise ValueError(f"hidden: got shape {sizes(hidden)}, needs [B, L, d]")
+    check_tensor("tokens", tokens, (torch.int64,), hidden.device)
+    check_shape("tokens", tokens, tuple(hidden.shape[:2]), "[B, L] of hidden")
+    check_tensor("mask", mask, (torch.bool, torch.int64, torch.int32, torch.uint8), hidden.device)
+    check_shape("mask", mask, tuple(hidden.shape[:2]), "[B, L] of hidden")
     mask = mask != 0
     rows = mask.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     return hidden.flatten(0, 1)[rows], tokens.flatten()[rows], cu_seqlens
 
 
-# --- checks -------------------------------------------------------------------------------------------------
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _check_tensor(
-    name: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, device: torch.device | None = None
-) -> None:
-    """A plain tensor of one of `dtypes` (any float dtype if None), on `device`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
-    if hasattr(value, "full_tensor"):  # a DTensor holds this rank's shard under the shape of the whole
-        raise TypeError(f"{name}: got a DTensor, needs a plain tensor; pass {name}.full_tensor()")
-    if dtypes is None and not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: got {value.dtype}, needs a floating-point dtype")
-    if dtypes is not None and value.dtype not in dtypes:
-        raise TypeError(f"{name}: got {value.dtype}, needs {' or '.join(map(str, dtypes))}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: got device {value.device}, needs {device} like the first argument")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: got shape {_shape(tensor)}, needs {list(shape)}: {meaning}")
-
-
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    _check_tensor("hidden", hidden, dtypes)
-    if hidden.dim() != 2 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden: got shape {_shape(hidden)}, needs [N, d] with d > 0; see pack_responses")
-    _check_tensor("weight", weight, dtypes, hidden.device)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight: got {weight.dtype}, needs the dtype of hidden, {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {_shape(weight)}, needs [V, {hidden.shape[1]}] with V > 0")
-    _check_tensor("tokens", tokens, (torch.int64,), hidden.device)
-    _check_shape("tokens", tokens, (hidden.shape[0],), "[N], one for each row of hidden")
-    if bias is not None:
-        _check_tensor("bias", bias, dtypes, hidden.device)
-        _check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
-    check_positive("temperature", temperature)
-    check_positive("logit_scale", logit_scale)
-    if logit_softcap is not None:
-        check_positive("logit_softcap", logit_softcap, "; None for no softcap")
-
-
-def check_positive(name: str, value: float, remedy: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value}, needs a positive finite number{remedy}")
-
-
-def _may_read_values(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("G2RL_CHECK") == "1"
-
-
-def _check_token_values(tokens: Tensor, V: int) -> None:
-    if tokens.numel():
-        low, high = (int(t) for t in torch.aminmax(tokens))
-        if low < 0 or high >= V:
-            raise ValueError(f"tokens: got values from {low} to {high}, needs 0 to V - 1 = {V - 1}")
-
-
-def _check_cu_seqlens_values(cu_seqlens: Tensor, N: int) -> None:
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != N:
-        raise ValueError(f"cu_seqlens: runs from {first} to {last}, needs 0 to N = {N} (rows of hidden)")
-    falls = (cu_seqlens.diff() < 0).nonzero()
-    if falls.numel():
-        at = int(falls[0]) + 1
-        raise ValueError(
-            f"cu_seqlens: falls from {int(cu_seqlens[at - 1])} to {int(cu_seqlens[at])} at entry {at}"
-        )
-
-
-def _choose_backend(backend: str | None, device: torch.device) -> str:
-    if backend is None:
-        if device.type == "cpu":
-            return "cpu"
-        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend: 'triton' needs CUDA tensors, got {device}; use backend=None (for tests, "
-                "TRITON_INTERPRET=1 set before python starts runs the kernels on the CPU, very slowly)"
-            )
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
-    return backend
-
-
 # --- operators ----------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("g2rl::head_features")
-def _(
+def _fake_head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     N, S = hidden.shape[0], cu_seqlens.shape[0] - 1
     features = hidden.new_empty((S, hidden.shape[1]), dtype=torch.float32)
     return features, *(hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("g2rl::head_features_over_ranks", mutates_args=())
+def _head_features_over_ranks(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    known_logprobs: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """head_features of a vocabulary shard, with local tokens (vocab_parallel.py): the normaliser over all
+    ranks first, then this rank's part of the features, summed over all ranks."""
+    options = temperature, logit_scale, logit_softcap
+    found, entropy, normaliser = logprobs._linear_logprobs(
+        hidden, weight, tokens, bias, *options, backend, group
+    )
+    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
+    responses = cu_seqlens, bias, token_weights
+    with torch.autocast(hidden.device.type, enabled=False):
+        features = _features_of_part(backend)(hidden, weight, tokens, *responses, logsumexp, rest, *options)
+        vocab_parallel.all_reduce(features, group)
+    return features, found, logsumexp.float(), entropy
+
+
+def _features_of_part(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        return torch.ops.g2rl.head_features_of_part
+    if backend == "triton":
+        from .kernels import head
+
+        return head.features_of_part
+    return tiled.features_of_part
+
+
+torch.library.register_fake("g2rl::head_features_over_ranks", _fake_head_features)
 
 
 @torch.library.custom_op("g2rl::head_features_triton", mutates_args=())
@@ -530,222 +427,3 @@ def _(
     N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
     return *floats, hidden.new_empty((S,), dtype=torch.int64)
-
-
-# linear_logprobs keeps, for each token, a running maximum and two sums over the vocabulary seen so far:
-#
-#     m = max z_v,   s = sum exp(z_v - m),   t = sum exp(z_v - m) (z_v - m)         v other than y
-#
-# and adds y at the end. As p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then keeps its digits, and the
-# backward pass takes 1 - p_y from it. That pass recomputes z tile by tile and has log p = (z - top) -
-# log_total, the two parts of the logsumexp kept apart: their sum would be rounded to the size of the logits.
-#
-#     d log p_y / d z_v = [v = y] - p_v,   d H / d z_v = -p_v (log p_v + H)
-
-TOKEN_CHUNK = 512
-
-
-def _tile_elements(tensor: Tensor) -> int:
-    """Size of a tile: small on the CPU, for its memory; large elsewhere, for full matrix products."""
-    return 2**20 if tensor.device.type == "cpu" else 2**25
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, max(1, step)):
-        yield slice(start, min(start + step, size))
-
-
-def _vocabulary_slices(hidden: Tensor, weight: Tensor) -> list[slice]:
-    return list(_slices(weight.shape[0], max(1, _tile_elements(hidden) // max(TOKEN_CHUNK, weight.shape[1]))))
-
-
-def _tile_index(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Column [n, 1] of each token in the block, any if it is elsewhere; and whether it lies in the block."""
-    inside = (tokens >= block.start) & (tokens < block.stop)
-    return (tokens - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
-
-
-@torch.library.custom_op("g2rl::linear_logprobs", mutates_args=())
-def _linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [N], entropy [N] and the parts of the logsumexp [2, N]."""
-    dtype = reference.accumulation_dtype(hidden)
-    logprobs, entropy, normaliser = _outputs(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _slices(hidden.shape[0], TOKEN_CHUNK):
-            h, y = hidden[rows].to(dtype), tokens[rows]
-            m = h.new_full((h.shape[0], 1), -torch.inf)
-            s, t, z_y = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-            for block in _vocabulary_slices(hidden, weight):
-                z, _ = reference.logits(
-                    h,
-                    weight[block],
-                    None if bias is None else bias[block],
-                    temperature,
-                    logit_scale,
-                    logit_softcap or None,
-                )
-                index, inside = _tile_index(y, block)
-                z_index = z.gather(1, index)
-                z_y = torch.where(inside, z_index, z_y)
-                z.scatter_(1, index, torch.where(inside, -torch.inf, z_index))
-
-                new_m = torch.maximum(m, z.amax(1, keepdim=True))
-                s, t = _shifted(m, s, t, new_m)
-                z.sub_(new_m.masked_fill(new_m == -torch.inf, 0.0))
-                e = z.exp()
-                s += e.sum(1, keepdim=True)
-                t += e.mul_(z.masked_fill_(e == 0, 0.0)).sum(1, keepdim=True)
-                m = new_m
-            top = torch.maximum(m, z_y)
-            s, t = _shifted(m, s, t, top)
-            e_y = torch.exp(z_y - top)
-            log_total = torch.where(z_y >= m, torch.log1p(s), torch.log(s + e_y))
-            logprobs[rows] = (z_y - top - log_total).squeeze(1)
-            normaliser[:, rows] = torch.cat([top, log_total], dim=1).T
-            t = t + torch.where(e_y == 0, 0, e_y * (z_y - top))
-            entropy[rows] = (log_total - t / (s + e_y)).squeeze(1)
-    return logprobs, entropy, normaliser
-
-
-def _outputs(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
-    return (
-        hidden.new_empty(N, dtype=dtype),
-        hidden.new_empty(N, dtype=dtype),
-        hidden.new_empty((2, N), dtype=dtype),
-    )
-
-
-def _shifted(m: Tensor, s: Tensor, t: Tensor, new_m: Tensor) -> tuple[Tensor, Tensor]:
-    """The two sums relative to new_m >= m instead of m."""
-    delta = (m - new_m).masked_fill(m == -torch.inf, 0.0)  # nothing seen yet: s = t = 0
-    factor = delta.exp()
-    return s * factor, factor * (t + s * delta)
-
-
-@_linear_logprobs.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(hidden)
-
-
-@torch.library.custom_op("g2rl::linear_logprobs_backward", mutates_args=())
-def _linear_logprobs_backward(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    normaliser: Tensor,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
-    dtype, N = logprobs.dtype, hidden.shape[0]
-    grad_hidden, grad_weight, grad_bias = _gradients(
-        hidden, weight, bias, need_hidden, need_weight, need_bias
-    )
-    # Vocabulary blocks are the outer loop where the weight's gradient is summed over all tokens, so that
-    # only one block of it is in float32 at a time; token chunks are where only hidden's is.
-    with torch.autocast(hidden.device.type, enabled=False):
-        for outer in _slices(N, N if need_weight or need_bias else TOKEN_CHUNK):
-            sum_hidden = hidden.new_zeros(
-                outer.stop - outer.start, hidden.shape[1] if need_hidden else 0, dtype=dtype
-            )
-            for block in _vocabulary_slices(hidden, weight):
-                w = weight[block].to(dtype)
-                b = None if bias is None else bias[block]
-                sum_weight = torch.zeros_like(w) if need_weight else None
-                sum_bias = w.new_zeros(w.shape[0]) if need_bias else None
-                for inner in _slices(outer.stop - outer.start, TOKEN_CHUNK):
-                    rows = slice(outer.start + inner.start, outer.start + inner.stop)
-                    h = hidden[rows].to(dtype)
-                    z, slope = reference.logits(h, w, b, temperature, logit_scale, logit_softcap or None)
-                    log_p = z.sub_(normaliser[0, rows, None]).sub_(normaliser[1, rows, None])
-                    p = log_p.exp()
-                    index, inside = _tile_index(tokens[rows], block)
-                    g, g_entropy = grad_logprobs[rows, None].to(dtype), grad_entropy[rows, None].to(dtype)
-                    H = entropy[rows, None]
-                    # -p (g + g_entropy (log p + H)), plus g at the realised token, by way of 1 - p_y
-                    log_p.masked_fill_(p == 0, 0.0)
-                    grad_z = -p * (g + g_entropy * (log_p + H))
-                    one_minus_p = -torch.expm1(logprobs[rows, None])
-                    p_y = p.gather(1, index)
-                    at_token = g * one_minus_p - p_y * g_entropy * (log_p.gather(1, index) + H)
-                    grad_z.scatter_(1, index, torch.where(inside, at_token, grad_z.gather(1, index)))
-                    if slope is not None:
-                        grad_z *= slope
-                    grad_z *= logit_scale / temperature
-                    if need_hidden:
-                        sum_hidden[inner] += grad_z @ w
-                    if sum_weight is not None:
-                        sum_weight += grad_z.T @ h
-                    if sum_bias is not None:
-                        sum_bias += grad_z.sum(0)
-                if sum_weight is not None:
-                    grad_weight[block] = sum_weight
-                if sum_bias is not None:
-                    grad_bias[block] = sum_bias
-            if need_hidden:
-                grad_hidden[outer] = sum_hidden
-    return grad_hidden, grad_weight, grad_bias
-
-
-def _gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_zeros(hidden.shape if need_hidden else (0,)),
-        weight.new_zeros(weight.shape if need_weight else (0,)),
-        hidden.new_zeros(0) if bias is None else bias.new_zeros(bias.shape if need_bias else (0,)),
-    )
-
-
-@_linear_logprobs_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = args[2], args[3], args[5]
-    return _gradients(hidden, weight, bias, *args[-3:])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, tokens, bias, *options = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(hidden, weight, tokens, bias, *output)
-    ctx.options = options
-
-
-def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    hidden, weight, tokens, bias, *outputs = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    grads = [torch.zeros_like(outputs[0]) if grad is None else grad for grad in (grad_logprobs, grad_entropy)]
-    grad_hidden, grad_weight, grad_bias = _linear_logprobs_backward(
-        *grads, hidden, weight, tokens, bias, *outputs, *ctx.options, need_hidden, need_weight, need_bias
-    )
-    return (
-        grad_hidden if need_hidden else None,
-        grad_weight if need_weight else None,
-        None,
-        grad_bias if need_bias else None,
-        None,
-        None,
-        None,
-    )
-
-
-_linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

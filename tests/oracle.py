@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import g2rl_kernels as g2
-from g2rl_kernels import _C, head
+from g2rl_kernels import _C, arguments, logprobs
 
 # (backend, instruction set): all that this machine can run
 CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]
 TRITON = ("triton", None)
-BACKENDS = [("reference", None), *CPU_BACKENDS, *([TRITON] if head.HAS_TRITON else [])]
+BACKENDS = [("reference", None), *CPU_BACKENDS, *([TRITON] if arguments.HAS_TRITON else [])]
 BACKEND_IDS = [isa or backend for backend, isa in BACKENDS]
 BEST = CPU_BACKENDS[-1]
 # The kernels' device; without a GPU they are interpreted (conftest.py).
@@ -275,8 +275,8 @@ class Sizes(TorchDispatchMode):
         super().__init__()
         self.made: list[tuple[torch.dtype, int]] = []
         self.inside = {
-            torch.ops.g2rl.linear_logprobs.default: head._linear_logprobs._init_fn,
-            torch.ops.g2rl.linear_logprobs_backward.default: head._linear_logprobs_backward._init_fn,
+            torch.ops.g2rl.linear_logprobs.default: logprobs._linear_logprobs._init_fn,
+            torch.ops.g2rl.linear_logprobs_backward.default: logprobs._linear_logprobs_backward._init_fn,
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

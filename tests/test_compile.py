@@ -6,6 +6,7 @@ from oracle import make_case
 
 import g2rl_kernels as g2
 
+backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
 compiled = {"fullgraph": True, "backend": "aot_eager"}  # inductor's first compilation takes 20 s
 
 
@@ -60,18 +61,20 @@ def test_opcheck_group_members():
     torch.library.opcheck(torch.ops.g2rl.group_members, (torch.tensor([3, 3, -1, 7, 3]),))
 
 
+@backends
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1, 3)], ids=str)
-def test_opcheck_linear_logprobs(trained):
+def test_opcheck_linear_logprobs(trained, backend):
     case = make_case([8], V=67, d=16)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0]
+    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0, backend, ""]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
 
 
-def test_opcheck_linear_logprobs_backward():
+@backends
+def test_opcheck_linear_logprobs_backward(backend):
     case = make_case([8], V=67, d=16)
-    options = (1.0, 1.0, 0.0)
+    options = (1.0, 1.0, 0.0, backend, "")
     inputs = (case.hidden, case.weight, case.tokens, None)
     outputs = torch.ops.g2rl.linear_logprobs(*inputs, *options)
     for needs in ((True, True, False), (False, True, False), (True, False, False)):
@@ -79,7 +82,7 @@ def test_opcheck_linear_logprobs_backward():
         torch.library.opcheck(torch.ops.g2rl.linear_logprobs_backward, args)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@backends
 def test_head_features_compiles_to_the_same_bits(backend):
     case = make_case([3, 0, 5], V=67, d=16, bias=torch.randn(67), token_weights=torch.rand(8))
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import environment, make_case
 
 import g2rl_kernels as g2
@@ -55,7 +56,8 @@ HEAD = [
     ("logit_softcap", 0.0, ValueError, "None"),
     ("logit_softcap", -30.0, ValueError, "-30.0"),
     ("backend", "cuda", ValueError, "'cuda'"),
-    ("process_group", object(), NotImplementedError, "process_group"),
+    ("process_group", object(), TypeError, "object"),
+    ("process_group", dist.GroupMember.NON_GROUP_MEMBER, ValueError, "no member"),
 ]
 FEATURES_ONLY = [
     ("cu_seqlens", torch.tensor([0, 3, 3, 8.0]), TypeError, "float32"),
@@ -101,10 +103,13 @@ def test_linear_logprobs(argument, value, error, says):
     assert says in str(caught.value)
 
 
-def test_linear_logprobs_has_no_kernel_yet():
-    arguments = head_arguments()
+def test_linear_logprobs_of_float64_has_one_backend():
+    arguments = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in head_arguments().items()
+    }
     del arguments["cu_seqlens"]
-    with pytest.raises(NotImplementedError, match="backend"):
+    with pytest.raises(TypeError, match=r"float64.*'cpu'"):
         g2.linear_logprobs(**arguments, backend="cpu")
 
 

@@ -42,16 +42,17 @@ TENSOR_MEMORY = 512  # columns, on Blackwell
 
 # Types of arguments by name; what is neither here nor a constant is an int32.
 TYPES = {
-    "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass partial rest seed shift "
-    "skipped_mass slope slots sums target",
+    "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass numbers part partial "
+    "rest seed shift skipped_mass slope slots sums target",
     "*i64": "cu_seqlens index skipped_tokens tokens",
     "*i32": "gate response",
     "*i8": "keep",
-    "fp32": "factor most scale sign",
+    "fp32": "factor most outside scale sign",
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
-OPERANDS = ("hidden", "weight", "bias")  # pointers to the model's dtype, or tensor descriptors
+OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
+GRADIENT_STRIDE = "stride_gn"  # of a buffer of ours, always a multiple of 16
 
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -161,7 +162,7 @@ def made(
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = TYPE.get(name, "i32")
-        if signature[name][0] == "*" or (name in ROW_STRIDES and name not in strided):
+        if signature[name][0] == "*" or (name in (*ROW_STRIDES, GRADIENT_STRIDE) and name not in strided):
             multiples.append(name)
     launch = {"tiles": ""} | launch
     return Case(
@@ -192,6 +193,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "head_residual.head_residual_kernel",
         {"sums": None, "LISTED": True, "SUMS": False, "CORRECT": True},
     ),
+    "gradient": ("head_gradient.head_gradient_kernel", {}),
 }
 BOTH = ("hidden", "weight")
 STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
@@ -210,10 +212,11 @@ def large(
     by_pointer: tuple[str, ...] = (),
     strided: tuple[str, ...] = (),
 ) -> Case:
-    """head_stats or head_residual. By pointer come all operands on sm_80, and elsewhere those named."""
+    """head_stats, head_residual or head_gradient. By pointer come all operands on sm_80, and elsewhere those
+    named."""
     kernel, constants = VARIANTS[variant]
     if arch < 90:
-        by_pointer = BOTH
+        by_pointer = (*BOTH, "gradient")
     elif constants.get("LISTED"):
         by_pointer = (*by_pointer, "hidden")
     constants = constants | {
@@ -224,6 +227,8 @@ def large(
     }  # fmt: skip
     if not bias:
         constants["bias"] = None
+    if "G_TMA" in function(kernel).arg_names:
+        constants["G_TMA"] = "gradient" not in by_pointer
     if "WEIGHTED" in function(kernel).arg_names:  # tokens have weights where the head has a bias
         constants |= {"WEIGHTED": bias} | ({} if bias else {"alpha": None})
     needs = []
@@ -235,7 +240,11 @@ def large(
     how = ", 3xTF32" if precision == "tf32x3" else ""
     if "unaligned" in form:
         how += ", d = 2050" if strided == ROW_STRIDES else ", any strides"
-    blocks = {"hidden": (config.BM, config.BK), "weight": (config.BN, config.BK)}
+    blocks = {
+        "hidden": (config.BM, config.BK),
+        "weight": (config.BN, config.BK),
+        "gradient": (config.BM, config.BN),
+    }
     return made(
         kernel,
         arch,
@@ -246,7 +255,7 @@ def large(
         descriptors={
             name: f"tensordesc<{dtype}[{rows}, {columns}]>"
             for name, (rows, columns) in blocks.items()
-            if name not in by_pointer
+            if name not in by_pointer and name in function(kernel).arg_names
         },
         strided=strided,
         tiles=f"{config.BM} x {config.BN} x {config.BK}",
@@ -305,8 +314,8 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
 
 def small_cases(arch: int, scope: str) -> Iterator[Case]:
     from g2rl_kernels.kernels import (
-        head_finish,
         head_gather,
+        head_join,
         head_project,
         head_reduce,
         head_skip,
@@ -314,14 +323,15 @@ def small_cases(arch: int, scope: str) -> Iterator[Case]:
     )
     from g2rl_kernels.kernels.tile import LN2
 
-    finish = {"LN2": LN2, "BT": head_finish.BT}
+    join = {"LN2": LN2, "BT": head_join.BT}
     target = {"BT": head_target.BT, "BD": head_target.BD}
     gather = {"BT": head_gather.BT, "BD": head_gather.BD}
     reduce = {"BD": head_reduce.BD}
     single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
-        ("head_finish", "", finish | NO_GATE, 4),
-        ("head_finish", "gated", finish | {"GATED": True}, 4),
+        ("head_finish", "", join | NO_GATE, 4),
+        ("head_finish", "gated", join | {"GATED": True}, 4),
         ("head_gather", "", gather, 4),
+        ("head_join", "", join, 4),
         ("head_reduce", "", reduce | {"kappa": None, "HAS_KAPPA": False}, 4),
         ("head_reduce", "kappa", reduce | {"HAS_KAPPA": True}, 4),
         ("head_skip", "", {"BT": head_skip.BT}, 8),

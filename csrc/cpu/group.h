@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../group_math.h"
+#include "parallel.h"
 
 namespace g2rl {
 
@@ -14,9 +15,6 @@ struct GroupArgs {
   GroupOptions options;
   float *similarity, *score, *shaped_rewards, *advantages;  // [B, M, M], [S], [S], [S]; written in full
 };
-
-// parallel(n, ctx, body): body(ctx, i) for i in 0..n-1, in any order, on any threads
-using Parallel = void (*)(int64_t n, void* ctx, void (*body)(void* ctx, int64_t i));
 
 // Bitwise the same for any number of threads.
 void group_geometry(const GroupArgs&, Parallel);

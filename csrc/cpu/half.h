@@ -1,4 +1,4 @@
-// bfloat16 and float16 to float, one number at a time, for any compiler target.
+// bfloat16 and float16 to float and bfloat16 from it, one number at a time, for any compiler target.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,6 +10,17 @@ inline float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline uint16_t float_to_bf16(float x) {  // round to nearest, ties to even
+  const uint32_t bits = float_bits(x);
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 inline float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }

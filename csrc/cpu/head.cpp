@@ -15,86 +15,31 @@
 // result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
 // vocabulary too large for it is cut into spans whose logits are computed twice (first for lse, then for A).
 //
+// Of a vocabulary that is spread over several processes, each calls this twice: for the statistics of its part alone
+// (HeadArgs::partial), and, when all parts are merged, for its part's share of the features (HeadArgs::lse).
+//
 // The target's logit is taken out of its block and merged last: 1 - p(target) is then a sum over the other entries and
 // does not cancel, however sure the policy is (p = 1 - 1e-12 keeps all its digits).
 #include "head.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "head_kernels.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "memory.h"
+#include "tasks.h"
 
 namespace g2rl {
 namespace {
 
 constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
-constexpr int64_t kWidths[] = {64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
 constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
 
-// The workspace of the calling thread, kept for its next call: fresh pages would cost 2 to 4 % of a call.
-class Workspace {
- public:
-  // Memory for at least `bytes`, on a page boundary; what an earlier call left there may still be in it.
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      data_ = nullptr, size_ = 0;
-      void* p = nullptr;
-      if (posix_memalign(&p, kHuge, bytes)) throw std::bad_alloc();
-#ifdef __linux__
-      if (bytes >= kHuge) madvise(p, bytes / kHuge * kHuge, MADV_HUGEPAGE);
-#endif
-      data_ = static_cast<char*>(p), size_ = bytes;
-    }
-    return data_;
-  }
-  ~Workspace() { std::free(data_); }
-
- private:
-  static constexpr int64_t kHuge = 2 << 20;
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
+// Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
 thread_local Workspace workspace;
-
-template <class Body>
-void run(Parallel parallel, int64_t n, const Body& body) {
-  // A thread that falls behind must not hold up the others: each call takes the next few indices until none are left.
-  // Which thread computes an index does not matter to its result.
-  struct Work {
-    const Body& body;
-    const int64_t n, grain;
-    std::atomic<int64_t> next{0};
-  } work{body, n, std::max<int64_t>(n / 128, 1)};
-  parallel(std::min<int64_t>(n, 128), &work, [](void* ctx, int64_t) {
-    Work& w = *static_cast<Work*>(ctx);
-    for (int64_t i; (i = w.next.fetch_add(w.grain)) < w.n;)
-      for (int64_t j = i; j < std::min(i + w.grain, w.n); j++) w.body(j);
-  });
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const HeadKernels& kernels_for(Isa isa) {
-#ifdef __x86_64__
-  if (isa == Isa::avx512bf16) return head_kernels_avx512bf16();
-  if (isa == Isa::avx512) return head_kernels_avx512();
-  if (isa == Isa::avx2) return head_kernels_avx2();
-#endif
-  if (isa != Isa::plain) throw std::invalid_argument("g2rl: this build has no kernels for that instruction set");
-  return head_kernels_plain();
-}
 
 // How the workspace is shared out.
 struct Plan {
@@ -131,11 +76,10 @@ class Head {
     // the codes are dead while rows are projected: the same memory holds the partial projections
     code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, 4 * row_stride(args.d));
-    int64_t bytes = 0;
-    const auto place = [&bytes](int64_t size) { return std::exchange(bytes, bytes + ceil_div(size, 64) * 64); };  // -> offset
-    const int64_t codes_at = place(code_bytes), packed_at = place(4 * c.units * width);
-    const int64_t statistics_at = place(4 * 3 * blocks * width), residual_at = place(4 * plan.rows * plan.span);
-    char* memory = workspace.reserve(bytes);
+    Layout layout;
+    const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
+    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.span);
+    char* memory = workspace.reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
@@ -150,15 +94,15 @@ class Head {
   }
 
   void run_all() {
-    std::fill_n(a.features, a.S * a.d, 0.0f);
+    if (a.features) std::fill_n(a.features, a.S * a.d, 0.0f);
     for (int64_t n = 0; n < a.N; n += c.tokens) {
       take_chunk(n);
       pack();
       statistics_of_chunk();
       finish_tokens();
-      residuals_of_chunk();
+      if (a.features) residuals_of_chunk();
     }
-    project_complete();
+    if (a.features) project_complete();
   }
 
  private:
@@ -193,13 +137,7 @@ class Head {
     c.panels = ceil_div(c.tokens, c.panel);
   }
 
-  // The least width that holds so many tokens
-  int64_t fitting(int64_t tokens) const {
-    int64_t best = plan.width;
-    for (int64_t width : kWidths)
-      if (width >= tokens && width < best) best = width;
-    return best;
-  }
+  int64_t fitting(int64_t tokens) const { return std::min(plan.width, fitting_width(tokens)); }
 
   void pack() {
     const int64_t step = 256, pieces = ceil_div(c.units, step);
@@ -220,37 +158,58 @@ class Head {
   }
 
   void statistics_of_chunk() {
-    std::fill(run_max.begin(), run_max.end(), -INFINITY);
+    for (auto* v : {&run_max, &target}) std::fill(v->begin(), v->end(), -INFINITY);
     for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
     const int64_t spans = plan.spans(a.V);
     for (int64_t i = 0; i < spans; i++) {
       set_span(i);
-      forward(spans == 1);
+      forward(a.features && spans == 1);
       k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
     }
   }
 
-  // Merges the target into the other entries and writes the per-token outputs, in double.
+  // From the sums over the vocabulary to the per-token outputs and factors, in double.
   void finish_tokens() {
-    const double T = a.temperature, quarter_to_nats = 4 * std::log(2.0);
     std::fill(weight.begin(), weight.end(), 0.0f);
     for (int64_t t = 0; t < c.tokens; t++) {
       const int64_t n = c.first_token + t;
-      const double z = target[t], other = run_max[t], top = std::max(z, other);
-      if (other == -INFINITY) run_max[t] = 0.0f;  // nothing but the target is possible: any finite reference
-      const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
-      const double others = (double(run_sum[t]) - run_lost[t]) * lift, own = std::exp((z - top) / T), total = others + own;
-      double moment = own > 0 ? own * (z - top) / T : 0.0;
-      if (lift > 0) moment += lift * (run_moment[t] * quarter_to_nats + (double(run_sum[t]) - run_lost[t]) * (other - top) / T);
-      const double log_total = z >= other ? std::log1p(others) : std::log(total);
-      a.logsumexp[n] = float(top / T + log_total);
-      a.logprobs[n] = float((z - top) / T - log_total);
-      a.entropy[n] = float(std::max(log_total - moment / total, 0.0));
-      const double alpha = a.token_weights ? a.token_weights[n] : 1.0f;
-      const double capped = a.logit_softcap != 0 ? z / a.logit_softcap : 0.0;
-      weight[t] = float(alpha * lift / total);
-      target_residual[t] = float(alpha * (others / total) * std::max(1 - capped * capped, 0.0));  // 0 for a masked target
+      if (a.partial) write_partial(t, n);
+      else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(a.temperature) - a.lse[n]), a.rest[n]);
+      else merge_target(t, n);
+      if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // nothing but the target is possible: any finite reference
     }
+  }
+
+  // sum exp((z - max) / T) (z - max) / T
+  double moment(int64_t t) const { return run_moment[t] * (4 * std::log(2.0)); }
+  double sum(int64_t t) const { return double(run_sum[t]) - run_lost[t]; }
+
+  void write_partial(int64_t t, int64_t n) {
+    a.partial[n] = run_max[t] / double(a.temperature);
+    a.partial[a.N + n] = sum(t);
+    a.partial[2 * a.N + n] = moment(t);
+    a.target[n] = target[t] / double(a.temperature);
+  }
+
+  void merge_target(int64_t t, int64_t n) {
+    const double T = a.temperature, z = target[t], other = run_max[t], top = std::max(z, other);
+    const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
+    const double others = sum(t) * lift, own = std::exp((z - top) / T), total = others + own;
+    double mean = own > 0 ? own * (z - top) / T : 0.0;
+    if (lift > 0) mean += lift * (moment(t) + sum(t) * (other - top) / T);
+    const double log_total = z >= other ? std::log1p(others) : std::log(total);
+    a.logsumexp[n] = float(top / T + log_total);
+    a.logprobs[n] = float((z - top) / T - log_total);
+    a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
+    weigh(t, n, lift / total, others / total);
+  }
+
+  // scale: from exp((z - max) / T) to p; rest: 1 - p(target)
+  void weigh(int64_t t, int64_t n, double scale, double rest) {
+    const double alpha = a.token_weights ? a.token_weights[n] : 1.0f;
+    const double capped = a.logit_softcap != 0 ? target[t] / a.logit_softcap : 0.0;
+    weight[t] = float(alpha * scale);
+    target_residual[t] = float(alpha * rest * std::max(1 - capped * capped, 0.0));  // 0 for a masked target
   }
 
   void residuals_of_chunk() {
@@ -328,10 +287,20 @@ class Head {
 
 }  // namespace
 
+const HeadKernels& kernels_for(Isa isa) {
+#ifdef __x86_64__
+  if (isa == Isa::avx512bf16) return head_kernels_avx512bf16();
+  if (isa == Isa::avx512) return head_kernels_avx512();
+  if (isa == Isa::avx2) return head_kernels_avx2();
+#endif
+  if (isa != Isa::plain) throw std::invalid_argument("g2rl: this build has no kernels for that instruction set");
+  return head_kernels_plain();
+}
+
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
   const HeadKernels& kernels = kernels_for(isa);
   if (args.N > 0) Head(args, kernels, parallel).run_all();
-  else std::fill_n(args.features, args.S * args.d, 0.0f);
+  else if (args.features) std::fill_n(args.features, args.S * args.d, 0.0f);
 }
 
 }  // namespace g2rl

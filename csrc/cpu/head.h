@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace g2rl {
 
@@ -16,7 +17,7 @@ struct Matrix {
 struct HeadArgs {
   DType dtype;                 // of hidden and weight
   Matrix hidden, weight;       // [N, d], [V, d]
-  const int64_t* tokens;       // [N], each in [0, V): the caller has checked
+  const int64_t* tokens;       // [N], each in [0, V), the caller has checked; with partial or lse, others are elsewhere
   const int64_t* cu_seqlens;   // [S + 1], monotone from 0 to N: the caller has checked
   const void* bias;            // [V] or null
   DType bias_dtype;
@@ -25,10 +26,12 @@ struct HeadArgs {
   int64_t N, d, V, S;
   float temperature, logit_scale, logit_softcap;        // softcap 0: none
   float *features, *logprobs, *logsumexp, *entropy;     // [S, d], [N], [N], [N]: written in full
+  // Part of a vocabulary.  First call: features null, and instead of the other outputs max, sum exp(z - max) and
+  // sum exp(z - max) (z - max) over all but the token [3, N], and the token's z (-inf: it is elsewhere) [N], z over
+  // temperature.  Second: features alone, from the logsumexp and 1 - p(token) [N] over all parts.
+  double *partial, *target;
+  const double *lse, *rest;
 };
-
-// Calls body(ctx, i) for i in 0..n-1, in any order, on any threads, and returns when all are done.
-using Parallel = void (*)(int64_t n, void* ctx, void (*body)(void* ctx, int64_t i));
 
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel);
 

@@ -8,6 +8,15 @@ namespace g2rl {
 
 constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
 constexpr int64_t kMaxWidth = 64;  // most tokens in flight
+constexpr int64_t kWidths[] = {64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
+
+// The least width that holds so many tokens
+constexpr int64_t fitting_width(int64_t tokens) {
+  int64_t best = kMaxWidth;
+  for (int64_t width : kWidths)
+    if (width >= tokens) best = width;
+  return best;
+}
 
 // Of the partial projections.  Rows some multiple of 4 KiB apart would compete for the same few lines of L1.
 constexpr int64_t row_stride(int64_t d) { return d + 16; }
@@ -39,6 +48,16 @@ struct HeadChunk {
   float* residual;              // A: [rows][span_end - span_begin]
 };
 
+// One block of vocabulary rows against one chunk of tokens, for gradients (logprobs.cpp).
+struct GradientBlock {
+  const HeadChunk* chunk;
+  const float *top, *log_total, *a, *e, *own;  // [panels * panel]: the normaliser and the terms of each token
+  float factor;                                // from d / d(z / temperature) to d / d(W h + b), without the softcap's slope
+  char *by_entry, *by_token;                   // dz as rows of vocabulary entries, and of tokens (null: not wanted)
+  int64_t entry_bytes, token_bytes;            // from row to row
+  float* sum_entries;                          // [count], sums over the chunk's tokens; null: not wanted
+};
+
 struct HeadKernels {
   bool bf16_dot;                        // bf16 weights are multiplied as pairs, without conversion
   int64_t (*panel_for)(int64_t width);  // panel width for a chunk of up to `width` tokens
@@ -51,11 +70,23 @@ struct HeadKernels {
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - span_begin] weight[v, :]; rows of out are row_stride(d) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
+  // dz of vocabulary rows [v0, v0 + count)
+  void (*gradient)(const GradientBlock&, int64_t v0, int64_t count);
+  // rows of a matrix as the packed operand of product(); slices have panel_for(kMaxWidth) columns
+  void (*pack_rows)(const HeadChunk&, const Matrix&, int64_t row, int64_t count, float* out, int64_t slice_stride);
+  // out[r, :] (+)= rows[r, :] . packed
+  void (*product)(const HeadChunk&, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units, float* out,
+                  int64_t out_stride, int64_t columns, bool accumulate);
+  void (*round_to)(DType, const float* x, int64_t n, void* out);
 };
+
+constexpr int64_t kProductRows = 6;  // product() reads whole tiles of so many rows
 
 const HeadKernels& head_kernels_plain();
 const HeadKernels& head_kernels_avx2();
 const HeadKernels& head_kernels_avx512();
 const HeadKernels& head_kernels_avx512bf16();
+
+const HeadKernels& kernels_for(Isa isa);
 
 }  // namespace g2rl

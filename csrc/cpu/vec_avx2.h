@@ -34,6 +34,13 @@ G2RL_INLINE vf round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT
 G2RL_INLINE vf scale_by_pow2(vf x, vf n) {
   return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+// rows to columns
+G2RL_INLINE void transpose(vf x[kLanes]) {
+  float t[kLanes][kLanes];
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < kLanes; j++) t[j][i] = x[i][j];
+  for (int i = 0; i < kLanes; i++) x[i] = load(t[i]);
+}
 
 // four bytes at any address, in every lane
 G2RL_INLINE vf splat_unit(const char* p) {
@@ -52,6 +59,7 @@ G2RL_INLINE vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 G2RL_INLINE vf load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline uint16_t float_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 
 }  // namespace
 }  // namespace G2RL_ISA

@@ -40,6 +40,23 @@ G2RL_INLINE vf sums(const vf x[16]) {
 G2RL_INLINE vf less(vf a, vf b, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 G2RL_INLINE vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 G2RL_INLINE vf scale_by_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+// rows to columns
+G2RL_INLINE void transpose(vf x[16]) {
+  vf a[16];
+  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {  // x[i + 2 j + k]: column 2 j + k of each quarter, four rows
+      const __m512d p = _mm512_castps_pd(a[i + j]), q = _mm512_castps_pd(a[i + j + 2]);
+      x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
+    }
+  for (int i = 0; i < 4; i++) {  // quarters: rows become columns 4 q + i
+    const vf p = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), q = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+    const vf r = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88), s = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    a[i] = _mm512_shuffle_f32x4(p, r, 0x88), a[i + 8] = _mm512_shuffle_f32x4(p, r, 0xdd);
+    a[i + 4] = _mm512_shuffle_f32x4(q, s, 0x88), a[i + 12] = _mm512_shuffle_f32x4(q, s, 0xdd);
+  }
+  for (int i = 0; i < 16; i++) x[i] = a[i];
+}
 
 // four bytes at any address, in every lane
 G2RL_INLINE vf splat_unit(const char* p) {
@@ -58,7 +75,10 @@ G2RL_INLINE vf load_bf16(const uint16_t* p) {
 }
 G2RL_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
+inline uint16_t float_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
 #ifdef G2RL_HAS_BF16_DOT
+G2RL_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 G2RL_INLINE vf dot_bf16(vf pairs_a, vf pairs_b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)pairs_a, (__m512bh)pairs_b); }
 #endif
 

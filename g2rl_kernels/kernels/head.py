@@ -4,6 +4,7 @@
     known log-probs     head_residual with logsumexp = x_y - log p_y, which also yields the exact one;
                         tokens whose seed was off are corrected by a second head_residual over those alone
     max_skipped         as with nothing known, but the second pass leaves confident tokens out (head_skip.py)
+    part of vocabulary  head_residual alone, with the logsumexp of the whole (features_of_part)
 
 Then, in every mode, head_project for A W, head_gather for the realised tokens' part, and
 
@@ -25,6 +26,7 @@ than 60 bytes a token of a chunk. All of it together stays below 64 MiB, whateve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ import triton
 from torch import Tensor
 
 from ..reference import WEIGHT_EPS, segment_sum
+from ..tiled import slices
 from . import tuning
 from .head_finish import Statistics, head_finish
 from .head_gather import head_gather
@@ -92,7 +95,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats; arguments as for head_features."""
     head = Head(weight, bias, temperature, logit_scale, logit_softcap)
-    config, precision = _choice("stats", hidden, head)
+    config, precision = choice("stats", hidden, head)
     parts = []
     for rows in _ranges(hidden.shape[0], CHUNK):
         h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop].contiguous()
@@ -141,32 +144,79 @@ def _head_features(
 ) -> Outputs:
     (N, D), S = hidden.shape, cu_seqlens.shape[0] - 1
     device = hidden.device
-    # Not checked on a GPU, where it would wait for the device: made such that nothing reads out of bounds.
-    cu_seqlens = cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
+    cu_seqlens = _safe(cu_seqlens, N)
     tokens = tokens.contiguous()
     alpha = None if token_weights is None else token_weights.float().contiguous()
     known = None if max_skipped is not None else known_logprobs
     features = torch.zeros(S, D, device=device)
     skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
     parts = []
-    for rows in _ranges(N, CHUNK if known is None else SEEDED_CHUNK):
-        part = slice(rows.start, rows.stop)
-        cu = cu_seqlens.clamp(rows.start, rows.stop) - rows.start
-        position = torch.arange(len(rows), device=device)
-        response = torch.searchsorted(cu[1:], position, right=True).int()
-        chunk = Chunk(hidden[part], tokens[part], None if alpha is None else alpha[part], response, cu)
+    for rows, chunk in _chunks(hidden, tokens, cu_seqlens, alpha, CHUNK if known is None else SEEDED_CHUNK):
         if known is not None:
-            found = _one_pass(chunk, head, known[part].float(), features)
+            found = _one_pass(chunk, head, known[rows].float(), features)
         else:
             found, mass, count = _two_passes(chunk, head, max_skipped, features)
             skipped_mass += mass
             skipped_tokens += count
         parts.append(found[:3])
-    total = cu_seqlens.diff().float() if alpha is None else segment_sum(alpha, cu_seqlens, 0, N)
-    total += WEIGHT_EPS
-    features *= (head.logit_scale / total)[:, None]
+    total = _finish(features, head, cu_seqlens, alpha)
     logprobs, logsumexp, entropy = _join(parts, device)
     return Outputs(features, logprobs, logsumexp, entropy, skipped_mass / total, skipped_tokens)
+
+
+def features_of_part(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    logsumexp: Tensor,
+    rest: Tensor,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float,
+) -> Tensor:
+    """[S, d], what these rows of a larger vocabulary give to the features: the second pass alone.
+
+    logsumexp [N] float64, in nats, and rest = 1 - p(tokens[t]) [N] are those of the whole vocabulary. A token
+    outside of [0, V) has its rest added where it lies.
+    """
+    with torch.cuda.device_of(hidden):
+        head = Head(weight, bias, temperature, logit_scale, logit_softcap)
+        cu_seqlens = _safe(cu_seqlens, hidden.shape[0])
+        alpha = None if token_weights is None else token_weights.float().contiguous()
+        lse2 = (logsumexp * LOG2E).float()
+        features = torch.zeros(cu_seqlens.shape[0] - 1, hidden.shape[1], device=hidden.device)
+        for rows, chunk in _chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, CHUNK):
+            _accumulate(chunk, head, features, lse2[rows])
+            _, slope = head_target(chunk.hidden, head, chunk.tokens)
+            _add_realised(chunk, head, features, _weighted(_weighted(rest[rows], chunk.alpha), slope))
+        _finish(features, head, cu_seqlens, alpha)
+        return features
+
+
+def _safe(cu_seqlens: Tensor, N: int) -> Tensor:
+    """Not checked on a GPU, where it would wait for the device: such that nothing reads out of bounds."""
+    return cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
+
+
+def _chunks(
+    hidden: Tensor, tokens: Tensor, cu_seqlens: Tensor, alpha: Tensor | None, most: int
+) -> Iterator[tuple[slice, Chunk]]:
+    for rows in slices(0, hidden.shape[0], most):
+        cu = cu_seqlens.clamp(rows.start, rows.stop) - rows.start
+        position = torch.arange(rows.stop - rows.start, device=hidden.device)
+        response = torch.searchsorted(cu[1:], position, right=True).int()
+        yield rows, Chunk(hidden[rows], tokens[rows], None if alpha is None else alpha[rows], response, cu)
+
+
+def _finish(features: Tensor, head: Head, cu_seqlens: Tensor, alpha: Tensor | None) -> Tensor:
+    """features [S, d] from sums to means, in place; the sums of alpha [S]."""
+    total = cu_seqlens.diff().float() if alpha is None else segment_sum(alpha, cu_seqlens, 0, len(alpha))
+    total += WEIGHT_EPS
+    features *= (head.logit_scale / total)[:, None]
+    return total
 
 
 def _join(parts: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +230,7 @@ def _two_passes(
     chunk: Chunk, head: Head, max_skipped: float | None, features: Tensor
 ) -> tuple[Statistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
-    config, precision = _choice("stats", chunk.hidden, head)
+    config, precision = choice("stats", chunk.hidden, head)
     found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config, precision), target)
     mass = _weighted(found.rest, chunk.alpha)
     coefficient = _weighted(mass, slope)
@@ -206,7 +256,7 @@ def _one_pass(chunk: Chunk, head: Head, known: Tensor, features: Tensor) -> Stat
     log2_l = found.lse2 - seed
     good = (torch.exp2(log2_l) - 1).abs() <= KNOWN_TOLERANCE
     afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
-    config, precision = _choice("stats", chunk.hidden, head)
+    config, precision = choice("stats", chunk.hidden, head)
     gate = afresh.int()
     again = head_stats(chunk.hidden, head, chunk.tokens, config, precision, gate)
     found = head_finish(again, target, found, gate)
@@ -240,7 +290,7 @@ def _accumulate(
     V, S = head.weight.shape[0], features.shape[0]
     device = chunk.hidden.device
     kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
-    config, precision = _choice(kind, chunk.hidden, head)
+    config, precision = choice(kind, chunk.hidden, head)
     cu_seqlens = chunk.cu_seqlens if listed is None else listed.cu_seqlens
     n_programs = programs(device) * config.programs_per_sm
     batches = _ranges(S, max(16, SLOTS // (4 * D)))
@@ -294,7 +344,7 @@ def _pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:
     return TokenList(index, torch.nn.functional.pad(count, (1, 0))[cu_seqlens])
 
 
-def _choice(kind: str, hidden: Tensor, head: Head) -> tuple[Config, str]:
+def choice(kind: str, hidden: Tensor, head: Head) -> tuple[Config, str]:
     """Tiles and the precision of float32 products."""
     form = tuning.form(hidden, head.weight, head.has_softcap)
     V, D = head.weight.shape

@@ -1,10 +1,7 @@
 """From the sums over vocabulary strips to log-probability, logsumexp and entropy of each token.
 
-With m, l, u as head_stats.py wrote them (the realised token y left out), strips are merged in order:
-
-    m* = max m_j;   l* = sum l_j 2^(m_j - m*);   u* = sum (u_j + l_j (m_j - m*)) 2^(m_j - m*)
-
-Then y is put back: with x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
+m*, l*, u* are joined from the strips (head_join.py), the realised token y left out. Here y is put back: with
+x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
 
     logsumexp   = m* + k, or x_y + log1p(...) where y is likely     (base 2)
     1 - p_y     = l* 2^(m* - M) / (l* 2^(m* - M) + 2^(x_y - M)),    M = max(m*, x_y): nothing is subtracted
@@ -23,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head_join import BT, joined
 from .tile import LN2, MASKED
-
-BT = 256
 
 
 class Statistics(NamedTuple):
@@ -54,21 +50,7 @@ def head_finish_kernel(
     m_t = o_t < N
     if GATED:
         m_t = m_t & (tl.load(gate) != 0)
-    N = N.to(tl.int64)
-    b_m = tl.load(partial + o_t, mask=m_t, other=0.0)
-    for i_strip in range(1, n_strips):
-        b_m = tl.maximum(b_m, tl.load(partial + i_strip * 3 * N + o_t, mask=m_t, other=0.0))
-    b_l = tl.zeros([BT], dtype=tl.float32)
-    b_u = tl.zeros([BT], dtype=tl.float32)
-    for i_strip in range(n_strips):
-        p_strip = partial + i_strip * 3 * N + o_t
-        b_distance = tl.load(p_strip, mask=m_t, other=0.0) - b_m
-        b_lj = tl.load(p_strip + N, mask=m_t, other=0.0)
-        b_uj = tl.load(p_strip + 2 * N, mask=m_t, other=0.0)
-        b_shrink = tl.exp2(b_distance)
-        b_l += b_lj * b_shrink
-        b_u += (b_uj + b_lj * b_distance) * b_shrink
-
+    b_m, b_l, b_u = joined(partial, o_t, m_t, N, n_strips, BT)
     b_x = tl.load(target + o_t, mask=m_t, other=0.0)
     b_top = tl.maximum(b_m, b_x)
     b_others = b_l * tl.exp2(b_m - b_top)

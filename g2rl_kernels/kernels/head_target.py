@@ -1,4 +1,4 @@
-"""Logit of the realised token, x[t] = base-2 logit of tokens[t], and the softcap's slope there.
+"""Logit of the realised token, x[t] = factor times the raw logit of tokens[t], and the softcap's slope there.
 
 One dot product a token, by gathering rows of the weight: N d multiplications, nothing beside the N V d of the
 tiles. With it known, the tiles leave the realised token out of their sums, and so 1 - p is itself a sum of
@@ -7,19 +7,21 @@ exponentials: it keeps its digits however near p comes to 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import Head, raw_logits
+from .tile import Head, raw_logits, softcap_slope
 
 BT, BD = 16, 256
 
 
 @triton.jit(do_not_specialize=["N", "V", "D"])
 def head_target_kernel(
-    hidden, weight, bias, tokens, target, slope, N, V, scale, factor,
+    hidden, weight, bias, tokens, target, slope, N, V, scale, factor, outside,
     stride_hn, stride_hd, stride_wv, stride_wd,
     D, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +29,7 @@ def head_target_kernel(
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N
     b_y = tl.load(tokens + o_t, mask=m_t, other=0)
-    m_y = m_t & (b_y >= 0) & (b_y < V)  # a token outside of the vocabulary reads nothing, and is NaN
+    m_y = m_t & (b_y >= 0) & (b_y < V)  # a token outside of the vocabulary reads nothing
     b_sum = tl.zeros([BT, BD], dtype=tl.float32)
     for i_d in range(0, D, BD):
         o_d = (i_d + tl.arange(0, BD)).to(tl.int64)
@@ -42,21 +44,22 @@ def head_target_kernel(
         b_bias = tl.load(bias + b_y, mask=m_y, other=0.0).to(tl.float32)
     b_x = tl.sum(b_sum, axis=1) + b_bias
     b_r = raw_logits(b_x, scale, factor, SOFTCAP)
-    tl.store(target + o_t, tl.where(m_y, b_r * factor, float("nan")), mask=m_t)
+    tl.store(target + o_t, tl.where(m_y, b_r * factor, outside), mask=m_t)
     if SOFTCAP:
-        b_e = tl.exp(-2 * tl.abs(b_x * scale))
-        b_slope = 4 * b_e / ((1 + b_e) * (1 + b_e))  # 1 - tanh^2, without cancellation
-        tl.store(slope + o_t, b_slope, mask=m_t)
+        tl.store(slope + o_t, softcap_slope(b_x * scale), mask=m_t)
 
 
-def head_target(hidden: Tensor, head: Head, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, d], tokens [N] -> base-2 logit of each token [N]; the softcap's slope there [N] if any."""
+def head_target(
+    hidden: Tensor, head: Head, tokens: Tensor, factor: float | None = None, outside: float = math.nan
+) -> tuple[Tensor, Tensor | None]:
+    """hidden [N, d], tokens [N] -> logit of each token [N], in base 2 unless `factor` is another, `outside`
+    for a token outside of [0, V); the softcap's slope there [N] if any."""
     N, D = hidden.shape
     target = torch.empty(N, dtype=torch.float32, device=hidden.device)
     slope = torch.empty_like(target) if head.has_softcap else None
     head_target_kernel[(triton.cdiv(N, BT),)](
         hidden, head.weight, head.bias, tokens, target, slope, N, head.weight.shape[0],
-        head.scale, head.factor,
+        head.scale, head.factor if factor is None else factor, outside,
         *hidden.stride(), *head.weight.stride(),
         D=D, BT=BT, BD=BD, HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap,
         num_warps=4,

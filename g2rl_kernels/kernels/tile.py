@@ -82,6 +82,14 @@ def masked_raw(factor):
 
 
 @triton.jit
+def plus_bias(b_acc, bias, i_col, V, factor, BN: tl.constexpr):
+    """W h + b, and masked_raw where b is -inf."""
+    o_col = i_col + tl.arange(0, BN)
+    b_bias = tl.load(bias + o_col, mask=o_col < V, other=float("-inf")).to(tl.float32)
+    return b_acc + tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
+
+
+@triton.jit
 def add_bias(
     b_acc, b_y, bias, i_col, V, factor, BN: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr
 ):
@@ -92,8 +100,7 @@ def add_bias(
     """
     o_col = i_col + tl.arange(0, BN)
     if HAS_BIAS:
-        b_bias = tl.load(bias + o_col, mask=o_col < V, other=float("-inf")).to(tl.float32)
-        b_acc += tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
+        b_acc = plus_bias(b_acc, bias, i_col, V, factor, BN)
         b_acc = tl.where(o_col[None, :] != b_y[:, None], b_acc, masked_raw(factor))
     elif BRANCH:
         n_here = tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0)
@@ -115,11 +122,19 @@ def raw_logits(b_x, scale, factor, SOFTCAP: tl.constexpr):
     return tl.where(b_x * factor <= MASKED / 2, b_x, tanh(b_x * scale)) if SOFTCAP else b_x
 
 
+@triton.jit
+def softcap_slope(x):
+    """1 - tanh(x)^2, without cancellation."""
+    b_e = tl.exp(-2 * tl.abs(x))
+    return 4 * b_e / ((1 + b_e) * (1 + b_e))
+
+
 class Head:
     """The head's weight, bias and scalars in the form that kernels take. T is the temperature.
 
     Without softcap x = factor (W h + b), factor = logit_scale / T * log2(e); with a softcap c,
-    x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e).
+    x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e). With nats in place
+    of factor it is z / T.
     """
 
     def __init__(
@@ -135,7 +150,8 @@ class Head:
         self.logit_scale = logit_scale
         self.has_softcap = bool(logit_softcap)
         self.scale = logit_scale / logit_softcap if logit_softcap else 1.0
-        self.factor = (logit_softcap or logit_scale) / temperature * LOG2E
+        self.nats = (logit_softcap or logit_scale) / temperature
+        self.factor = self.nats * LOG2E
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:

@@ -1,7 +1,7 @@
 """What `g2rl tune` does: times the configurations of tuning.py on this machine's GPU, and stores the fastest.
 
-They are timed through the functions that head.py calls. A configuration may win only if its results are
-those of the shipped one up to rounding, and the same bits when it is run again.
+They are timed through the functions that head.py and logprobs.py call. A configuration may win only if its
+results are those of the shipped one up to rounding, and the same bits when it is run again.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ LOGITS_BYTES = 1 << 30  # of torch.mm, which goes over the tokens in steps for n
 DESCRIPTION = """\
 Find the fastest tiles for a model's LM head on this machine's GPU, and keep them for later runs.
 
-The two large kernels come with tiles that were chosen for each generation of GPUs. This command times some
+The three large kernels come with tiles that were chosen for each generation of GPUs. This command times some
 others beside them, for one vocabulary, hidden size and dtype, and stores the fastest in a file that
-head_features and the trainer look into. It takes a minute or two. Nothing else ever measures: without such
-a file the shipped tiles are used, everything works, and results are the same up to rounding."""
+head_features, linear_logprobs and the trainer look into. It takes a minute or two. Nothing else ever
+measures: without such a file the shipped tiles are used, everything works, and results are the same up to
+rounding."""
 
 EPILOG = """\
 examples:
@@ -58,7 +59,8 @@ kinds that are timed:
   stats       log-probabilities, logsumexp and entropy: the first of two passes
   residual    the second pass, to the features
   seeded      one pass with known_logprobs, in place of both
-  listed      the second pass over half of the tokens, as when confident ones are left out"""
+  listed      the second pass over half of the tokens, as when confident ones are left out
+  gradient    linear_logprobs' gradient of hidden, torch's product included"""
 
 
 class TuneError(Exception):
@@ -166,9 +168,10 @@ class Bench:
 
     def __init__(self, size: Size, n_tokens: int, device: torch.device):
         from . import head as ops
+        from . import logprobs
         from .tile import Head
 
-        self.size, self.device, self.ops = size, device, ops
+        self.size, self.device, self.ops, self.sweep = size, device, ops, logprobs.sweep
         N = self.N = min(n_tokens, ops.CHUNK)  # longer batches go through the kernels in such chunks
         S = self.S = max(1, N // 1024)
         generator = torch.Generator(device).manual_seed(0)
@@ -185,7 +188,7 @@ class Bench:
         self.seeded = ops.Chunk(self.hidden[:n], tokens[:n], None, response[:n], cu_seqlens.clamp(max=n))
         self.half = ops._pick(torch.rand(N, device=device, generator=generator) < 0.5, cu_seqlens)
         self.target, _ = ops.head_target(self.hidden, self.head, tokens)
-        self.shift = self.statistics(tuning.candidates_on(device, size.form)[0]).lse2
+        self.found = self.statistics(tuning.candidates_on(device, size.form)[0])
         most = max(1024, LOGITS_BYTES // (size.V * weight.element_size()))
         self.logits = torch.empty(min(N, most), size.V, device=device, dtype=size.dtype)
 
@@ -194,17 +197,32 @@ class Bench:
         return self.ops.head_finish(partial, self.target)
 
     def call(self, kind: str, config: Config) -> Sequence[Tensor]:
-        """One kind's work with one configuration, as head.py does it."""
+        """One kind's work with one configuration, as head.py or logprobs.py does it."""
         if kind == "stats":
             return self.statistics(config)
+        if kind == "gradient":
+            return (self.gradient(config),)
         chunk = self.seeded if kind == "seeded" else self.chunk
         n = chunk.hidden.shape[0]
         totals = torch.zeros(2, n, device=self.device) if kind == "seeded" else None
         features = torch.zeros(self.S, self.size.D, device=self.device)
         listed = self.half if kind == "listed" else None
         with tuning.trial(config):
-            self.ops._accumulate(chunk, self.head, features, self.shift[:n], totals=totals, listed=listed)
+            shift = self.found.lse2[:n]
+            self.ops._accumulate(chunk, self.head, features, shift, totals=totals, listed=listed)
         return (features,) if totals is None else (features, totals)
+
+    def gradient(self, config: Config) -> Tensor:
+        """[N, d], of the sum of the log-probabilities."""
+        found, nothing = self.found, torch.zeros_like(self.found.rest)
+        total = torch.zeros(self.N, self.size.D, device=self.device)
+        with tuning.trial(config):
+            self.sweep(
+                self.hidden, self.weight, self.chunk.tokens, None, torch.stack([found.logsumexp, nothing]),
+                torch.stack([nothing + 1, nothing, found.rest]), 1.0, 1.0, self.size.softcap or 0.0,
+                0, self.size.V, total, None, None,
+            )  # fmt: skip
+        return total
 
     def product(self, kind: str) -> None:
         """torch.mm of the logits that this kind looks at."""

@@ -1,4 +1,4 @@
-"""Tile shapes of the head's two large kernels: shipped ones, and those that `g2rl tune` measured here.
+"""Tile shapes of the head's large kernels: shipped ones, and those that `g2rl tune` measured here.
 
 A training step never tunes: it takes what a file holds for this GPU, dtype, V and d, else what is shipped.
 """
@@ -30,8 +30,9 @@ class Config:
     programs_per_sm: int = 1  # 2: one program's epilogue runs beside the other's products
 
 
-# Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens.
-KINDS = ("stats", "residual", "seeded", "listed")
+# Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens;
+# head_gradient.
+KINDS = ("stats", "residual", "seeded", "listed", "gradient")
 
 INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interpreter alike
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainerConfig
-from .errors import TrainerError
+from .errors import ConfigError, TrainerError, need
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -25,13 +25,20 @@ Train a language model on verifiable tasks with gradient-guided exploration (G2R
   g2rl train --keys                                 every key, its default and meaning
 
 A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir. The same
-command goes on from the newest checkpoint, with the numbers an uninterrupted run would have given."""
+command goes on from the newest checkpoint, with the numbers an uninterrupted run would have given.
+
+A recipe with `engine: trl` is trained by TRL instead, on as many GPUs as accelerate is told of, and takes
+TRL's keys (pip install 'g2rl-kernels[trl]'):
+
+  g2rl train --config recipes/trl-demo.yaml --learning_rate 2e-5
+  g2rl train recipes/trl-demo.yaml --help           every key, G2RL's and TRL's
+  accelerate launch --config_file recipes/accelerate/ddp.yaml -m g2rl_kernels.cli train RECIPE"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", nargs="?", help="YAML file (see recipes/)")
+    parser.add_argument("config", nargs="?", help="YAML file (see recipes/); --config FILE is the same")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key; tasks.0.size=9 reaches inside"
     )
@@ -45,14 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `g2rl train`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="g2rl train")
-    add_arguments(parser)
-    args = parser.parse_intermixed_args(argv)  # options may stand between overrides
-    if args.keys:
-        source = inspect.getsource(TrainerConfig)
-        print(source[source.index("    # model") : source.index("    @classmethod")].rstrip())
-        return 0
+    path, others = _recipe(sys.argv[1:] if argv is None else argv)
     try:
+        engine = None if path is None else _engine(path)
+        if path is not None and engine == "trl":
+            return _train_by_trl(path, others)
+        if engine is not None:
+            raise ConfigError(
+                f"engine={engine!r}: choose trl, or leave it out for this package's own trainer"
+            )
+        parser = argparse.ArgumentParser(prog="g2rl train")
+        add_arguments(parser)
+        words = others if path is None else [path, *others]
+        args = parser.parse_intermixed_args(words)  # options may stand between overrides
+        if args.keys:
+            source = inspect.getsource(TrainerConfig)
+            print(source[source.index("    # model") : source.index("    @classmethod")].rstrip())
+            return 0
         return _train(args)
     except TrainerError as error:
         message = str(error)
@@ -70,6 +86,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(f"g2rl train: error: {message}", file=sys.stderr)
     return 2
+
+
+def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The YAML file among the arguments, after --config or by its name, and the other arguments."""
+    words = [
+        part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    if "--config" in words[:-1]:
+        at = words.index("--config")
+        return words[at + 1], words[:at] + words[at + 2 :]
+    for at, word in enumerate(words):
+        if word.endswith((".yaml", ".yml")):
+            return word, words[:at] + words[at + 1 :]
+    return None, words
+
+
+def _engine(path: str) -> str | None:
+    """`engine` of a recipe; None where there is none, and for files that the trainer will complain about."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise need("pyyaml", error) from None
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return values.get("engine") if isinstance(values, dict) else None
+
+
+def _train_by_trl(path: str, arguments: list[str]) -> int:
+    try:
+        from ..integrations import trl, trl_command  # noqa: F401 (the former says what is missing)
+    except ImportError as error:
+        raise TrainerError(f"engine: trl: {error}") from None
+    return trl_command.main(path, arguments)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -186,7 +186,7 @@ def jsonl_task(path: str, **keys: Any) -> AnswerTask:
 
 def hub_task(path: str, split: str = "train", name: str | None = None, **keys: Any) -> AnswerTask:
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]
+        import datasets
     except ImportError:
         raise TrainerError(
             f"task: {path}: pip install datasets, or save it as JSONL and use kind: jsonl"

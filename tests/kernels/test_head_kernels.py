@@ -5,11 +5,11 @@ Without a GPU the kernels are interpreted (tests/conftest.py), which is slow: sh
 """
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
 from examples import assume, given, settings, st
+from live_bytes import LiveBytes, no_launches
 from oracle import (
     GPU,
     TRITON,
@@ -23,7 +23,6 @@ from oracle import (
     run_head,
 )
 from strategies import DTYPES, cases
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import g2rl_kernels as g2
 from g2rl_kernels import reference
@@ -464,31 +463,6 @@ def test_runs_change_no_bit(tiny_tiles, dtype):
             assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it held at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.seen and storage.nbytes():
-                    self.seen.add(storage.data_ptr())
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self.release, storage.data_ptr(), storage.nbytes())
-        return out
-
-    def release(self, pointer: int, size: int) -> None:
-        self.seen.discard(pointer)
-        self.now -= size
-
-
 SIZES = [
     (40_000, 151936, 64, 64),
     (600_000, 32_000, 16, 3),
@@ -502,14 +476,9 @@ SIZES = [
 def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
     """What the launcher allocates; kernels themselves have no memory. None is launched here, but on a GPU."""
     if not HAS_GPU:
-
-        class Launch:
-            def __getitem__(self, grid):
-                return lambda *args, **kwargs: None
-
-        for name in ("stats", "finish", "residual", "project", "gather", "reduce", "skip", "target"):
-            module = __import__(f"g2rl_kernels.kernels.head_{name}", fromlist=["x"])
-            monkeypatch.setattr(module, f"head_{name}_kernel", Launch())
+        no_launches(
+            monkeypatch, "stats", "finish", "residual", "project", "gather", "reduce", "skip", "target"
+        )
         monkeypatch.setattr(driver, "choose", lambda *_: tuning.candidates(9, "plain")[0])
     hidden = torch.zeros(1, d, dtype=torch.bfloat16, device=GPU).expand(N, d)
     weight = torch.zeros(1, d, dtype=torch.bfloat16, device=GPU).expand(V, d)

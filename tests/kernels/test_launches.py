@@ -1,6 +1,6 @@
-"""What head.py launches, as it launches it, compiles: its own arguments through Triton's own launcher, with a
-driver that only says it is a Hopper and launches that end when the kernel is compiled. The interpreter shows
-what kernels compute; it does not read argument types as the compiler does."""
+"""What head.py and logprobs.py launch, as they launch it, compiles: its own arguments through Triton's own
+launcher, with a driver that only says it is a Hopper and launches that end when the kernel is compiled. The
+interpreter shows what kernels compute; it does not read argument types as the compiler does."""
 
 import json
 import os
@@ -42,12 +42,22 @@ def run(self, *args, grid, warmup, **options):
 
 
 JITFunction.run = run
-from g2rl_kernels.kernels import head, tuning
+from g2rl_kernels.kernels import head, logprobs, tuning
 
+logprobs._add_product = lambda *_, **__: None
 head.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
 
 
-def call(N, V, d, S, dtype, mode):
+def gradients(N, V, d, S, dtype, mode):
+    bias, softcap = (torch.zeros(V), 30.0) if mode == "every option" else (None, 0.0)
+    hidden, weight = torch.zeros(N, d, dtype=dtype), torch.zeros(V, d, dtype=dtype)
+    head, options = (hidden, weight, torch.zeros(N, dtype=torch.int64), bias), (0.7, 1.0, softcap)
+    logprobs.statistics(*head, *options)
+    numbers, sums = torch.zeros(5, N), (torch.zeros(N, d), torch.zeros_like(weight), None)
+    logprobs.sweep(*head, numbers[:2], numbers[2:], *options, 0, V, *sums)
+
+
+def features(N, V, d, S, dtype, mode):
     options = {
         "two passes": {},
         "one pass": {"known_logprobs": torch.zeros(N)},
@@ -62,7 +72,8 @@ def call(N, V, d, S, dtype, mode):
 counts = []
 for size in json.loads(sys.argv[1]):
     for mode in ("two passes", "one pass", "certificate", "every option"):
-        call(*size, getattr(torch, sys.argv[2]), mode)
+        features(*size, getattr(torch, sys.argv[2]), mode)
+        gradients(*size, getattr(torch, sys.argv[2]), mode)
     counts.append(len(compiled))
 print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
 """
@@ -85,7 +96,10 @@ def test_every_mode_compiles_once_for_all_sizes(dtype):
     assert counts[0] == counts[1] == counts[2]
     assert set(names) == {
         f"head_{name}_kernel"
-        for name in ("target", "stats", "finish", "residual", "project", "gather", "reduce", "skip")
+        for name in (
+            *("target", "stats", "finish", "residual", "project", "gather", "reduce", "skip"),
+            *("join", "gradient"),
+        )
     }
 
 

@@ -55,7 +55,7 @@ def test_the_committed_table_shows_clean_kernels():
     columns = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows(text)]
     assert {row[6] for row in columns} == {"0"}
     assert {row[3] for row in columns} == {"sm_80", "sm_90", "sm_100"}
-    for kernel in ("group", "head_stats", "head_residual", "head_project", "head_gather", "head_skip"):
+    for kernel in ("group", "head_stats", "head_residual", "head_project", "head_gather", "head_gradient"):
         assert any(row[0] == kernel for row in columns)
 
 

@@ -1,0 +1,128 @@
+"""Checks of the public functions' arguments, and the choice of a backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", "cpu", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile sees a constant
+
+
+def sizes(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_tensor(
+    name: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, device: torch.device | None = None
+) -> None:
+    """A plain tensor of one of `dtypes` (any float dtype if None), on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
+    if hasattr(value, "full_tensor"):  # a DTensor holds this rank's shard under the shape of the whole
+        remedy = f"pass {name}.full_tensor()"
+        placements: Any = getattr(value, "placements", ())
+        if name in ("weight", "bias") and len(placements) == 1 and placements[0].is_shard(0):
+            remedy += (
+                f", or, if all ranks have the same hidden (a vocabulary-parallel head, not FSDP), "
+                f"{name}.to_local() and process_group={name}.device_mesh.get_group()"
+            )
+        raise TypeError(f"{name}: got a DTensor, needs a plain tensor; {remedy}")
+    if dtypes is None and not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {value.dtype}, needs a floating-point dtype")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {value.dtype}, needs {' or '.join(map(str, dtypes))}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, needs {device} like the first argument")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: got shape {sizes(tensor)}, needs {list(shape)}: {meaning}")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    check_tensor("hidden", hidden, dtypes)
+    if hidden.dim() != 2 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden: got shape {sizes(hidden)}, needs [N, d] with d > 0; see pack_responses")
+    check_tensor("weight", weight, dtypes, hidden.device)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: got {weight.dtype}, needs the dtype of hidden, {hidden.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"weight: got shape {sizes(weight)}, needs [V, {hidden.shape[1]}] with V > 0")
+    check_tensor("tokens", tokens, (torch.int64,), hidden.device)
+    check_shape("tokens", tokens, (hidden.shape[0],), "[N], one for each row of hidden")
+    if bias is not None:
+        check_tensor("bias", bias, dtypes, hidden.device)
+        check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
+    check_positive("temperature", temperature)
+    check_positive("logit_scale", logit_scale)
+    if logit_softcap is not None:
+        check_positive("logit_softcap", logit_softcap, "; None for no softcap")
+
+
+def check_positive(name: str, value: float, remedy: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value}, needs a positive finite number{remedy}")
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("G2RL_CHECK") == "1"
+
+
+def check_token_values(tokens: Tensor, V: int) -> None:
+    if tokens.numel():
+        low, high = (int(t) for t in torch.aminmax(tokens))
+        if low < 0 or high >= V:
+            raise ValueError(f"tokens: got values from {low} to {high}, needs 0 to V - 1 = {V - 1}")
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, N: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != N:
+        raise ValueError(f"cu_seqlens: runs from {first} to {last}, needs 0 to N = {N} (rows of hidden)")
+    falls = (cu_seqlens.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0]) + 1
+        raise ValueError(
+            f"cu_seqlens: falls from {int(cu_seqlens[at - 1])} to {int(cu_seqlens[at])} at entry {at}"
+        )
+
+
+def choose_backend(backend: str | None, device: torch.device) -> str:
+    if backend is None:
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend: 'triton' needs CUDA tensors, got {device}; use backend=None (for tests, "
+                "TRITON_INTERPRET=1 set before python starts runs the kernels on the CPU, very slowly)"
+            )
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
+    return backend

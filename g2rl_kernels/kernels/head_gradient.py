@@ -1,0 +1,102 @@
+"""Gradient of the logits of some tokens and vocabulary entries, dz as g2rl_kernels/logprobs.py defines it.
+
+A program computes one tile of logits anew and turns it into
+
+    dz_v = -p_v (a + e log p_v), at the realised token at_token;   times the softcap's slope
+
+where a, e and at_token come multiplied by what they share. It is rounded to the dtype of hidden, for the two
+products that follow, and written once.
+
+Neighbouring programs take the token blocks of one vocabulary tile. The chunks that logprobs.py asks for are
+small enough that their rows of hidden and weight, and dz, meet in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import INTERPRETED, Head, descriptor, dot_tile, plus_bias, raw_logits, softcap_slope
+from .tuning import Config
+
+
+@triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "D"])
+def head_gradient_kernel(
+    hidden, weight, bias, tokens, numbers, gradient, N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
+    scale, factor, stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
+    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
+    H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    i_program = tl.program_id(0)
+    i_r, i_c = (i_program % n_blocks) * BM, (i_program // n_blocks) * BN
+    i_row, i_col = i_row0 + i_r, i_col0 + i_c
+    o_row, o_col = i_row + tl.arange(0, BM), i_col + tl.arange(0, BN)
+    m_row = o_row < i_row0 + n_rows
+
+    b_acc = dot_tile(
+        hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
+        D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+    )  # fmt: skip
+    b_y = tl.load(tokens + o_row, mask=m_row, other=-1).to(tl.int32)
+    p_numbers = numbers + o_row
+    N = N.to(tl.int64)
+    b_top = tl.load(p_numbers, mask=m_row, other=0.0)
+    b_log_total = tl.load(p_numbers + N, mask=m_row, other=0.0)
+    b_a = tl.load(p_numbers + 2 * N, mask=m_row, other=0.0)
+    b_e = tl.load(p_numbers + 3 * N, mask=m_row, other=0.0)
+    b_at_token = tl.load(p_numbers + 4 * N, mask=m_row, other=0.0)
+
+    b_x = plus_bias(b_acc, bias, i_col, V, factor, BN) if HAS_BIAS else b_acc
+    b_r = raw_logits(b_x, scale, factor, SOFTCAP)
+    b_log_p = b_r * factor - b_top[:, None] - b_log_total[:, None]
+    b_p = tl.exp(b_log_p)
+    b_g = -b_p * (b_a[:, None] + b_e[:, None] * tl.maximum(b_log_p, -150.0))  # 0 times infinity is no number
+    is_token = o_col[None, :] == b_y[:, None]
+    if SOFTCAP:
+        b_g = tl.where(is_token, b_at_token[:, None], b_g) * softcap_slope(b_x * scale)
+    else:  # most tiles hold no realised token
+        n_here = tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0)
+        if n_here > 0:
+            b_g = tl.where(is_token, b_at_token[:, None], b_g)
+
+    if G_TMA:
+        gradient.store([i_r, i_c], b_g.to(gradient.dtype))
+    else:
+        o_r, o_c = i_r + tl.arange(0, BM), i_c + tl.arange(0, BN)
+        p_g = gradient + o_r.to(tl.int64)[:, None] * stride_gn + o_c[None, :]
+        m_g = (o_r < n_rows)[:, None] & (o_c < n_columns)[None, :]
+        tl.store(p_g, b_g.to(gradient.dtype.element_ty), mask=m_g)
+
+
+def head_gradient(
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    numbers: Tensor,
+    rows: slice,
+    columns: slice,
+    gradient: Tensor,
+    config: Config,
+    precision: str,
+) -> None:
+    """Fills gradient [rows, columns], of the dtype of hidden, with rows a multiple of 16 numbers apart.
+
+    hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the two parts of the logsumexp
+    in nats, a, e and at_token.
+    """
+    (N, D), (n_rows, n_columns) = hidden.shape, gradient.shape
+    n_blocks = triton.cdiv(n_rows, config.BM)
+    d_hidden = descriptor(hidden, (config.BM, config.BK))
+    d_weight = descriptor(head.weight, (config.BN, config.BK))
+    d_gradient = descriptor(gradient, (config.BM, config.BN))
+    head_gradient_kernel[(n_blocks * triton.cdiv(n_columns, config.BN),)](
+        d_hidden or hidden, d_weight or head.weight, head.bias, tokens, numbers, d_gradient or gradient,
+        N, head.weight.shape[0], rows.start, n_rows, columns.start, n_columns, n_blocks,
+        head.scale, head.nats, *hidden.stride(), *head.weight.stride(), gradient.stride(0),
+        D=D, BM=config.BM, BN=config.BN, BK=config.BK, EVEN_D=D % config.BK == 0,
+        H_TMA=d_hidden is not None, W_TMA=d_weight is not None, G_TMA=d_gradient is not None,
+        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""The strips of head_stats.py as one part of the vocabulary, in nats: what g2rl_kernels/logprobs.py merges.
+
+    m* = max m_j;   l* = sum l_j 2^(m_j - m*);   u* = sum (u_j + l_j (m_j - m*)) 2^(m_j - m*)
+
+in order, the same bits every time. Ranks that share a vocabulary exchange these three numbers a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import LN2, MASKED
+
+BT = 256
+
+
+@triton.jit
+def joined(partial, o_t, m_t, N, n_strips, BT: tl.constexpr):
+    """m*, l* and u* of tokens o_t, in base 2."""
+    N = N.to(tl.int64)
+    b_m = tl.load(partial + o_t, mask=m_t, other=0.0)
+    for i_strip in range(1, n_strips):
+        b_m = tl.maximum(b_m, tl.load(partial + i_strip * 3 * N + o_t, mask=m_t, other=0.0))
+    b_l = tl.zeros([BT], dtype=tl.float32)
+    b_u = tl.zeros([BT], dtype=tl.float32)
+    for i_strip in range(n_strips):
+        p_strip = partial + i_strip * 3 * N + o_t
+        b_distance = tl.load(p_strip, mask=m_t, other=0.0) - b_m
+        b_lj = tl.load(p_strip + N, mask=m_t, other=0.0)
+        b_uj = tl.load(p_strip + 2 * N, mask=m_t, other=0.0)
+        b_shrink = tl.exp2(b_distance)
+        b_l += b_lj * b_shrink
+        b_u += (b_uj + b_lj * b_distance) * b_shrink
+    return b_m, b_l, b_u
+
+
+@triton.jit(do_not_specialize=["N", "n_strips"])
+def head_join_kernel(partial, part, N, n_strips, LN2: tl.constexpr, BT: tl.constexpr):
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_t = o_t < N
+    b_m, b_l, b_u = joined(partial, o_t, m_t, N, n_strips, BT)
+    nothing = b_m < 1e-5 * MASKED  # every entry is masked, or NaN: that stays in the sums
+    b_m = tl.where(nothing, float("-inf"), b_m * LN2)
+    b_l = tl.where(nothing & (b_l == b_l), 0.0, b_l)
+    b_u = tl.where(nothing & (b_u == b_u), 0.0, b_u * LN2)
+    N = N.to(tl.int64)
+    tl.store(part + o_t, b_m, mask=m_t)
+    tl.store(part + N + o_t, b_l, mask=m_t)
+    tl.store(part + 2 * N + o_t, b_u, mask=m_t)
+
+
+def head_join(partial: Tensor) -> Tensor:
+    """partial [strips, 3, N] as head_stats gives it -> m, s, u [1, 3, N]; m = -inf, s = u = 0 where all is
+    masked."""
+    n_strips, _, N = partial.shape
+    part = torch.empty_like(partial[:1])
+    head_join_kernel[(triton.cdiv(N, BT),)](partial, part, N, n_strips, LN2=LN2, BT=BT, num_warps=4)
+    return part

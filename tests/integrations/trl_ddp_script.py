@@ -1,0 +1,87 @@
+"""Two steps of G2RLTrainer on responses that only depend on their place in the whole batch; what came of it.
+
+    torchrun --nproc_per_node 2 trl_ddp_script.py MODEL OUT ddp fsdp2 fsdp1
+
+For each way of sharing, each process writes OUT/<way>/rank<i>.json, the first one weights.safetensors too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from tiny_trl import config, logged, parity, prompts
+from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
+
+from g2rl_kernels.integrations.trl import G2RLTrainer
+
+RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both
+
+
+def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
+    first = trainer.accelerator.process_index * len(batch)
+    completions = []
+    for row in range(first, first + len(batch)):
+        generator = torch.Generator().manual_seed(100 * trainer.state.global_step + row)
+        completions.append(torch.randint(3, 20, (2 + row % 4,), generator=generator).tolist())
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in batch]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def ask_for_fsdp(version: int) -> None:
+    """accelerate turns FSDP on for several GPUs only, but all the rest works on several CPUs too."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    _init_utils._get_compute_device = lambda *_: torch.device("cpu")  # FSDP1 wants it numbered
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": str(version),
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+        "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_USE_ORIG_PARAMS": "true",
+    }
+
+
+def run(model: str, out: Path, way: str) -> None:
+    out = out / way
+    share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
+    # Adam would magnify what is left of rounding
+    args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share)
+    if way.startswith("fsdp"):
+        ask_for_fsdp(int(way[-1]))
+    trainer = G2RLTrainer(model, parity, args, prompts(), rollout_func=rollout)
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    whole = FullyShardedDataParallel.summon_full_params if way == "fsdp1" else nullcontext
+    with whole(trainer.model):
+        state = {
+            name.replace("_fsdp_wrapped_module.", ""): t.full_tensor() if way == "fsdp2" else t.clone()
+            for name, t in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        }
+    seen = {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "parameter": type(next(trainer.model.parameters())).__name__,
+        "completion": list(trainer._logs["completion"]),
+        "advantages": list(trainer._logs["advantages"]),
+        "bonus": list(trainer._logs["extra"]["g2rl_bonus"]),
+        **{key: logged(trainer, key) for key in ("loss", "entropy", "grad_norm", "g2rl/cos_mean")},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank{rank}.json").write_text(json.dumps(seen))
+    if rank == 0:
+        save_file(state, out / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    for way in sys.argv[3:]:
+        run(sys.argv[1], Path(sys.argv[2]), way)
+    torch.distributed.destroy_process_group()
