@@ -19,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.config.optimizer import FSDPOptimizerConfig
 from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 
 from g2rl_kernels import reference
 
@@ -43,11 +44,29 @@ def save_model(path: Path, **settings: Any) -> Path:
     return path
 
 
-def make_engine(path: Path, *, packed: bool = True, dtype: str = "fp32", sp: int = 1, **model: Any) -> Any:
+class UnsyncedFSDP(transformer_impl.FSDP):
+    """FSDP1 hands out the first rank's weights over GPUs only; on every rank here they are loaded."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "sync_module_states": False})
+
+
+transformer_impl.FSDP = UnsyncedFSDP
+
+
+def make_engine(
+    path: Path,
+    *,
+    strategy: str = "fsdp2",
+    packed: bool = True,
+    dtype: str = "fp32",
+    sp: int = 1,
+    **model: Any,
+) -> Any:
     start_processes()
     engine = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=strategy,
         model_config=HFModelConfig(
             path=str(path),
             load_tokenizer=False,
@@ -57,7 +76,7 @@ def make_engine(path: Path, *, packed: bool = True, dtype: str = "fp32", sp: int
             **model,
         ),
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
+            strategy=strategy,
             use_torch_compile=False,
             ulysses_sequence_parallel_size=sp,
             mixed_precision={"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},

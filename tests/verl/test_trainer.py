@@ -76,6 +76,21 @@ def test_reordered_and_padded_batches_give_what_the_plain_one_gives(make_step):
     assert plain.metrics["g2rl/feature_seconds"] > 0
 
 
+def test_scores_in_other_units_are_shaped_alike_once_the_options_say_so(make_step):
+    def double(step):  # -1 and +1
+        for row in step.store.rows.values():
+            row["rm_scores"][-1] = 2 * row["rm_scores"][-1] - 1
+        return step
+
+    expected = make_step("g2rl_sync").run()
+    with pytest.warns(UserWarning, match="scores lie further apart than algorithm.g2rl.correctness_gap=1"):
+        double(make_step("g2rl_sync")).run()
+    units = ("+algorithm.g2rl.correctness_threshold=0", "+algorithm.g2rl.correctness_gap=2")
+    found = double(make_step("g2rl_sync", *units)).run()
+    for key in KEYS:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5)
+
+
 def test_lam_0_is_verls_grpo_to_the_bit(make_step):
     theirs = make_step("sync", ranks=5)
     expected = theirs.run()

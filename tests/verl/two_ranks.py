@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engines import Rows, infer, make_engine, stacked, start_processes
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from g2rl_kernels import reference
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST
@@ -26,9 +26,11 @@ def check(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 # Each rank has its share of the rows, and of every weight.
-for packed in (True, False):
+tied = AutoConfig.from_pretrained(model).tie_word_embeddings  # else verl's FSDP1 loads on the first rank only
+cases = [("fsdp2", True), ("fsdp2", False), *([("fsdp", True)] if tied else [])]
+for strategy, packed in cases:
     mine = [4, 1, 3, 0] if rank == 0 else [2, 5, 1, 4]
-    engine = make_engine(model, packed=packed)
+    engine = make_engine(model, strategy=strategy, packed=packed)
     data = rows.batch(mine, **{REQUEST: True, "use_remove_padding": packed})
     check(stacked(infer(engine, data)[FEATURES]), rows.features(model)[mine])
 

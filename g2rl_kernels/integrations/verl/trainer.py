@@ -27,7 +27,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from ...group import SCORES, SHAPINGS, UNIFORM_GROUPS
-from ..shaping import shape_scores
+from ..shaping import check_gap, shape_scores
 from .engine import FEATURES, REQUEST, SECONDS, is_patched
 
 STRATEGIES = ("fsdp", "fsdp2")
@@ -140,9 +140,11 @@ class G2RLTrainerSync(PPOTrainerSync):
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
         raw, settings, groups = data["rm_scores"], self.g2rl, group_ids(batch.keys, batch.tags)
+        scores = _row_sums(raw).masked_fill(groups < 0, torch.nan)  # padding must not count as wrong
+        check_gap(scores, settings.correctness_gap, "scores", "algorithm.g2rl.correctness_gap")
         shaped = shape_scores(
             torch.stack(data[FEATURES].unbind()),
-            _row_sums(raw).masked_fill(groups < 0, torch.nan),  # no scores: padding must not count as wrong
+            scores,
             groups,
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
