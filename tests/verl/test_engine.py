@@ -94,13 +94,20 @@ def test_without_a_request_nothing_changes_and_nothing_is_left_behind(model):
     for key in plain:
         assert torch.equal(plain[key].values(), asked[key].values())
         assert torch.equal(plain[key].values(), again[key].values())
-    modules = [*engine.module.modules()]
-    ours = [hook for m in modules for hook in m._forward_hooks.values() if "g2rl" in repr(hook)]
+    ours = [
+        hook for m in engine.module.modules() for hook in m._forward_hooks.values() if "g2rl" in repr(hook)
+    ]
     assert not ours
-    for module in modules:  # each unit is sharded again, but for the root, as FSDP2 keeps it
-        if isinstance(module, FSDPModule) and module is not engine.module:
-            (group,) = module._get_fsdp_state()._fsdp_param_groups
-            assert group.is_sharded, module
+    check_sharded(engine)
+
+
+def check_sharded(engine) -> None:
+    """Every unit is sharded again but for the root, which FSDP2 keeps gathered after a forward."""
+    units = [m for m in engine.module.modules() if isinstance(m, FSDPModule) and m is not engine.module]
+    assert len(units) >= 2
+    for unit in units:
+        (group,) = unit._get_fsdp_state()._fsdp_param_groups
+        assert group.is_sharded, unit
 
 
 def test_the_update_after_a_measurement_is_that_without_one(model):
@@ -122,13 +129,28 @@ def loss(model_output: dict, data: object, dp_group: object = None) -> tuple[Ten
 
 
 def test_with_verls_fused_kernels_which_form_no_logits_either(model, monkeypatch):
-    if "untied" in str(model):
-        pytest.skip("verl's fused kernels cannot train an untied head under FSDP2")
+    """Under FSDP2 they cannot train an untied head, with or without us; the head is left as it was found."""
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces the class's
     options = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
     engine = make_engine(model, **options)
     data = ROWS.batch(ALL, **{REQUEST: True, "use_fused_kernels": True})
     check(stacked(infer(engine, data)[FEATURES]), ROWS.features(model))
+    check_sharded(engine)
+
+
+def test_with_lora_features_are_those_of_the_adapted_model(model):
+    engine = make_engine(model, lora_rank=4, lora_alpha=8)
+    plain = stacked(infer(engine, ROWS.batch(ALL, **{REQUEST: True}))[FEATURES])
+    check(plain, ROWS.features(model))  # a new adapter changes nothing
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    adapted = infer(engine, ROWS.batch(ALL, **{REQUEST: True}))
+    assert (stacked(adapted[FEATURES]) - plain).norm() > 0.1 * plain.norm()
+    with engine.disable_adapter():  # as for the reference model's log-probs
+        again = stacked(infer(engine, ROWS.batch(ALL, **{REQUEST: True}))[FEATURES])
+    check(again, ROWS.features(model))
 
 
 def test_a_head_that_does_something_unknown_is_refused(model):
