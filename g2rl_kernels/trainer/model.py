@@ -154,12 +154,12 @@ def _compare_logits(model: Any, head: Head) -> None:
     theirs = model(input_ids=ids, use_cache=False).logits
     hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
-    check_logits(model, head.logits(hidden.to(weight.dtype)), theirs)
+    check_logits(model, head.logits(hidden.to(weight.dtype)), theirs, weight.dtype)
 
 
-def check_logits(model: Any, ours: Tensor, theirs: Tensor) -> None:
-    """Raises TrainerError where `Head.logits` of a few tokens are not the logits that the model gave."""
-    tolerance = 1e-3 if theirs.dtype == torch.float32 else 2e-2
+def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raises TrainerError where `Head.logits` of a few tokens, multiplied in `dtype`, are not the model's."""
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     theirs = theirs.float()
     error = (ours - theirs).abs().max().item()
     if not error <= tolerance * max(theirs.abs().max().item(), 1e-3):

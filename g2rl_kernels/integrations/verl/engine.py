@@ -114,7 +114,7 @@ class Measurement:
         weight, bias = self.head.weights(self.head.output.weight.dtype)
         hidden = output[0].to(weight.dtype)
         if not self.compared:
-            self.logits = self.head.logits(hidden[:1, :COMPARED])
+            self.logits, self.dtype = self.head.logits(hidden[:1, :COMPARED]), weight.dtype
         self.features = self._features(hidden, weight, bias)
         device.synchronize()
         self.seconds = time.perf_counter() - start
@@ -148,6 +148,6 @@ class Measurement:
 
     def _after_model(self, _module: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if logits is not None:  # it is with verl's fused kernels, which know plain heads only
-            check_logits(self.module, self.logits, logits[:1, :COMPARED])
+        if logits is not None:  # verl's fused kernels give none; they know plain heads only
+            check_logits(self.module, self.logits, logits[:1, :COMPARED], self.dtype)
         self.engine.g2rl_head_compared = True

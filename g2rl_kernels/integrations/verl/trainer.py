@@ -129,7 +129,7 @@ class G2RLTrainerSync(PPOTrainerSync):
         try:
             result = super()._compute_old_log_prob(batch, metrics)
         finally:
-            del batch.extra_info[REQUEST]  # the reference model's forward is none to measure
+            batch.extra_info.pop(REQUEST, None)  # the reference model's forward is none to measure
         result.extra_info.pop(REQUEST, None)
         return result
 
