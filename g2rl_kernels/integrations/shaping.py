@@ -8,6 +8,7 @@ the paper's reward.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,17 @@ def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
     """[S] float32: +1 where a score reaches `threshold`, -1 below it, NaN where it is NaN."""
     signs = torch.where(scores >= threshold, 1.0, -1.0)
     return signs.masked_fill(scores.isnan(), torch.nan)
+
+
+def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
+    """Warns where scores (NaN: not scored) lie further apart than the gap of `shape_scores` allows for."""
+    scored = scores[~scores.isnan()]
+    if len(scored) and scored.max() - scored.min() > 1.01 * gap:
+        warnings.warn(
+            f"{name} lie further apart than {option}={gap:g}, so that shaping is weaker than lam says: set "
+            "it to the distance between right and wrong (2 for rewards of -1 and +1)",
+            stacklevel=3,
+        )
 
 
 def shape_scores(

@@ -28,7 +28,6 @@ import functools
 import importlib.metadata
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,7 +56,7 @@ import g2rl_kernels as g2
 
 from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS
 from ..trainer.model import Head, find_head
-from .shaping import shape_scores
+from .shaping import check_gap, shape_scores
 
 
 @dataclass
@@ -362,14 +361,8 @@ class G2RLTrainer(GRPOTrainer):
         rewards = measurement.rewards
         assert rewards is not None
         scores = rewards[:, self._correctness]
-        scored = scores[~scores.isnan()]
-        if len(scored) and scored.max() - scored.min() > 1.01 * args.g2rl_correctness_gap:
-            warnings.warn(
-                f"rewards of {self.reward_func_names[self._correctness]} lie further apart than "
-                f"g2rl_correctness_gap={args.g2rl_correctness_gap:g}, so that shaping is weaker than g2rl_lam"
-                " says: set it to the distance between right and wrong (2 for rewards of -1 and +1)",
-                stacklevel=2,
-            )
+        name = f"rewards of {self.reward_func_names[self._correctness]}"
+        check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
         shaped = shape_scores(
             gather(torch.cat(measurement.features)),
             scores,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, need
@@ -91,6 +92,11 @@ class Head:
         bias: Tensor | None = self.output.bias
         return _whole(weight).to(dtype), None if bias is None else _whole(bias).to(dtype)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """z [..., V], float32, of a few hidden states [..., d]: no more than to compare with the model's."""
+        z = nn.functional.linear(hidden, *self.weights(hidden.dtype)).float() * self.logit_scale
+        return z if self.logit_softcap is None else self.logit_softcap * torch.tanh(z / self.logit_softcap)
+
     def options(self, temperature: float) -> dict[str, Any]:
         return {
             "temperature": temperature,
@@ -132,7 +138,7 @@ def find_head(model: Any, compare: bool = True) -> Head:
         )
     # With modules_to_save, PEFT trains a copy of the head; .weight is of whichever is active, at every access
     linear = output.original_module if hasattr(output, "modules_to_save") else output
-    if type(linear) is not nn.Linear:
+    if next(kind for kind in type(linear).__mro__ if not issubclass(kind, FSDPModule)) is not nn.Linear:
         raise TrainerError(
             f"model: the LM head is a {type(linear).__name__}; only a plain nn.Linear is supported"
         )
@@ -149,17 +155,20 @@ def find_head(model: Any, compare: bool = True) -> Head:
 @torch.no_grad()
 def _compare_logits(model: Any, head: Head) -> None:
     """Some families change logits in ways that no configuration key tells; a few tokens show it."""
-    weight, bias = head.weights(head.output.weight.dtype)
+    weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
     was_training = model.training
     model.eval()
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    theirs = model(input_ids=ids, use_cache=False).logits
     hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
-    ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * head.logit_scale
-    if head.logit_softcap is not None:
-        ours = head.logit_softcap * torch.tanh(ours / head.logit_softcap)
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 2e-2
+    check_logits(model, head.logits(hidden.to(weight.dtype)), theirs, weight.dtype)
+
+
+def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raises TrainerError where `Head.logits` of a few tokens, multiplied in `dtype`, are not the model's."""
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    theirs = theirs.float()
     error = (ours - theirs).abs().max().item()
     if not error <= tolerance * max(theirs.abs().max().item(), 1e-3):
         raise TrainerError(

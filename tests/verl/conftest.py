@@ -1,0 +1,23 @@
+"""The verl integration, in verl's environment: `make test-verl`. Elsewhere nothing here is collected."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+try:
+    importlib.metadata.version("verl")  # not `import verl`, which would find this folder
+except importlib.metadata.PackageNotFoundError:
+    collect_ignore_glob = ["*"]
+
+# For this process and those that tests start: verl on a CPU; the tiny model and tokenizer of tests/trainer.
+os.environ |= {
+    "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
+    "VERL_ENGINE_DEVICE": "cuda",  # the engine that GPUs get
+    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "trainer"))),
+}
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

@@ -1,0 +1,96 @@
+"""The recipe and docs/verl.md: their options are verl's and ours, their numbers the package's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from engines import save_model
+from steps import compose_config
+from tiny import make_tokenizer
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from g2rl_kernels.integrations.verl.trainer import G2RLSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "verl-qwen3-1.7b.sh"
+TEXT = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
+COMMANDS = [
+    block
+    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    if "verl.trainer" in block
+]
+
+
+def recipe_options(*more: str, **environment: str) -> list[str]:
+    """What the recipe hands to verl, read by running it with echo for a Python."""
+    env = os.environ | {"PYTHON": "echo"} | environment
+    done = subprocess.run([RECIPE, *more], capture_output=True, text=True, env=env, check=True)
+    module, name, *options = shlex.split(done.stdout)
+    assert (module, name) == ("-m", "verl.trainer.main_ppo")
+    return options
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = save_model(tmp_path_factory.mktemp("model"))
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_the_recipe_is_a_configuration_that_verl_accepts(model):
+    options = recipe_options(f"actor_rollout_ref.model.path={model}", GPUS="8")
+    config = compose_config(*options)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    for part in ("model", "rollout", "actor"):
+        omega_conf_to_dataclass(config.actor_rollout_ref[part])
+    assert G2RLSettings.read(config) == G2RLSettings()
+
+
+def test_the_recipe_is_the_papers(model):
+    config = compose_config(*recipe_options())
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.trainer.v1.trainer_mode == "g2rl_sync"
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-1.7B-Base"
+    assert (rollout.n, rollout.temperature, rollout.val_kwargs.temperature) == (16, 1.0, 0.8)
+    assert (actor.optim.lr, actor.kl_loss_coef, actor.use_kl_loss) == (5e-7, 0.001, True)
+    assert (config.data.train_batch_size, config.data.max_response_length) == (16, 8192)
+    assert actor.ppo_mini_batch_size * rollout.n == 32
+    assert actor.ppo_micro_batch_size_per_gpu == 2
+
+
+def test_the_recipe_takes_more_options_and_its_variables():
+    options = recipe_options("+algorithm.g2rl.score=sqrt", DATA="/d", GPUS="2")
+    config = compose_config(*options)
+    assert G2RLSettings.read(config).score == "sqrt"
+    assert config.data.train_files == "/d/train.parquet"
+    assert config.trainer.n_gpus_per_node == 2
+
+
+def test_there_are_two_commands():
+    assert len(COMMANDS) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_options_are_known(command):
+    python, module, name, *options = shlex.split(command.replace("\\\n", " "))
+    assert (python, module, name) == ("python3", "-m", "verl.trainer.main_ppo")
+    config = compose_config(*options, "actor_rollout_ref.rollout.name=vllm")
+    assert config.trainer.v1.trainer_mode == "g2rl_sync"
+    G2RLSettings.read(config)
+
+
+def test_the_table_of_options_is_complete_and_right():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| ", TEXT, re.MULTILINE)
+    assert rows == [(field.name, str(field.default)) for field in dataclasses.fields(G2RLSettings)]
+
+
+def test_the_metrics_named_are_those_of_the_metrics_page():
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`g2rl/(\w+)`", TEXT)) == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
