@@ -12,14 +12,14 @@
 #   build       the extension in place, for this GPU's architecture only
 #   info        g2rl info, nvidia-smi
 #   kernels     tests/kernels on the GPU            } tests
-#   suite       all other tests that can be imported }
+#   suite       all other tests that a GPU may change, and that can be imported }
 #   memcheck, racecheck   compute-sanitizer on the kernels' small tests    } sanitizers
 #   tune        g2rl tune for the first case; only if it is named, before head, with its own two minutes
-#   head, group, train    g2rl bench, JSON named after the GPU }
+#   head, logprobs, group, train    g2rl bench, JSON named after the GPU }
 #   profile     time by kernel of one call in each mode        } bench
 #   plots       pictures from the JSON                         }
 # PARTS takes these names and those of the braces. PROFILE=1 adds Nsight Compute's or Systems' report, and its time.
-# HEAD_ARGS, GROUP_ARGS and TRAIN_ARGS replace the arguments of g2rl bench. LIMIT_head=200 moves a time limit.
+# HEAD_ARGS, LOGPROBS_ARGS, GROUP_ARGS and TRAIN_ARGS replace the arguments of g2rl bench. LIMIT_head=200 moves a time limit.
 #
 # Exit status: 0, or 1 if a part failed. What cannot run here is skipped with its reason. Without a GPU the
 # benchmarks run small on the CPU.
@@ -31,12 +31,12 @@ OUT=${OUT:-benchmarks/results/gpu}
 PARTS=" ${PARTS:-build info tests sanitizers bench} "
 PARTS=${PARTS// tests / kernels suite }
 PARTS=${PARTS// sanitizers / memcheck racecheck }
-PARTS=${PARTS// bench / head group train profile plots }
+PARTS=${PARTS// bench / head logprobs group train profile plots }
 # Seconds that a part may take. Those of a whole run add up to less than ten minutes; the second line comes on top.
-declare -A LIMITS=([build]=50 [info]=15 [kernels]=140 [suite]=70 [memcheck]=35 [racecheck]=35 [head]=120 [group]=25
-  [train]=40 [profile]=25 [plots]=15)
+declare -A LIMITS=([build]=50 [info]=15 [kernels]=125 [suite]=55 [memcheck]=30 [racecheck]=30 [head]=100 [logprobs]=65
+  [group]=25 [train]=35 [profile]=25 [plots]=15)
 LIMITS+=([tune]=120 [ncu]=120 [nsys]=60)
-ALL="build info kernels suite memcheck racecheck tune head group train profile plots"
+ALL="build info kernels suite memcheck racecheck tune head logprobs group train profile plots"
 for part in $PARTS; do
   [[ " $ALL " == *" $part "* ]] || { echo "gpu.sh: no part '$part'; they are: $ALL (or tests, sanitizers, bench)" >&2; exit 2; }
 done
@@ -137,7 +137,8 @@ for part in kernels suite memcheck racecheck; do
     continue
   fi
   if [[ $part == suite ]]; then
-    run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests --ignore=tests/kernels
+    cpu_only=(tests/kernels tests/integrations tests/verl tests/test_{benchmarks,build,cpp,sharded,vocab_parallel}.py)
+    run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests "${cpu_only[@]/#/--ignore=}"
   elif [[ $part == kernels ]]; then
     if ((KERNEL_TESTS)); then
       # what compiles for other architectures needs no GPU: make test does that
@@ -171,10 +172,10 @@ bench() { # part, the variable that replaces its arguments, what its JSON's name
   run "$part" "${G2RL[@]}" bench "$part" "${arguments[@]}" --out "$OUT/$NAME$suffix.json"
 }
 if [[ -n $GPU ]]; then
-  head=(--budget 100) group=(--budget 20) train=(--budget 35)
+  head=(--budget 85) logprobs=(--budget 50) group=(--budget 20) train=(--budget 30)
   profile=(--quick --methods g2rl all)
 else
-  head=(--quick --device cpu) group=(--quick --device cpu) train=(--quick --device cpu)
+  head=(--quick --device cpu) logprobs=("${head[@]}") group=("${head[@]}") train=("${head[@]}")
   profile=(--quick --device cpu --methods g2rl 64)
 fi
 if wanted tune; then
@@ -185,6 +186,7 @@ if wanted tune; then
   fi
 fi
 ! wanted head || bench head HEAD_ARGS "" "${head[@]}"
+! wanted logprobs || bench logprobs LOGPROBS_ARGS -logprobs "${logprobs[@]}"
 ! wanted group || bench group GROUP_ARGS -group "${group[@]}"
 if wanted train; then
   if has transformers; then
