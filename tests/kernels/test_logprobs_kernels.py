@@ -201,7 +201,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
 
 
 def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
-    """All of its entries masked: no part of any sum. NaN in hidden: in the sum, if the logit lies elsewhere."""
+    """All entries masked: no part of any sum. NaN in hidden: in the sum, if the logit lies elsewhere."""
     case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
     case.tokens[:2] = -1
     case.hidden[1] = torch.nan
