@@ -30,6 +30,9 @@ constexpr int64_t kStrip = 16 * kBlock, kChunk = 16 * kMaxWidth;
 constexpr int64_t kSlices = 8;  // of the columns of grad_weight, written together
 constexpr int64_t kMemory = 40 << 20;  // bytes, of all that grows with the shapes
 
+// Kept for the thread's next call: fresh pages can cost more than what is done with them.
+thread_local Workspace workspace;
+
 class Sweep {
  public:
   Sweep(const SweepArgs& args, const HeadKernels& kernels, Parallel parallel) : a(args), h(args.head), k(kernels), parallel(parallel) {
@@ -177,7 +180,6 @@ class Sweep {
   int64_t v0 = 0, entries = 0;                // the strip
   int64_t first = 0, tokens = 0, padded = 0;  // the chunk
   std::vector<HeadChunk> groups;
-  Workspace workspace;
   bool several_chunks;
   float *transposed, *weights, *hiddens, *sum_weight;
   char *by_entry, *by_token;
@@ -189,10 +191,8 @@ class Sweep {
 void logprobs_sweep(const SweepArgs& args, Isa isa, Parallel parallel) {
   if (args.begin == args.end) return;
   const int64_t row = args.head.d * (args.head.dtype == DType::f32 ? 4 : 2), bytes = (args.end - args.begin) * row;
-  char* grad_weight = args.grad_weight ? static_cast<char*>(args.grad_weight) + args.begin * row : nullptr;
-  if (grad_weight) prefer_huge_pages(grad_weight, bytes);
   if (args.head.N > 0) Sweep(args, kernels_for(isa), parallel).run_all();
-  else if (grad_weight) std::memset(grad_weight, 0, bytes);
+  else if (args.grad_weight) std::memset(static_cast<char*>(args.grad_weight) + args.begin * row, 0, bytes);
 }
 
 }  // namespace g2rl

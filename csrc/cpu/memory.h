@@ -1,4 +1,4 @@
-// Memory in huge pages where the system has them: the first touch of ordinary ones costs more than filling them.
+// The kernels' scratch memory, in huge pages where the system has them.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -9,16 +9,6 @@
 
 namespace g2rl {
 
-constexpr int64_t kHugePage = 2 << 20;
-
-// For the whole huge pages inside of memory that was not touched yet.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-  const int64_t skip = -reinterpret_cast<intptr_t>(data) & (kHugePage - 1), whole = (bytes - skip) / kHugePage * kHugePage;
-  if (whole > 0) madvise(static_cast<char*>(data) + skip, whole, MADV_HUGEPAGE);
-#endif
-}
-
 class Workspace {
  public:
   // Memory for at least `bytes`, on a page boundary; what an earlier call left there may still be in it.
@@ -28,7 +18,9 @@ class Workspace {
       data_ = nullptr, size_ = 0;
       void* p = nullptr;
       if (posix_memalign(&p, kHugePage, bytes)) throw std::bad_alloc();
-      prefer_huge_pages(p, bytes);
+#ifdef __linux__
+      if (bytes >= kHugePage) madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
       data_ = static_cast<char*>(p), size_ = bytes;
     }
     return data_;
@@ -36,6 +28,7 @@ class Workspace {
   ~Workspace() { std::free(data_); }
 
  private:
+  static constexpr int64_t kHugePage = 2 << 20;
   char* data_ = nullptr;
   int64_t size_ = 0;
 };
