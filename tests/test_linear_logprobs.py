@@ -246,6 +246,21 @@ def test_only_what_is_trained_gets_a_gradient(trained):
     assert all(leaf.grad is None for name, leaf in leaves.items() if name != trained)
 
 
+def test_a_tied_embedding_gets_both_gradients():
+    case = make_case([7], V=11, d=4)
+    ids = torch.tensor([3, 0, 3, 9, 10, 1, 3])
+
+    def grad(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        weight = case.weight.clone().requires_grad_()
+        (function(weight[ids], weight) * torch.arange(7.0)).sum().backward()
+        return weight.grad
+
+    ours = grad(lambda hidden, weight: g2.linear_logprobs(hidden, weight, case.tokens).logprobs)
+    rows = torch.arange(7)
+    theirs = grad(lambda hidden, weight: (hidden @ weight.T).log_softmax(1)[rows, case.tokens])
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_one_output_alone():
     case = make_case([5], V=11, d=4)
     for which, grads in ((0, (torch.ones(5), torch.zeros(5))), (1, (torch.zeros(5), torch.ones(5)))):
