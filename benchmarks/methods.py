@@ -31,9 +31,9 @@ class Outputs(NamedTuple):
     logprobs: Tensor | None = None  # [N]
     logsumexp: Tensor | None = None  # [N]
     entropy: Tensor | None = None  # [N]
-    total: Tensor | None = None  # sum of the log-probs, where a package differentiates no more than that
     skipped_mass: Tensor | None = None  # [S], share of a response's residual mass that was left out
     skipped_tokens: Tensor | None = None  # [S]
+    total: Tensor | None = None  # sum of the log-probs, where a package differentiates no more than that
 
 
 class Unavailable(Exception):
