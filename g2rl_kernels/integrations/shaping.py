@@ -8,13 +8,15 @@ the paper's reward.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..group import GroupGeometry, group_geometry
+from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS, GroupGeometry, group_geometry
 
 
 class ShapedScores(NamedTuple):
@@ -30,6 +32,22 @@ def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
     """[S] float32: +1 where a score reaches `threshold`, -1 below it, NaN where it is NaN."""
     signs = torch.where(scores >= threshold, 1.0, -1.0)
     return signs.masked_fill(scores.isnan(), torch.nan)
+
+
+def check_options(values: Mapping[str, Any], prefix: str) -> None:
+    """Raises ValueError for the first of a trainer's settings that cannot work, as `prefix` + its name.
+
+    values: lam, clip, shaping, score, uniform_groups and correctness_gap.
+    """
+    choices = {"shaping": SHAPINGS, "score": SCORES, "uniform_groups": UNIFORM_GROUPS}
+    for name, allowed in choices.items():
+        if values[name] not in allowed:
+            raise ValueError(f"{prefix}{name}: got {values[name]!r}, needs one of {', '.join(allowed)}")
+    if not 0 <= values["lam"] < math.inf:
+        raise ValueError(f"{prefix}lam: got {values['lam']}, needs a finite number, 0 or more")
+    for name in ("clip", "correctness_gap"):
+        if not 0 < values[name] < math.inf:
+            raise ValueError(f"{prefix}{name}: got {values[name]}, needs a positive finite number")
 
 
 def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ import g2rl_kernels as g2
 
 from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS
 from ..trainer.model import Head, find_head
-from .shaping import check_gap, shape_scores
+from .shaping import check_gap, check_options, shape_scores
 
 
 @dataclass
@@ -120,15 +119,9 @@ class G2RLConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        choices = {"g2rl_shaping": SHAPINGS, "g2rl_score": SCORES, "g2rl_uniform_groups": UNIFORM_GROUPS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs one of {', '.join(allowed)}")
-        if not 0 <= self.g2rl_lam < math.inf:
-            raise ValueError(f"g2rl_lam: got {self.g2rl_lam}, needs a finite number, 0 or more")
-        for name in ("g2rl_clip", "g2rl_correctness_gap"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs a positive finite number")
+        prefix = "g2rl_"
+        ours = {k.removeprefix(prefix): v for k, v in vars(self).items() if k.startswith(prefix)}
+        check_options(ours, prefix)
         super().__post_init__()
 
 

@@ -97,8 +97,8 @@ def statistics(
     head = Head(weight, bias, temperature, logit_scale, logit_softcap)
     config, precision = choice("stats", hidden, head)
     parts = []
-    for rows in _ranges(hidden.shape[0], CHUNK):
-        h, y = hidden[rows.start : rows.stop], tokens[rows.start : rows.stop].contiguous()
+    for rows in slices(0, hidden.shape[0], CHUNK):
+        h, y = hidden[rows], tokens[rows].contiguous()
         target, _ = head_target(h, head, y)
         parts.append(head_finish(head_stats(h, head, y, config, precision), target)[:3])
     return _join(parts, hidden.device)

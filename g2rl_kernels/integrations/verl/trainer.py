@@ -10,7 +10,6 @@ Where it enters, in the order of `PPOTrainer._step_once`:
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from ...group import SCORES, SHAPINGS, UNIFORM_GROUPS
-from ..shaping import check_gap, shape_scores
+from ..shaping import check_gap, check_options, shape_scores
 from .engine import FEATURES, REQUEST, SECONDS, is_patched
 
 STRATEGIES = ("fsdp", "fsdp2")
@@ -57,7 +55,7 @@ class G2RLSettings:
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"algorithm.g2rl: {reason}; options: {', '.join(cls.__annotations__)}") from None
-        settings.check()
+        check_options(vars(settings), "algorithm.g2rl.")
         algorithm, strategy = config.algorithm, config.actor_rollout_ref.actor.strategy
         if algorithm.adv_estimator != AdvantageEstimator.GRPO:
             raise ValueError(f"algorithm.adv_estimator: got {algorithm.adv_estimator}, g2rl_sync needs grpo")
@@ -71,22 +69,6 @@ class G2RLSettings:
                 f"actor_rollout_ref.actor.strategy: got {strategy}, g2rl_sync needs {' or '.join(STRATEGIES)}"
             )
         return settings
-
-    def check(self) -> None:
-        """Raises ValueError for the first value that cannot work."""
-        choices = {"shaping": SHAPINGS, "score": SCORES, "uniform_groups": UNIFORM_GROUPS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"algorithm.g2rl.{name}: got {getattr(self, name)!r}, needs one of {', '.join(allowed)}"
-                )
-        if not 0 <= self.lam < math.inf:
-            raise ValueError(f"algorithm.g2rl.lam: got {self.lam}, needs a finite number, 0 or more")
-        for name in ("clip", "correctness_gap"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"algorithm.g2rl.{name}: got {getattr(self, name)}, needs a positive finite number"
-                )
 
 
 @register_trainer("g2rl_sync")
