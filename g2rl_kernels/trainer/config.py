@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..novelty import DEFAULT_ENCODER
 from .errors import ConfigError, need
 
 # Keys that say where and how often to write: a run may resume a checkpoint that differs in them.
@@ -64,8 +65,12 @@ class TrainerConfig:
         "keep"  # keep: a cut-off response is scored as it stands | drop: it takes part in nothing
     )
     score_gate: float = 0.99  # reward = +1 if the task's score >= gate, else -1
-    # exploration (PAPER: equations 9 to 13)
-    algorithm: str = "g2rl"  # g2rl | grpo (rewards not shaped; the geometry is still measured)
+    labels: str = "truth"  # truth: the task's score | majority: right is the group's most frequent answer
+    # the algorithm; what of it is measured is measured for all of them
+    algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus (grpo and entropy_coef) | evol_rl
+    entropy_coef: float = 0.0  # weight of the mean entropy a token, which the loss rewards; not with grpo
+    encoder: str = DEFAULT_ENCODER  # evol_rl: a sentence-transformers model, which sees what is novel
+    # exploration by g2rl (PAPER: equations 9 to 13)
     lam: float = 0.5
     clip: float = 3.0
     shaping: str = "intent"  # intent | equation
@@ -157,7 +162,8 @@ class TrainerConfig:
             "autocast": ("none", "bfloat16"),
             "chat_template": ("auto", "always", "never"),
             "truncated": ("keep", "drop"),
-            "algorithm": ("g2rl", "grpo"),
+            "algorithm": ("g2rl", "grpo", "entropy_bonus", "evol_rl"),
+            "labels": ("truth", "majority"),
             "shaping": ("intent", "equation"),
             "score": ("linear", "sqrt"),
             "scale": ("group", "batch", "none"),
@@ -179,7 +185,9 @@ class TrainerConfig:
             ),
             **dict.fromkeys(("checkpoint_every", "report_every", "samples_shown"), 0),
             **dict.fromkeys(("keep_checkpoints",), 1),
-            **dict.fromkeys(("lam", "beta", "lr", "weight_decay", "ratio_clip", "ratio_clip_high"), 0.0),
+            **dict.fromkeys(
+                ("lam", "entropy_coef", "beta", "lr", "weight_decay", "ratio_clip", "ratio_clip_high"), 0.0
+            ),
         }
         for key, least in at_least.items():
             value = getattr(self, key)
@@ -191,6 +199,12 @@ class TrainerConfig:
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
+        if self.algorithm == "entropy_bonus" and self.entropy_coef == 0:
+            raise ConfigError("entropy_coef=0: algorithm=entropy_bonus needs one above 0, e.g. 0.001")
+        if self.algorithm == "grpo" and self.entropy_coef > 0:
+            raise ConfigError(
+                f"entropy_coef={self.entropy_coef}: grpo has no entropy bonus; set algorithm=entropy_bonus"
+            )
         if "{question}" not in self.prompt_template:
             raise ConfigError("prompt_template: must contain {question}")
         self.mini_batch_size = self.mini_batch_size or self.batch_size

@@ -30,14 +30,16 @@ def policy_loss(
     clip: tuple[float, float] = (0.2, 0.2),
     reference: Tensor | None = None,
     beta: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """-(mean_i min(rho A, clip(rho, 1 - e, 1 + e) A) - beta KL(pi || pi_ref)), equations 3 and 4.
+    """-(mean_i min(rho A, clip(rho, 1 - e, 1 + e) A) - beta KL(pi || pi_ref) + c H(pi)), equations 3 and 4.
 
-    logprobs, old_logprobs, reference [B, L] float32, 0 where mask [B, L] (bool) is False; advantages [B];
-    weights [B, L] from `token_weights`. rho is pi / pi_old of the token ("token"), of the response
+    logprobs, old_logprobs, reference, entropy [B, L] float32, 0 where mask [B, L] (bool) is False; advantages
+    [B]; weights [B, L] from `token_weights`. rho is pi / pi_old of the token ("token"), of the response
     ("sequence", as the paper writes it), or the latter's length-th root ("sequence_mean"), which stays near 1
-    for long responses. KL is the unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log
-    pi. Returns the loss and, with the same weights, `clip_fraction` and (with a reference) `kl`.
+    for long responses. H is the mean entropy of a token, and c entropy_coef (0 in the paper). KL is the
+    unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log pi. Returns the loss and, with the same weights, `clip_fraction` and (with a reference) `kl`.
     """
     log_ratio = logprobs - old_logprobs
     if ratio != "token":
@@ -55,4 +57,6 @@ def policy_loss(
         kl = (weights * (torch.expm1(d) - d)).sum()
         loss = loss + beta * kl
         stats["kl"] = kl.item()
+    if entropy is not None:
+        loss = loss - entropy_coef * (weights * entropy).sum()
     return loss, stats

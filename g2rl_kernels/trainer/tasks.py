@@ -6,6 +6,10 @@ A task is any object with three methods; nothing needs to be inherited:
     task[i]                      -> dict   with "question" (text); everything else is the task's own
     task.score(completion, item) -> float  1 for a right completion, less for others; `score_gate` decides
 
+and, for votes (labels=majority, maj@k), optionally a fourth:
+
+    task.answer(completion, item) -> str | None   the final answer, the same text for equal ones
+
 In a configuration a task is one mapping, and `tasks` is a list of them (their items are joined):
 
     kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number
@@ -51,6 +55,13 @@ def score_completion(task: Task, completion: str, item: Item) -> float:
     if not math.isfinite(value):
         raise RewardError(f"the score is {value}: {where}")
     return value
+
+
+def final_answer(task: Task, completion: str, item: Item) -> str | None:
+    """task.answer, which a task need not have: then the completion as it stands. None for no answer."""
+    answer = getattr(task, "answer", None)
+    text = completion if answer is None else answer(completion, item)
+    return None if text is None else text.strip() or None
 
 
 def _boxed(text: str) -> str:
@@ -114,6 +125,9 @@ class ReasoningGymTask:
     def score(self, completion: str, item: Item) -> float:
         return float(self.data.score_answer(self.extract(completion), item))
 
+    def answer(self, completion: str, item: Item) -> str:
+        return self.extract(completion)
+
 
 class AnswerTask:
     """Questions with a known answer, checked by math-verify or by a function of yours."""
@@ -167,6 +181,25 @@ class AnswerTask:
         if not gold_parsed:
             return float(completion.strip() == gold.strip())
         return float(verify(gold_parsed, parse(completion)))
+
+    def answer(self, completion: str, item: Item) -> str | None:
+        """What the extractor finds; where math-verify judges, its reading, so that 0.5 and 1/2 are one."""
+        completion = self.extract(completion)
+        if self.function is not None:
+            return completion
+        from math_verify import parse
+
+        parsed = parse(completion)
+        return str(_exact(parsed[0])) if parsed else None
+
+
+def _exact(expression: Any) -> Any:
+    """A number as a fraction where it is one, anything else as it is."""
+    if not getattr(expression, "is_number", False):
+        return expression
+    import sympy
+
+    return sympy.nsimplify(expression, rational=True)
 
 
 def jsonl_task(path: str, **keys: Any) -> AnswerTask:

@@ -19,6 +19,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 
 from ..integrations.shaping import describe
+from ..novelty import SentenceEncoder, evol_rewards, majority_labels
 from . import checkpoint
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, check_packages
@@ -26,7 +27,7 @@ from .model import Head, find_head, frozen_copy
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
-from .tasks import Task, score_completion
+from .tasks import Task, final_answer, score_completion
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Measured:
     """What the verifier and one forward under the policy that sampled say about a rollout."""
 
     scores: Tensor  # [S], of the task
-    rewards: Tensor  # [S], +1 | -1
+    rewards: Tensor  # [S], +1 | -1, by the scores or by the majority
     logprobs: Tensor  # [S, L]
     reference: Tensor | None  # [S, L], log-probs under the starting policy
     entropy: float  # nats, mean over tokens
@@ -63,6 +64,7 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
+        self.encoder = SentenceEncoder(config.encoder, self.device) if config.algorithm == "evol_rl" else None
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the policy that is updated must be the one that sampled
         if config.gradient_checkpointing:
@@ -136,28 +138,53 @@ class Trainer:
             logprobs[rows, : mask.shape[1]] = _padded(out.logprobs, mask)
             entropy += out.entropy.sum().item()
             if self.reference and reference is not None:
-                reference[rows, : mask.shape[1]] = self._logprobs(self.reference, rollout, rows)
+                reference[rows, : mask.shape[1]], _ = self._logprobs(self.reference, rollout, rows)
         entropy /= max(int(rollout.mask.sum()), 1)
 
-        rewards = torch.where(scores >= config.score_gate, 1.0, -1.0)
+        rewards = torch.where(self._labels(rollout, scores), 1.0, -1.0)
         groups: int | Tensor = config.group_size
         if config.truncated == "drop":  # -1: a row that touches nobody
             groups = torch.arange(len(rewards), device=self.device) // config.group_size
             groups = groups.masked_fill(rollout.truncated, -1)
         start = self._clock()
+        geometry = self._shape(torch.cat(features), rewards, groups, rollout)
+        seconds += self._clock() - start
+        return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
+
+    def _labels(self, rollout: Rollout, scores: Tensor) -> Tensor:
+        """Which responses count as right, [S] bool."""
+        if self.config.labels == "truth":
+            return scores >= self.config.score_gate
+        return majority_labels(self._answers(rollout), self.config.group_size).to(self.device)
+
+    def _answers(self, rollout: Rollout) -> list[str | None]:
+        pairs = zip(rollout.items, rollout.completions)
+        return [final_answer(task, text, item) for (task, item), text in pairs]
+
+    def _shape(
+        self, features: Tensor, rewards: Tensor, groups: int | Tensor, rollout: Rollout
+    ) -> g2.GroupGeometry:
+        """The groups' geometry, with the rewards and advantages that the algorithm makes of `rewards`."""
+        config = self.config
         geometry = g2.group_geometry(
-            torch.cat(features),
+            features,
             rewards,
             groups,
             lam=config.lam,
             clip=config.clip,
-            shaping="none" if config.algorithm == "grpo" else config.shaping,
+            shaping=config.shaping if config.algorithm == "g2rl" else "none",
             score=config.score,
             scale=config.scale,
             uniform_groups=config.uniform_groups,
         )
-        seconds += self._clock() - start
-        return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
+        if self.encoder is None:
+            return geometry
+        valid = [answer is not None for answer in self._answers(rollout)]
+        shaped = evol_rewards(
+            self.encoder(rollout.completions), rewards > 0, groups, torch.tensor(valid, device=self.device)
+        )
+        other = g2.group_geometry(features, shaped, groups, shaping="none", scale=config.scale)
+        return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
 
     def update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
         """`epochs` passes of clipped policy-gradient updates over the rollout; means over the updates."""
@@ -171,7 +198,7 @@ class Trainer:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
             for micro in _slices(config.mini_batch_size, config.micro_batch_size):
                 rows = slice(mini.start + micro.start, mini.start + micro.stop)
-                logprobs = self._logprobs(self.head, rollout, rows)
+                logprobs, entropy = self._logprobs(self.head, rollout, rows)
                 length = logprobs.shape[1]
                 loss, stats = policy_loss(
                     logprobs,
@@ -183,6 +210,8 @@ class Trainer:
                     clip=(config.ratio_clip, high),
                     reference=None if measured.reference is None else measured.reference[rows, :length],
                     beta=config.beta,
+                    entropy=entropy if config.entropy_coef > 0 else None,
+                    entropy_coef=config.entropy_coef,
                 )
                 loss.backward()
                 for key, value in {"loss": loss.item(), **stats}.items():
@@ -224,19 +253,20 @@ class Trainer:
         packed, tokens, cu_seqlens = g2.pack_responses(hidden, ids[:, -length:], mask)
         return packed.to(self.ops_dtype), tokens, cu_seqlens, mask
 
-    def _logprobs(self, head: Head, rollout: Rollout, rows: slice) -> Tensor:
-        """Log-probs of the response tokens, [B, L]; differentiable in the head's model, never [N, V]."""
+    def _logprobs(self, head: Head, rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model."""
         hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
         weight, bias = head.weights(self.ops_dtype)
         options = head.options(self.config.temperature)
-        return _padded(g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options).logprobs, mask)
+        out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options)
+        return _padded(out.logprobs, mask), _padded(out.entropy, mask)
 
     def _describe(self, rollout: Rollout, measured: Measured) -> dict[str, float]:
         """Metrics of a rollout. What dropped responses did not take part in is a mean over the others."""
         shaping = describe(measured.geometry, measured.rewards)
         return {
             "reward": measured.rewards.mean().item(),
-            "accuracy": shaping["accuracy"],
+            "accuracy": (measured.scores >= self.config.score_gate).float().mean().item(),
             "shaped_reward": shaping["shaped_reward_mean"],
             "length": rollout.mask.sum().item() / max(int(rollout.mask.any(1).sum()), 1),
             "truncated": rollout.truncated.float().mean().item(),

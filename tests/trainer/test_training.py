@@ -47,7 +47,7 @@ def test_ratio_is_one_at_the_first_update(tmp_path: Path) -> None:
     rollout = trainer.sampler.sample()
     assert rollout.attention[:, 0].min() == 0  # the prompts do differ in length
     measured = trainer.measure(rollout, trainer.verify(rollout))
-    policy = trainer._logprobs(trainer.head, rollout, slice(0, 8))
+    policy, _ = trainer._logprobs(trainer.head, rollout, slice(0, 8))
     torch.testing.assert_close(policy, measured.logprobs, rtol=0, atol=1e-5)
     positions = (rollout.attention.cumsum(1) - 1).clamp(min=0)
     logits = trainer.model(rollout.ids, attention_mask=rollout.attention, position_ids=positions).logits
@@ -147,7 +147,7 @@ def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
             rollout = trainer.sampler.sample()
             before = trainer.measure(rollout, trainer.verify(rollout))
             assert torch.equal(
-                before.reference, trainer._logprobs(trainer.head, rollout, slice(0, 8)).detach()
+                before.reference, trainer._logprobs(trainer.head, rollout, slice(0, 8))[0].detach()
             )
             trainer.train()
             after = trainer.measure(rollout, trainer.verify(rollout))
