@@ -153,7 +153,7 @@ class AnswerTask:
                     raise ConfigError(
                         f"task: {source}, item {number}: no field {key!r}, only {', '.join(row)}"
                     )
-        self.rows, self.question, self.answer = rows, question, answer
+        self.rows, self.question_key, self.answer_key = rows, question, answer
         self.extract = _extractor(extract)
         self.function = import_function(score) if score else None
         if self.function is None:
@@ -167,7 +167,7 @@ class AnswerTask:
 
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
-        return {**row, "question": str(row[self.question])}
+        return {**row, "question": str(row[self.question_key])}
 
     def score(self, completion: str, item: Item) -> float:
         completion = self.extract(completion)
@@ -176,7 +176,7 @@ class AnswerTask:
         from math_verify import parse, verify
 
         # A bare answer (3/4, 1,024, (0, 2]) is parsed as mathematics, a worked solution as text with a \boxed
-        gold = str(item[self.answer])
+        gold = str(item[self.answer_key])
         gold_parsed = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
         if not gold_parsed:
             return float(completion.strip() == gold.strip())
