@@ -39,7 +39,8 @@ def policy_loss(
     [B]; weights [B, L] from `token_weights`. rho is pi / pi_old of the token ("token"), of the response
     ("sequence", as the paper writes it), or the latter's length-th root ("sequence_mean"), which stays near 1
     for long responses. H is the mean entropy of a token, and c entropy_coef (0 in the paper). KL is the
-    unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log pi. Returns the loss and, with the same weights, `clip_fraction` and (with a reference) `kl`.
+    unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log pi. Returns the loss
+    and, with the same weights, `clip_fraction` and (with a reference) `kl`.
     """
     log_ratio = logprobs - old_logprobs
     if ratio != "token":
