@@ -64,7 +64,8 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
-        self.encoder = SentenceEncoder(config.encoder, self.device) if config.algorithm == "evol_rl" else None
+        if config.algorithm == "evol_rl":
+            self.encoder = SentenceEncoder(config.encoder, self.device)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the policy that is updated must be the one that sampled
         if config.gradient_checkpointing:
@@ -177,7 +178,7 @@ class Trainer:
             scale=config.scale,
             uniform_groups=config.uniform_groups,
         )
-        if self.encoder is None:
+        if config.algorithm != "evol_rl":
             return geometry
         valid = [answer is not None for answer in self._answers(rollout)]
         shaped = evol_rewards(
