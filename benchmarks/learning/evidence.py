@@ -1,0 +1,205 @@
+"""Reruns every experiment behind docs/evidence.md, and writes the document's tables and figures.
+
+    make evidence                                    all of it: hours on two cores; goes on where it was stopped
+    make evidence ARGS=--quick                       a small version, minutes, its report in runs/evidence-quick
+    python -m benchmarks.learning.evidence --only fluent --systems GRPO "EVOL-RL"
+    python -m benchmarks.learning.evidence --document        tables and figures from the committed results
+
+Each finished run is a row of OUT/<stage>.json at once, and is not run again. When a stage is complete it
+replaces the committed file in benchmarks/results/learning/, from which the document is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.learning import document  # noqa: E402
+from benchmarks.learning.experiment import Run, run  # noqa: E402
+from benchmarks.learning.settings import GRIDS, SEEDS, SETTINGS, TUNING_SEEDS, systems  # noqa: E402
+
+STAGES = ("tuning", "fluent", "halting", "smollm2-chain-sum", "smollm2-gcd")
+TUNED_ON = "fluent"
+
+
+def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
+    """The runs of a stage; for each system all seeds, GRPO first.
+
+    tuned: for each algorithm the keys that the tuning stage chose, which a system's own keys go before. The
+    real model's learning rate is its setting's.
+    """
+    if stage == "tuning":
+        return [
+            Run(TUNED_ON, f"{algorithm} {number}", seed, (("algorithm", algorithm), *keys.items(), *SHAPE))
+            for algorithm, grid in GRIDS.items()
+            for number, keys in enumerate(grid)
+            for seed in TUNING_SEEDS
+        ]
+    runs = []
+    for system, keys in systems(stage).items():
+        chosen = tuned.get(keys["algorithm"], {}) if not stage.startswith("smollm2") else {}
+        runs += [Run(stage, system, seed, tuple((chosen | keys).items())) for seed in seeds]
+    return runs
+
+
+SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
+
+
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each algorithm the keys with the highest mean pass@1 on held-out problems."""
+    found: dict[str, dict[str, Any]] = {}
+    for algorithm, grid in GRIDS.items():
+        scores = [document.mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
+        found[algorithm] = grid[scores.index(max(scores))]
+    return found
+
+
+class Stage:
+    """The rows of one stage in a file, which is whole at any moment."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+        self.rows: list[dict[str, Any]] = stored["rows"]
+
+    def has(self, this: Run) -> bool:
+        return any(all(row[key] == value for key, value in this.identity.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.rows.sort(key=lambda row: (row["system"], row["seed"]))
+        self.save()
+
+    def save(self) -> None:
+        from benchmarks.measure import machine
+        from g2rl_kernels.trainer.checkpoint import write_whole
+
+        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        head = json.dumps(machine("cpu"))
+        write_whole(self.path, f'{{"machine": {head},\n"rows": [\n{lines}\n]}}\n')
+
+
+def run_all(runs: Sequence[Run], stage: Stage, folder: Path, jobs: int) -> None:
+    """Runs what the stage lacks: small models beside each other, a thread each, others one at a time."""
+    from tqdm import tqdm
+
+    left = [this for this in runs if not stage.has(this)]
+    jobs = jobs if left and SETTINGS[left[0].setting].threads else 1
+    bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc=stage.path.stem, smoothing=0.1)
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(jobs, context, initializer=_quiet) as pool:
+        pending = {pool.submit(run, this, folder) for this in left}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    stage.add(future.result())
+                    bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _quiet() -> None:
+    """A worker's own bars and notices would run through the parent's."""
+    import logging
+
+    os.environ["TQDM_DISABLE"] = "1"
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+
+
+def warm_starts(runs: Sequence[Run], folder: Path, jobs: int) -> None:
+    """Makes the models to start from, each once, before several runs want the same."""
+    needed = {(r.setting, r.seed) for r in runs if SETTINGS[r.setting].warm_up}
+    missing = [
+        pair
+        for pair in sorted(needed)
+        if not (folder / "warm-up" / f"{pair[0]}-{pair[1]}" / "config.json").exists()
+    ]
+    if not missing:
+        return
+    from tqdm import tqdm
+
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+        for _ in tqdm(pool.map(_warm_up, missing, [folder] * len(missing)), "warm-up", len(missing)):
+            pass
+
+
+def _warm_up(pair: tuple[str, int], folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    SETTINGS[pair[0]].model(folder, pair[1])
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.learning.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two seeds, a few steps: shows that all of it works"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, help="these stages (fluent and halting need tuning)"
+    )
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="these systems of each stage")
+    parser.add_argument(
+        "--seeds", type=int, default=len(SEEDS), help="the first so many seeds (default: all)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: runs/evidence or -quick)")
+    parser.add_argument("--document", action="store_true", help="run nothing: tables and figures anew")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.document:
+        document.write(document.RESULTS, ROOT / "docs")
+        return 0
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    )  # of the workers
+    out = args.out or ROOT / "runs" / ("evidence-quick" if args.quick else "evidence")
+    out.mkdir(parents=True, exist_ok=True)
+    tuned: dict[str, dict[str, Any]] = {}
+    for name in ("quick",) if args.quick else args.only or STAGES:
+        if name in ("fluent", "halting"):
+            tuned = best(Stage(out / "tuning.json").rows)
+        seeds = range(2) if args.quick else SEEDS[: args.seeds]
+        runs = plan(name, tuned, seeds)
+        if args.systems:
+            runs = [this for this in runs if this.system in args.systems]
+        stage = Stage(out / f"{name}.json")
+        warm_starts(runs, out, args.jobs)
+        run_all(runs, stage, out, args.jobs)
+        if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
+            document.RESULTS.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(stage.path, document.RESULTS / stage.path.name)
+    if args.quick:
+        document.write(out, out)
+    else:
+        document.write(document.RESULTS, ROOT / "docs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""One run: a model is trained by one system, then answers the held-out problems. Returns a row of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .settings import GROUP, SETTINGS, Setting
+
+CURVES = ("accuracy", "entropy", "length", "cos_mean", "negative_pairs")
+POINTS = 20  # of a stored curve: each the mean of as many steps
+EVALUATION_SEED = 20251217
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides a run's numbers (on one machine, with one number of threads)."""
+
+    setting: str
+    system: str
+    seed: int
+    keys: tuple[tuple[str, Any], ...]  # of the trainer's configuration, beyond the setting's
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"setting": self.setting, "system": self.system, "seed": self.seed, "keys": dict(self.keys)}
+
+
+def run(this: Run, folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Trains and evaluates; warm starts are kept in `folder`. Nothing else is left behind."""
+    import torch
+
+    from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
+
+    start, setting = time.perf_counter(), SETTINGS[this.setting]
+    torch.set_num_threads(setting.threads or torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as scratch:
+        config = TrainerConfig.from_dict(
+            {
+                **setting.base,
+                **dict(this.keys),
+                "model": setting.model(folder, this.seed),
+                "tasks": [setting.train],
+                "seed": this.seed,
+                "output_dir": scratch,
+                "resume": "overwrite",
+            }
+        )
+        trainer = Trainer(*load_model(config), load_tasks(config.tasks), config)
+        trainer.begin()
+        steps = []
+        for number in range(config.steps):
+            say(f"{this.setting} | {this.system} | seed {this.seed} | step {number + 1}/{config.steps}")
+            steps.append(trainer.step())
+        return {
+            **this.identity,
+            "curves": {key: thin([step[key] for step in steps]) for key in CURVES},
+            **evaluate(trainer, setting),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+
+def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
+    """Of the trained policy on the held-out problems: `problems`, a list of numbers for each, and `geometry`."""
+    import torch
+
+    from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k
+    from g2rl_kernels.trainer import Trainer, load_tasks
+
+    (task,) = load_tasks([setting.test])
+    config = dataclasses.replace(
+        trainer.config,
+        algorithm="grpo",  # rewards as they are
+        entropy_coef=0.0,
+        labels="truth",
+        shuffle=False,
+        batch_size=len(task) * GROUP,
+        group_size=GROUP,
+        mini_batch_size=0,
+        micro_batch_size=256,
+        generate_batch_size=256,
+    )
+    # A second trainer for what it measures; it never updates the model.
+    judge = Trainer(trainer.model, trainer.tokenizer, task, _fit(config))
+    torch.manual_seed(EVALUATION_SEED)
+    answers: list[list[tuple[str, str | None, bool]]] = [[] for _ in range(len(task))]
+    described = []
+    for _ in range(setting.samples // GROUP):
+        judge.sampler.position = 0
+        rollout = judge.sampler.sample()
+        scores = judge.verify(rollout)
+        described.append(judge._describe(rollout, judge.measure(rollout, scores)))
+        right = (scores >= config.score_gate).tolist()
+        for row, (text, answer, good) in enumerate(zip(rollout.completions, judge._answers(rollout), right)):
+            answers[row // GROUP].append((text, answer, good))
+    problems: dict[str, list[float]] = {"pass@1": [], "maj@16": [], "pass@16": [], "distinct right": []}
+    for given in answers:
+        texts, finals, goods = zip(*given)
+        n, c = len(given), sum(goods)
+        problems["pass@1"].append(c / n)
+        problems["maj@16"].append(round(maj_at_k(finals, goods, GROUP), 6))
+        problems["pass@16"].append(round(pass_at_k(n, c, GROUP), 6))
+        problems["distinct right"].append(distinct_right(texts, goods))
+    keys = ("entropy", "length", "cos_mean", "negative_pairs", "score_mean")
+    geometry = {key: round(sum(d[key] for d in described) / len(described), 6) for key in keys}
+    return {"problems": problems, "geometry": geometry}
+
+
+def _fit(config: Any) -> Any:
+    """Micro-batches that divide the batch."""
+    for key in ("micro_batch_size", "generate_batch_size"):
+        size = min(getattr(config, key), config.batch_size)
+        while config.batch_size % size:
+            size -= 1
+        setattr(config, key, size)
+    return config
+
+
+def thin(values: Sequence[float]) -> list[float]:
+    """At most POINTS means of consecutive values."""
+    size = -(-len(values) // POINTS)
+    parts = [values[start : start + size] for start in range(0, len(values), size)]
+    return [round(sum(part) / len(part), 5) for part in parts]

