@@ -1,6 +1,6 @@
 """What n sampled responses to a problem say about it: pass@k, maj@k, distinct right answers, and intervals.
 
-Every expectation over subsets of the samples is computed exactly; only the bootstrap draws, from a fixed seed.
+Expectations over subsets of the samples are computed exactly; only the bootstrap draws, from a fixed seed.
 """
 
 from __future__ import annotations
