@@ -48,7 +48,7 @@ def test_sizes_left_at_zero_follow() -> None:
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
         ({"lam": float("nan")}, "lam=nan: must be at least 0"),
-        ({"algorithm": "ppo"}, "algorithm='ppo': choose one of g2rl, grpo"),
+        ({"algorithm": "ppo"}, "algorithm='ppo': choose one of grpo, entropy_bonus, evol_rl, g2rl"),
         ({"prompt_template": "Solve it."}, "must contain {question}"),
         ({"adam_beta2": 1}, r"adam_beta2=1.0: must be in \[0, 1\)"),
     ],
