@@ -203,7 +203,7 @@ class TrainerConfig:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
         if self.algorithm == "entropy_bonus" and self.entropy_coef == 0:
             raise ConfigError(
-                "entropy_coef=0.0: algorithm=entropy_bonus needs one above 0, or none for its own"
+                "entropy_coef=0.0: algorithm=entropy_bonus needs one above 0, or null for its own"
             )
         if self.algorithm == "grpo" and self.entropy_coef:
             raise ConfigError(
