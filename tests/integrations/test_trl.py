@@ -222,7 +222,7 @@ def test_unshaped_advantages_are_trls_to_the_bit(
     assert len(logged(ours, "g2rl/cos_mean")) == 2
 
 
-# --- the systems that the paper compares -----------------------------------------------------------------------
+# --- the systems that the paper compares --------------------------------------------------------------------
 
 
 class Letters:
@@ -242,8 +242,8 @@ def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last_letter(text: str) -> str | None:
-    """A completion that ends with a letter after g has no answer."""
-    return None if text[-1:] > "f" else text[-1:]
+    """A completion that is empty, or ends with a space or a letter after f, has no answer."""
+    return text[-1:] if "!" < text[-1:] <= "f" else None
 
 
 def completions_of(trainer: Any) -> list[str]:
