@@ -4,19 +4,30 @@ The paper's rewards are +1 and -1. Trainers have scores: 0 and 1 mostly, anythin
 reward function does not apply. A threshold says which are right, and a gap how far apart a right and a wrong
 one lie, so that shaping means the same in every unit: it moves a score by gap / 2 for each 1 that it moves
 the paper's reward.
+
+The systems that the paper compares differ in what they make of those +1 and -1: see `shape_rewards`, and
+docs/baselines.md.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS, GroupGeometry, group_geometry
+from ..novelty import evol_rewards, majority_labels
+
+ALGORITHMS = ("grpo", "entropy_bonus", "evol_rl", "g2rl")
+LABELS = ("truth", "majority")
+# Weight of the mean entropy in the loss, and the upper clip of the ratio, where they are left unset. Both are
+# EVOL-RL's; the paper does not give the coefficient of its entropy bonus.
+ENTROPY_COEF = {"grpo": 0.0, "entropy_bonus": 0.003, "evol_rl": 0.003, "g2rl": 0.0}
+EVOL_CLIP_HIGH = 0.28
 
 
 class ShapedScores(NamedTuple):
@@ -37,11 +48,13 @@ def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
 def check_options(values: Mapping[str, Any], prefix: str) -> None:
     """Raises ValueError for the first of a trainer's settings that cannot work, as `prefix` + its name.
 
-    values: lam, clip, shaping, score, uniform_groups and correctness_gap.
+    values: lam, clip, shaping, score, uniform_groups and correctness_gap; where the trainer has them,
+    algorithm and labels.
     """
     choices = {"shaping": SHAPINGS, "score": SCORES, "uniform_groups": UNIFORM_GROUPS}
+    choices |= {"algorithm": ALGORITHMS, "labels": LABELS}
     for name, allowed in choices.items():
-        if values[name] not in allowed:
+        if name in values and values[name] not in allowed:
             raise ValueError(f"{prefix}{name}: got {values[name]!r}, needs one of {', '.join(allowed)}")
     if not 0 <= values["lam"] < math.inf:
         raise ValueError(f"{prefix}lam: got {values['lam']}, needs a finite number, 0 or more")
@@ -61,6 +74,41 @@ def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
         )
 
 
+def shape_rewards(
+    features: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    algorithm: str = "g2rl",
+    embeddings: Tensor | None = None,
+    answered: Tensor | None = None,
+    **options: Any,
+) -> GroupGeometry:
+    """The groups' geometry, with the shaped rewards and advantages of one of the paper's systems.
+
+        "g2rl"                    the rewards shaped by `group_geometry`
+        "evol_rl"                 `evol_rewards` of the responses' texts
+        "grpo", "entropy_bonus"   the rewards as they are (the bonus is part of the loss)
+
+    Args:
+        features: [S, d], of `head_features`; the geometry is measured whatever the algorithm.
+        rewards: [S], +1 and -1; NaN only in rows that take no part.
+        groups: an int m, where rows are consecutive blocks of m; or int64 [S] ids, negative: takes no part.
+        embeddings: [S, e], rows of unit norm, needed by evol_rl.
+        answered: [S] bool, evol_rl: whether a response has an answer at all. None: all have.
+        options: those of `group_geometry`. Only g2rl heeds lam, clip, score and uniform_groups.
+    """
+    if algorithm != "g2rl":
+        options["shaping"] = "none"
+    geometry = group_geometry(features, rewards, groups, **options)
+    if algorithm != "evol_rl":
+        return geometry
+    assert embeddings is not None
+    evolved = evol_rewards(embeddings, rewards > 0, groups, answered)
+    other = group_geometry(features[:, :1], evolved, groups, **options)  # for its advantages alone
+    return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
+
+
 def shape_scores(
     features: Tensor,
     scores: Tensor,
@@ -69,6 +117,7 @@ def shape_scores(
     has_tokens: Tensor | None = None,
     threshold: float = 0.5,
     gap: float = 1.0,
+    votes: Sequence[str | None] | None = None,
     **options: Any,
 ) -> ShapedScores:
     """Scores moved by how novel each response is within its group.
@@ -81,7 +130,10 @@ def shape_scores(
             feature is zero, which would pass for perfectly novel.
         threshold: scores from here on are right.
         gap: how far apart the scores of a right and a wrong answer are: 1 for 0 and 1, 2 for -1 and +1.
-        options: lam, clip, shaping, score, uniform_groups of `group_geometry`.
+        votes: S answers, None for no answer. With them scores say nothing, nor does NaN among them: right is
+            what `majority_labels` says, and scores are put at threshold +- gap / 2 before they are moved.
+        options: of `shape_rewards`: algorithm, embeddings, answered; lam, clip, shaping, score,
+            uniform_groups.
 
     Returns:
         scores, bonus, geometry and metrics. Rows that are padding, not scored or without tokens take no part:
@@ -93,15 +145,20 @@ def shape_scores(
     if not gap > 0:
         raise ValueError(f"gap: got {gap}, needs the positive distance between right and wrong scores")
     scores = scores.float()
-    rewards = signed_rewards(scores, threshold)
-    takes_part = ~rewards.isnan()
-    if has_tokens is not None:
-        takes_part &= has_tokens
     ids = torch.arange(len(scores), device=scores.device) // groups if isinstance(groups, int) else groups
-    ids = ids.masked_fill(~takes_part, -1)
-    geometry = group_geometry(features, rewards, ids, **options)
+    truth = rewards = signed_rewards(scores, threshold)
+    if has_tokens is not None:
+        ids = ids.masked_fill(~has_tokens, -1)
+    if votes is None:
+        ids = ids.masked_fill(rewards.isnan(), -1)
+        plain = scores
+    else:
+        rewards = torch.where(majority_labels(votes, ids).to(scores.device), 1.0, -1.0)
+        plain = torch.where(ids >= 0, threshold + rewards * (gap / 2), scores)
+    geometry = shape_rewards(features, rewards, ids, **options)
     bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * (gap / 2)
-    return ShapedScores(scores + bonus, bonus, geometry, describe(geometry, rewards))
+    metrics = {**describe(geometry, rewards), "accuracy": _accuracy(truth)}
+    return ShapedScores(plain + bonus, bonus, geometry, metrics)
 
 
 def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
@@ -116,7 +173,7 @@ def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
     rows = geometry.members[real]
     pairs = (real[:, :, None] & real[:, None, :]).triu(1)
     cosines = geometry.similarity[pairs]
-    shaped, scored = geometry.shaped_rewards[rows], ~rewards.isnan()
+    shaped = geometry.shaped_rewards[rows]
 
     def mean(values: Tensor, count: int) -> float:
         return values.sum().item() / max(count, 1)
@@ -125,7 +182,12 @@ def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
         "score_mean": mean(geometry.score[rows], len(rows)),
         "cos_mean": mean(cosines, len(cosines)),
         "negative_pairs": mean(cosines < 0, len(cosines)),
-        "accuracy": mean(rewards > 0, int(scored.sum())),
+        "accuracy": _accuracy(rewards),
         "shaped_reward_mean": mean(shaped, len(rows)),
         "sign_flips": mean(shaped * rewards[rows] < 0, len(rows)),
     }
+
+
+def _accuracy(rewards: Tensor) -> float:
+    """Share of +1 among those that are not NaN."""
+    return (rewards > 0).sum().item() / max(int((~rewards.isnan()).sum()), 1)

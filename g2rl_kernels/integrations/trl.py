@@ -10,10 +10,12 @@ Where it enters, in the order of `GRPOTrainer._generate_and_score_completions`:
     _get_per_token_logps_and_entropies      the forward under the policy that sampled: the features come from
                                             the same pass (where TRL would skip it, it is made to run)
     _get_per_token_logps_and_entropies      again with beta > 0, for the reference: not measured
-    _calculate_rewards                      the rewards of all ranks are noted, and left as they are
+    _calculate_rewards                      the rewards of all ranks are noted, and left as they are; for
+                                            evol_rl and majority labels, texts and answers of this rank
     metrics, completions, advantages        TRL's, of the raw rewards
 
-and then the advantages, and only they, are replaced by TRL's own formula on shaped rewards.
+and then the advantages, and only they, are replaced by TRL's own formula on shaped rewards. The entropy bonus
+is TRL's.
 
 Log-probabilities: where TRL calls `model(..., fused_lm_head=True)`, for log-probs instead of logits, this
 package's `linear_logprobs` answers (`g2rl_fused_logprobs`). That is inside the model's forward, where FSDP
@@ -25,9 +27,11 @@ has the head's weight whole.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +49,7 @@ if _found.split(".")[:2] != TESTED.split("."):
     )
 
 import torch
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import gather, gather_object, is_peft_model
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
@@ -54,17 +58,38 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 import g2rl_kernels as g2
 
 from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS
+from ..novelty import DEFAULT_ENCODER, SentenceEncoder, compared_text
 from ..trainer.model import Head, find_head
-from .shaping import check_gap, check_options, shape_scores
+from ..trainer.tasks import math_answer
+from .shaping import (
+    ALGORITHMS,
+    ENTROPY_COEF,
+    EVOL_CLIP_HIGH,
+    LABELS,
+    check_gap,
+    check_options,
+    shape_scores,
+)
 
 
 @dataclass
 class G2RLConfig(GRPOConfig):
-    """GRPOConfig and what G2RL adds to it, all under `g2rl_`. The same words as in `g2.group_geometry`."""
+    """GRPOConfig and what G2RL adds to it, all under `g2rl_`. The same words as in `g2.group_geometry`.
 
+    `entropy_coef` and `epsilon_high` are TRL's; unset they are those of the algorithm.
+    """
+
+    g2rl_algorithm: str = field(
+        default="g2rl",
+        metadata={
+            "help": "'g2rl'; or what the paper compares it with, where g2rl/* is measured all the same: "
+            "'grpo', 'entropy_bonus' (grpo with entropy_coef), 'evol_rl' (arXiv 2509.15194).",
+            "choices": list(ALGORITHMS),
+        },
+    )
     g2rl_lam: float = field(
         default=0.5,
-        metadata={"help": "Exploration strength, 0 or more. 0 is GRPOTrainer, to the bit."},
+        metadata={"help": "Exploration strength of g2rl, 0 or more. 0 is GRPOTrainer, to the bit."},
     )
     g2rl_clip: float = field(
         default=3.0,
@@ -74,8 +99,8 @@ class G2RLConfig(GRPOConfig):
         default="intent",
         metadata={
             "help": "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of "
-            "the paper as printed, where a novel wrong answer is punished less; 'none': rewards stay as they "
-            "are, and g2rl/* is measured all the same.",
+            "the paper as printed, where a novel wrong answer is punished less; 'none': as g2rl_algorithm "
+            "grpo.",
             "choices": sorted(SHAPINGS),
         },
     )
@@ -109,6 +134,35 @@ class G2RLConfig(GRPOConfig):
             "for -1 and +1. It makes g2rl_lam mean the same in every unit."
         },
     )
+    g2rl_labels: str = field(
+        default="truth",
+        metadata={
+            "help": "What is right: by 'truth', the correctness reward, or by 'majority', the group's most "
+            "frequent answer. With 'majority' the correctness reward counts in metrics only.",
+            "choices": list(LABELS),
+        },
+    )
+    g2rl_answer_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "For evol_rl and majority labels: dotted path of a function from a completion's text to "
+            "its answer, None where it has none. Unset: the last answer that math-verify finds."
+        },
+    )
+    g2rl_encoder: str = field(
+        default=DEFAULT_ENCODER,
+        metadata={
+            "help": "evol_rl: the sentence-transformers model that sees what is novel: a hub name, a local "
+            "directory or pypi:<package>."
+        },
+    )
+    entropy_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the mean per-token entropy, which the loss rewards. Unset: 0.003 for "
+            "entropy_bonus and evol_rl, 0 else."
+        },
+    )
     g2rl_fused_logprobs: bool | None = field(
         default=None,
         metadata={
@@ -122,6 +176,17 @@ class G2RLConfig(GRPOConfig):
         prefix = "g2rl_"
         ours = {k.removeprefix(prefix): v for k, v in vars(self).items() if k.startswith(prefix)}
         check_options(ours, prefix)
+        algorithm = self.g2rl_algorithm
+        if self.entropy_coef is None:
+            self.entropy_coef = ENTROPY_COEF[algorithm]
+        bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
+        if (algorithm == "grpo" and bonus) or (algorithm == "entropy_bonus" and not bonus):
+            raise ValueError(
+                f"entropy_coef: got {self.entropy_coef} with g2rl_algorithm={algorithm}: grpo has no entropy "
+                "bonus, and entropy_bonus has one; leave it unset for the algorithm's own"
+            )
+        if self.epsilon_high is None and algorithm == "evol_rl":  # type: ignore[has-type]
+            self.epsilon_high = EVOL_CLIP_HIGH
         super().__post_init__()
 
 
@@ -137,6 +202,7 @@ class _Measurement:
     has_tokens: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
     rewards: Tensor | None = None  # [responses of all ranks, reward functions], raw
+    texts: list[str] = field(default_factory=list)  # this rank's completions
 
 
 class G2RLTrainer(GRPOTrainer):
@@ -180,8 +246,13 @@ class G2RLTrainer(GRPOTrainer):
             raise TypeError(f"args: got {type(args).__name__}, needs a G2RLConfig (g2rl_lam=0 is plain GRPO)")
         _check_prompts(train_dataset, args)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
-        self._shapes = args.g2rl_lam > 0
+        self._shapes = args.g2rl_algorithm != "g2rl" or args.g2rl_lam > 0 or args.g2rl_labels != "truth"
         self._measurement: _Measurement | None = None
+        self._answer = None
+        if args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority":
+            self._answer = _answer_function(args.g2rl_answer_func)
+        if args.g2rl_algorithm == "evol_rl":
+            self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
         if self._shapes:
             self._correctness = _correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
@@ -346,7 +417,27 @@ class G2RLTrainer(GRPOTrainer):
         rewards: Tensor = super()._calculate_rewards(*inputs)
         if self._measurement is not None:
             self._measurement.rewards = rewards
+            self._measurement.texts = [_text(completion) for completion in inputs[2]]
         return rewards
+
+    def _read(self, texts: list[str]) -> dict[str, Any]:
+        """Answers and embeddings of all ranks' completions, for `shape_scores`; this rank's are `texts`."""
+        if self._answer is None:
+            return {}
+        args, device = self.args, self.accelerator.device
+        answers = gather_object([(self._answer(text) or "").strip() or None for text in texts])
+        if answers.count(None) == len(answers):
+            warnings.warn(
+                "no completion of the batch has an answer: g2rl_answer_func names the function that finds it",
+                stacklevel=2,
+            )
+        found: dict[str, Any] = {}
+        if args.g2rl_labels == "majority":
+            found["votes"] = answers
+        if args.g2rl_algorithm == "evol_rl":
+            found["answered"] = torch.tensor([answer is not None for answer in answers], device=device)
+            found["embeddings"] = gather(self._encoder([compared_text(text) for text in texts]))
+        return found
 
     def _shape(self, measurement: _Measurement, count: int) -> Tensor:
         """This rank's advantages [count], of the shaped rewards of all ranks; metrics, completions table."""
@@ -363,11 +454,13 @@ class G2RLTrainer(GRPOTrainer):
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             threshold=args.g2rl_correctness_threshold,
             gap=args.g2rl_correctness_gap,
+            algorithm=args.g2rl_algorithm,
             lam=args.g2rl_lam,
             clip=args.g2rl_clip,
             shaping=args.g2rl_shaping,
             score=args.g2rl_score,
             uniform_groups=args.g2rl_uniform_groups,
+            **self._read(measurement.texts),
         )
         rewards = rewards.clone()
         rewards[:, self._correctness] = shaped.scores
@@ -424,6 +517,30 @@ def _correctness_column(names: list[str], asked: str | None) -> int:
             f"whether an answer is right: {', '.join(names)}"
         )
     return names.index(asked)
+
+
+def _answer_function(path: str | None) -> Callable[[str], str | None]:
+    """The function at a dotted path; without one, math-verify's reading."""
+    if path is None:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise ValueError("g2rl_answer_func: name a function, or pip install math-verify") from None
+        return math_answer
+    module, _, name = path.rpartition(".")
+    try:
+        function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"g2rl_answer_func: cannot import {path!r} ({error})") from None
+    return function
+
+
+def _text(completion: Any) -> str:
+    """What a completion says, if a conversation: the model's own messages of it."""
+    if isinstance(completion, str):
+        return completion
+    said = (m.get("content") for m in completion if m.get("role") == "assistant")
+    return "\n".join(text for text in said if isinstance(text, str))
 
 
 def _innermost(model: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..integrations.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
 from ..novelty import DEFAULT_ENCODER
 from .errors import ConfigError, need
 
@@ -66,9 +67,9 @@ class TrainerConfig:
     )
     score_gate: float = 0.99  # reward = +1 if the task's score >= gate, else -1
     labels: str = "truth"  # truth: the task's score | majority: right is the group's most frequent answer
-    # the algorithm; what of it is measured is measured for all of them
-    algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus (grpo and entropy_coef) | evol_rl
-    entropy_coef: float = 0.0  # weight of the mean entropy a token, which the loss rewards; not with grpo
+    # the system (docs/baselines.md); the geometry is measured for all of them
+    algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl
+    entropy_coef: float | None = None  # weight of the mean entropy; None: entropy_bonus, evol_rl .003, else 0
     encoder: str = DEFAULT_ENCODER  # evol_rl: a sentence-transformers model, which sees what is novel
     # exploration by g2rl (PAPER: equations 9 to 13)
     lam: float = 0.5
@@ -81,7 +82,7 @@ class TrainerConfig:
     # objective (equations 2 to 4)
     ratio: str = "token"  # token | sequence (as the paper writes it) | sequence_mean (its length-th root)
     ratio_clip: float = 0.2
-    ratio_clip_high: float | None = None  # None: same as ratio_clip
+    ratio_clip_high: float | None = None  # None: 0.28 for evol_rl, else the same as ratio_clip
     loss_mean: str = "response"  # every response weighs the same | token: every token does
     beta: float = 0.0  # weight of the KL to the starting model; 0: no copy of it is kept
     # optimisation
@@ -156,14 +157,15 @@ class TrainerConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def check(self) -> None:
-        """Raises ConfigError for the first value that cannot work. Fills in the sizes left at 0."""
+        """Raises ConfigError for the first value that cannot work. Fills in sizes left at 0, and the
+        algorithm's own entropy_coef and ratio_clip_high."""
         choices = {
             "dtype": ("float32", "bfloat16"),
             "autocast": ("none", "bfloat16"),
             "chat_template": ("auto", "always", "never"),
             "truncated": ("keep", "drop"),
-            "algorithm": ("g2rl", "grpo", "entropy_bonus", "evol_rl"),
-            "labels": ("truth", "majority"),
+            "algorithm": ALGORITHMS,
+            "labels": LABELS,
             "shaping": ("intent", "equation"),
             "score": ("linear", "sqrt"),
             "scale": ("group", "batch", "none"),
@@ -200,11 +202,17 @@ class TrainerConfig:
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
         if self.algorithm == "entropy_bonus" and self.entropy_coef == 0:
-            raise ConfigError("entropy_coef=0: algorithm=entropy_bonus needs one above 0, e.g. 0.001")
-        if self.algorithm == "grpo" and self.entropy_coef > 0:
+            raise ConfigError(
+                "entropy_coef=0.0: algorithm=entropy_bonus needs one above 0, or null for its own"
+            )
+        if self.algorithm == "grpo" and self.entropy_coef:
             raise ConfigError(
                 f"entropy_coef={self.entropy_coef}: grpo has no entropy bonus; set algorithm=entropy_bonus"
             )
+        if self.entropy_coef is None and ENTROPY_COEF[self.algorithm]:
+            self.entropy_coef = ENTROPY_COEF[self.algorithm]
+        if self.ratio_clip_high is None and self.algorithm == "evol_rl":
+            self.ratio_clip_high = EVOL_CLIP_HIGH
         if "{question}" not in self.prompt_template:
             raise ConfigError("prompt_template: must contain {question}")
         self.mini_batch_size = self.mini_batch_size or self.batch_size

@@ -176,22 +176,32 @@ class AnswerTask:
             return self.function(completion, item)
         from math_verify import parse, verify
 
-        # A bare answer (3/4, 1,024, (0, 2]) is parsed as mathematics, a worked solution as text with a \boxed
-        gold = str(item[self.answer_key])
-        gold_parsed = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
-        if not gold_parsed:
-            return float(completion.strip() == gold.strip())
-        return float(verify(gold_parsed, parse(completion)))
+        gold = self._parsed_gold(item)
+        if not gold:
+            return float(completion.strip() == str(item[self.answer_key]).strip())
+        return float(verify(gold, parse(completion)))
 
     def answer(self, completion: str, item: Item) -> str | None:
         """What the extractor finds; where math-verify judges, its reading, so that 0.5 and 1/2 are one."""
         completion = self.extract(completion)
-        if self.function is not None:
-            return completion
+        by_text = self.function is not None or not self._parsed_gold(item)
+        return completion if by_text else math_answer(completion)
+
+    def _parsed_gold(self, item: Item) -> list[Any]:
+        """Empty, where math-verify finds no mathematics in it: then texts are compared."""
         from math_verify import parse
 
-        parsed = parse(completion)
-        return str(_exact(parsed[0])) if parsed else None
+        # A bare answer (3/4, 1,024, (0, 2]) is parsed as mathematics, a worked solution as text with a \boxed
+        gold = str(item[self.answer_key])
+        return parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
+
+
+def math_answer(completion: str) -> str | None:
+    """math-verify's reading of a response's final answer, the same text for 0.5 and 1/2; None without one."""
+    from math_verify import parse
+
+    parsed = parse(completion)
+    return str(_exact(parsed[0])) if parsed else None
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
-from ..integrations.shaping import describe
-from ..novelty import SentenceEncoder, evol_rewards, majority_labels
+from ..integrations.shaping import describe, shape_rewards
+from ..novelty import SentenceEncoder, compared_text, majority_labels
 from . import checkpoint
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, check_packages
@@ -142,50 +142,43 @@ class Trainer:
                 reference[rows, : mask.shape[1]], _ = self._logprobs(self.reference, rollout, rows)
         entropy /= max(int(rollout.mask.sum()), 1)
 
-        rewards = torch.where(self._labels(rollout, scores), 1.0, -1.0)
-        groups: int | Tensor = config.group_size
+        groups = torch.arange(len(scores), device=self.device) // config.group_size
         if config.truncated == "drop":  # -1: a row that touches nobody
-            groups = torch.arange(len(rewards), device=self.device) // config.group_size
             groups = groups.masked_fill(rollout.truncated, -1)
         start = self._clock()
-        geometry = self._shape(torch.cat(features), rewards, groups, rollout)
+        rewards, geometry = self._shape(torch.cat(features), scores, groups, rollout)
         seconds += self._clock() - start
         return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
 
-    def _labels(self, rollout: Rollout, scores: Tensor) -> Tensor:
-        """Which responses count as right, [S] bool."""
-        if self.config.labels == "truth":
-            return scores >= self.config.score_gate
-        return majority_labels(self._answers(rollout), self.config.group_size).to(self.device)
-
-    def _answers(self, rollout: Rollout) -> list[str | None]:
-        pairs = zip(rollout.items, rollout.completions)
-        return [final_answer(task, text, item) for (task, item), text in pairs]
-
     def _shape(
-        self, features: Tensor, rewards: Tensor, groups: int | Tensor, rollout: Rollout
-    ) -> g2.GroupGeometry:
-        """The groups' geometry, with the rewards and advantages that the algorithm makes of `rewards`."""
+        self, features: Tensor, scores: Tensor, groups: Tensor, rollout: Rollout
+    ) -> tuple[Tensor, g2.GroupGeometry]:
+        """Rewards [S], +1 and -1, and what the algorithm makes of them."""
         config = self.config
-        geometry = g2.group_geometry(
+        right, answers, novelty = scores >= config.score_gate, None, {}
+        if config.labels == "majority" or config.algorithm == "evol_rl":
+            pairs = zip(rollout.items, rollout.completions)
+            answers = [final_answer(task, text, item) for (task, item), text in pairs]
+            if config.labels == "majority":
+                right = majority_labels(answers, groups).to(self.device)
+        if config.algorithm == "evol_rl":
+            assert answers is not None
+            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
+            novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
+        rewards = torch.where(right, 1.0, -1.0)
+        return rewards, shape_rewards(
             features,
             rewards,
-            groups,
+            groups if config.truncated == "drop" else config.group_size,  # ids make a GPU wait
+            algorithm=config.algorithm,
             lam=config.lam,
             clip=config.clip,
-            shaping=config.shaping if config.algorithm == "g2rl" else "none",
+            shaping=config.shaping,
             score=config.score,
             scale=config.scale,
             uniform_groups=config.uniform_groups,
+            **novelty,
         )
-        if config.algorithm != "evol_rl":
-            return geometry
-        valid = [answer is not None for answer in self._answers(rollout)]
-        shaped = evol_rewards(
-            self.encoder(rollout.completions), rewards > 0, groups, torch.tensor(valid, device=self.device)
-        )
-        other = g2.group_geometry(features, shaped, groups, shaping="none", scale=config.scale)
-        return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
 
     def update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
         """`epochs` passes of clipped policy-gradient updates over the rollout; means over the updates."""
@@ -195,6 +188,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         high = config.ratio_clip if config.ratio_clip_high is None else config.ratio_clip_high
+        coef = config.entropy_coef or 0.0
         for mini in config.epochs * [*_slices(config.batch_size, config.mini_batch_size)]:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
             for micro in _slices(config.mini_batch_size, config.micro_batch_size):
@@ -211,8 +205,8 @@ class Trainer:
                     clip=(config.ratio_clip, high),
                     reference=None if measured.reference is None else measured.reference[rows, :length],
                     beta=config.beta,
-                    entropy=entropy if config.entropy_coef > 0 else None,
-                    entropy_coef=config.entropy_coef,
+                    entropy=entropy if coef > 0 else None,
+                    entropy_coef=coef,
                 )
                 loss.backward()
                 for key, value in {"loss": loss.item(), **stats}.items():

@@ -46,6 +46,7 @@ from trl.trainer.utils import add_fused_lm_head
 import g2rl_kernels as g2
 from g2rl_kernels.integrations import trl as integration
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
+from g2rl_kernels.novelty import evol_rewards, majority_labels
 from g2rl_kernels.trainer import TrainerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
@@ -219,6 +220,111 @@ def test_unshaped_advantages_are_trls_to_the_bit(
     ours, theirs = trained(make, **own, **settings), trained(make, GRPOTrainer, **settings)
     assert_same_run(ours, theirs)
     assert len(logged(ours, "g2rl/cos_mean")) == 2
+
+
+# --- the systems that the paper compares --------------------------------------------------------------------
+
+
+class Letters:
+    """A sentence encoder that counts characters."""
+
+    def __init__(self, name: str, device: Any):
+        self.name = name
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        counts = torch.tensor([[float(text.count(c)) for c in "0123456789+-= abcdefgh"] for text in texts])
+        return torch.nn.functional.normalize(counts + 0.01, dim=1)
+
+
+@pytest.fixture
+def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration, "SentenceEncoder", Letters)
+
+
+def last_letter(text: str) -> str | None:
+    """A completion that is empty, or ends with a space or a letter after f, has no answer."""
+    return text[-1:] if "!" < text[-1:] <= "f" else None
+
+
+def completions_of(trainer: Any) -> list[str]:
+    return trainer.processing_class.batch_decode(trainer.generated[1], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "entropy_bonus"])
+def test_unshaped_systems_are_trls_to_the_bit_and_measured(make: Callable[..., Any], algorithm: str) -> None:
+    coef = {"grpo": 0.0, "entropy_bonus": 0.003}[algorithm]
+    ours = trained(make, g2rl_algorithm=algorithm, g2rl_fused_logprobs=False)
+    theirs = trained(make, GRPOTrainer, entropy_coef=coef)
+    assert_same_run(ours, theirs)
+    assert len(logged(ours, "g2rl/cos_mean")) == 2
+    assert ours.args.epsilon_high is None
+
+
+@pytest.mark.usefixtures("_letters")
+@pytest.mark.parametrize("labels", ["truth", "majority"])
+def test_evol_rl_trains_on_its_rewards(make: Callable[..., Any], labels: str) -> None:
+    trainer = make(
+        Watched,
+        g2rl_algorithm="evol_rl",
+        g2rl_labels=labels,
+        g2rl_answer_func="test_trl.last_letter",
+        g2rl_encoder="org/letters",
+        log_completions=True,
+        max_steps=1,
+    )
+    assert (trainer.args.entropy_coef, trainer.epsilon_high) == (0.003, 0.28)
+    trainer.train()
+    (seen,) = trainer.seen
+    texts = completions_of(trainer)
+    answers = [last_letter(text) for text in texts]
+    assert None in answers
+    right = seen["rewards"][:, 0] > 0.5
+    if labels == "majority":
+        assert not torch.equal(right, majority_labels(answers, 4))
+        right = majority_labels(answers, 4)
+    valid = torch.tensor([answer is not None for answer in answers])
+    evolved = evol_rewards(trainer._encoder(texts), right, 4, valid)
+    groups = ((evolved + 1) / 2).view(-1, 4)  # the correctness reward is 0 or 1
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-4, atol=1e-5)
+    bonus = torch.tensor(list(trainer._logs["extra"]["g2rl_bonus"]))
+    torch.testing.assert_close(bonus, (evolved - torch.where(right, 1.0, -1.0)) / 2)
+    assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(evolved.mean().item())
+    assert logged(trainer, "g2rl/accuracy")[0] == logged(trainer, "reward")[0]  # by the truth, whoever labels
+    torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
+
+
+def nothing_known(completions: list[str], **_: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def test_majority_labels_need_no_truth(make: Callable[..., Any]) -> None:
+    settings = {"g2rl_answer_func": "test_trl.last_letter", "g2rl_labels": "majority", "max_steps": 1}
+    trainer = trained(make, Watched, g2rl_algorithm="grpo", reward_funcs=nothing_known, **settings)
+    labels = majority_labels([last_letter(text) for text in completions_of(trainer)], 4).float()
+    groups = labels.view(-1, 4)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(trainer.seen[0]["advantages"], expected.flatten(), rtol=1e-4, atol=1e-5)
+    assert logged(trainer, "g2rl/accuracy") == [0.0]
+
+
+@pytest.mark.usefixtures("_letters")
+def test_a_batch_without_answers_is_told(make: Callable[..., Any]) -> None:
+    trainer = make(g2rl_algorithm="evol_rl", g2rl_answer_func="builtins.min", max_steps=1)
+    trainer._answer = lambda text: " "
+    with pytest.warns(UserWarning, match="no completion of the batch has an answer: g2rl_answer_func"):
+        trainer.train()
+
+
+def test_answers_are_math_verifys_unless_a_function_is_named(make: Callable[..., Any]) -> None:
+    pytest.importorskip("math_verify")
+    trainer = make(g2rl_labels="majority")
+    conversation = [{"role": "assistant", "content": r"so \boxed{0.5}"}, {"role": "tool", "content": "7"}]
+    assert integration._text(conversation) == r"so \boxed{0.5}"
+    assert integration._text("text") == "text"
+    texts = [integration._text(conversation), r"\boxed{\frac{1}{2}}", "who knows", ""]
+    assert trainer._read(texts) == {"votes": ["1/2", "1/2", None, None]}
 
 
 # --- the log-probs ------------------------------------------------------------------------------------------
@@ -603,6 +709,21 @@ def test_conversations_go_through_the_chat_template(make: Callable[..., Any]) ->
         ({"g2rl_clip": 0.0}, "g2rl_clip: got 0.0"),
         ({"g2rl_shaping": "other"}, "g2rl_shaping: got 'other', needs one of none, intent, equation"),
         ({"g2rl_correctness_gap": -1.0}, "g2rl_correctness_gap: got -1.0"),
+        (
+            {"g2rl_algorithm": "ppo"},
+            "g2rl_algorithm: got 'ppo', needs one of grpo, entropy_bonus, evol_rl, g2rl",
+        ),
+        ({"g2rl_labels": "gold"}, "g2rl_labels: got 'gold', needs one of truth, majority"),
+        ({"g2rl_algorithm": "grpo", "entropy_coef": 0.1}, "entropy_coef: got 0.1 with g2rl_algorithm=grpo"),
+        (
+            {"g2rl_algorithm": "entropy_bonus", "entropy_coef": 0.0},
+            "entropy_coef: got 0.0 .*entropy_bonus has one",
+        ),
+        (
+            {"g2rl_labels": "majority", "g2rl_answer_func": "os.nothing"},
+            "g2rl_answer_func: cannot import 'os.no",
+        ),
+        ({"g2rl_labels": "majority", "g2rl_answer_func": "f"}, "g2rl_answer_func: cannot import 'f'"),
         (
             {"train_dataset": prompts(1)},
             r"train_dataset: 1 prompts, but a generation batch takes 2 .*8 / num_gen",

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tiny_trl import prompts, save_model
 
 from g2rl_kernels.integrations.rewards import last_number
+from g2rl_kernels.integrations.shaping import ALGORITHMS
 from g2rl_kernels.integrations.trl_command import parse
-from g2rl_kernels.trainer import cli
+from g2rl_kernels.trainer import TrainerConfig, cli
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -152,10 +153,16 @@ def test_config_names_a_recipe_of_the_thin_trainer_too(
     assert "lr=-1.0: must be at least 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("trl-*.yaml")), ids=lambda path: path.stem)
-def test_trl_recipes_parse(path: Path) -> None:
-    script, config, model, data = parse(str(path), ["--use_cpu", "true"])
+def test_trl_recipes_parse_with_every_system(path: Path, algorithm: str) -> None:
+    own = TrainerConfig.from_dict({"algorithm": algorithm})
+    options = ["--g2rl_algorithm", algorithm] if algorithm != "g2rl" else []
+    script, config, model, data = parse(str(path), ["--use_cpu", "true", *options])
     assert script.engine == "trl"
+    assert config.g2rl_algorithm == algorithm
+    assert config.entropy_coef == (own.entropy_coef or 0)  # as our trainer has it
+    assert config.epsilon_high == own.ratio_clip_high
     assert config.g2rl_lam == 0.5
     assert model.model_name_or_path
     assert data.datasets[0].path == "json"

@@ -18,21 +18,24 @@ from tiny_trl import save_model
 from trl_ddp_script import run
 
 import g2rl_kernels
+from g2rl_kernels.integrations import trl as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 WRAPPED = {
     "ddp": ("DistributedDataParallel", "Parameter"),
+    "ddp-evol": ("DistributedDataParallel", "Parameter"),
     "fsdp2": ("FSDPQwen3ForCausalLM", "DTensor"),
     "fsdp2-head": ("FSDPQwen3ForCausalLM", "DTensor"),
     "fsdp1": ("FullyShardedDataParallel", "Parameter"),
 }
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test for all ways, since starting the processes takes longer than training in them."""
     save_model(tmp_path / "model")
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
-    for way in ("alone", "alone-head"):
+    monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it: put it back at the end
+    for way in ("alone", "alone-evol", "alone-head"):
         run(tmp_path, way)
     script = str(Path(__file__).with_name("trl_ddp_script.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
@@ -46,7 +49,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr[-4000:]
     for way in WRAPPED:
-        compare(tmp_path / ("alone-head" if way.endswith("-head") else "alone"), tmp_path / way)
+        compare(tmp_path / "-".join(["alone", *way.split("-")[1:]]), tmp_path / way)
 
 
 def compare(alone: Path, together: Path) -> None:

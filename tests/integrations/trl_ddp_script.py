@@ -1,9 +1,10 @@
 """Two steps of G2RLTrainer on responses that only depend on their place in the whole batch; what came of it.
 
-    torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp fsdp2 fsdp2-head fsdp1
+    torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol fsdp2 fsdp2-head fsdp1
 
-The models are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own
-for ...-head, FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
+...-evol trains by EVOL-RL on majority labels. The models are FOLDER/model and, with a head that is not tied
+to the embedding and that FSDP shards on its own for ...-head, FOLDER/model-head. Each process writes
+FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,31 @@ from safetensors.torch import save_file
 from tiny_trl import config, logged, parity, prompts
 from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 
+from g2rl_kernels.integrations import trl as integration
 from g2rl_kernels.integrations.trl import G2RLTrainer
 
+EVOL = {
+    "g2rl_algorithm": "evol_rl",
+    "g2rl_labels": "majority",
+    "g2rl_answer_func": "trl_ddp_script.parity_of_length",
+    "entropy_coef": 0.0,  # TRL's is a mean over each process's tokens, which is not that over all
+}
 RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both
+
+
+def parity_of_length(text: str) -> str:
+    return "even" if len(text) % 2 == 0 else "odd"
+
+
+class Letters:
+    """A sentence encoder that counts characters."""
+
+    def __init__(self, name: str, device: Any):
+        pass
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        counts = torch.tensor([[float(text.count(c)) for c in "0123456789+-= abcdefgh"] for text in texts])
+        return torch.nn.functional.normalize(counts + 0.01, dim=1)
 
 
 def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
@@ -58,7 +81,9 @@ def run(folder: Path, way: str) -> None:
     out, head = folder / way, way.endswith("-head")
     share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
     # Adam would magnify what is left of rounding
-    args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share)
+    own = EVOL if way.endswith("-evol") else {}
+    integration.SentenceEncoder = Letters
+    args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share, **own)
     if way.startswith("fsdp"):
         ask_for_fsdp(int(way[4]), head)
     model = folder / ("model-head" if head else "model")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_kernels.integrations.shaping import ALGORITHMS
 from g2rl_kernels.trainer import ConfigError, TrainerConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -48,9 +49,13 @@ def test_sizes_left_at_zero_follow() -> None:
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
         ({"lam": float("nan")}, "lam=nan: must be at least 0"),
-        ({"algorithm": "ppo"}, "algorithm='ppo': choose one of g2rl, grpo"),
+        ({"algorithm": "ppo"}, "algorithm='ppo': choose one of grpo, entropy_bonus, evol_rl, g2rl"),
         ({"prompt_template": "Solve it."}, "must contain {question}"),
         ({"adam_beta2": 1}, r"adam_beta2=1.0: must be in \[0, 1\)"),
+        ({"labels": "gold"}, "labels='gold': choose one of truth, majority"),
+        ({"entropy_coef": -0.1}, "entropy_coef=-0.1: must be at least 0"),
+        ({"algorithm": "entropy_bonus", "entropy_coef": 0}, "entropy_coef=0.0: .*needs one above 0"),
+        ({"algorithm": "grpo", "entropy_coef": 0.01}, "entropy_coef=0.01: grpo has no entropy bonus"),
     ],
 )
 def test_wrong_values_are_one_line(values: dict, message: str) -> None:
@@ -92,6 +97,25 @@ def test_what_may_change_on_resume() -> None:
     assert config.differences(other) == ["steps"]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "coef", "high"),
+    [("grpo", None, None), ("entropy_bonus", 0.003, None), ("evol_rl", 0.003, 0.28), ("g2rl", None, None)],
+)
+def test_an_algorithm_brings_its_own_settings(algorithm: str, coef: float | None, high: float | None) -> None:
+    config = TrainerConfig.from_dict({"algorithm": algorithm})
+    assert (config.entropy_coef, config.ratio_clip_high) == (coef, high)
+    config.check()
+    assert TrainerConfig.from_dict(config.to_dict()) == config
+    if algorithm != "grpo":
+        asked = TrainerConfig.from_dict({"algorithm": algorithm, "entropy_coef": 0.5, "ratio_clip_high": 0.2})
+        assert (asked.entropy_coef, asked.ratio_clip_high) == (0.5, 0.2)
+    if algorithm == "evol_rl":
+        assert TrainerConfig.from_dict({"algorithm": algorithm, "entropy_coef": 0}).entropy_coef == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_valid(path: Path) -> None:
-    assert TrainerConfig.load(path).tasks
+def test_recipes_are_valid_with_every_system(path: Path, algorithm: str) -> None:
+    config = TrainerConfig.load(path, [f"algorithm={algorithm}"])
+    assert config.tasks
+    assert config.algorithm == algorithm

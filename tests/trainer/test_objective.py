@@ -75,6 +75,38 @@ def test_clipping_stops_the_gradient() -> None:
     assert stats["clip_fraction"] == 0.5
 
 
+@pytest.mark.parametrize("mean", ["token", "response"])
+def test_entropy_bonus_against_autograd(mean: str) -> None:
+    """Through plain log_softmax of logits: the gradient is that of -c sum w H; without c there is none."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = token_weights(MASK, mean)
+    tokens = torch.randint(7, (3, 3, 1), generator=generator)
+
+    def entropies(log_p: torch.Tensor) -> torch.Tensor:
+        return -(log_p.exp() * log_p).sum(-1)
+
+    def loss(**bonus: float) -> torch.Tensor:
+        log_p = logits.log_softmax(-1)
+        chosen = log_p.gather(2, tokens)[..., 0] * MASK
+        advantages = torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64)
+        entropy = entropies(log_p) * MASK
+        return policy_loss(chosen, chosen.detach(), advantages, MASK, weights, entropy=entropy, **bonus)[0]
+
+    with_bonus, without = loss(entropy_coef=0.3), loss()
+    expected = -0.3 * sum(
+        weights[i, t] * torch.distributions.Categorical(logits=logits[i, t]).entropy()
+        for i, length in enumerate((3, 1, 0))
+        for t in range(length)
+    )
+    assert expected < -0.1
+    torch.testing.assert_close(with_bonus - without, expected)
+    (difference,) = torch.autograd.grad(with_bonus - without, logits)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(difference, gradient)
+
+
 def test_kl_pulls_towards_the_reference() -> None:
     new = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     reference, mask = torch.tensor([[-1.5, -2.0]]), torch.ones(1, 2, dtype=torch.bool)

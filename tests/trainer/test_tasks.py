@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from g2rl_kernels.trainer import ConfigError, RewardError, load_tasks
-from g2rl_kernels.trainer.tasks import EXTRACTORS, load_task, score_completion
+from g2rl_kernels.trainer.tasks import EXTRACTORS, final_answer, load_task, score_completion
 
 CHAIN_SUM = {
     "kind": "reasoning_gym",
@@ -69,6 +69,50 @@ def test_jsonl_with_math_verify(tmp_path: Path, gold: str, completion: str, righ
     task = load_task({"kind": "jsonl", "path": path, "question": "problem", "answer": "solution"})
     assert task[0]["question"] == "?"
     assert task.score(completion, task[0]) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "answer"),
+    [
+        ("3/4", r"so it is \boxed{0.75}", "3/4"),
+        ("3/4", r"so it is \boxed{\frac{3}{4}}", "3/4"),  # the same text for the same number
+        ("5", r"\boxed{7} or \boxed{6}", "{6, 7}"),  # a set, as math-verify reads it
+        ("5", "I do not know.", None),
+        ("5", "", None),
+    ],
+)
+def test_answers_of_mathematics(tmp_path: Path, gold: str, completion: str, answer: str | None) -> None:
+    pytest.importorskip("math_verify")
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "?", "answer": gold}])
+    task = load_task({"kind": "jsonl", "path": path})
+    assert final_answer(task, completion, task[0]) == answer
+
+
+def test_answers_of_other_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "?", "answer": "b"}])
+    spec = {"kind": "jsonl", "path": path, "score": "test_tasks:ends_with", "extract": "answer_tag"}
+    task = load_task(spec)
+    assert final_answer(task, "so <answer> b </answer>", task[0]) == "b"
+    assert final_answer(task, "so b", task[0]) is None
+    words = load_task(
+        {"kind": "jsonl", "path": write_jsonl(tmp_path / "y.jsonl", [{"question": "?", "answer": ""}])}
+    )
+    assert words.score("", words[0]) == 1  # no mathematics: texts are compared, and voted on
+    assert final_answer(words, " yes ", words[0]) == "yes"
+
+    class WithoutAnswers:
+        pass
+
+    assert final_answer(WithoutAnswers(), " 4\n", {}) == "4"  # type: ignore[arg-type]
+    assert final_answer(WithoutAnswers(), " \n", {}) is None  # type: ignore[arg-type]
+
+
+def test_answers_of_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = load_task({**CHAIN_SUM, "extract": "last_number"})
+    assert final_answer(task, "1 + 2 = 3.", task[0]) == "3"
+    assert final_answer(task, "none", task[0]) is None
 
 
 def ends_with(completion: str, item: dict[str, Any]) -> float:
