@@ -71,6 +71,7 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k
     from g2rl_kernels.trainer import Trainer, load_tasks
+    from g2rl_kernels.trainer.tasks import final_answer
 
     (task,) = load_tasks([setting.test])
     config = dataclasses.replace(
@@ -96,8 +97,8 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
         scores = judge.verify(rollout)
         described.append(judge._describe(rollout, judge.measure(rollout, scores)))
         right = (scores >= config.score_gate).tolist()
-        for row, (text, answer, good) in enumerate(zip(rollout.completions, judge._answers(rollout), right)):
-            answers[row // GROUP].append((text, answer, good))
+        for row, ((_, item), text, good) in enumerate(zip(rollout.items, rollout.completions, right)):
+            answers[row // GROUP].append((text, final_answer(task, text, item), good))
     problems: dict[str, list[float]] = {"pass@1": [], "maj@16": [], "pass@16": [], "distinct right": []}
     for given in answers:
         texts, finals, goods = zip(*given)
