@@ -34,6 +34,9 @@ test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .ve
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
 
+evidence: $(VENV)/.dev $(VENV)/.built ## rerun every experiment of docs/evidence.md (hours; ARGS=--quick: minutes)
+	$(PY) -m benchmarks.learning.evidence $(ARGS)
+
 lint: $(VENV)/.dev $(VENV)/.built ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -68,4 +71,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench lint build wheel clean
+.PHONY: help demo test test-verl bench evidence lint build wheel clean

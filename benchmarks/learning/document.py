@@ -1,15 +1,47 @@
-"""From the rows of the experiments to the tables and figures of docs/evidence.md."""
+"""From the rows of the experiments to the tables and figures of docs/evidence.md.
+
+A number is a mean over seeds, of each seed's mean over held-out problems, with Student's 95 % interval over
+seeds. Differences are paired: the same seed is the same warm start and the same problems in the same order.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "learning"
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning"
+PAGE = ROOT / "docs" / "evidence.md"
+BLOCK = re.compile(r"(<!-- (results|differences|tuning)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# measure -> heading, digits, whether more is better (None: neither)
+MEASURES: dict[str, tuple[str, int]] = {
+    "pass@1": ("pass@1", 3),
+    "maj@16": ("maj@16", 3),
+    "pass@16": ("pass@16", 3),
+    "distinct right": ("distinct right", 1),
+    "entropy": ("entropy, nats", 3),
+    "cos_mean": ("mean cosine", 3),
+    "negative_pairs": ("negative pairs", 3),
+}
+BASELINE = "GRPO"
 
 
-def value(row: dict[str, Any], measure: str) -> float:
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def value(row: Row, measure: str) -> float:
     """Of one run: the mean over held-out problems, or a number of the geometry."""
     if measure in row["problems"]:
         numbers = row["problems"][measure]
@@ -17,10 +49,193 @@ def value(row: dict[str, Any], measure: str) -> float:
     return float(row["geometry"][measure])
 
 
-def of_seeds(rows: Sequence[dict[str, Any]], system: str, measure: str) -> dict[int, float]:
+def of_seeds(rows: Sequence[Row], system: str, measure: str) -> dict[int, float]:
     return {row["seed"]: value(row, measure) for row in rows if row["system"] == system}
 
 
-def mean_of(rows: Sequence[dict[str, Any]], system: str, measure: str) -> float:
+def mean_of(rows: Sequence[Row], system: str, measure: str) -> float:
     values = of_seeds(rows, system, measure)
     return sum(values.values()) / len(values)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval by Student's t; the half is NaN for a single value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return mean, math.nan
+    from scipy.stats import t
+
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
+    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def difference(rows: Sequence[Row], system: str, measure: str) -> tuple[float, float]:
+    """System less GRPO, seed by seed: mean and half of the interval."""
+    ours, theirs = of_seeds(rows, system, measure), of_seeds(rows, BASELINE, measure)
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """The systems in rows, in the order of the registry."""
+    from .settings import systems
+
+    found = {row["system"] for row in rows}
+    return [name for name in systems(rows[0]["setting"]) if name in found]
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for name in names(rows):
+        cells = []
+        for measure, (_, digits) in MEASURES.items():
+            mean, half = interval(list(of_seeds(rows, name, measure).values()))
+            cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
+        lines.append([name, *cells])
+    return f"{_what(rows)}\n\n" + table(["system", *(head for head, _ in MEASURES.values())], lines)
+
+
+def differences_table(rows: Sequence[Row]) -> str:
+    """Bold where the interval is away from zero."""
+    lines = []
+    for name in names(rows):
+        if name == BASELINE:
+            continue
+        cells = []
+        for measure, (_, digits) in MEASURES.items():
+            mean, half = difference(rows, name, measure)
+            text = f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+            cells.append(f"**{text}**" if abs(mean) > half else text)
+        lines.append([name, *cells])
+    return table([f"less {BASELINE}", *(head for head, _ in MEASURES.values())], lines)
+
+
+def tuning_table(rows: Sequence[Row]) -> str:
+    """Every setting tried, by algorithm; the chosen one in bold."""
+    from .settings import GRIDS
+
+    lines = []
+    for algorithm, grid in GRIDS.items():
+        scores = [mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
+        for keys, score in zip(grid, scores):
+            said = ", ".join(f"{key}={number:g}" for key, number in keys.items())
+            mark = "**" if keys is grid[scores.index(max(scores))] else ""
+            lines.append([algorithm, f"{mark}{said}{mark}", f"{mark}{score:.3f}{mark}"])
+    return table(["algorithm", "setting", "pass@1"], lines)
+
+
+def _what(rows: Sequence[Row]) -> str:
+    seeds = {name: len(of_seeds(rows, name, "pass@1")) for name in names(rows)}
+    fewest, most = min(seeds.values()), max(seeds.values())
+    return (
+        f"{most if fewest == most else f'{fewest} to {most}'} seeds a system, "
+        f"{len(rows[0]['problems']['pass@1'])} held-out problems:"
+    )
+
+
+TABLES = {"results": results_table, "differences": differences_table, "tuning": tuning_table}
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    "GRPO": "#6b6b6b",
+    "entropy bonus": "#c49a1a",
+    "EVOL-RL": "#7a5195",
+    "G2RL intent, shape, 0.5": "#1f6fb4",
+    "G2RL equation, shape, 0.5": "#3a9b5c",
+    "G2RL right, shape, 0.5": "#d1603d",
+}
+CURVES = {
+    "accuracy": "accuracy in training",
+    "entropy": "entropy, nats a token",
+    "length": "response length, tokens",
+    "cos_mean": "mean cosine between gradients",
+    "negative_pairs": "share of negative pairs",
+}
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Curves of training with 95 % bands over seeds, and where each system ends on held-out problems."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    panels = list(figure.subplots(2, 3).flat)
+    shown = [name for name in names(rows) if name in COLOURS]
+    for axes, (key, label) in zip(panels, CURVES.items()):
+        for name in shown:
+            curves = [row["curves"][key] for row in rows if row["system"] == name]
+            points = [interval(at) for at in zip(*curves)]
+            steps = range(1, len(points) + 1)
+            axes.plot(steps, [mean for mean, _ in points], color=COLOURS[name], linewidth=2, label=name)
+            low, high = ([mean + sign * half for mean, half in points] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        axes.set_title(label, fontsize=11, loc="left")
+        axes.set_xlabel("training, in twentieths" if len(points) == 20 else "step")
+    last = panels[-1]
+    for name in names(rows):
+        x, dx = interval(list(of_seeds(rows, name, "distinct right").values()))
+        y, dy = interval(list(of_seeds(rows, name, "pass@1").values()))
+        colour = COLOURS.get(name, "#c8c8c8")
+        order = 3 if name in COLOURS else 2
+        last.errorbar(x, y, dy, dx, "o", color=colour, capsize=2, markersize=5, linewidth=1.2, zorder=order)
+    last.set_title("held-out problems, after training", fontsize=11, loc="left")
+    last.set_xlabel("distinct right answers a problem")
+    last.set_ylabel("pass@1")
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+# --- the document -------------------------------------------------------------------------------------------
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """`text` with every block made anew from the results."""
+
+    def block(found: re.Match[str]) -> str:
+        kind, stage = found[2], found[3] or found[2]
+        path = results / f"{stage}.json"
+        made = TABLES[kind](load(path)) if path.exists() else "Not run yet.\n"
+        return found[1] + made + found[4]
+
+    return BLOCK.sub(block, text)
+
+
+def write() -> None:
+    """docs/evidence.md and its figures, from the committed results."""
+    from g2rl_kernels.trainer.checkpoint import write_whole
+
+    write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.stem != "tuning":
+            draw(load(path), path.stem, PAGE.with_name(f"evidence-{path.stem}.png"))
+
+
+def write_report(results: Path) -> Path:
+    """results/report.md: the same tables and figures of whatever is in a folder of results."""
+    from g2rl_kernels.trainer.checkpoint import write_whole
+
+    parts = ["# Results\n"]
+    for path in sorted(results.glob("*.json")):
+        rows, stage = load(path), path.stem
+        if stage == "tuning":
+            parts.append(f"## Tuning\n\n{tuning_table(rows)}")
+            continue
+        draw(rows, stage, results / f"{stage}.png")
+        parts.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")
+    write_whole(results / "report.md", "\n".join(parts))
+    return results / "report.md"

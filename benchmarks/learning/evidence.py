@@ -1,9 +1,9 @@
 """Reruns every experiment behind docs/evidence.md, and writes the document's tables and figures.
 
-    make evidence                                    all of it: hours on two cores; goes on where it was stopped
-    make evidence ARGS=--quick                       a small version, minutes, its report in runs/evidence-quick
-    python -m benchmarks.learning.evidence --only fluent --systems GRPO "EVOL-RL"
-    python -m benchmarks.learning.evidence --document        tables and figures from the committed results
+    make evidence                      all of it: hours on two cores; goes on where it was stopped
+    make evidence ARGS=--quick         a small version, minutes; its report is in runs/evidence-quick
+    make evidence ARGS='--only fluent --systems GRPO EVOL-RL'
+    make evidence ARGS=--document      run nothing: tables and figures from the committed results
 
 Each finished run is a row of OUT/<stage>.json at once, and is not run again. When a stage is complete it
 replaces the committed file in benchmarks/results/learning/, from which the document is made.
@@ -153,16 +153,16 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--quick", action="store_true", help="two seeds, a few steps: that all of it works")
     parser.add_argument(
-        "--quick", action="store_true", help="two seeds, a few steps: shows that all of it works"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=STAGES, help="these stages (fluent and halting need tuning)"
+        "--only",
+        nargs="+",
+        metavar="STAGE",
+        choices=STAGES,
+        help="fluent, halting need tuning",
     )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="these systems of each stage")
-    parser.add_argument(
-        "--seeds", type=int, default=len(SEEDS), help="the first so many seeds (default: all)"
-    )
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many seeds (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
     parser.add_argument("--out", type=Path, help="folder of results (default: runs/evidence or -quick)")
     parser.add_argument("--document", action="store_true", help="run nothing: tables and figures anew")
@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.document:
-        document.write(document.RESULTS, ROOT / "docs")
+        document.write()
         return 0
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -194,10 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
             document.RESULTS.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(stage.path, document.RESULTS / stage.path.name)
-    if args.quick:
-        document.write(out, out)
-    else:
-        document.write(document.RESULTS, ROOT / "docs")
+    print(f"tables and figures of these results: {document.write_report(out)}")
+    if not args.quick:
+        document.write()
     return 0
 
 

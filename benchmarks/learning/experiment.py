@@ -66,7 +66,7 @@ def run(this: Run, folder: Path, say: Callable[[str], None] = lambda text: None)
 
 
 def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
-    """Of the trained policy on the held-out problems: `problems`, a list of numbers for each, and `geometry`."""
+    """Of the trained policy: `problems`, for each measure a number a held-out problem; and `geometry`."""
     import torch
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k

@@ -84,7 +84,7 @@ SETTINGS = {
     for setting in (
         _expressions("fluent", "fluent", steps=600, rl={"steps": 100}),
         _expressions("halting", "halting", steps=400, rl={"steps": 100}),
-        _expressions("quick", "fluent", steps=60, rl={"steps": 5, "batch_size": 4 * GROUP}, samples=GROUP),
+        _expressions("quick", "fluent", steps=150, rl={"steps": 20, "lr": 1e-4}, samples=GROUP),
         _gym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
         _gym("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 12}),
     )
