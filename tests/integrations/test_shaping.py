@@ -75,6 +75,23 @@ def test_a_batch_in_which_nobody_takes_part_is_described_by_zeros() -> None:
     assert set(shaped.metrics.values()) == {0.0}
 
 
+def test_votes_take_the_place_of_scores() -> None:
+    """Whatever was scored, NaN too; a response without tokens neither votes nor moves."""
+    votes = ["4", "5", "4", None, "5", "5"]
+    features, scores = torch.randn(6, 2), torch.tensor([0.0, -0.7, NAN, 1.0, NAN, 0.3])
+    has_tokens = torch.tensor([1, 1, 1, 1, 0, 0]).bool()
+    options = {"has_tokens": has_tokens, "threshold": 0.0, "gap": 2.0, "votes": votes}
+    plain = shape_scores(features, scores, 6, algorithm="grpo", **options)
+    assert plain.scores[:4].tolist() == [1, -1, 1, -1]
+    assert torch.equal(plain.scores[4:].nan_to_num(9.0), scores[4:].nan_to_num(9.0))
+    assert not plain.bonus.any()
+    assert plain.metrics["accuracy"] == 3 / 4  # by the scores
+    shaped = shape_scores(features, scores, 6, lam=0.5, **options)
+    expected = g2.group_geometry(features[:4], torch.tensor([1.0, -1, 1, -1]), 4, lam=0.5).shaped_rewards
+    torch.testing.assert_close(shaped.scores[:4], expected)
+    torch.testing.assert_close(shaped.bonus[:4], expected - plain.scores[:4])
+
+
 def test_a_gap_must_be_positive() -> None:
     with pytest.raises(ValueError, match="gap: got 0"):
         shape_scores(FEATURES, SIGNS, 4, gap=0)

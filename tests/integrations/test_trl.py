@@ -19,6 +19,7 @@ from accelerate.utils import is_peft_model
 from peft import LoraConfig
 from tiny_trl import (
     CHAT,
+    Letters,
     Watched,
     config,
     length,
@@ -223,17 +224,6 @@ def test_unshaped_advantages_are_trls_to_the_bit(
 
 
 # --- the systems that the paper compares --------------------------------------------------------------------
-
-
-class Letters:
-    """A sentence encoder that counts characters."""
-
-    def __init__(self, name: str, device: Any):
-        self.name = name
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        counts = torch.tensor([[float(text.count(c)) for c in "0123456789+-= abcdefgh"] for text in texts])
-        return torch.nn.functional.normalize(counts + 0.01, dim=1)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "trainer"))
 
 import torch
 from datasets import Dataset
-from tiny import make_model, make_tokenizer
+from tiny import Letters, make_model, make_tokenizer  # noqa: F401
 from torch import Tensor
 
 from g2rl_kernels import reference

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from tiny_trl import config, logged, parity, prompts
+from tiny_trl import Letters, config, logged, parity, prompts
 from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 
 from g2rl_kernels.integrations import trl as integration
@@ -37,17 +37,6 @@ RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second 
 
 def parity_of_length(text: str) -> str:
     return "even" if len(text) % 2 == 0 else "odd"
-
-
-class Letters:
-    """A sentence encoder that counts characters."""
-
-    def __init__(self, name: str, device: Any):
-        pass
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        counts = torch.tensor([[float(text.count(c)) for c in "0123456789+-= abcdefgh"] for text in texts])
-        return torch.nn.functional.normalize(counts + 0.01, dim=1)
 
 
 def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:

@@ -7,22 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LetterTask, make_trainer
+from tiny import Letters, LetterTask, make_trainer
 
 from g2rl_kernels.integrations.shaping import ALGORITHMS
 from g2rl_kernels.novelty import evol_rewards, majority_labels
 from g2rl_kernels.trainer import trainer as trainer_module
-
-
-class Letters:
-    """A sentence encoder that counts characters."""
-
-    def __init__(self, name: str, device: Any):
-        self.name = name
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        counts = torch.tensor([[float(text.count(c)) for c in "0123456789+-= abcdefgh"] for text in texts])
-        return torch.nn.functional.normalize(counts + 0.01, dim=1)
 
 
 @pytest.fixture(autouse=True)

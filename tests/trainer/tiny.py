@@ -58,6 +58,17 @@ class LetterTask:
         return float("a" in completion)
 
 
+class Letters:
+    """A sentence encoder that counts characters."""
+
+    def __init__(self, name: str, device: Any):
+        self.name = name
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        counts = torch.tensor([[float(text.count(c)) for c in CHARACTERS] for text in texts])
+        return torch.nn.functional.normalize(counts + 0.01, dim=1)
+
+
 def make_trainer(
     path: Path, task: Any = None, model: Any = None, tokenizer: Any = None, **keys: Any
 ) -> Trainer:
