@@ -73,7 +73,7 @@ class TrainerConfig:
     # exploration by g2rl (PAPER: equations 9 to 13)
     lam: float = 0.5
     clip: float = 3.0
-    shaping: str = "intent"  # intent | equation
+    shaping: str = "intent"  # intent | equation | right (wrong answers stay as they are)
     score: str = "linear"  # linear | sqrt
     scale: str = "group"  # advantages over the deviation of: group | batch | none
     uniform_groups: str = "skip"  # groups of all right or all wrong responses: skip (leave unshaped) | shape
@@ -164,7 +164,7 @@ class TrainerConfig:
             "truncated": ("keep", "drop"),
             "algorithm": ("g2rl", "grpo", "entropy_bonus", "evol_rl"),
             "labels": ("truth", "majority"),
-            "shaping": ("intent", "equation"),
+            "shaping": ("intent", "equation", "right"),
             "score": ("linear", "sqrt"),
             "scale": ("group", "batch", "none"),
             "uniform_groups": ("shape", "skip"),
