@@ -233,7 +233,7 @@ def exploration_score(similarity: Tensor, weights: Tensor, score: str) -> Tensor
 
 
 def min_max(nu: Tensor, present: Tensor) -> Tensor:
-    """nubar = (nu - min) / (max - min) over the present of each group; 0.5 where max - min <= 1e-5. [B, M]."""
+    """nubar = (nu - min) / (max - min) in each group; 0.5 where max - min <= 1e-5. [B, M]."""
     if nu.shape[1] == 0:
         return nu
     low = nu.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)

@@ -74,9 +74,9 @@ class G2RLConfig(GRPOConfig):
         default="intent",
         metadata={
             "help": "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of "
-            "the paper as printed, where a novel wrong answer is punished less; 'right': as 'intent' among right "
-            "answers, wrong ones stay as they are; 'none': rewards stay as they are, and g2rl/* is measured all "
-            "the same.",
+            "the paper as printed, where a novel wrong answer is punished less; 'right': as 'intent' among "
+            "right answers, wrong ones stay as they are; 'none': rewards stay as they are, and g2rl/* is "
+            "measured all the same.",
             "choices": sorted(SHAPINGS),
         },
     )
