@@ -80,11 +80,8 @@ G2RL_HOST_DEVICE inline double shaped_reward(double r, double nu, const Extremes
   if (o.shaping == Shaping::none || (o.skip_uniform && e.low_reward == e.high_reward)) return r;
   const double spread = e.high_nu - e.low_nu;
   const double nubar = spread <= kFlatSpread ? 0.5 : (nu - e.low_nu) / spread;
-  double s = r;
-  if (o.shaping == Shaping::equation)
-    s = r * (1 + o.lam * r * nubar);
-  else if (is_shaped(r, o))
-    s = r * (1 + o.lam * (2 * nubar - 1));
+  double s = o.shaping == Shaping::equation ? r * (1 + o.lam * r * nubar) : r * (1 + o.lam * (2 * nubar - 1));
+  if (!is_shaped(r, o)) s = r;
   return s > o.clip ? o.clip : s < -o.clip ? -o.clip : s;
 }
 
