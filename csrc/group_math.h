@@ -13,7 +13,7 @@
 
 namespace g2rl {
 
-enum class Shaping : int { none = 0, intent = 1, equation = 2 };
+enum class Shaping : int { none = 0, intent = 1, equation = 2, right = 3 };
 enum class Score : int { linear = 0, sqrt = 1 };
 enum class Scale : int { none = 0, group = 1, batch = 2 };
 
@@ -57,15 +57,20 @@ struct ScoreSum {
   }
 };
 
-// Extremes of the scores and the rewards of one group. One NaN score makes every min-max of its group NaN; a group with
-// a NaN reward is not uniform.
+// Whether a member with this reward is shaped: by Shaping::right only right answers are, and compared with no other.
+G2RL_HOST_DEVICE inline bool is_shaped(double reward, const GroupOptions& o) {
+  return o.shaping != Shaping::right || reward > 0;
+}
+
+// Extremes of the scores and the rewards of one group; of the scores, those that are compared. One NaN score among them
+// makes every min-max of its group NaN; a group with a NaN reward is not uniform.
 struct Extremes {
   double low_nu, high_nu, low_reward, high_reward;
 
   G2RL_HOST_DEVICE Extremes()
       : low_nu(INFINITY), high_nu(-INFINITY), low_reward(INFINITY), high_reward(-INFINITY) {}
-  G2RL_HOST_DEVICE void add(double nu, double reward) {
-    low_nu = smaller(low_nu, nu), high_nu = larger(high_nu, nu);
+  G2RL_HOST_DEVICE void add(double nu, double reward, const GroupOptions& o) {
+    if (is_shaped(reward, o)) low_nu = smaller(low_nu, nu), high_nu = larger(high_nu, nu);
     low_reward = smaller(low_reward, reward), high_reward = larger(high_reward, reward);
   }
 };
@@ -75,7 +80,8 @@ G2RL_HOST_DEVICE inline double shaped_reward(double r, double nu, const Extremes
   if (o.shaping == Shaping::none || (o.skip_uniform && e.low_reward == e.high_reward)) return r;
   const double spread = e.high_nu - e.low_nu;
   const double nubar = spread <= kFlatSpread ? 0.5 : (nu - e.low_nu) / spread;
-  const double s = o.shaping == Shaping::intent ? r * (1 + o.lam * (2 * nubar - 1)) : r * (1 + o.lam * r * nubar);
+  double s = o.shaping == Shaping::equation ? r * (1 + o.lam * r * nubar) : r * (1 + o.lam * (2 * nubar - 1));
+  if (!is_shaped(r, o)) s = r;
   return s > o.clip ? o.clip : s < -o.clip ? -o.clip : s;
 }
 

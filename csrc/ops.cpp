@@ -264,7 +264,7 @@ Group prepare_group(const Tensor& features, const Tensor& rewards, const Tensor&
   require(features.dim() == 2, "features has shape ", shape(features), ", needs [S, d]");
   require_vector(rewards, "rewards", features.size(0), "S");
   require(members.dim() == 2, "members has shape ", shape(members), ", needs [B, M]");
-  require(shaping >= 0 && shaping <= 2, "shaping = ", shaping, ", needs 0 (none), 1 (intent) or 2 (equation)");
+  require(shaping >= 0 && shaping <= 3, "shaping = ", shaping, ", needs 0 (none), 1 (intent), 2 (equation) or 3 (right)");
   require(score >= 0 && score <= 1, "score = ", score, ", needs 0 (linear) or 1 (sqrt)");
   require(scale >= 0 && scale <= 2, "scale = ", scale, ", needs 0 (none), 1 (group) or 2 (batch)");
   require(eps > 0 && std::isfinite(eps), "eps = ", eps, ", needs a finite number > 0");

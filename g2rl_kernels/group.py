@@ -12,7 +12,7 @@ from . import reference
 from .arguments import HAS_TRITON, check_positive, check_shape, check_tensor, sizes
 
 # By their number in the operator's schema.
-SHAPINGS = ("none", "intent", "equation")
+SHAPINGS = ("none", "intent", "equation", "right")
 SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
@@ -57,13 +57,14 @@ def group_geometry(
         A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
 
     nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
-    The paper's eq. 12 as printed contradicts the text around it; `shaping` offers both. With lam = 0.5:
+    The paper's eq. 12 as printed contradicts the text around it; `shaping` offers both, and a third that
+    leaves wrong answers alone. With lam = 0.5:
 
-        reward  nubar           "intent"  "equation"
-          +1      0  (alike)       0.5        1.0
-          +1      1  (novel)       1.5        1.5
-          -1      0  (alike)      -0.5       -1.0
-          -1      1  (novel)      -1.5       -0.5
+        reward  nubar           "intent"  "equation"  "right"
+          +1      0  (alike)       0.5        1.0        0.5
+          +1      1  (novel)       1.5        1.5        1.5
+          -1      0  (alike)      -0.5       -1.0       -1.0
+          -1      1  (novel)      -1.5       -0.5       -1.0
 
     Args:
         features: [S, d], any float dtype (computed on in float32): see `head_features`.
@@ -75,7 +76,8 @@ def group_geometry(
         clip: bound of the shaped rewards, positive.
         shaping: "intent", as above: a novel correct answer gains and a novel wrong one loses; "equation":
             the paper's eq. 12 as printed, r (1 + lam r nubar), where a novel wrong answer is punished less;
-            "none": rewards as they are, unclipped.
+            "right": right answers (a reward above 0) as by "intent", with nubar between the extremes of the
+            right ones alone, and wrong ones as they are but clipped; "none": rewards as they are, unclipped.
         score: "linear", as above, or "sqrt": the square root of nu.
         scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
             "batch"'s (about the batch's mean), or "none".
@@ -88,7 +90,7 @@ def group_geometry(
         of the largest group, groups in order of first appearance and rows in theirs; no gradient. Padding
         rows get zeros and touch nobody. A group of one has score 1. A response without tokens (a zero
         feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so, through eqs.
-        11-13, the scores, and where they are shaped the rewards and advantages, of its own group; with
+        11-13, the scores, and where they are shaped the rewards, and the advantages, of its own group; with
         scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
 
     Raises:

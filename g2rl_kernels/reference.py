@@ -246,11 +246,14 @@ def shaped_rewards(rewards: Tensor, nubar: Tensor, lam: float, clip: float, shap
     """Eqs. 12-13, then the clip of section 2.5.
 
     "equation": r (1 + lam r nubar), as printed. "intent": r (1 + lam (2 nubar - 1)), as the text below it
-    demands: a novel wrong answer is punished more, not less. "none": r, unclipped.
+    demands: a novel wrong answer is punished more, not less. "right": as "intent" where r > 0, with nubar
+    over these alone; r elsewhere, whatever nubar is there. "none": r, unclipped.
     """
     if shaping == "none":
         return rewards
-    factor = lam * (2 * nubar - 1) if shaping == "intent" else lam * rewards * nubar
+    factor = lam * rewards * nubar if shaping == "equation" else lam * (2 * nubar - 1)
+    if shaping == "right":
+        factor = factor.masked_fill(~(rewards > 0), 0.0)
     return (rewards * (1 + factor)).clamp(-clip, clip)
 
 
@@ -308,7 +311,8 @@ def group_geometry(
     similarity = cosine_similarity(group_features, eps).masked_fill(~pair, 0.0)
     weights = reference_weights(group_rewards, present, eps)
     nu = exploration_score(similarity, weights, score)
-    shaped = shaped_rewards(group_rewards, min_max(nu, present), lam, clip, shaping)
+    compared = present & (group_rewards > 0) if shaping == "right" else present
+    shaped = shaped_rewards(group_rewards, min_max(nu, compared), lam, clip, shaping)
     if uniform_groups == "skip":
         shaped = torch.where(is_uniform(group_rewards, present), group_rewards, shaped)
     advantages = group_advantages(shaped, present, scale, eps)

@@ -213,7 +213,7 @@ def group(**changes):
         ({"members": torch.tensor([[0, 1], [2, 4]])}, r"members\[1, 1\] = 4"),
         ({"members": torch.tensor([[0, 1], [2, 1]])}, r"members\[1, 1\] = 1 .*second time"),
         ({"members": torch.ones(2, 2)}, "members has to be int64 or int32"),
-        ({"shaping": 3}, "shaping = 3"),
+        ({"shaping": 4}, "shaping = 4"),
         ({"score": 2}, "score = 2"),
         ({"scale": -1}, "scale = -1"),
         ({"eps": 0.0}, "eps = 0"),

@@ -50,10 +50,10 @@ def test_opcheck_head_features(dtype):
     )
 
 
-@pytest.mark.parametrize("scale", [0, 1, 2])
-def test_opcheck_group_geometry(scale):
+@pytest.mark.parametrize(("shaping", "scale"), [(1, 0), (2, 1), (3, 2)])
+def test_opcheck_group_geometry(shaping, scale):
     members = torch.tensor([[0, 1, 4], [2, 3, -1]])
-    args = (torch.randn(6, 5), torch.randn(6).sign(), members, 0.5, 3.0, 1, 0, scale, True, 1e-6)
+    args = (torch.randn(6, 5), torch.randn(6).sign(), members, 0.5, 3.0, shaping, 0, scale, True, 1e-6)
     torch.library.opcheck(torch.ops.g2rl.group_geometry, args)
 
 

@@ -9,6 +9,7 @@ from strategies import groupings
 
 import g2rl_kernels as g2
 from g2rl_kernels import reference
+from g2rl_kernels.group import IMPLEMENTATIONS
 
 OUTPUTS = ("similarity", "score", "shaped_rewards", "advantages")
 
@@ -30,6 +31,15 @@ OUTPUTS = ("similarity", "score", "shaped_rewards", "advantages")
 #   nubar = 1, 1, (.648767 - .414612) / (.696747 - .414612) = .829940, 0
 #   intent:   3/2, 3/2, -(1 + .659880 / 2) = -1.329940, -1/2;   mean .292515; variance 1.544120 (s 1.242626)
 #   equation: 3/2, 3/2, -(1 - .829940 / 2) = -.585030, -1;      mean .353743; variance 1.335431 (s 1.155609)
+# Table 3: angles 0, 30, 90, 30; rewards 1, 1, 1, -1: the wrong answer is the least novel, so that nubar of
+#   the right ones depends on whom it compares.  Squares: 12 14 .75, 13 0, 23 34 .25, 24 1.
+#   From the right: 1 / (2 + e^-2) = .468311, e^-2 / (2 + e^-2) = .063379, together u = .531689; else 1/3.
+#   nu = 1 - .75 u, 1 - u, 1 - .25 u, 1 - (.75 + 1 + .25) / 3 = .601233, .468311, .867078, .333333
+#   nubar over all .501925, .252887, 1, 0; over the right ones 1/3, 0, 1
+#   intent:   1.001925, .752887, 3/2, -1/2;                     mean .688703; variance .543361 (s .737130)
+#   equation: 1.250962, 1.126444, 3/2, -1;                      mean .719352; variance 1.003479 (s 1.001738)
+#   right:    5/6, 1/2, 3/2, -1;                                mean 11/24; variance 161/192 (s .915719)
+# In tables 1 and 2 the right answers are equally novel: "right" leaves all as they are.
 TABLES = {
     "three": {
         "angles": (0, 0, 90),
@@ -39,6 +49,8 @@ TABLES = {
         "intent_advantages": (0.707107, 0.707107, -1.414214),
         "equation": (1.0, 1.0, -0.5),
         "equation_advantages": (0.707107, 0.707107, -1.414214),
+        "right": (1.0, 1.0, -1.0),
+        "right_advantages": (0.707107, 0.707107, -1.414214),
     },
     "four": {
         "angles": (0, 60, 90, 180),
@@ -48,7 +60,45 @@ TABLES = {
         "intent_advantages": (0.971720, 0.971720, -1.305666, -0.637774),
         "equation": (1.5, 1.5, -0.585030, -1.0),
         "equation_advantages": (0.991908, 0.991908, -0.812362, -1.171454),
+        "right": (1.0, 1.0, -1.0, -1.0),
+        "right_advantages": (1.0, 1.0, -1.0, -1.0),
     },
+    "a wrong answer like others": {
+        "angles": (0, 30, 90, 30),
+        "rewards": (1, 1, 1, -1),
+        "score": (0.601233, 0.468311, 0.867078, 0.333333),
+        "intent": (1.001925, 0.752887, 1.5, -0.5),
+        "intent_advantages": (0.424921, 0.087073, 1.100615, -1.612609),
+        "equation": (1.250962, 1.126444, 1.5, -1.0),
+        "equation_advantages": (0.530689, 0.406386, 0.779294, -1.716369),
+        "right": (0.833333, 0.5, 1.5, -1.0),
+        "right_advantages": (0.409514, 0.045502, 1.137539, -1.592555),
+    },
+}
+
+# By shaping="right" with lam = 0.5, clip = 3 and uniform_groups="shape": angles, rewards, shaped rewards,
+# advantages. nubar is 0 for the less and 1 for the more novel right answer, 0.5 for the only one.
+RIGHT = {
+    "one right": ((0, 0, 90), (1, -1, -1), (1, -1, -1), (2**0.5, -(0.5**0.5), -(0.5**0.5))),
+    "none right": ((0, 0, 90), (-1, -7, 0), (-1, -3, 0), (1 / 14**0.5, -5 / 14**0.5, 4 / 14**0.5)),
+    "all wrong": ((0, 0, 90), (-1, -1, -1), (-1, -1, -1), (0, 0, 0)),
+    "all right": ((0, 0, 90), (1, 1, 1), (0.5, 0.5, 1.5), (-(0.5**0.5), -(0.5**0.5), 2**0.5)),
+    # The third, of reward 0, is no right answer but takes novelty from the first. 2.5 x 1.5 is clipped.
+    "other rewards": (
+        (0, 90, 0, 45),
+        (0.5, 2.5, 0, -7),
+        (0.25, 3, 0, -3),
+        (
+            0.1875 / 4.51171875**0.5,
+            2.9375 / 4.51171875**0.5,
+            -0.0625 / 4.51171875**0.5,
+            -3.0625 / 4.51171875**0.5,
+        ),
+    ),
+    # Infinity makes the wrong answer's score NaN (eq. 10), which the right one is not compared with.
+    "a NaN score of a wrong answer": ((0, 60), (math.inf, -1), (3, -1), (1, -1)),
+    # A NaN reward is not above 0. By eqs. 10-11 it makes the scores of all others NaN.
+    "a NaN reward": ((0, 60, 90), (1, -1, math.nan), (math.nan, -1, math.nan), (math.nan,) * 3),
 }
 
 
@@ -57,7 +107,7 @@ def plane(angles) -> torch.Tensor:
     return torch.tensor([[math.cos(a), math.sin(a)] for a in radians])
 
 
-@pytest.mark.parametrize("shaping", ["intent", "equation"])
+@pytest.mark.parametrize("shaping", ["intent", "equation", "right"])
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_worked_out_by_hand(name, shaping):
     table = TABLES[name]
@@ -83,9 +133,39 @@ def test_a_novel_wrong_answer_loses_by_intent_and_gains_by_the_equation():
     assert g2.group_geometry(features, rewards, 3, shaping="equation").shaped_rewards[2] > -1
 
 
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_answers_alone_worked_out_by_hand(name, implementation):
+    angles, rewards, shaped, advantages = RIGHT[name]
+    rewards = torch.tensor(rewards, dtype=torch.float32)
+    members = torch.arange(len(angles)).view(1, -1)
+    # 3: "right"; divided by the group's deviation; uniform groups are not skipped
+    out = IMPLEMENTATIONS[implementation](plane(angles), rewards, members, 0.5, 3.0, 3, 0, 1, False, 1e-9)
+    close = {"rtol": 0, "atol": 2e-6, "equal_nan": True}
+    torch.testing.assert_close(out[2], torch.tensor(shaped, dtype=torch.float32), **close)
+    torch.testing.assert_close(out[3], torch.tensor(advantages, dtype=torch.float32), **close)
+    if name == "a NaN score of a wrong answer":
+        assert out[1].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+def test_nan_in_a_wrong_answer_leaves_wrong_rewards(implementation):
+    """With shaping="right". By eq. 11 NaN reaches the scores of its group, so right rewards and the mean."""
+    features, rewards = torch.randn(8, 4), torch.tensor([1.0, -1, 1, -1, -1, -1, -1, -1])
+    features[[1, 5]] = torch.nan
+    members = torch.arange(8).view(2, 4)
+    out = IMPLEMENTATIONS[implementation](features, rewards, members, 0.5, 3.0, 3, 0, 1, False, 1e-6)
+    _, score, shaped, advantages = out
+    assert score.isnan().all()
+    assert shaped[[0, 2]].isnan().all()
+    assert shaped[[1, 3, 4, 5, 6, 7]].tolist() == [-1] * 6
+    assert advantages[:4].isnan().all()
+    assert not advantages[4:].any()  # nobody is right: nobody is shaped
+
+
 @given(grouping=groupings())
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("shaping", ["intent", "equation", "none"])
+@pytest.mark.parametrize("shaping", ["intent", "equation", "right", "none"])
 def test_any_groups(grouping, scale, shaping):
     """Against the reference in float64; ids, padding, degenerate features."""
     ids, features, rewards = grouping
@@ -195,9 +275,10 @@ def test_uniform_groups():
 
 
 def test_equal_features_shape_by_a_half():
-    """All alike: nu is flat, nubar 0.5, so that "intent" leaves rewards as they are."""
-    out = g2.group_geometry(torch.ones(4, 3), torch.tensor([1.0, -1, 1, -1]), 4)
-    assert out.shaped_rewards.tolist() == [1, -1, 1, -1]
+    """All alike: nu is flat, nubar 0.5, so that "intent" and "right" leave rewards as they are."""
+    for shaping in ("intent", "right"):
+        out = g2.group_geometry(torch.ones(4, 3), torch.tensor([1.0, -1, 1, -1]), 4, shaping=shaping)
+        assert out.shaped_rewards.tolist() == [1, -1, 1, -1]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ struct Work {
     const GroupArgs& a = *args;
     Extremes extremes;
     for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j)
-      if (!empty(j)) extremes.add(nu[j], reward(j));
+      if (!empty(j)) extremes.add(nu[j], reward(j), a.options);
     double mean = 0, squares = 0;
     int64_t n = 0;
     for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j) {

@@ -183,7 +183,7 @@ __device__ void finish_group(const Device& a, const int64_t* members, const doub
   const int lane = threadIdx.x % kWarp;
   Extremes e;
   for (int64_t j = lane; j < a.M; j += kWarp)
-    if (!a.empty(members[j])) e.add(nu[j], reward[j]);
+    if (!a.empty(members[j])) e.add(nu[j], reward[j], a.options);
   e.low_nu = across_warp(e.low_nu, smaller);
   e.high_nu = across_warp(e.high_nu, larger);
   e.low_reward = across_warp(e.low_reward, smaller);

@@ -99,8 +99,8 @@ class G2RLConfig(GRPOConfig):
         default="intent",
         metadata={
             "help": "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of "
-            "the paper as printed, where a novel wrong answer is punished less; 'none': as g2rl_algorithm "
-            "grpo.",
+            "the paper as printed, where a novel wrong answer is punished less; 'right': as 'intent' among "
+            "right answers, wrong ones stay as they are; 'none': as g2rl_algorithm grpo.",
             "choices": sorted(SHAPINGS),
         },
     )

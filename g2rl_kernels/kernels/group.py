@@ -106,19 +106,24 @@ def group_kernel(
     if SCORE == 1:
         b_nu = tl.sqrt(b_nu)
 
-    # 4. eqs. 12-13; one NaN score makes all of its group NaN
+    # 4. eqs. 12-13; one NaN score makes all that are compared with it NaN
     if SHAPING == 0:
         b_value = b_r
     else:
-        b_known = m_m & (b_nu == b_nu)
+        m_nu = m_m
+        if SHAPING == 3:
+            m_nu = m_m & (b_r > 0.0)
+        b_known = m_nu & (b_nu == b_nu)
         b_low = tl.min(tl.where(b_known, b_nu, float("inf")), axis=0)
         b_spread = tl.max(tl.where(b_known, b_nu, -float("inf")), axis=0) - b_low
-        b_spread = tl.where(tl.max((m_m & (b_nu != b_nu)).to(tl.int32), axis=0) > 0, float("nan"), b_spread)
+        b_spread = tl.where(tl.max((m_nu & (b_nu != b_nu)).to(tl.int32), axis=0) > 0, float("nan"), b_spread)
         b_nubar = tl.where(b_spread <= 1e-5, 0.5, (b_nu - b_low) / b_spread)
-        if SHAPING == 1:
-            b_value = b_r * (1.0 + lam * (2.0 * b_nubar - 1.0))
-        else:
+        if SHAPING == 2:
             b_value = b_r * (1.0 + lam * b_r * b_nubar)
+        else:
+            b_value = b_r * (1.0 + lam * (2.0 * b_nubar - 1.0))
+        if SHAPING == 3:
+            b_value = tl.where(m_nu, b_value, b_r)
         b_value = tl.where(b_value > clip, clip, tl.where(b_value < -clip, -clip, b_value))
         if SKIP_UNIFORM:
             b_first = tl.max(tl.where(m_m, b_r, -float("inf")), axis=0)
@@ -213,7 +218,7 @@ def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int,
     sizes = dict.fromkeys(("S", "d", "B", "M"), "i32")
     scalars = dict.fromkeys(("lam", "clip", "eps"), "fp64")
     for config in CONFIGS:
-        for shaping, score, scale in ((1, 0, 1), (2, 1, 2), (0, 0, 0)):
+        for shaping, score, scale in ((1, 0, 1), (2, 1, 2), (3, 0, 1), (0, 0, 0)):
             constexprs = {
                 "SHAPING": shaping, "SCORE": score, "SCALE": scale, "SKIP_UNIFORM": True,
                 "BM": config.BM, "BK": config.BK, "BW": config.BW, "BR": BR, "BC": BC,

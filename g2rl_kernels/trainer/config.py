@@ -74,7 +74,7 @@ class TrainerConfig:
     # exploration by g2rl (PAPER: equations 9 to 13)
     lam: float = 0.5
     clip: float = 3.0
-    shaping: str = "intent"  # intent | equation
+    shaping: str = "intent"  # intent | equation | right (wrong answers stay as they are)
     score: str = "linear"  # linear | sqrt
     scale: str = "group"  # advantages over the deviation of: group | batch | none
     uniform_groups: str = "skip"  # groups of all right or all wrong responses: skip (leave unshaped) | shape
@@ -166,7 +166,7 @@ class TrainerConfig:
             "truncated": ("keep", "drop"),
             "algorithm": ALGORITHMS,
             "labels": LABELS,
-            "shaping": ("intent", "equation"),
+            "shaping": ("intent", "equation", "right"),
             "score": ("linear", "sqrt"),
             "scale": ("group", "batch", "none"),
             "uniform_groups": ("shape", "skip"),

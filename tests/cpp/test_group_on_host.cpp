@@ -125,7 +125,7 @@ Case make(int64_t B, int64_t M, int64_t d, int64_t spare, bool ragged) {
   const float values[4][4] = {{1, -1, 1, -1}, {1, 1, 1, 1}, {-2.5f, 0.3f, 7, 200}, {1, -INFINITY, NAN, -1}};
   const int which = int(below(4));
   for (int64_t row = 0; row < c.S; ++row) c.rewards.push_back(values[which][below(4)]);
-  c.options = {below(4) ? 0.5 : 0.3, 3, below(4) ? 1e-6 : 1e-9, Shaping(below(3)), Score(below(2)), Scale(below(3)), below(2) == 0};
+  c.options = {below(4) ? 0.5 : 0.3, 3, below(4) ? 1e-6 : 1e-9, Shaping(below(4)), Score(below(2)), Scale(below(3)), below(2) == 0};
   return c;
 }
 

@@ -678,10 +678,16 @@ void check_group(const GroupCase& c, const g2rl::GroupOptions& o) {
       nu[i] = sum > 1 ? 0 : double(1 - sum);
       if (o.score == g2rl::Score::sqrt) nu[i] = std::sqrt(nu[i]);
     }
-    const double low = *std::min_element(nu.begin(), nu.end()), high = *std::max_element(nu.begin(), nu.end());
+    const auto compared = [&](int64_t i) { return o.shaping != g2rl::Shaping::right || c.rewards[rows[i]] > 0; };
+    std::vector<double> scores;
+    for (int64_t i = 0; i < m; i++)
+      if (compared(i)) scores.push_back(nu[i]);
+    const double low = scores.empty() ? 0 : *std::min_element(scores.begin(), scores.end());
+    const double high = scores.empty() ? 0 : *std::max_element(scores.begin(), scores.end());
     for (int64_t i = 0; i < m; i++) {
       const double r = c.rewards[rows[i]], nubar = high - low <= 1e-5 ? 0.5 : (nu[i] - low) / (high - low);
-      value[i] = o.shaping == g2rl::Shaping::intent ? r * (1 + o.lam * (2 * nubar - 1)) : r * (1 + o.lam * r * nubar);
+      value[i] = o.shaping == g2rl::Shaping::equation ? r * (1 + o.lam * r * nubar) : r * (1 + o.lam * (2 * nubar - 1));
+      if (!compared(i)) value[i] = r;
       value[i] = std::min(std::max(value[i], -o.clip), o.clip);
       if (o.shaping == g2rl::Shaping::none || (o.skip_uniform && uniform_rewards)) value[i] = r;
       score[rows[i]] = nu[i], shaped[rows[i]] = value[i], all.push_back(value[i]);
@@ -714,7 +720,7 @@ void check_group(const GroupCase& c, const g2rl::GroupOptions& o) {
 
 std::vector<g2rl::GroupOptions> group_options() {
   std::vector<g2rl::GroupOptions> all;
-  for (int shaping = 0; shaping < 3; shaping++)
+  for (int shaping = 0; shaping < 4; shaping++)
     for (int score = 0; score < 2; score++)
       for (int scale = 0; scale < 3; scale++)
         for (bool skip : {false, true})
@@ -758,7 +764,7 @@ void test_groups() {
 // NaN in one feature makes its group NaN where it should, and touches no other.
 void test_nan_in_a_group() {
   GroupCase c = group_case(9, {5, 3, -1, 5, 9, 3, 5});
-  const bool uniform_rewards = c.rewards[0] == c.rewards[3] && c.rewards[3] == c.rewards[6];
+  c.rewards[0] = c.rewards[6] = 1, c.rewards[3] = -1;
   for (const g2rl::GroupOptions& o : group_options()) {
     if (o.scale == g2rl::Scale::batch) continue;  // one standard deviation for all
     c.features.assign(c.S * c.d, 0.25f);
@@ -769,10 +775,10 @@ void test_nan_in_a_group() {
       const bool touched = c.ids[i] == 5;
       const std::string where = "NaN in a group, row " + std::to_string(i);
       expect(touched ? std::isnan(out.score[i]) : out.score[i] == clean.score[i], where, "score");
-      const bool raw = o.shaping == g2rl::Shaping::none || (o.skip_uniform && uniform_rewards);
-      expect(touched && !raw ? std::isnan(out.shaped[i]) && std::isnan(out.advantages[i])
-                 : out.shaped[i] == clean.shaped[i] && out.advantages[i] == clean.advantages[i],
-             where, "shaped reward or advantage");
+      const bool shaped = touched && o.shaping != g2rl::Shaping::none;
+      const bool left = o.shaping == g2rl::Shaping::right && c.rewards[i] < 0;
+      expect(shaped && !left ? std::isnan(out.shaped[i]) : out.shaped[i] == clean.shaped[i], where, "shaped reward");
+      expect(shaped ? std::isnan(out.advantages[i]) : out.advantages[i] == clean.advantages[i], where, "advantage");
     }
     for (int64_t b = 0; b < c.B; b++)
       for (int64_t i = 0; i < c.M; i++)

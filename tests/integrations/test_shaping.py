@@ -29,6 +29,14 @@ def test_shaping_means_the_same_in_every_unit() -> None:
     assert zero_one.metrics == same.metrics
 
 
+def test_wrong_answers_keep_their_scores_by_right() -> None:
+    """Of the two right ones the first is the more novel by a little, which nubar stretches to 1."""
+    shaped = shape_scores(FEATURES, (SIGNS + 1) / 2, 4, shaping="right", lam=0.5)
+    assert shaped.bonus.tolist() == [0.25, -0.25, 0.0, 0.0]
+    assert shaped.scores.tolist() == [1.25, 0.75, 0.0, 0.0]
+    assert shaped.metrics["sign_flips"] == 0
+
+
 @pytest.mark.parametrize("why", ["not scored", "without tokens", "padding"])
 def test_rows_that_take_no_part_touch_nobody(why: str) -> None:
     at = torch.tensor([0, 1, 3, 4])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from examples import given, settings, st
 from strategies import groupings
+from test_group import RIGHT, plane
 
 import g2rl_kernels as g2
 from g2rl_kernels import reference
@@ -124,6 +125,27 @@ def test_nan_reward_stays_in_its_group():
     *_, shaped, _ = launch(features, rewards, torch.arange(6).view(2, 3))
     assert torch.isnan(shaped[3:]).all()
     assert torch.isnan(launch(features, rewards, torch.arange(6).view(2, 3), scale="batch")[3]).all()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_answers_alone_worked_out_by_hand(name):
+    angles, rewards, shaped, advantages = RIGHT[name]
+    members = torch.arange(len(angles)).view(1, -1)
+    options = {"shaping": "right", "uniform_groups": "shape", "eps": 1e-9}
+    out = assert_right(plane(angles), torch.tensor(rewards, dtype=torch.float32), members, **options)
+    close = {"rtol": 0, "atol": 2e-6, "equal_nan": True}
+    torch.testing.assert_close(out[2], torch.tensor(shaped, dtype=torch.float32), **close)
+    torch.testing.assert_close(out[3], torch.tensor(advantages, dtype=torch.float32), **close)
+
+
+def test_nan_in_a_wrong_answer_leaves_wrong_rewards():
+    features, rewards = torch.randn(8, 4), torch.tensor([1.0, -1, 1, -1, -1, -1, -1, -1])
+    features[[1, 5]] = torch.nan
+    members = torch.arange(8).view(2, 4)
+    *_, shaped, advantages = assert_right(features, rewards, members, shaping="right", uniform_groups="shape")
+    assert shaped[[0, 2]].isnan().all()
+    assert shaped[[1, 3, 4, 5, 6, 7]].tolist() == [-1] * 6
+    assert not advantages[4:].any()
 
 
 @pytest.mark.parametrize("shift", [-1000.0, -80.0, 80.0, 1000.0, 3e38])

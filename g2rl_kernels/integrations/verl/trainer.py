@@ -37,7 +37,7 @@ class G2RLSettings:
 
     lam: float = 0.5  # exploration strength, 0 or more; 0 is verl's GRPO, to the bit
     clip: float = 3.0  # bound of the shaped reward, where right is +1 and wrong is -1
-    shaping: str = "intent"  # intent | equation | none
+    shaping: str = "intent"  # intent | equation | right | none
     score: str = "linear"  # linear | sqrt
     uniform_groups: str = "skip"  # groups of all right or all wrong answers: skip | shape
     correctness_threshold: float = 0.5  # answers whose score reaches it are right
