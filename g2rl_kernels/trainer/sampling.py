@@ -42,9 +42,9 @@ class Sampler:
         self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and its order
-        self._prepare_tokenizer()
+        prepare_tokenizer(tokenizer, model.config, config)
         self.own_generation = _savable(model.generation_config)  # put back when the model is saved
-        self.end_tokens = self._end_tokens()
+        self.end_tokens = end_tokens(tokenizer, self.own_generation, config)
         # A response must come from softmax(z / temperature), which the ops score, and from nothing else.
         # generate() takes what we leave out (top-k, penalties, ...) from the model's own: empty that too.
         # (Under bf16 autocast generate() rounds its logits to bf16; old log-probs and updates do not.)
@@ -61,13 +61,16 @@ class Sampler:
             **tokens,
         )
 
-    @torch.no_grad()
     def sample(self) -> Rollout:
         """The next prompts, with a group of responses for each."""
+        size = self.config.group_size
+        drawn = self.draw(self.config.batch_size // size)
+        return self.respond([prompt for prompt in drawn for _ in range(size)])
+
+    @torch.no_grad()
+    def respond(self, drawn: Sequence[tuple[Task, Item, list[int]]]) -> Rollout:
+        """One response to each of these prompts."""
         config, pad, device = self.config, self.tokenizer.pad_token_id, self.model.device
-        drawn = [
-            d for d in self.draw(config.batch_size // config.group_size) for _ in range(config.group_size)
-        ]
         width = max(len(prompt) for _, _, prompt in drawn)
         ids = torch.tensor([[pad] * (width - len(p)) + p for _, _, p in drawn], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, _, p in drawn], device=device)
@@ -127,16 +130,8 @@ class Sampler:
 
     def encode(self, item: Item) -> list[int]:
         """A prompt's token ids: through the tokenizer's chat template, or as plain text."""
-        config, tokenizer = self.config, self.tokenizer
-        text = config.prompt_template.replace("{question}", item["question"])
-        if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
-            messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-            messages.append({"role": "user", "content": text})
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
-            )
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokenizer(f"{config.system_prompt}\n\n{text}" if config.system_prompt else text)["input_ids"]
+        text, special = render(item["question"], self.tokenizer, self.config)
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _order(self, epoch: int, total: int) -> Tensor:
         if self._shuffled[0] != epoch:
@@ -144,37 +139,50 @@ class Sampler:
             self._shuffled = epoch, torch.randperm(total, generator=generator)
         return self._shuffled[1]
 
-    def _prepare_tokenizer(self) -> None:
-        config, tokenizer = self.config, self.tokenizer
-        if config.pad_token is not None:
-            if config.pad_token not in tokenizer.get_vocab():
-                raise ConfigError(f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary")
-            tokenizer.pad_token = config.pad_token
-        if tokenizer.pad_token_id is None:
-            hint = tokenizer.eos_token or "<a token that the model never writes>"
-            raise ConfigError(f"tokenizer: it has no pad token; set pad_token: {hint!r} in the configuration")
-        if config.chat_template == "always" and not tokenizer.chat_template:
-            raise ConfigError(
-                "chat_template=always: this tokenizer has none; use never and a prompt_template"
-            )
-        longest = config.max_prompt_tokens + config.max_new_tokens
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and longest > limit:
-            raise ConfigError(
-                f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
-            )
 
-    def _end_tokens(self) -> list[int]:
-        """Tokens that end a response: the model's, the tokenizer's, and the configuration's stop_tokens."""
-        tokenizer, own = self.tokenizer, self.own_generation.eos_token_id
-        ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
-        for token in self.config.stop_tokens:
-            if token not in tokenizer.get_vocab():
-                raise ConfigError(f"stop_tokens: {token!r} is not a token of this tokenizer")
-            ends.add(tokenizer.convert_tokens_to_ids(token))
-        if ends == {None}:
-            raise ConfigError("model: no end token is known: set stop_tokens: ['<its token>']")
-        return sorted(ends - {None})
+def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
+    """A prompt as text, and whether the tokenizer has to add its special tokens: a chat template has its own."""
+    text = config.prompt_template.replace("{question}", question)
+    if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
+        messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        messages.append({"role": "user", "content": text})
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+        )
+        return text, False
+    return f"{config.system_prompt}\n\n{text}" if config.system_prompt else text, True
+
+
+def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) -> None:
+    """Sets the pad token; raises ConfigError where tokenizer, model and configuration do not fit together."""
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.pad_token = config.pad_token
+    if tokenizer.pad_token_id is None:
+        hint = tokenizer.eos_token or "<a token that the model never writes>"
+        raise ConfigError(f"tokenizer: it has no pad token; set pad_token: {hint!r} in the configuration")
+    if config.chat_template == "always" and not tokenizer.chat_template:
+        raise ConfigError("chat_template=always: this tokenizer has none; use never and a prompt_template")
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ConfigError(
+            f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
+        )
+
+
+def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) -> list[int]:
+    """Tokens that end a response: the model's, the tokenizer's, and the configuration's stop_tokens."""
+    own = generation_config.eos_token_id
+    ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
+    for token in config.stop_tokens:
+        if token not in tokenizer.get_vocab():
+            raise ConfigError(f"stop_tokens: {token!r} is not a token of this tokenizer")
+        ends.add(tokenizer.convert_tokens_to_ids(token))
+    if ends == {None}:
+        raise ConfigError("model: no end token is known: set stop_tokens: ['<its token>']")
+    return sorted(ends - {None})
 
 
 def _savable(generation: Any) -> Any:

@@ -1,0 +1,108 @@
+"""What n sampled responses to a problem say about it: pass@k, maj@k, distinct right answers, and intervals.
+
+Expectations over subsets of the samples are computed exactly; only the bootstrap draws, from a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k samples is right, k drawn without replacement from n with c right ones.
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of arXiv 2107.03374; in integers, rounded once.
+    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k}: must be from 1 to n={n}, the number of samples")
+    if not 0 <= c <= n:
+        raise ValueError(f"c={c}: must be from 0 to n={n}, the number of samples")
+    subsets = comb(n, k)
+    return (subsets - comb(n - c, k)) / subsets
+
+
+def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
+    """Chance that a vote among k samples, drawn without replacement, ends with a right answer.
+
+    answers: the final answer of each of the n samples, None where there is none; right: [n], the verdicts.
+    The most frequent answer wins, one of the tied ones by a uniform draw; None never wins, and a vote without
+    answers is wrong. Where samples with one answer were judged differently it is right by their share.
+    The exact expectation: a sum over the winning count j of the multivariate hypergeometric distribution of
+    all counts, in O(n k) vector operations. Raises ValueError unless 1 <= k <= n and the lengths agree.
+    """
+    n = len(answers)
+    if len(right) != n:
+        raise ValueError(f"right: {len(right)} verdicts for {n} answers")
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k}: must be from 1 to n={n}, the number of samples")
+    sizes = Counter(answer for answer in answers if answer is not None)
+    hits = Counter(answer for answer, is_right in zip(answers, right) if is_right)
+    if not any(hits[answer] for answer in sizes):
+        return 0.0
+    # table[drawn, i]: of `drawn` samples from those seen so far, i are of the newest answer
+    seen, tables = n - sum(sizes.values()), []
+    none = seen
+    for size in sizes.values():
+        tables.append(_hypergeometric(seen, size, k))
+        seen += size
+    expected = 0.0
+    for j in range(1, min(k, max(sizes.values())) + 1):
+        # state[0][drawn, t]: chance that no answer came more than j times among `drawn`, and t came j times;
+        # state[1]: the same times the sum of those t answers' shares of right
+        state = np.zeros((2, k + 1, k // j + 1))
+        state[0, : min(none, k) + 1, 0] = 1
+        for (answer, size), table in zip(sizes.items(), tables):
+            new = np.zeros_like(state)
+            for i in range(min(size, j - 1, k) + 1):
+                new[:, i:] += state[:, : k + 1 - i] * table[i:, i, None]
+            if size >= j:
+                tied = state[:, : k + 1 - j, :-1] * table[j:, j, None]
+                tied[1] += hits[answer] / size * tied[0]
+                new[:, j:, 1:] += tied
+            state = new
+        expected += float((state[1, k, 1:] / np.arange(1, state.shape[2])).sum())
+    return min(expected, 1.0)
+
+
+def _hypergeometric(others: int, size: int, k: int) -> np.ndarray:
+    """[drawn, i]: chance that `drawn` samples from `others` + `size` hold i of the `size`; 0 if too many."""
+    table = np.zeros((k + 1, min(size, k) + 1))
+    for drawn in range(min(k, others + size) + 1):
+        for i in range(max(0, drawn - others), min(size, drawn) + 1):
+            table[drawn, i] = comb(size, i) * comb(others, drawn - i) / comb(others + size, drawn)
+    return table
+
+
+def bootstrap_interval(
+    values_per_problem: Sequence[float] | np.ndarray,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of [P] values, over problems.
+
+    Problems are drawn with replacement, P at a time; their samples are taken as they are. The same arguments
+    give the same interval. Raises ValueError for no values or a level outside (0, 1).
+    """
+    values = np.asarray(values_per_problem, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values_per_problem: needs [P] values, P > 0; got shape {list(values.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: must be between 0 and 1")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 250):  # a block of draws at a time: P may be 12000
+        block = means[start : start + 250]
+        block[:] = values[generator.integers(len(values), size=(len(block), len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def distinct_right(answers: Sequence[str | None], right: Sequence[bool]) -> int:
+    """How many different answers, or texts, are right; None is no answer."""
+    return len({answer for answer, is_right in zip(answers, right) if is_right and answer is not None})
