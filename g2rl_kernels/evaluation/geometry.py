@@ -189,13 +189,13 @@ def statistics(
 def _pair_statistics(
     cosine: Tensor, semantic: Tensor | None, pairs: list[tuple[int, int]]
 ) -> dict[str, float | None]:
-    values = torch.tensor([cosine[pair] for pair in pairs], dtype=torch.float64)
-    alike = None if semantic is None else torch.tensor([semantic[pair] for pair in pairs])
+    upper = tuple(torch.triu_indices(len(cosine), len(cosine), 1))
+    values = cosine[upper]
     return {
         "cos_mean": values.mean().item() if pairs else None,
         "negative_pairs": (values < 0).double().mean().item() if pairs else None,
         "effective_rank": effective_rank(cosine) if len(cosine) else None,
-        "semantic_cosine": None if alike is None or not pairs else alike.mean().item(),
+        "semantic_cosine": semantic[upper].mean().item() if semantic is not None and pairs else None,
     }
 
 
