@@ -273,8 +273,11 @@ class GeometryCallback(TrainerCallback):
             known = gather(scores) if self.reward_func is not None else None
             metrics = self._describe(gather(features), gather(has_tokens), gather(group), known, texts)
         metrics["seconds"] = self._clock() - start
-        # Not TRL's own log, which would empty what it has gathered towards its next line
+        # Not TRL's own log, which would empty what it has gathered towards its next line. That line is still due.
+        control = self.trainer.control
+        due = control.should_log
         Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in metrics.items()})
+        control.should_log = due
 
     def _scores(self, asked: list[int], completions: list[str]) -> Tensor:
         assert self.reward_func is not None
