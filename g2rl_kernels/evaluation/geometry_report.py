@@ -203,7 +203,9 @@ def _density(models: Sequence[ModelGeometry]) -> str:
     low, high = _range(values)
     edges = np.linspace(low, high, 41)
     heights = [np.histogram(v, edges)[0] / max(len(v), 1) / (edges[1] - edges[0]) for v in values]
-    axes = _Axes((low, high), (0, max(1e-3, *(h.max() for h in heights)) * 1.06), "gradient cosine", "density")
+    axes = _Axes(
+        (low, high), (0, max(1e-3, *(h.max() for h in heights)) * 1.06), "gradient cosine", "density"
+    )
     for index, (model, found, height) in enumerate(zip(models, values, heights)):
         if not len(found):
             continue
@@ -259,7 +261,9 @@ def _negative_bars(models: Sequence[ModelGeometry]) -> str:
 def _scatter(models: Sequence[ModelGeometry]) -> str:
     gradient, semantic = (
         [
-            np.array([p[key][i][j] for p in model.problems if p["semantic"] for i, j in _pairs(p)], dtype=float)
+            np.array(
+                [p[key][i][j] for p in model.problems if p["semantic"] for i, j in _pairs(p)], dtype=float
+            )
             for model in models
         ]
         for key in ("cosine", "semantic")
@@ -374,7 +378,11 @@ def _pair(model: ModelGeometry, problem: dict[str, Any], which: str, limit: int)
         sample = _sample(model, problem, place)
         verdict = "" if sample.get("right") is None else "right ✓" if sample["right"] else "wrong ✗"
         answer = sample.get("answer")
-        facts = [f"response {place}", verdict, "" if answer is None else f"answer {_text(_shown(answer, 80))}"]
+        facts = [
+            f"response {place}",
+            verdict,
+            "" if answer is None else f"answer {_text(_shown(answer, 80))}",
+        ]
         if sample.get("score") is not None:
             facts.insert(2, f"score {sample['score']:g}")
         sides.append(
@@ -412,7 +420,9 @@ def _maps(models: Sequence[ModelGeometry], places: Sequence[dict[str, Any]], ord
         found = [
             (index, model, places[index][name]) for index, model in enumerate(models) if name in places[index]
         ]
-        parts.append(f'<div class="maps"><p class="question">{_text(_shown(found[0][2]["question"], 160))}</p>')
+        parts.append(
+            f'<div class="maps"><p class="question">{_text(_shown(found[0][2]["question"], 160))}</p>'
+        )
         for index, model, problem in found:
             parts.append(
                 f"<figure><figcaption>{_dot(index)}{_text(model.name)}: mean {number('cos_mean', problem['cos_mean'])}"
@@ -423,7 +433,9 @@ def _maps(models: Sequence[ModelGeometry], places: Sequence[dict[str, Any]], ord
     return f'{scale}<section class="mapgrid">{"".join(parts)}</section>'
 
 
-def _problem_table(models: Sequence[ModelGeometry], places: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
+def _problem_table(
+    models: Sequence[ModelGeometry], places: Sequence[dict[str, Any]], order: Sequence[str]
+) -> str:
     names = _known(models)
     head = "".join(f'<th class="num">{SHORT[name]}</th>' for name in names)
     rows = []
@@ -437,7 +449,9 @@ def _problem_table(models: Sequence[ModelGeometry], places: Sequence[dict[str, A
                 if row == 0
                 else ""
             )
-            which = f'<td class="name">{_dot(index)}{_text(models[index].name)}</td>' if len(models) > 1 else ""
+            which = (
+                f'<td class="name">{_dot(index)}{_text(models[index].name)}</td>' if len(models) > 1 else ""
+            )
             cells = "".join(f'<td class="num">{number(name, problem[name])}</td>' for name in names)
             rows.append(f"<tr>{first}{which}{cells}</tr>")
     model = "<th>model</th>" if len(models) > 1 else ""

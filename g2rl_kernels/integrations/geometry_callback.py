@@ -143,7 +143,9 @@ class GeometryCallback(TrainerCallback):
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
         # as in G2RLTrainer: FSDP may have loaded the weights on the first process alone
-        head = find_head(model, trainer.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled())
+        head = find_head(
+            model, trainer.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
+        )
         score, reward, forward = (
             trainer._generate_and_score_completions,
             trainer._calculate_rewards,

@@ -27,14 +27,14 @@ def run(folder: Path, kind: str, way: str) -> None:
     options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
     if kind == "grpo":
         args = config(out, GRPOConfig, per_device_train_batch_size=RESPONSES // share, **options)
-        trainer = GRPOTrainer(
-            str(folder / "model"), parity, args, prompts(), rollout_func=rollout
-        )
+        trainer = GRPOTrainer(str(folder / "model"), parity, args, prompts(), rollout_func=rollout)
         trainer.add_callback(GeometryCallback(trainer, every=1, answer=lambda text: text[:1] or None))
     else:
         rows = Dataset.from_list([{"text": f"abc+{i % 7}={i % 10}"} for i in range(16)])
         more = {"max_completion_length", "num_generations"}
-        args = config(out, lambda path, **k: SFTConfig(path, **{a: b for a, b in k.items() if a not in more}), **options)
+        args = config(
+            out, lambda path, **k: SFTConfig(path, **{a: b for a, b in k.items() if a not in more}), **options
+        )
         trainer = SFTTrainer(str(folder / "model"), args, train_dataset=rows)
         asked = ["abc=", "1+1=", "abc+1="]
         trainer.add_callback(

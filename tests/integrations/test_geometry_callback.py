@@ -197,15 +197,15 @@ def test_it_agrees_with_the_g2rl_trainer(make: Callable[..., Any], tmp_path: Pat
         GeometryCallback(theirs)
 
 
-def test_answers_texts_and_several_rewards(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_texts_and_several_rewards(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Letters:  # a sentence encoder of one's own: the first letter decides
         def __init__(self, *_: Any):
             pass
 
         def __call__(self, texts: list[str]) -> torch.Tensor:
-            return torch.nn.functional.one_hot(torch.tensor([ord(t[:1] or "?") % 8 for t in texts]), 8).float()
+            return torch.nn.functional.one_hot(
+                torch.tensor([ord(t[:1] or "?") % 8 for t in texts]), 8
+            ).float()
 
     monkeypatch.setattr("g2rl_kernels.integrations.geometry_callback.SentenceEncoder", Letters)
     trainer = make("grpo", reward_funcs=[parity, length], max_steps=1)
