@@ -1,4 +1,4 @@
-"""The command `g2rl`: info, train, geometry, bench, tune. What is heavy is imported by the subcommand that needs it."""
+"""The command `g2rl`: info, train, eval, geometry, bench, tune. Each imports what is heavy itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ examples:
   g2rl info                          what this machine can run, and what is missing
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
   g2rl train recipes/trl-demo.yaml   the same by TRL's GRPO trainer, which also runs on many GPUs
+  g2rl eval MODEL --data math500     pass@1, maj@k and pass@k of a model, with intervals
   g2rl geometry MODEL --data aime25  do its answers to a problem ask for the same update? A page with figures
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
   g2rl bench logprobs                the same of log-probs and their gradients, beside three bare products
@@ -50,6 +51,12 @@ def _info(args: argparse.Namespace) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     from .trainer import cli
+
+    return cli.main([_shipped(argument) for argument in argv])
+
+
+def _eval(argv: Sequence[str]) -> int:
+    from .evaluation import cli
 
     return cli.main([_shipped(argument) for argument in argv])
 
@@ -115,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
     # These parse their own arguments, --help too: their parsers are imported only when they are wanted.
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
+    commands.add_parser("eval", help="measure a model: pass@1, maj@k, pass@k; compare runs", add_help=False)
     commands.add_parser(
         "geometry", help="how responses lie to each other in gradient space: a page and JSON", add_help=False
     )
@@ -128,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `g2rl` with `argv` (default: the process's own arguments); returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    handed_on = {"train": _train, "geometry": _geometry, "bench": _bench, "tune": _tune}
+    handed_on = {"train": _train, "eval": _eval, "geometry": _geometry, "bench": _bench, "tune": _tune}
     if argv and argv[0] in handed_on:
         return handed_on[argv[0]](argv[1:])
     return _info(_parser().parse_args(argv))

@@ -1,4 +1,4 @@
-"""Engines that sample responses: transformers, anywhere; vLLM where it is installed, many times faster on a GPU."""
+"""Engines that sample responses: transformers, anywhere; vLLM where it is installed, much faster on a GPU."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class VllmEngine:
 
 
 def choose_engine(name: str, model: str) -> str:
-    """`name`, or for "auto" vllm where it is installed, can read the model and finds a GPU, else transformers."""
+    """`name`; for "auto" vllm where it is installed, reads the model and finds a GPU, else transformers."""
     if name not in ("auto", "transformers", "vllm"):
         raise ConfigError(f"engine={name!r}: choose one of auto, transformers, vllm")
     if name != "auto":

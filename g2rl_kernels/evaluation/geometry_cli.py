@@ -16,7 +16,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
+from .cli import _config, _data
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="problems to sample responses to: aime25, math500=file.jsonl, reasoning_gym:chain_sum ... (as g2rl eval)",
     )
+    add("--recipe", metavar="FILE", help="the tasks and prompts of a training recipe (YAML)")
     add(
         "--samples",
         action="append",
@@ -79,8 +80,10 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="of sampling and of the features (1.0; with --samples: that of their run)",
     )
-    add("--max-new-tokens", type=int, default=1024, metavar="N", help="longest response (%(default)s)")
-    add("--batch-size", type=int, default=64, metavar="N", help="responses generated at once (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest response (2048; the recipe's)")
+    add(
+        "--batch-size", type=int, metavar="N", help="responses generated at once (transformers 64, vllm 2048)"
+    )
     add("--micro-batch", type=int, default=8, metavar="N", help="responses measured at once (%(default)s)")
     add("--engine", default="auto", help="that samples: transformers, vllm, or auto: vllm where it can run")
     add(
@@ -89,12 +92,21 @@ def parser() -> argparse.ArgumentParser:
         help="sentence encoder for semantic cosines, any name sentence-transformers takes; none: leave them out (%(default)s)",
     )
     add(
+        "--gate",
+        type=float,
+        default=0.99,
+        metavar="S",
+        help="right is a score of at least this (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    add(
         "--set",
+        dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of the trainer's configuration: dtype, autocast, device, system_prompt, chat_template, stop_tokens, "
-        "score_gate, seed ... (g2rl train --keys)",
+        help="a key of the trainer's configuration: dtype, autocast, device, system_prompt, chat_template, "
+        "stop_tokens ... (g2rl train --keys)",
     )
     add("--title", default="Gradient geometry", help="of the page")
     add("--overwrite", action="store_true", help="sample and measure anew")
@@ -108,9 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _geometry(args)
     except TrainerError as error:
         message = " ".join(str(error).split())
+    except OSError as error:
+        message = f"{error.filename or args.out}: {error.strerror or error}; the same command goes on"
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+            raise
+        message = "out of memory: lower --batch-size, --micro-batch or --max-new-tokens"
     print(f"g2rl geometry: error: {message}", file=sys.stderr)
     return 2
 
@@ -130,12 +148,15 @@ def _geometry(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
     models = name_models(args.models)
-    config = TrainerConfig.load(None, [*args.set, f"max_new_tokens={args.max_new_tokens}"])
+    if not args.samples:
+        _data(args)  # what is wrong with it shows before a model is loaded
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
         stored = args.samples[place if len(args.samples) > 1 else 0] if args.samples else None
-        done.append(_one(name, replace(config, model=model), stored, encoder, args))
+        done.append(
+            _one(name, _config(argparse.Namespace(**{**vars(args), "model": model})), stored, encoder, args)
+        )
     everything = {"models": [one.to_json() for one in done]}
     write_whole(
         args.out / "geometry.json", json.dumps(everything, ensure_ascii=False, allow_nan=False) + "\n"
@@ -229,14 +250,16 @@ def _one(
 def _sample(
     config: TrainerConfig, folder: Path, temperature: float, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    from .benchmarks import load_data
     from .engines import Decoding, choose_engine
     from .samples import Settings, sample
 
-    data = [load_data(spec, args.limit) for spec in args.data]
-    decoding = Decoding(n=args.m or 8, temperature=temperature)
-    settings = Settings(config, decoding, choose_engine(args.engine, config.model), args.batch_size)
-    return sample(data, settings, folder, overwrite=args.overwrite)
+    decoding, engine = (
+        Decoding(n=args.m or 8, temperature=temperature),
+        choose_engine(args.engine, config.model),
+    )
+    batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
+    settings = Settings(config, decoding, engine, batch_size)
+    return sample(_data(args, config), settings, folder, overwrite=args.overwrite)
 
 
 def _measure(

@@ -3,11 +3,12 @@
     out/samples.json     the settings: model, data, prompts, decoding, seed
     out/samples.jsonl    one response a line, n in a row for each problem:
 
-    {"problem": "math500/12", "sample": 0, "data": "math500", "question": ..., "prompt": the text the model saw,
-     "add_special_tokens": whether the tokenizer put its own around it, "completion": ..., "tokens": ids with the end token, "truncated": false, "score": 1.0, "answer": "7"}
+    {"problem": "math500/12", "sample": 0, "data": "math500", "question": ..., "prompt": what the model saw,
+     "add_special_tokens": false, "completion": ..., "tokens": [ids, the end token too], "truncated": false,
+     "score": 1.0, "answer": "7"}
 
-Lines are written a chunk of whole problems at a time. A killed run goes on after its last whole chunk; as each
-chunk has a seed of its own, the file will be that of a run that was never killed.
+Lines are written a chunk of whole problems at a time. A killed run goes on after its last whole chunk; each
+chunk has a seed of its own, so that the file will be that of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def sample(
         for name in ("samples.json", "samples.jsonl", "results.json"):
             (out / name).unlink(missing_ok=True)
     _check_header(out, {"data": {d.name: _describe(d) for d in data}, "settings": settings.to_dict()})
-    # Whole problems, of one data set: neither other data sets nor where a run was killed have a say in a chunk.
+    # Whole problems of one data set: neither other data nor where a run was killed has a say in a chunk.
     size = max(settings.batch_size // n, 1)
     chunks = [mine[at : at + size] for mine in problems for at in range(0, len(mine), size)]
     rows = _rewind(file, chunks, n)
@@ -189,7 +190,7 @@ def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """samples.json beside a samples.jsonl or in a folder: {"data": ..., "settings": ...}; {} if there is none."""
+    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if there is none."""
     folder = path if path.is_dir() else path.parent
     try:
         found: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))

@@ -141,7 +141,7 @@ class Sampler:
 
 
 def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
-    """A prompt as text, and whether the tokenizer has to add its special tokens: a chat template has its own."""
+    """A prompt as text, and whether the tokenizer is to add special tokens: a chat template has its own."""
     text = config.prompt_template.replace("{question}", question)
     if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
         messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []

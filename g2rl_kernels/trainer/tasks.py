@@ -18,6 +18,7 @@ In a configuration a task is one mapping, and `tasks` is a list of them (their i
     kind: python, function: my_package.my_module:make_task, args: {level: 3}   # returns any task
 
 jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify.
+With `choices: options` (a field with a list of texts) they are multiple choice, answered by a letter.
 `extract` says which part of the completion is the answer: all | boxed | answer_tag | last_number.
 """
 
@@ -193,6 +194,87 @@ class AnswerTask:
         return str(_exact(parsed[0])) if parsed else None
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTER = r"[*_(\[{$\s]*(?:\\(?:text|textbf|mathrm|mathbf)\{)?[*_(\[\s]*([A-Z])(?![A-Za-z0-9'’])"
+_STATED = re.compile(
+    r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would be|must be|choice|option)\b)*)\s*[:=]?" + _LETTER
+)
+_LAST_LINE = re.compile(r"^" + _LETTER + r"(?:[*_)\]}$.,:\s]*$|[).:]\s)")
+
+
+def choice_letter(text: str, count: int) -> str | None:
+    """Which of `count` options a completion chooses: A, B, ..., or None.
+
+    In this order: the last \\boxed{}, the last "answer is (B)" or "Answer: B", a last line that is a letter or
+    begins as an option does ("B. Paris").
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    boxed = re.match(_LETTER, _boxed(text))
+    stated = _STATED.findall(text)
+    last = _LAST_LINE.match(lines[-1]) if lines else None
+    for letter in (boxed and boxed[1], stated and stated[-1], last and last[1]):
+        if letter and LETTERS.index(letter) < count:
+            return str(letter)
+    return None
+
+
+class ChoiceTask:
+    """Multiple choice: the options are lettered below the question, and the answer is a letter.
+
+    The field `answer` holds the letter, the option's index from 0, or its text.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Item],
+        source: str,
+        question: str = "question",
+        answer: str = "answer",
+        choices: str = "choices",
+        extract: str = "all",
+    ):
+        self.extract, self.items = _extractor(extract), []
+        if not rows:
+            raise ConfigError(f"task: {source} holds no items")
+        for number, row in enumerate(rows, 1):
+            where = f"task: {source}, item {number}"
+            for key in (question, answer, choices):
+                if not isinstance(row, dict) or key not in row:
+                    raise ConfigError(
+                        f"{where}: no field {key!r}" + (f", only {', '.join(row)}" if row else "")
+                    )
+            options, gold = [str(option) for option in row[choices]], row[answer]
+            known = LETTERS[: len(options)]
+            if isinstance(gold, int) and 0 <= gold < len(known):
+                letter = known[gold]
+            elif str(gold).strip() in tuple(known):
+                letter = str(gold).strip()
+            elif str(gold) in options:
+                letter = known[options.index(str(gold))]
+            else:
+                raise ConfigError(f"{where}: {answer}={gold!r} is none of its {len(options)} {choices}")
+            listed = "\n".join(f"{name}. {option}" for name, option in zip(known, options))
+            text = f"{str(row[question]).strip()}\n\n{listed}"
+            self.items.append({"question": text, "choices": options, "letter": letter})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def score(self, completion: str, item: Item) -> float:
+        return float(self.answer(completion, item) == item["letter"])
+
+    def answer(self, completion: str, item: Item) -> str | None:
+        return choice_letter(self.extract(completion), len(item["choices"]))
+
+
+def rows_task(rows: Sequence[Item], source: str, **keys: Any) -> AnswerTask | ChoiceTask:
+    """Multiple choice where a field of choices is named, else questions with a known answer."""
+    return ChoiceTask(rows, source, **keys) if "choices" in keys else AnswerTask(rows, source, **keys)
+
+
 def _exact(expression: Any) -> Any:
     """A number as a fraction where it is one, anything else as it is."""
     if not getattr(expression, "is_number", False):
@@ -202,7 +284,11 @@ def _exact(expression: Any) -> Any:
     return sympy.nsimplify(expression, rational=True)
 
 
-def jsonl_task(path: str, **keys: Any) -> AnswerTask:
+def jsonl_task(path: str, **keys: Any) -> AnswerTask | ChoiceTask:
+    return rows_task(read_jsonl(path), str(path), **keys)
+
+
+def read_jsonl(path: str) -> list[Any]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -214,10 +300,16 @@ def jsonl_task(path: str, **keys: Any) -> AnswerTask:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise ConfigError(f"task: {path}, line {number} is not JSON: {error}") from None
-    return AnswerTask(rows, str(path), **keys)
+    return rows
 
 
-def hub_task(path: str, split: str = "train", name: str | None = None, **keys: Any) -> AnswerTask:
+def hub_task(
+    path: str, split: str = "train", name: str | None = None, **keys: Any
+) -> AnswerTask | ChoiceTask:
+    return rows_task(read_hub(path, split, name), path, **keys)
+
+
+def read_hub(path: str, split: str, name: str | None) -> list[Any]:
     try:
         import datasets
     except ImportError:
@@ -225,10 +317,9 @@ def hub_task(path: str, split: str = "train", name: str | None = None, **keys: A
             f"task: {path}: pip install datasets, or save it as JSONL and use kind: jsonl"
         ) from None
     try:
-        rows = list(datasets.load_dataset(path, name, split=split))
+        return list(datasets.load_dataset(path, name, split=split))
     except (OSError, ValueError) as error:
         raise ConfigError(f"task: data set {path}: {' '.join(str(error).split())[:300]}") from None
-    return AnswerTask(rows, path, **keys)
 
 
 def python_task(function: str, args: dict | None = None) -> Task:
@@ -268,10 +359,8 @@ def load_task(spec: dict[str, Any]) -> Task:
     if not isinstance(spec, dict) or spec.get("kind") not in KINDS:
         raise ConfigError(f"task {spec!r}: needs kind: one of {', '.join(KINDS)}")
     build, keys = KINDS[spec["kind"]], {key: value for key, value in spec.items() if key != "kind"}
-    known = set(inspect.signature(build).parameters) | set(inspect.signature(AnswerTask).parameters) - {
-        "rows",
-        "source",
-    }
+    rows = set(inspect.signature(AnswerTask).parameters) | set(inspect.signature(ChoiceTask).parameters)
+    known = set(inspect.signature(build).parameters) | rows - {"rows", "source"}
     if spec["kind"] in ("reasoning_gym", "python"):
         known = set(inspect.signature(build).parameters)
     for key in keys:
