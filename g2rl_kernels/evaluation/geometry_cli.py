@@ -4,8 +4,8 @@
     OUT/<model>/measured.jsonl                 what was measured, a line a problem, written as it goes
     OUT/geometry.json, report.html             all numbers; the page
 
-Both steps go on where a killed run stopped, to the same numbers. A problem is measured anew where its responses
-or what the measurement depends on have changed.
+Both steps go on where a killed run stopped, to the same numbers. A problem is measured anew where its
+responses, or what the measurement depends on, have changed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
 
 DESCRIPTION = """\
-How a model's responses to a problem lie to each other in gradient space: do they ask for the same update, for
-unrelated ones, or for opposite ones? For one model, or several side by side, as a page to read and as JSON."""
+How a model's responses to a problem lie to each other in gradient space: do they ask for the same update,
+for unrelated ones, or for opposite ones? For one model or several, as a page to read and as JSON."""
 
 EPILOG = """\
 examples:
@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DATA",
-        help="problems to sample responses to: aime25, math500=file.jsonl, reasoning_gym:chain_sum ... (as g2rl eval)",
+        help="problems to sample responses to, as g2rl eval takes them: aime25, math500=file.jsonl, "
+        "reasoning_gym:chain_sum ...; repeatable",
     )
     add("--recipe", metavar="FILE", help="the tasks and prompts of a training recipe (YAML)")
     add(
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="FILE",
-        help="stored responses (samples.jsonl of g2rl eval, or its folder): one for all models, or one each, in order",
+        help="stored responses (samples.jsonl of g2rl eval, or its folder): one for all models, or one each",
     )
     add("--out", type=Path, default=Path("runs/geometry"), help="folder for what is made (%(default)s)")
     add("-m", type=int, metavar="N", help="responses a problem (8; with --samples: all there are)")
@@ -89,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--encoder",
         default=DEFAULT_ENCODER,
-        help="sentence encoder for semantic cosines, any name sentence-transformers takes; none: leave them out (%(default)s)",
+        help="for semantic cosines, a name that sentence-transformers takes; none: leave them out (%(default)s)",
     )
     add(
         "--gate",
@@ -272,7 +273,7 @@ def _measure(
     file: Path,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """`statistics` of every problem, with "problem" and "question"; from `file` where they are there already."""
+    """`statistics` of every problem, with "problem" and "question"; from `file` where it has them."""
     from tqdm import tqdm
 
     from .geometry import measure, statistics
@@ -353,7 +354,7 @@ def _digest(group: Sequence[dict[str, Any]]) -> str:
 
 
 def _check_tokens(group: Sequence[dict[str, Any]], tokenizer: Any, source: Path, model: str) -> None:
-    """A response is the tokens that were sampled: another model can be asked about it if they are its own, too."""
+    """A response is the tokens sampled: another model can be asked about those, if they are its own."""
     for row in group:
         where = f"samples: {source}, problem {row['problem']}, sample {row['sample']}"
         if not isinstance(row.get("tokens"), list) or "prompt" not in row or "question" not in row:

@@ -1,4 +1,4 @@
-"""The geometry of responses in any TRL run, for those who train without G2RL: one callback, `g2rl/*` in the logs.
+"""The geometry of responses in a TRL run that knows nothing of G2RL: one callback, `g2rl/*` in the logs.
 
     from g2rl_kernels.integrations.geometry_callback import GeometryCallback
 
@@ -275,7 +275,7 @@ class GeometryCallback(TrainerCallback):
             known = gather(scores) if self.reward_func is not None else None
             metrics = self._describe(gather(features), gather(has_tokens), gather(group), known, texts)
         metrics["seconds"] = self._clock() - start
-        # Not TRL's own log, which would empty what it has gathered towards its next line. That line is still due.
+        # Not TRL's own log, which would empty what it has gathered for its next line. That is still due.
         control = self.trainer.control
         due = control.should_log
         Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in metrics.items()})

