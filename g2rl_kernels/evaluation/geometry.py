@@ -1,7 +1,7 @@
-"""How the responses to one problem lie to each other in gradient space, and what else there is to compare with.
+"""How the responses to one problem lie to each other in gradient space, and what else tells them apart.
 
-Everything is of *groups*, the responses to one problem, and of *pairs* within them. A response's feature Phi is
-the direction in which it would move the LM head's input (`head_features`); S_ij is the cosine of two of them
+Everything is of *groups*, the responses to one problem, and of *pairs* within them. A response's feature Phi
+is the direction in which it would move the LM head's input (`head_features`); S_ij is the cosine of two
 (`group_geometry`, equation 9). `STATISTICS` says what is made of that. Overall numbers are means over
 problems: each problem counts the same, however many pairs it has. (`g2rl/*` while training averages over all
 pairs; with groups of one size the two agree.)

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--encoder",
         default=DEFAULT_ENCODER,
-        help="for semantic cosines, a name that sentence-transformers takes; none: leave them out (%(default)s)",
+        help="for semantic cosines, any of sentence-transformers; none: leave them out (%(default)s)",
     )
     add(
         "--gate",

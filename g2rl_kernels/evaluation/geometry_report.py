@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -62,7 +62,7 @@ def number(name: str, value: float | None) -> str:
         return "–"
     if name in PERCENT:
         return f"{100 * value:.1f} %"
-    return f"{value:.1f}" if name == "length" else f"{value:.3f}"
+    return (f"{value:.1f}" if name == "length" else f"{value:.3f}").replace("-", "−")
 
 
 def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> str:
@@ -84,10 +84,10 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{_text(title)}</title><style>{_STYLE}{_colours(len(models))}</style></head><body><main>"
             f"<h1>{_text(title)}</h1>"
-            f'<p class="lead">{len(order)} problem{"s" * (len(order) != 1)}, {sizes} responses each, {pairs:,} '
-            f"pairs. Each response is described by the direction in which it would move the model's last layer; "
-            f"two responses with cosine 1 ask for the same update, with a negative one they pull against each "
-            f"other.</p>{_legend(models)}"
+            f'<p class="lead">{len(order)} problem{"s" * (len(order) != 1)}, {sizes} responses each, '
+            f"{pairs:,} pairs. Each response is described by the direction in which it would move the "
+            f"model's last layer: two responses with a cosine of 1 ask for the same update, with a negative one they "
+            f"pull against each other.</p>{_legend(models)}"
             '<section class="figures">',
             *(
                 f"<figure><figcaption><b>{name}</b><br>{unit}</figcaption>{svg}</figure>"
@@ -96,16 +96,15 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             "</section><h2>Overall</h2>",
             _overall_table(models),
             '<p class="note">Means over problems, each counting the same, with 95 % bootstrap intervals over '
-            "problems. For scale: on AIME25 with 8 responses a problem the G2RL paper (arXiv 2512.15687) reports "
-            "for Qwen3-1.7B-Base a mean cosine of 0.208 after GRPO and 0.064 after G2RL, and 5.9 % and 28.1 % "
-            "negative pairs.</p><h2>The most telling pairs</h2>",
+            "problems. For scale: on AIME25 with 8 responses a problem the G2RL paper (arXiv 2512.15687) "
+            "reports for Qwen3-1.7B-Base a mean cosine of 0.208 after GRPO and 0.064 after G2RL, and 5.9 % "
+            "and 28.1 % negative pairs.</p><h2>The most telling pairs</h2>",
             '<p class="note">Of all pairs of different texts: the one with the largest and the one with the '
             "smallest gradient cosine.</p>",
             *(_telling_pairs(model, index) for index, model in enumerate(models)),
             "<h2>Cosines within a problem</h2>",
-            '<p class="note">Responses of a problem against each other, right ones first (✓). The problems with '
-            "the largest and the smallest mean cosine of the first model, and those between them at even "
-            "steps.</p>",
+            '<p class="note">Responses of a problem against each other, right ones first (✓). Shown are the '
+            "problems with the first model's largest and smallest mean cosine, and some between them.</p>",
             _maps(models, places, order),
             "<h2>Problem by problem</h2>",
             _problem_table(models, places, order),
@@ -139,7 +138,8 @@ class _Axes:
         for value in _ticks(*y):
             at = self.y(value)
             self.parts.append(
-                f'<line class="grid" x1="{self.left}" x2="{self.width - self.right}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<line class="grid" x1="{self.left}" x2="{self.width - self.right}" y1="{at:.1f}" '
+                f'y2="{at:.1f}"/>'
                 f'<text x="{self.left - 5}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>'
             )
         self.parts.append(
@@ -149,7 +149,8 @@ class _Axes:
         if y_label:
             middle = (self.top + inner_bottom) / 2
             self.parts.append(
-                f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{y_label}</text>'
+                f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+                f"{y_label}</text>"
             )
 
     def x(self, value: float) -> float:
@@ -164,7 +165,8 @@ class _Axes:
     def zero(self) -> None:
         at = self.x(0)
         self.parts.append(
-            f'<line class="zero" x1="{at:.1f}" x2="{at:.1f}" y1="{self.top}" y2="{self.height - self.bottom}"/>'
+            f'<line class="zero" x1="{at:.1f}" x2="{at:.1f}" y1="{self.top}" '
+            f'y2="{self.height - self.bottom}"/>'
         )
 
     def svg(self, kind: str, label: str) -> str:
@@ -191,8 +193,8 @@ def _values(model: ModelGeometry, key: str) -> np.ndarray:
 
 
 def _range(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Limits of cosines on a tenth, with 0 inside."""
-    joined = np.concatenate([*values, [0.0]])
+    """Limits of cosines, on a tenth."""
+    joined = np.concatenate(values) if any(map(len, values)) else np.zeros(1)
     return max(-1.0, math.floor(10 * joined.min() - 0.5) / 10), min(
         1.0, math.ceil(10 * joined.max() + 0.5) / 10
     )
@@ -210,7 +212,7 @@ def _density(models: Sequence[ModelGeometry]) -> str:
         if not len(found):
             continue
         steps = [f"M{axes.x(low):.1f} {axes.y(0):.1f}"]
-        for left, right, value in zip(edges, edges[1:], height):
+        for right, value in zip(edges[1:], height):
             steps.append(f"V{axes.y(value):.1f}H{axes.x(right):.1f}")
         axes.parts.append(
             f'<path class="m{index} area" d="{"".join(steps)}V{axes.y(0):.1f}Z">'
@@ -221,7 +223,8 @@ def _density(models: Sequence[ModelGeometry]) -> str:
             f'<path class="m{index} mean" d="M{at:.1f} {axes.y(0):.1f}l-5 9h10Z">'
             f"<title>{_text(model.name)}: mean of the pairs {found.mean():.3f}</title></path>"
         )
-    axes.zero()
+    if low <= 0 <= high:
+        axes.zero()
     return axes.svg("density", "Density of pairs by gradient cosine, one curve a model")
 
 
@@ -233,7 +236,7 @@ def _negative_bars(models: Sequence[ModelGeometry]) -> str:
     for index, (model, share) in enumerate(zip(models, found)):
         left, right = axes.x(index - 0.3), axes.x(index + 0.3)
         middle, base = (left + right) / 2, axes.y(0)
-        label = model.name if len(model.name) <= 16 else model.name[:15] + "…"
+        label = _line(model.name, 16)
         axes.parts.append(
             f'<text x="{middle:.1f}" y="{base + 15:.1f}" text-anchor="middle">{_text(label)}</text>'
         )
@@ -269,7 +272,7 @@ def _scatter(models: Sequence[ModelGeometry]) -> str:
         for key in ("cosine", "semantic")
     )
     axes = _Axes(_range(semantic), _range(gradient), "semantic cosine", "gradient cosine")
-    for index, (model, x, y) in enumerate(zip(models, semantic, gradient)):
+    for index, (x, y) in enumerate(zip(semantic, gradient)):
         if not len(x):
             continue
         some = np.unique(np.linspace(0, len(x) - 1, POINTS).astype(int))
@@ -279,9 +282,9 @@ def _scatter(models: Sequence[ModelGeometry]) -> str:
         if len(x):
             correlation = np.corrcoef(x, y)[0, 1] if x.std() > 0 and y.std() > 0 else math.nan
             axes.parts.append(
-                f'<circle class="m{index} ring" cx="{axes.x(x.mean()):.1f}" cy="{axes.y(y.mean()):.1f}" r="6">'
-                f"<title>{_text(model.name)}: semantic {x.mean():.3f}, gradient {y.mean():.3f}, correlation "
-                f"{correlation:.2f}</title></circle>"
+                f'<circle class="m{index} ring" cx="{axes.x(x.mean()):.1f}" cy="{axes.y(y.mean()):.1f}" '
+                f'r="6"><title>{_text(model.name)}: semantic {x.mean():.3f}, gradient {y.mean():.3f}, '
+                f"correlation {correlation:.2f}</title></circle>"
             )
     return axes.svg("scatter", "Gradient cosine against semantic cosine, a dot a pair")
 
@@ -329,6 +332,19 @@ def _dot(index: int) -> str:
     return f'<span class="dot m{index}"></span>'
 
 
+def _line(text: str, limit: int) -> str:
+    """The beginning of a text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _table(head: str, rows: Iterable[str], kind: str = "scroll") -> str:
+    return (
+        f'<div class="{kind}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def _legend(models: Sequence[ModelGeometry]) -> str:
     items = (f"<li>{_dot(index)}{_text(model.name)}</li>" for index, model in enumerate(models))
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -355,7 +371,7 @@ def _overall_table(models: Sequence[ModelGeometry]) -> str:
         f"{''.join(cell(model, name) for model in models)}</tr>"
         for name in _known(models)
     )
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _table(f"<th></th>{head}", rows)
 
 
 def _sample(model: ModelGeometry, problem: dict[str, Any], place: int) -> dict[str, Any]:
@@ -389,9 +405,10 @@ def _pair(model: ModelGeometry, problem: dict[str, Any], which: str, limit: int)
             f'<div><p class="facts">{" · ".join(fact for fact in facts if fact)}</p>'
             f"<pre>{_text(_shown(sample.get('completion', ''), limit))}</pre></div>"
         )
-    semantic = "" if pair["semantic"] is None else f", semantic cosine {pair['semantic']:.3f}"
+    semantic = "" if pair["semantic"] is None else f", semantic cosine {number('cos_mean', pair['semantic'])}"
     return (
-        f'<div class="pair {which}"><h4>{MARK[which].capitalize()}: gradient cosine {pair["cosine"]:.3f}{semantic}'
+        f'<div class="pair {which}"><h4>{MARK[which].capitalize()}: gradient cosine '
+        f"{number('cos_mean', pair['cosine'])}{semantic}"
         f'</h4><div class="sides">{"".join(sides)}</div></div>'
     )
 
@@ -425,11 +442,14 @@ def _maps(models: Sequence[ModelGeometry], places: Sequence[dict[str, Any]], ord
         )
         for index, model, problem in found:
             parts.append(
-                f"<figure><figcaption>{_dot(index)}{_text(model.name)}: mean {number('cos_mean', problem['cos_mean'])}"
-                f"</figcaption>{_map(model, problem)}</figure>"
+                f"<figure><figcaption>{_dot(index)}{_text(model.name)}: mean "
+                f"{number('cos_mean', problem['cos_mean'])}</figcaption>{_map(model, problem)}</figure>"
             )
         parts.append("</div>")
-    scale = '<p class="scale"><span class="neg"></span>−1 <span class="zero"></span>0 <span class="pos"></span>+1</p>'
+    scale = (
+        '<p class="scale"><span class="neg"></span>−1 <span class="zero"></span>0 '
+        '<span class="pos"></span>+1</p>'
+    )
     return f'{scale}<section class="mapgrid">{"".join(parts)}</section>'
 
 
@@ -441,8 +461,7 @@ def _problem_table(
     rows = []
     for problem_id in order:
         found = [(i, place[problem_id]) for i, place in enumerate(places) if problem_id in place]
-        question = " ".join(found[0][1]["question"].split())
-        question = question if len(question) <= 70 else question[:69] + "…"
+        question = _line(found[0][1]["question"], 70)
         for row, (index, problem) in enumerate(found):
             first = (
                 f'<th rowspan="{len(found)}">{_text(problem_id)}<small>{_text(question)}</small></th>'
@@ -455,10 +474,7 @@ def _problem_table(
             cells = "".join(f'<td class="num">{number(name, problem[name])}</td>' for name in names)
             rows.append(f"<tr>{first}{which}{cells}</tr>")
     model = "<th>model</th>" if len(models) > 1 else ""
-    return (
-        f'<div class="scroll tall"><table><thead><tr><th>problem</th>{model}{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return _table(f"<th>problem</th>{model}{head}", rows, "scroll tall")
 
 
 def _problem_details(
@@ -466,10 +482,9 @@ def _problem_details(
 ) -> str:
     found = [(i, place[problem_id]) for i, place in enumerate(places) if problem_id in place]
     question = found[0][1]["question"]
-    line = " ".join(question.split())
     parts = [
-        f"<details><summary><b>{_text(problem_id)}</b> {_text(line if len(line) <= 110 else line[:109] + '…')}"
-        f'</summary><p class="question">{_text(_shown(question, LONG))}</p>'
+        f"<details><summary><b>{_text(problem_id)}</b> {_text(_line(question, 110))}</summary>"
+        f'<p class="question">{_text(_shown(question, LONG))}</p>'
     ]
     for index, problem in found:
         parts.append(f"<h3>{_dot(index)}{_text(models[index].name)}</h3>")
@@ -480,19 +495,17 @@ def _problem_details(
 def _settings(models: Sequence[ModelGeometry]) -> str:
     keys = list(dict.fromkeys(key for model in models for key in model.settings))
     head = "".join(f"<th>{_dot(i)}{_text(model.name)}</th>" for i, model in enumerate(models))
-    get: Callable[[ModelGeometry, str], str] = lambda model, key: _text(model.settings.get(key, "–"))  # noqa: E731
-    rows = [f"<tr><th>model</th>{''.join(f'<td>{_text(model.model)}</td>' for model in models)}</tr>"]
-    rows += [
-        f"<tr><th>{_text(key)}</th>{''.join(f'<td>{get(model, key)}</td>' for model in models)}</tr>"
-        for key in keys
-    ]
+    rows = []
+    for key in ("model", *keys):
+        values = [{"model": model.model, **model.settings}.get(key, "–") for model in models]
+        cells = "".join(f"<td>{_text(value)}</td>" for value in values)
+        rows.append(f"<tr><th>{_text(key)}</th>{cells}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="note">Gradient cosines are of the features Phi = sum over tokens of W[y] − E[W], which is '
-        "proportional to the gradient of the response's log-probability with respect to the LM head's input, "
-        "under the model itself. Effective rank: exp of the entropy of the eigenvalues of the matrix of cosines "
-        "(Roy and Vetterli 2007). Made by g2rl geometry; all numbers are in geometry.json, all responses in "
-        "samples.jsonl.</p>"
+        f"{_table(f'<th></th>{head}', rows)}"
+        '<p class="note">A gradient cosine is that of two features: the mean over a response\'s tokens y '
+        "of W[y] − E W, the gradient of log p(y) with respect to the LM head's input under the model itself. "
+        "Effective rank: exp of the entropy of the eigenvalues of the matrix of cosines (Roy and Vetterli "
+        "2007). Made by g2rl geometry; all numbers are in geometry.json, all responses in samples.jsonl.</p>"
     )
 
 
@@ -511,39 +524,57 @@ def _colours(count: int) -> str:
 
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c2128;--soft:#5b6570;--line:#dfe3e8;--panel:#f6f7f9;--pos:#b2182b;--neg:#2166ac}
-@media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e3e7ec;--soft:#98a3af;--line:#30363d;--panel:#1c2127;--pos:#e8604c;--neg:#5aa2e0}}
+:root{color-scheme:light dark;--bg:#fff;--fg:#1c2128;--soft:#5b6570;--line:#dfe3e8;--panel:#f6f7f9;
+  --pos:#b2182b;--neg:#2166ac}
+@media(prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e3e7ec;--soft:#98a3af;--line:#30363d;
+  --panel:#1c2127;--pos:#e8604c;--neg:#5aa2e0}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--fg);
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1240px;margin:0 auto;padding:28px 22px 60px}
-h1{font-size:27px;margin:0 0 6px}h2{font-size:19px;margin:38px 0 8px;border-bottom:1px solid var(--line);padding-bottom:4px}
+h1{font-size:27px;margin:0 0 6px}h2{font-size:19px;margin:38px 0 8px;border-bottom:1px solid var(--line);
+  padding-bottom:4px}
 h3{font-size:16px;margin:20px 0 6px}h4{font-size:14px;margin:0 0 8px;font-weight:600}
-.lead{max-width:78ch;margin:0 0 10px}.note{color:var(--soft);font-size:13.5px;max-width:95ch;margin:6px 0 12px}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 20px;padding:0;margin:10px 0 16px;font-weight:600}
+.lead{max-width:78ch;margin:0 0 10px}.note{color:var(--soft);font-size:13.5px;max-width:95ch;
+  margin:6px 0 12px}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 20px;padding:0;margin:10px 0 16px;
+  font-weight:600}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--c);margin-right:.45em}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));gap:16px}
 figure{margin:0;background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:12px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}figcaption b{color:var(--fg);font-size:14.5px}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11.5px}svg .value{fill:var(--fg);font-weight:600}
+svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11.5px}
+svg .value{fill:var(--fg);font-weight:600}
 .grid{stroke:var(--line);stroke-width:1}.zero{stroke:var(--fg);stroke-width:1.2;stroke-dasharray:4 3}
 .area{fill:var(--c);fill-opacity:.18;stroke:var(--c);stroke-width:1.8}.mean,.bar{fill:var(--c)}
 .dots{stroke:var(--c);stroke-width:3.2;stroke-linecap:round;stroke-opacity:.32;fill:none}
 .ring{fill:var(--c);stroke:var(--bg);stroke-width:2.5}.whisker{stroke:var(--fg);stroke-width:1.5;fill:none}
-.scroll{overflow-x:auto}.tall{max-height:620px;overflow-y:auto;border:1px solid var(--line);border-radius:8px}
+.scroll{overflow-x:auto}.tall{max-height:620px;overflow-y:auto;border:1px solid var(--line);
+  border-radius:8px}
 .tall thead th{position:sticky;top:0;background:var(--panel)}
-table{border-collapse:collapse;font-size:14px}th,td{padding:6px 14px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.name{white-space:nowrap}
+table{border-collapse:collapse;font-size:14px}th,td{padding:6px 14px;text-align:left;
+  border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:600}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.name{white-space:nowrap}
 small{display:block;color:var(--soft);font-weight:400;font-size:12px}
-.question{white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid var(--line);padding:2px 0 2px 12px;margin:12px 0 8px;color:var(--soft)}
-.pair{border:1px solid var(--line);border-left:4px solid var(--pos);border-radius:8px;padding:12px 14px;margin:8px 0 14px;background:var(--panel)}
+.question{white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid var(--line);
+  padding:2px 0 2px 12px;margin:12px 0 8px;color:var(--soft)}
+.pair{border:1px solid var(--line);border-left:4px solid var(--pos);border-radius:8px;padding:12px 14px;
+  margin:8px 0 14px;background:var(--panel)}
 .pair.opposed{border-left-color:var(--neg)}.sides{display:grid;grid-template-columns:1fr 1fr;gap:14px}
 @media(max-width:760px){.sides{grid-template-columns:1fr}}
 .facts{margin:0 0 4px;font-size:13px;color:var(--soft)}
-pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:380px;overflow-y:auto;font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;background:var(--bg);border:1px solid var(--line);border-radius:6px;padding:10px}
-.mapgrid{display:flex;flex-wrap:wrap;gap:16px}.maps{display:flex;flex-wrap:wrap;gap:10px;align-content:flex-start}
-.maps .question{flex-basis:100%;width:0;min-width:100%;margin:4px 0;font-size:13px;max-height:4.6em;overflow:hidden}
-.maps figure{width:270px}.map .pos,.scale .pos{fill:var(--pos)}.map .neg{fill:var(--neg)}.map text{font-size:10px}.map .cell{fill:var(--fg)}
-.scale{font-size:13px;color:var(--soft)}.scale span{display:inline-block;width:1em;height:1em;margin:0 .3em 0 .8em;vertical-align:-.12em;border:1px solid var(--line)}
+pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:380px;overflow-y:auto;
+  font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;background:var(--bg);border:1px solid var(--line);
+  border-radius:6px;padding:10px}
+.mapgrid{display:flex;flex-wrap:wrap;gap:16px}.maps{display:flex;flex-wrap:wrap;gap:10px;
+  align-content:flex-start}
+.maps .question{flex-basis:100%;width:0;min-width:100%;margin:4px 0;font-size:13px;max-height:4.6em;
+  overflow:hidden}
+.maps figure{width:270px}.map .pos,.scale .pos{fill:var(--pos)}.map .neg{fill:var(--neg)}
+.map text{font-size:10px}.map .cell{fill:var(--fg)}
+.scale{font-size:13px;color:var(--soft)}.scale span{display:inline-block;width:1em;height:1em;
+  margin:0 .3em 0 .8em;vertical-align:-.12em;border:1px solid var(--line)}
 .scale .pos{background:var(--pos)}.scale .neg{background:var(--neg)}.scale .zero{background:var(--bg)}
 details{border-bottom:1px solid var(--line);padding:6px 0}summary{cursor:pointer;overflow-wrap:anywhere}
 """
