@@ -143,14 +143,12 @@ def statistics(
     Raises:
         TypeError, ValueError: as `group_geometry`.
     """
+    if isinstance(groups, int) and (groups < 1 or len(features) % groups):
+        raise ValueError(f"groups: got {groups}, needs a positive group size that divides S = {len(features)}")
     ids = torch.arange(len(features)) // groups if isinstance(groups, int) else groups.cpu()
     features = features.detach().float().cpu()
     norms = features.norm(dim=1)
     part = ids.masked_fill(~((norms > 0) & norms.isfinite()), -1)
-    if isinstance(groups, int):
-        g2.group_geometry(features[:0], features[:0, 0], groups)  # m is checked there
-        if len(features) % groups:
-            raise ValueError(f"groups: got {groups}, needs a group size that divides S = {len(features)}")
     geometry = g2.group_geometry(features, torch.zeros(len(features)), part, shaping="none")
     found = {}
     for members, similarity in zip(geometry.members, geometry.similarity):

@@ -62,6 +62,8 @@ def number(name: str, value: float | None) -> str:
         return "–"
     if name in PERCENT:
         return f"{100 * value:.1f} %"
+    if name.startswith("distinct") and float(value).is_integer():
+        return f"{value:.0f}"
     return (f"{value:.1f}" if name == "length" else f"{value:.3f}").replace("-", "−")
 
 
@@ -86,8 +88,8 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             f"<h1>{_text(title)}</h1>"
             f'<p class="lead">{len(order)} problem{"s" * (len(order) != 1)}, {sizes} responses each, '
             f"{pairs:,} pairs. Each response is described by the direction in which it would move the "
-            f"model's last layer: two responses with a cosine of 1 ask for the same update, with a negative one they "
-            f"pull against each other.</p>{_legend(models)}"
+            f"model's last layer: two responses with a cosine of 1 ask for the same update, with a negative "
+            f"one they pull against each other.</p>{_legend(models)}"
             '<section class="figures">',
             *(
                 f"<figure><figcaption><b>{name}</b><br>{unit}</figcaption>{svg}</figure>"
@@ -556,6 +558,7 @@ table{border-collapse:collapse;font-size:14px}th,td{padding:6px 14px;text-align:
   border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .name{white-space:nowrap}
+.tall th:first-child{min-width:230px}.tall thead .num{white-space:normal}.tall th,.tall td{padding:5px 9px}
 small{display:block;color:var(--soft);font-weight:400;font-size:12px}
 .question{white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid var(--line);
   padding:2px 0 2px 12px;margin:12px 0 8px;color:var(--soft)}
