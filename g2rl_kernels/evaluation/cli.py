@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     settings = Settings(config, decoding, engine, batch_size)
     out = Path(args.out or "runs/eval").expanduser()
     rows = sample(data, settings, out, overwrite=args.overwrite)
-    return _finish(args, rows, out, args.model, config.score_gate)
+    return _finish(args, rows, read_settings(out), out, out / "samples.jsonl")
 
 
 def _config(args: argparse.Namespace) -> TrainerConfig:
@@ -174,32 +174,36 @@ def _data(args: argparse.Namespace) -> list[DataSet]:
 
 
 def _stored(args: argparse.Namespace) -> int:
-    from .samples import read_samples, read_settings, verify, write_samples
+    from .samples import describe, read_samples, read_settings, verify, write_samples
 
     path = Path(args.samples).expanduser()
     if args.model:  # the first key=value of a recipe
         args.overrides = [args.model, *args.overrides]
     rows = read_samples(path)
+    header = read_settings(path)
     folder = path if path.is_dir() else path.parent
     out = Path(args.out).expanduser() if args.out else folder
     out.mkdir(parents=True, exist_ok=True)
     if args.data or args.recipe:
-        rows = verify(rows, _data(args))
-        write_samples(out / "samples.jsonl", rows)
-    model = read_settings(path).get("settings", {}).get("model") or "stored samples"
-    return _finish(args, rows, out, model, args.gate)
+        data = _data(args)
+        rows, path = verify(rows, data), out
+        header = {**header, "data": describe(data)}
+        write_samples(out, rows, header)
+    return _finish(args, rows, header, out, path / "samples.jsonl" if path.is_dir() else path)
 
 
-def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], out: Path, model: str, gate: float) -> int:
+def _finish(
+    args: argparse.Namespace, rows: list[dict[str, Any]], header: dict[str, Any], out: Path, samples: Path
+) -> int:
     from .results import draw, summarise, table, write_results
-    from .samples import read_settings
 
-    summary = summarise(rows, _ks(args), gate)
-    write_results(out / "results.json", {**read_settings(out), "gate": gate, "results": summary})
+    summary = summarise(rows, _ks(args), args.gate)
+    write_results(out / "results.json", {**header, "gate": args.gate, "results": summary})
+    model = header.get("settings", {}).get("model") or "stored samples"
     draw({name: one["metrics"] for name, one in summary.items()}, model, out / "pass_at_k.png")
     print(f"\n{table(summary)}\n\nPercent, with 95 % bootstrap intervals over problems.")
     print(f"\n  picture   {out / 'pass_at_k.png'}\n  numbers   {out / 'results.json'}")
-    print(f"  samples   {out / 'samples.jsonl'}")
+    print(f"  samples   {samples}")
     return 0
 
 

@@ -152,11 +152,15 @@ def test_from_model_to_comparison(tmp_path, capsys):
     assert cli.main(["eval", "--samples", str(out), "-k", "1,3"]) == 0
     assert "pass@3" in capsys.readouterr().out
     altered = [{**one, "completion": "\\boxed{2}"} for one in rows]
-    write_samples(tmp_path / "other.jsonl", altered)
-    again = ["eval", "--samples", str(tmp_path / "other.jsonl"), "--data", f"aime25={problems}"]
+    write_samples(tmp_path / "other", altered, {"settings": {"model": "m"}})
+    again = ["eval", "--samples", str(tmp_path / "other" / "samples.jsonl"), "--data", f"aime25={problems}"]
     assert cli.main([*again, "--out", str(tmp_path / "again")]) == 0
     assert [one["score"] for one in read_samples(tmp_path / "again")] == [0.0] * 4 + [1.0] * 4 + [0.0] * 4
-    assert [one["score"] for one in read_samples(tmp_path / "other.jsonl")] == [one["score"] for one in rows]
+    assert [one["score"] for one in read_samples(tmp_path / "other")] == [one["score"] for one in rows]
+    assert f"samples   {tmp_path / 'again' / 'samples.jsonl'}" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert recorded["settings"] == {"model": "m"}
+    assert recorded["data"]["aime25"]["problems"] == 3
 
 
 def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
@@ -164,7 +168,7 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"tasks: {{kind: jsonl, path: {problems}, question: problem, extract: last_number}}\n"
-        "prompt_template: 'a={question}'\nmax_new_tokens: 3\nbatch_size: 8\nlr: 1e-5\nseed: 7\n"
+        "prompt_template: 'a={question}'\nmax_new_tokens: 3\ntruncated: drop\nbatch_size: 8\nlr: 1e-5\nseed: 7\n"
     )
     words = ["eval", save_model(tmp_path / "m"), "--recipe", str(recipe), "-n", "2", "--limit", "2"]
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
