@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from .engines import Decoding, choose_engine
     from .results import check_ks
-    from .samples import Settings, sample
+    from .samples import Settings, read_settings, sample
 
     if not args.model or ("=" in args.model and not Path(args.model).exists()):
         raise ConfigError("no model: g2rl eval MODEL --data math500, or --help")

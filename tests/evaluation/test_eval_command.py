@@ -168,7 +168,8 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"tasks: {{kind: jsonl, path: {problems}, question: problem, extract: last_number}}\n"
-        "prompt_template: 'a={question}'\nmax_new_tokens: 3\ntruncated: drop\nbatch_size: 8\nlr: 1e-5\nseed: 7\n"
+        "prompt_template: 'a={question}'\nmax_new_tokens: 3\ntruncated: drop\n"
+        "batch_size: 8\nlr: 1e-5\nseed: 7\n"
     )
     words = ["eval", save_model(tmp_path / "m"), "--recipe", str(recipe), "-n", "2", "--limit", "2"]
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
