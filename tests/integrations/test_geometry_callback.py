@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ from tiny_trl import CHAT, config, length, logged, make_tokenizer, parity, promp
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-import g2rl_kernels
 import g2rl_kernels as g2
 from g2rl_kernels import reference
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
@@ -307,30 +302,3 @@ def test_messages_go_through_the_chat_template(make: Callable[..., Any]) -> None
 def test_refuses(make: Callable[..., Any], kind: str, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         GeometryCallback(make(kind), **keywords)
-
-
-def test_two_processes_measure_as_one(tmp_path: Path) -> None:
-    """Under DDP, with a group of responses on both ranks, and an odd number of prompts to sample from."""
-    from geometry_ddp_script import run
-
-    save_model(tmp_path / "model")
-    for kind in ("grpo", "sft"):
-        run(tmp_path, kind, "alone")
-    script = str(Path(__file__).with_name("geometry_ddp_script.py"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    root = str(Path(g2rl_kernels.__file__).parent.parent)
-    found = subprocess.run(
-        [*launcher, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    one, two = (json.loads((tmp_path / f"grpo-{way}.json").read_text()) for way in ("alone", "together"))
-    assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/accuracy", "g2rl/effective_rank"}
-    for key, values in one.items():
-        assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
-    sampled = json.loads((tmp_path / "sft-together.json").read_text())
-    assert sampled.keys() == json.loads((tmp_path / "sft-alone.json").read_text()).keys()
-    assert all(1 <= rank <= 2 for rank in sampled["g2rl/effective_rank"])
