@@ -144,7 +144,9 @@ def statistics(
         TypeError, ValueError: as `group_geometry`.
     """
     if isinstance(groups, int) and (groups < 1 or len(features) % groups):
-        raise ValueError(f"groups: got {groups}, needs a positive group size that divides S = {len(features)}")
+        raise ValueError(
+            f"groups: got {groups}, needs a positive group size that divides S = {len(features)}"
+        )
     ids = torch.arange(len(features)) // groups if isinstance(groups, int) else groups.cpu()
     features = features.detach().float().cpu()
     norms = features.norm(dim=1)
@@ -252,6 +254,25 @@ def overall(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
         result[name] = mean is not None and {"mean": mean, "low": low, "high": high, "problems": len(values)}
         result[name] = result[name] or None
     return result
+
+
+def difference(problems: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`overall` of the differences, problem by problem, of a model to a first one on the same problems.
+
+    Problems ("problem", their id) that only one of them has are left out. Paired, such an interval is narrower
+    than those of the two means: what makes a problem unlike others mostly makes it so for both models.
+    """
+    known = {problem["problem"]: problem for problem in first}
+    both = [(problem, known[problem["problem"]]) for problem in problems if problem["problem"] in known]
+    return overall(
+        [
+            {
+                name: None if None in (mine[name], theirs[name]) else mine[name] - theirs[name]
+                for name in STATISTICS
+            }
+            for mine, theirs in both
+        ]
+    )
 
 
 def most(which: str, problems: Sequence[dict[str, Any]]) -> int | None:

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="right is a score of at least this (%(default)s)",
     )
-    add("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    add("--seed", type=int, help="of sampling (0; the recipe's)")
     add(
         "--set",
         dest="overrides",
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _geometry(args: argparse.Namespace) -> int:
+    from .geometry import difference
     from .geometry_report import page
 
     if bool(args.data or args.recipe) == bool(args.samples):
@@ -158,6 +159,8 @@ def _geometry(args: argparse.Namespace) -> int:
         done.append(
             _one(name, _config(argparse.Namespace(**{**vars(args), "model": model})), stored, encoder, args)
         )
+    for one in done[1:]:
+        one.difference = difference(one.problems, done[0].problems)
     everything = {"models": [one.to_json() for one in done]}
     write_whole(
         args.out / "geometry.json", json.dumps(everything, ensure_ascii=False, allow_nan=False) + "\n"
@@ -260,7 +263,7 @@ def _sample(
     )
     batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
     settings = Settings(config, decoding, engine, batch_size)
-    return sample(_data(args, config), settings, folder, overwrite=args.overwrite)
+    return sample(_data(args), settings, folder, overwrite=args.overwrite)
 
 
 def _measure(

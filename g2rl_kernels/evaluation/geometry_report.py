@@ -45,6 +45,7 @@ class ModelGeometry:
     problems: list[dict[str, Any]]  # of `geometry.statistics`, and "problem" (id) and "question"
     overall: dict[str, Any]  # of `geometry.overall`
     samples: dict[tuple[str, int], dict[str, Any]]  # (problem, place in the group): completion, score, answer
+    difference: dict[str, Any] | None = None  # of `geometry.difference`, to the first model
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +53,7 @@ class ModelGeometry:
             "model": self.model,
             "settings": self.settings,
             "overall": self.overall,
+            "difference": self.difference,
             "problems": self.problems,
         }
 
@@ -98,7 +100,8 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             "</section><h2>Overall</h2>",
             _overall_table(models),
             '<p class="note">Means over problems, each counting the same, with 95 % bootstrap intervals over '
-            "problems. For scale: on AIME25 with 8 responses a problem the G2RL paper (arXiv 2512.15687) "
+            "problems; differences are paired, problem by problem, and bold where the interval leaves out 0. "
+            "For scale: on AIME25 with 8 responses a problem the G2RL paper (arXiv 2512.15687) "
             "reports for Qwen3-1.7B-Base a mean cosine of 0.208 after GRPO and 0.064 after G2RL, and 5.9 % "
             "and 28.1 % negative pairs.</p><h2>The most telling pairs</h2>",
             '<p class="note">Of all pairs of different texts: the one with the largest and the one with the '
@@ -358,22 +361,27 @@ def _known(models: Sequence[ModelGeometry]) -> list[str]:
 
 
 def _overall_table(models: Sequence[ModelGeometry]) -> str:
-    def cell(model: ModelGeometry, name: str) -> str:
-        found = model.overall[name]
+    def cell(found: dict[str, Any] | None, name: str, sign: bool = False) -> str:
         if not found:
             return '<td class="num">–</td>'
-        interval = ""
+        mean, interval = number(name, found["mean"]), ""
         if found["low"] is not None:
             interval = f"<small>{number(name, found['low'])} to {number(name, found['high'])}</small>"
-        return f'<td class="num">{number(name, found["mean"])}{interval}</td>'
+            if sign and (found["low"] > 0 or found["high"] < 0):
+                mean = f"<b>{mean}</b>"
+        return f'<td class="num">{"+" if sign and found["mean"] > 0 else ""}{mean}{interval}</td>'
 
-    head = "".join(f'<th class="num">{_dot(i)}{_text(model.name)}</th>' for i, model in enumerate(models))
-    rows = (
-        f"<tr><th>{SHORT[name]}<small>{_text(STATISTICS[name])}</small></th>"
-        f"{''.join(cell(model, name) for model in models)}</tr>"
-        for name in _known(models)
-    )
-    return _table(f"<th></th>{head}", rows)
+    others = [model for model in models if model.difference]
+    heads = [f'<th class="num">{_dot(i)}{_text(model.name)}</th>' for i, model in enumerate(models)]
+    heads += [f'<th class="num">{_text(other.name)} − {_text(models[0].name)}</th>' for other in others]
+    rows = []
+    for name in _known(models):
+        cells = [cell(model.overall[name], name) for model in models]
+        cells += [cell(other.difference[name], name, sign=True) for other in others if other.difference]
+        rows.append(
+            f"<tr><th>{SHORT[name]}<small>{_text(STATISTICS[name])}</small></th>{''.join(cells)}</tr>"
+        )
+    return _table(f"<th></th>{''.join(heads)}", rows)
 
 
 def _sample(model: ModelGeometry, problem: dict[str, Any], place: int) -> dict[str, Any]:

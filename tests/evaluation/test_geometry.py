@@ -18,7 +18,15 @@ from examples import given, st
 from tiny import make_model, make_tokenizer, make_trainer
 
 import g2rl_kernels as g2
-from g2rl_kernels.evaluation.geometry import STATISTICS, effective_rank, measure, most, overall, statistics
+from g2rl_kernels.evaluation.geometry import (
+    STATISTICS,
+    difference,
+    effective_rank,
+    measure,
+    most,
+    overall,
+    statistics,
+)
 from g2rl_kernels.integrations.shaping import describe
 from g2rl_kernels.trainer.model import find_head
 
@@ -138,6 +146,21 @@ def test_overall_is_the_mean_over_problems() -> None:
     assert most("opposed", []) is None
 
 
+def test_differences_are_paired_by_problem() -> None:
+    torch.manual_seed(1)
+    one, other = (statistics(torch.randn(20, 5), 4) for _ in range(2))
+    for place in range(5):
+        one[place]["problem"], other[place]["problem"] = f"p{place}", f"p{4 - place}"
+    del other[0]  # p4
+    found = difference(one, other)["cos_mean"]
+    pairs = [(one[place], other[3 - place]) for place in range(4)]
+    assert found["mean"] == pytest.approx(np.mean([a["cos_mean"] - b["cos_mean"] for a, b in pairs]))
+    assert found["problems"] == 4
+    same = difference(one, one)["cos_mean"]
+    assert (same["mean"], same["low"], same["high"]) == (0, 0, 0)
+    assert difference(one, [])["cos_mean"] is None
+
+
 @pytest.mark.parametrize("groups", [0, 5])
 def test_wrong_groups_are_named(groups: int) -> None:
     with pytest.raises(ValueError, match=rf"^groups: got {groups}"):
@@ -151,8 +174,7 @@ def test_measured_as_the_trainer_measures(tmp_path: Path) -> None:
     theirs = trainer.measure(rollout, trainer.verify(rollout))
     width = rollout.ids.shape[1] - rollout.mask.shape[1]
     prompts = [
-        row[seen.bool()].tolist()
-        for row, seen in zip(rollout.ids[:, :width], rollout.attention[:, :width])
+        row[seen.bool()].tolist() for row, seen in zip(rollout.ids[:, :width], rollout.attention[:, :width])
     ]
     responses = [row[mask].tolist() for row, mask in zip(rollout.ids[:, width:], rollout.mask)]
     seen: list[int] = []

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'")
 
-from g2rl_kernels.evaluation.geometry import overall, statistics
+from g2rl_kernels.evaluation.geometry import difference, overall, statistics
 from g2rl_kernels.evaluation.geometry_report import MAPS, SHORT, STATISTICS, ModelGeometry, number, page
 
 EVIL = '</pre><script>alert("x")</script><img src=http://example.org/x.png> & so on'
@@ -72,7 +72,11 @@ class Page(HTMLParser):
 
 def test_a_figure_for_every_model() -> None:
     models = [make("grpo"), make("g2rl", seed=1), make("<evil>", seed=2)]
+    models[1].difference = difference(models[1].problems, models[0].problems)
     found = Page(page(models, "Title <1>"))
+    paired = models[1].difference["cos_mean"]
+    assert "g2rl − grpo" in found.text
+    assert f"{number('cos_mean', paired['low'])} to {number('cos_mean', paired['high'])}" in found.text
     assert [found.count("svg", kind) for kind in ("density", "bars", "scatter")] == [1, 1, 1]
     for index in range(3):  # one curve, bar and cloud a model
         for tag, kind in (("path", "area"), ("rect", "bar"), ("path", "dots"), ("circle", "ring")):
