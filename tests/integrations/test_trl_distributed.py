@@ -72,7 +72,7 @@ def compare(alone: Path, together: Path) -> None:
 
 
 def compare_geometry(folder: Path) -> None:
-    """GeometryCallback: rollouts give the same numbers; sampled responses differ, each rank having its own."""
+    """GeometryCallback: rollouts give the same numbers; responses sampled for it differ from rank to rank."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("geometry-*.json")}
     one, two = found["geometry-grpo-1"], found["geometry-grpo-2"]
     assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/accuracy", "g2rl/distinct_answers"}
