@@ -259,8 +259,8 @@ def overall(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def difference(problems: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`overall` of the differences, problem by problem, of a model to a first one on the same problems.
 
-    Problems ("problem", their id) that only one of them has are left out. Paired, an interval is narrower than
-    those of the two means: what makes a problem unlike others mostly makes it so for both models.
+    Problems ("problem", their id) that only one of them has are left out. Paired, an interval is narrower
+    than those of the two means: what makes a problem unlike others mostly makes it so for both models.
     """
     known = {problem["problem"]: problem for problem in first}
     both = [(problem, known[problem["problem"]]) for problem in problems if problem["problem"] in known]

@@ -158,8 +158,10 @@ def expected(trainer: Any, generated: Any, rewards: torch.Tensor) -> dict[str, f
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_the_numbers_are_those_of_each_response_alone(make: Callable[..., Any], kind: str) -> None:
-    trainer = make(kind, temperature=0.7)
+def test_the_numbers_are_those_of_each_response_alone(
+    make: Callable[..., Any], dropout_dir: str, kind: str
+) -> None:
+    trainer = make(kind, temperature=0.7, model=dropout_dir)  # measured without dropout
     generate, reward, wanted, kept = trainer._generate, trainer._calculate_rewards, [], []
     trainer._generate = lambda prompts: (kept.append(out := generate(prompts)), out)[1]
 
