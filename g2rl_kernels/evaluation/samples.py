@@ -187,6 +187,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
     """Both files of a run, in place of what is there."""
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "samples.json", json.dumps(header, indent=2, ensure_ascii=False) + "\n")
     write_whole(out / "samples.jsonl", "".join(map(_line, rows)))
 
