@@ -63,7 +63,7 @@ def number(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if name in PERCENT:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f} %".replace("-", "−")
     if name.startswith("distinct") and float(value).is_integer():
         return f"{value:.0f}"
     return (f"{value:.1f}" if name == "length" else f"{value:.3f}").replace("-", "−")

@@ -35,12 +35,12 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
     for way in ("alone", "alone-head"):
         run(tmp_path, way)
-    geometry_ddp.run(tmp_path)
+    geometry_ddp.run(tmp_path, "alone")
     script = str(Path(__file__).with_name("trl_ddp_script.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     root = str(Path(g2rl_kernels.__file__).parent.parent)
     found = subprocess.run(
-        [*launcher, str(tmp_path), "ddp", "geometry", *[way for way in WRAPPED if way != "ddp"]],
+        [*launcher, str(tmp_path), "ddp", "geometry-ddp", "fsdp2", "geometry-fsdp2", "fsdp2-head", "fsdp1"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,11 +74,13 @@ def compare(alone: Path, together: Path) -> None:
 def compare_geometry(folder: Path) -> None:
     """GeometryCallback: rollouts give the same numbers; responses sampled for it differ from rank to rank."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("geometry-*.json")}
-    one, two = found["geometry-grpo-1"], found["geometry-grpo-2"]
-    assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/accuracy", "g2rl/distinct_answers"}
-    for key, values in one.items():
-        assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
-    one, two = found["geometry-sft-1"], found["geometry-sft-2"]  # an odd number of prompts
+    one = found["geometry-grpo-alone"]
+    for way in ("ddp", "fsdp2"):
+        two = found[f"geometry-grpo-{way}"]
+        assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/accuracy", "g2rl/distinct_answers"}
+        for key, values in one.items():
+            assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-5), (way, key)
+    one, two = found["geometry-sft-alone"], found["geometry-sft-ddp"]  # an odd number of prompts
     assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/effective_rank"}
     assert len(one["g2rl/cos_mean"]) == len(two["g2rl/cos_mean"]) == 2
     assert all(1 <= rank <= 2 for rank in two["g2rl/effective_rank"])
