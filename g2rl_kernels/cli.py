@@ -1,4 +1,4 @@
-"""The command `g2rl`: info, train, eval, bench, tune. What is heavy is imported by the subcommand that needs it."""
+"""The command `g2rl`: info, train, eval, geometry, bench, tune. Each imports what is heavy itself."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ examples:
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
   g2rl train recipes/trl-demo.yaml   the same by TRL's GRPO trainer, which also runs on many GPUs
   g2rl eval MODEL --data math500     pass@1, maj@k and pass@k of a model, with intervals
+  g2rl geometry MODEL --data aime25  do its answers to a problem ask for the same update? A page with figures
   g2rl bench head                    speed, memory and error of the op beside torch's own logits product
   g2rl bench logprobs                the same of log-probs and their gradients, beside three bare products
   g2rl bench train                   what G2RL adds to a training step; bench group: the group geometry
@@ -94,6 +95,12 @@ def _bench(argv: Sequence[str]) -> int:
     return int(runner.main(list(argv)) or 0)
 
 
+def _geometry(argv: Sequence[str]) -> int:
+    from .evaluation import geometry_cli
+
+    return geometry_cli.main(argv)
+
+
 def _tune(argv: Sequence[str]) -> int:
     from .kernels import tune
 
@@ -117,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
     commands.add_parser("eval", help="measure a model: pass@1, maj@k, pass@k; compare runs", add_help=False)
     commands.add_parser(
+        "geometry", help="how responses lie to each other in gradient space: a page and JSON", add_help=False
+    )
+    commands.add_parser(
         "bench", help="measure speed, memory and error: bench head | logprobs | group | train", add_help=False
     )
     commands.add_parser("tune", help="find the fastest GPU tiles for a head, and keep them", add_help=False)
@@ -126,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `g2rl` with `argv` (default: the process's own arguments); returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    handed_on = {"train": _train, "eval": _eval, "bench": _bench, "tune": _tune}
+    handed_on = {"train": _train, "eval": _eval, "geometry": _geometry, "bench": _bench, "tune": _tune}
     if argv and argv[0] in handed_on:
         return handed_on[argv[0]](argv[1:])
     return _info(_parser().parse_args(argv))

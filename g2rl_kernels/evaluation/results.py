@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def compare(
-    runs: dict[str, Sequence[Row]], ks: Sequence[int] | None = None, gate: float = 0.99
+    runs: Mapping[str, Sequence[Row]], ks: Sequence[int] | None = None, gate: float = 0.99
 ) -> dict[str, dict[str, Any]]:
     """Paired differences of every run to the first, over the problems that both have.
 

@@ -113,7 +113,7 @@ def sample(
     if overwrite:
         for name in ("samples.json", "samples.jsonl", "results.json"):
             (out / name).unlink(missing_ok=True)
-    _check_header(out, {"data": {d.name: _describe(d) for d in data}, "settings": settings.to_dict()})
+    _check_header(out, {"data": describe(data), "settings": settings.to_dict()})
     # Whole problems of one data set: neither other data nor where a run was killed has a say in a chunk.
     size = max(settings.batch_size // n, 1)
     chunks = [mine[at : at + size] for mine in problems for at in range(0, len(mine), size)]
@@ -185,8 +185,11 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_whole(path, "".join(map(_line, rows)))
+def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
+    """Both files of a run, in place of what is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "samples.json", json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+    write_whole(out / "samples.jsonl", "".join(map(_line, rows)))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -230,6 +233,7 @@ def _engine_config(settings: Settings, longest: int) -> TrainerConfig:
         max_prompt_tokens=longest,
         temperature=settings.decoding.temperature or 1.0,  # 0, greedy, is the engine's business
         generate_batch_size=settings.batch_size,
+        truncated="keep",  # recipes may drop such responses from training; here each of them counts
     )
 
 
@@ -264,11 +268,15 @@ def _seed(seed: int, problem: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {problem}".encode()).digest()[:4], "big") >> 1
 
 
-def _describe(data: DataSet) -> dict[str, Any]:
+def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
     """What must not change under a run: where the problems came from, how many, and a digest of them."""
-    text = json.dumps(data.items(), sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {"source": data.source, "problems": len(data), "template": data.template, "sha256": digest}
+    found = {}
+    for one in data:
+        text = json.dumps(one.items(), sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        about = {"source": one.source, "problems": len(one), "template": one.template, "sha256": digest}
+        found[one.name] = about
+    return found
 
 
 def _check_header(out: Path, header: dict[str, Any]) -> None:

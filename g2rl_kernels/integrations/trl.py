@@ -254,14 +254,14 @@ class G2RLTrainer(GRPOTrainer):
         if args.g2rl_algorithm == "evol_rl":
             self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
         if self._shapes:
-            self._correctness = _correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
+            self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
         if fused or self._shapes:
             # ZeRO-3 has taken the weights apart, and FSDP may have loaded them on the first process alone
             whole = self.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
-            self._add_ops(_innermost(self.model), fused, compare=whole)
+            self._add_ops(innermost(self.model), fused, compare=whole)
         if fused and self.ref_model is not None:
-            self._add_ops(_innermost(self.ref_model), fused, compare=False)  # by now it may be sharded
+            self._add_ops(innermost(self.ref_model), fused, compare=False)  # by now it may be sharded
 
     # --- the model's forward --------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class G2RLTrainer(GRPOTrainer):
             if measurement:
                 logprobs, entropy = self._measure(measurement, now, hidden, labels)
             else:
-                packed, weight, bias, tokens, _, _ = self._head_inputs(now, hidden, labels)
+                packed, weight, bias, tokens, _, _ = head_inputs(now, hidden, labels, self.args)
                 logprobs, entropy = g2.linear_logprobs(
                     packed, weight, tokens, bias=bias, **now.options(self.temperature)
                 )
@@ -311,24 +311,13 @@ class G2RLTrainer(GRPOTrainer):
 
         model.forward = forward
 
-    def _head_inputs(self, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        """Packed hidden [N, d], weight and bias in the dtype that TRL multiplies in; tokens [N], cu_seqlens
-        [B + 1] and mask [B, L - 1]. hidden [B, L, d], labels [B, L] with -100 at what is not scored."""
-        device, dtype = head.output.weight.device, head.output.weight.dtype
-        if torch.is_autocast_enabled(device.type) and not self.args.cast_lm_head_to_fp32:
-            dtype = torch.get_autocast_dtype(device.type)
-        hidden, labels = hidden.to(device)[:, :-1], labels.to(device)[:, 1:]
-        mask = labels != -100
-        packed, tokens, cu_seqlens = g2.pack_responses(hidden, labels, mask)
-        return packed.to(dtype), *head.weights(dtype), tokens, cu_seqlens, mask
-
     def _measure(
         self, measurement: _Measurement, head: Head, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds some responses' features to the measurement; log-probs and entropy [N] of their tokens."""
         start = self._clock()
         with maybe_gather_lm_head_ctx(head.output.weight, head.output.bias):
-            packed, weight, bias, tokens, cu_seqlens, mask = self._head_inputs(head, hidden, labels)
+            packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(head, hidden, labels, self.args)
             rows, columns = sum(map(len, measurement.features)), measurement.completion_columns
             options = head.options(self.temperature)
             counts = mask
@@ -507,7 +496,7 @@ def _check_prompts(train_dataset: Any, args: G2RLConfig) -> None:
         )
 
 
-def _correctness_column(names: list[str], asked: str | None) -> int:
+def correctness_column(names: list[str], asked: str | None) -> int:
     """Index of the reward function that shaping is about."""
     if asked is None and len(names) == 1:
         return 0
@@ -543,7 +532,20 @@ def _text(completion: Any) -> str:
     return "\n".join(text for text in said if isinstance(text, str))
 
 
-def _innermost(model: Any) -> Any:
+def head_inputs(head: Head, hidden: Tensor, labels: Tensor, args: Any) -> tuple[Any, ...]:
+    """Packed hidden [N, d], weight and bias in the dtype that TRL multiplies in; tokens [N], cu_seqlens
+    [B + 1] and mask [B, L - 1]. hidden [B, L, d], labels [B, L] with -100 at what is not scored; args: the
+    trainer's."""
+    device, dtype = head.output.weight.device, head.output.weight.dtype
+    if torch.is_autocast_enabled(device.type) and not getattr(args, "cast_lm_head_to_fp32", False):
+        dtype = torch.get_autocast_dtype(device.type)
+    hidden, labels = hidden.to(device)[:, :-1], labels.to(device)[:, 1:]
+    mask = labels != -100
+    packed, tokens, cu_seqlens = g2.pack_responses(hidden, labels, mask)
+    return packed.to(dtype), *head.weights(dtype), tokens, cu_seqlens, mask
+
+
+def innermost(model: Any) -> Any:
     """The transformers model within DDP, FSDP, DeepSpeed and PEFT."""
     while hasattr(model, "module"):
         model = model.module

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..head import pack_responses
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, need
 
@@ -208,6 +209,20 @@ def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -
             f"model: {type(model).__name__} does something unknown between hidden states and logits "
             f"(they differ by {error:.2g}); its LM head is not supported"
         )
+
+
+def response_hidden(
+    head: Head, ids: Tensor, attention: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states [N, d] that predict the response tokens [N], and cu_seqlens [B + 1].
+
+    ids, attention: [B, P + L], prompts padded on the left and responses on the right, attention 0 on padding;
+    mask: bool [B, L], the response tokens that count.
+    """
+    positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
+    out = head.backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+    length = mask.shape[1]
+    return pack_responses(out.last_hidden_state[:, -length - 1 : -1], ids[:, -length:], mask)
 
 
 def frozen_copy(head: Head, autocast: bool) -> Head:

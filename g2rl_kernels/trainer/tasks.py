@@ -215,8 +215,8 @@ _LAST_LINE = re.compile(r"^" + _LETTER + r"(?:[*_)\]}$.,:\s]*$|[).:]\s)")
 def choice_letter(text: str, count: int) -> str | None:
     """Which of `count` options a completion chooses: A, B, ..., or None.
 
-    In this order: the last \\boxed{}, the last "answer is (B)" or "Answer: B", a last line that is a letter or
-    begins as an option does ("B. Paris").
+    In this order: the last \\boxed{}, the last "answer is (B)" or "Answer: B", a last line that is a letter
+    or begins as an option does ("B. Paris").
     """
     lines = [line for line in text.splitlines() if line.strip()]
     boxed = re.match(_LETTER, _boxed(text))

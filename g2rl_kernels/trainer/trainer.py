@@ -23,7 +23,7 @@ from ..novelty import SentenceEncoder, compared_text, majority_labels
 from . import checkpoint
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, check_packages
-from .model import Head, find_head, frozen_copy
+from .model import Head, find_head, frozen_copy, response_hidden
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
@@ -238,15 +238,9 @@ class Trainer:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The hidden states [N, d] that predict the response tokens [N], cu_seqlens, and the mask [B, L]."""
         ids, attention, mask = rollout.rows(rows)
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
         with autocast(self.config, self.device):
-            out = head.backbone(
-                input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
-            )
-        length = mask.shape[1]
-        hidden = out.last_hidden_state[:, -length - 1 : -1]
-        packed, tokens, cu_seqlens = g2.pack_responses(hidden, ids[:, -length:], mask)
-        return packed.to(self.ops_dtype), tokens, cu_seqlens, mask
+            hidden, tokens, cu_seqlens = response_hidden(head, ids, attention, mask)
+        return hidden.to(self.ops_dtype), tokens, cu_seqlens, mask
 
     def _logprobs(self, head: Head, rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model."""

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
+import geometry_ddp
 from safetensors.torch import load_file
 from tiny_trl import save_model
 from trl_ddp_script import run
@@ -37,11 +38,12 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it: put it back at the end
     for way in ("alone", "alone-evol", "alone-head"):
         run(tmp_path, way)
+    geometry_ddp.run(tmp_path, "alone")
     script = str(Path(__file__).with_name("trl_ddp_script.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     root = str(Path(g2rl_kernels.__file__).parent.parent)
     found = subprocess.run(
-        [*launcher, str(tmp_path), *WRAPPED],
+        [*launcher, str(tmp_path), *WRAPPED, "geometry-ddp", "geometry-fsdp2"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -50,6 +52,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.returncode == 0, found.stderr[-4000:]
     for way in WRAPPED:
         compare(tmp_path / "-".join(["alone", *way.split("-")[1:]]), tmp_path / way)
+    compare_geometry(tmp_path)
 
 
 def compare(alone: Path, together: Path) -> None:
@@ -69,3 +72,18 @@ def compare(alone: Path, together: Path) -> None:
         torch.testing.assert_close(
             weight, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, where=where: where + text
         )
+
+
+def compare_geometry(folder: Path) -> None:
+    """GeometryCallback: rollouts give the same numbers; responses sampled for it differ from rank to rank."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("geometry-*.json")}
+    one = found["geometry-grpo-alone"]
+    for way in ("ddp", "fsdp2"):
+        two = found[f"geometry-grpo-{way}"]
+        assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/accuracy", "g2rl/distinct_answers"}
+        for key, values in one.items():
+            assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-5), (way, key)
+    one, two = found["geometry-sft-alone"], found["geometry-sft-ddp"]  # an odd number of prompts
+    assert one.keys() == two.keys() >= {"g2rl/cos_mean", "g2rl/effective_rank"}
+    assert len(one["g2rl/cos_mean"]) == len(two["g2rl/cos_mean"]) == 2
+    assert all(1 <= rank <= 2 for rank in two["g2rl/effective_rank"])

@@ -1,10 +1,10 @@
 """Two steps of G2RLTrainer on responses that only depend on their place in the whole batch; what came of it.
 
-    torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol fsdp2 fsdp2-head fsdp1
+    torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol geometry-ddp fsdp2 geometry-fsdp2 ...
 
-...-evol trains by EVOL-RL on majority labels. The models are FOLDER/model and, with a head that is not tied
-to the embedding and that FSDP shards on its own for ...-head, FOLDER/model-head. Each process writes
-FOLDER/<way>/rank<i>.json, the first one the weights too.
+...-evol trains by EVOL-RL on majority labels; geometry-... is GeometryCallback: geometry_ddp.py. The models
+are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own for ...-head,
+FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
 
 from __future__ import annotations
@@ -103,5 +103,13 @@ def run(folder: Path, way: str) -> None:
 
 if __name__ == "__main__":
     for way in sys.argv[2:]:
-        run(Path(sys.argv[1]), way)
+        if way.startswith("geometry-"):
+            import geometry_ddp
+
+            kind = way.removeprefix("geometry-")
+            if kind == "fsdp2":
+                ask_for_fsdp(2, False)
+            geometry_ddp.run(Path(sys.argv[1]), kind)
+        else:
+            run(Path(sys.argv[1]), way)
     torch.distributed.destroy_process_group()

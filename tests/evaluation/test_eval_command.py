@@ -1,0 +1,222 @@
+"""`g2rl eval` from the command line, its numbers by hand, comparisons and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_model, make_tokenizer
+
+from g2rl_kernels import cli
+from g2rl_kernels.evaluation import results
+from g2rl_kernels.evaluation.metrics import bootstrap_interval
+from g2rl_kernels.evaluation.samples import read_samples, write_samples
+
+pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-kernels[train]'")
+
+
+def row(problem: str, sample: int, answer: str | None, right: bool, **others: Any) -> dict[str, Any]:
+    data = problem.partition("/")[0]
+    base = {
+        "problem": problem,
+        "sample": sample,
+        "data": data,
+        "question": problem,
+        "completion": str(answer),
+    }
+    return {**base, "tokens": [1, 2], "truncated": False, "score": float(right), "answer": answer, **others}
+
+
+def rows_of(data: str, problems: list[str]) -> list[dict[str, Any]]:
+    """Problems as texts: a letter is a sample, an upper-case one right, - none."""
+    return [
+        row(f"{data}/{i}", j, None if letter == "-" else letter, letter.isupper())
+        for i, letters in enumerate(problems)
+        for j, letter in enumerate(letters)
+    ]
+
+
+def test_numbers_by_hand():
+    summary = results.summarise(rows_of("x", ["ABcd", "aaB-"]))
+    one = summary["x"]
+    assert (one["problems"], one["samples"]) == (2, 4)
+    means = {name: value["mean"] for name, value in one["metrics"].items()}
+    assert means["pass@1"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert means["pass@2"] == pytest.approx(((1 - 1 / 6) + 1 / 2) / 2)
+    assert means["pass@4"] == 1
+    assert means["maj@4"] == pytest.approx((1 / 2 + 0) / 2)
+    # of the pairs of aaB-: aa 1, aB 2 (a draw), a- 2, B- 1 (right)
+    assert means["maj@2"] == pytest.approx((1 / 2 + 2 / 6) / 2)
+    assert means["distinct_right"] == 1.5
+    assert means["length"] == 2
+    assert (one["metrics"]["pass@1"]["low"], one["metrics"]["pass@1"]["high"]) == (0.25, 0.5)
+    text = results.table(summary)
+    assert "| pass@1 " in text
+    assert "37.5 (25.0 to 50.0)" in text
+    assert text.count("maj@") == 1
+
+
+def test_16_is_the_vote_of_the_table():
+    summary = results.summarise(rows_of("x", ["A" * 20 + "b" * 12]))
+    assert [line.split("|")[1].strip() for line in results.table(summary).splitlines()[3:11]] == [
+        "pass@1", "maj@16", "pass@2", "pass@4", "pass@8", "pass@16", "pass@32", "distinct right answers"
+    ]  # fmt: skip
+
+
+def test_the_gate_decides_what_is_right():
+    rows = [row("x/0", 0, "a", False, score=0.5), row("x/0", 1, "b", True)]
+    assert results.summarise(rows)["x"]["metrics"]["pass@1"]["mean"] == 0.5
+    assert results.summarise(rows, gate=0.5)["x"]["metrics"]["pass@1"]["mean"] == 1
+
+
+def test_paired_differences():
+    base = rows_of("x", ["Ab", "ab", "AB", "ab"])
+    other = rows_of("x", ["AB", "aB", "AB", "ab", "AB"])  # one problem more, which does not count
+    one = results.compare({"base": base, "other": other})["other"]["x"]
+    assert one["problems"] == 4
+    difference = np.array([0.5, 0.5, 0, 0])
+    metric = one["metrics"]["pass@1"]
+    assert metric["base"] == pytest.approx(3 / 8)
+    assert metric["value"] == pytest.approx(5 / 8)
+    assert metric["mean"] == pytest.approx(0.25)
+    assert (metric["low"], metric["high"]) == bootstrap_interval(difference)
+    text = results.comparison_table("base", {"other": {"x": one}})
+    assert "+25.0" in text
+    same = results.compare({"base": base, "other": base})["other"]["x"]["metrics"]["pass@1"]
+    assert same["mean"] == same["low"] == same["high"] == 0
+
+
+def test_what_cannot_be_compared():
+    base = rows_of("x", ["Ab"])
+    with pytest.raises(ValueError, match="share no problem"):
+        results.compare({"base": base, "other": rows_of("y", ["Ab"])})
+    renamed = [{**one, "question": "another"} for one in base]
+    with pytest.raises(ValueError, match="x/0 is another problem in other than in base"):
+        results.compare({"base": base, "other": renamed})
+    with pytest.raises(RuntimeError, match="not finished"):
+        results.summarise([*base, row("x/1", 0, "a", True)])
+    more = results.compare({"base": base, "other": rows_of("x", ["ABCd"])})["other"]["x"]
+    assert more["samples"] == 2
+    assert "distinct_right" not in more["metrics"]
+
+
+def save_model(path: Path) -> str:
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def write_problems(path: Path) -> str:
+    rows = [{"id": i, "problem": "1" + "+1" * i + "=", "answer": str(i + 1)} for i in range(3)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_from_model_to_comparison(tmp_path, capsys):
+    model, problems = save_model(tmp_path / "model"), write_problems(tmp_path / "aime.jsonl")
+    out = tmp_path / "run"
+    words = ["eval", model, "--data", f"aime25={problems}", "-n", "4", "--max-new-tokens", "4"]
+    # the data set's own template has more characters than the tiny model has positions
+    words += ["prompt_template=a{question}", "--out", str(out), "--batch-size", "4"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "| pass@1" in text
+    assert "3 x 4" in text
+    found = json.loads((out / "results.json").read_text())
+    rows = read_samples(out)
+    assert rows[4]["prompt"] == "a1+1="
+    share = np.mean([one["score"] for one in rows])
+    assert found["results"]["aime25"]["metrics"]["pass@1"]["mean"] == pytest.approx(share)
+    assert found["settings"]["model"] == model
+    assert (out / "pass_at_k.png").read_bytes()[:4] == b"\x89PNG"
+
+    before = (out / "samples.jsonl").read_bytes()
+    assert cli.main(words) == 0  # goes on: there is nothing left
+    assert (out / "samples.jsonl").read_bytes() == before
+    assert cli.main([*words, "--seed", "1"]) == 2
+    assert "seed=0 (now 1)" in capsys.readouterr().err
+
+    assert cli.main([*words, "--seed", "1", "--overwrite", "--out", str(tmp_path / "run2")]) == 0
+    capsys.readouterr()
+    assert (
+        cli.main(["eval", "--compare", str(out), str(tmp_path / "run2"), "--out", str(tmp_path / "c")]) == 0
+    )
+    assert "difference" in capsys.readouterr().out
+    compared = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert compared["runs"][str(tmp_path / "run2")]["aime25"]["problems"] == 3
+
+    # stored samples: counted as they are, and verified by other gold answers
+    assert cli.main(["eval", "--samples", str(out), "-k", "1,3"]) == 0
+    assert "pass@3" in capsys.readouterr().out
+    altered = [{**one, "completion": "\\boxed{2}"} for one in rows]
+    write_samples(tmp_path / "other", altered, {"settings": {"model": "m"}})
+    again = ["eval", "--samples", str(tmp_path / "other" / "samples.jsonl"), "--data", f"aime25={problems}"]
+    assert cli.main([*again, "--out", str(tmp_path / "again")]) == 0
+    assert [one["score"] for one in read_samples(tmp_path / "again")] == [0.0] * 4 + [1.0] * 4 + [0.0] * 4
+    assert [one["score"] for one in read_samples(tmp_path / "other")] == [one["score"] for one in rows]
+    assert f"samples   {tmp_path / 'again' / 'samples.jsonl'}" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert recorded["settings"] == {"model": "m"}
+    assert recorded["data"]["aime25"]["problems"] == 3
+
+
+def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
+    problems = write_problems(tmp_path / "sums.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"tasks: {{kind: jsonl, path: {problems}, question: problem, extract: last_number}}\n"
+        "prompt_template: 'a={question}'\nmax_new_tokens: 3\ntruncated: drop\n"
+        "batch_size: 8\nlr: 1e-5\nseed: 7\n"
+    )
+    words = ["eval", save_model(tmp_path / "m"), "--recipe", str(recipe), "-n", "2", "--limit", "2"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    rows = read_samples(tmp_path / "run")
+    assert [one["problem"] for one in rows] == ["sums/0", "sums/0", "sums/1", "sums/1"]
+    assert rows[2]["prompt"] == "a=1+1="
+    assert max(len(one["tokens"]) for one in rows) == 3
+    settings = json.loads((tmp_path / "run" / "results.json").read_text())["settings"]
+    assert (settings["seed"], settings["max_new_tokens"]) == (7, 3)
+    assert cli.main([*words, "tasks.0.question=id", "--seed", "8", "--out", str(tmp_path / "b")]) == 0
+    assert read_samples(tmp_path / "b")[2]["prompt"] == "a=1"
+    capsys.readouterr()
+    assert cli.main([*words, "--max-new-tokens", "63", "--out", str(tmp_path / "c")]) == 2
+    assert "the model has 64 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no model"),
+        (["m"], "no data"),
+        (["m", "--data", "math50"], "did you mean 'math500'"),
+        (["m", "--data", "math500", "-n", "4", "-k", "8"], "k=8: must be from 1 to n=4"),
+        (["m", "--data", "math500", "-k", "two"], "k='two'"),
+        (["m", "--data", "math500", "-n", "2", "--temperature", "0"], "temperature=0"),
+        (["m", "--data", "math500", "--engine", "x"], "engine='x'"),
+        (["m", "--data", "math500", "sead=1"], "did you mean 'seed'"),
+        (["m", "--data", "math500", "temperature=2"], "use --temperature"),
+        (["m", "--data", "math500", "lam=2"], "has no say here"),
+        (["./none", "--data", "reasoning_gym:chain_sum"], "no model in ./none"),
+        (["--samples", "none.jsonl"], "none.jsonl: No such file"),
+        (["--compare", "a"], "needs two runs"),
+    ],
+)
+def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("g2rl eval: error: ")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for needed in ("usage: g2rl eval", "--data math500", "--compare", "mmlu_pro"):
+        assert needed in text
