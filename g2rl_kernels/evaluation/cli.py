@@ -113,8 +113,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     decoding = Decoding(args.n, args.temperature, args.top_p, args.top_k)
     decoding.check()
     check_ks(_ks(args), args.n)
-    config = _config(args)
-    data = _data(args)
+    config = make_config(args)
+    data = load_sets(args)
     engine = choose_engine(args.engine, args.model)
     batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
     settings = Settings(config, decoding, engine, batch_size)
@@ -123,7 +123,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return _finish(args, rows, read_settings(out), out, out / "samples.jsonl")
 
 
-def _config(args: argparse.Namespace) -> TrainerConfig:
+def make_config(args: argparse.Namespace) -> TrainerConfig:
     """The trainer's configuration: recipe, then overrides, then the options here."""
     from .engines import choose_engine
 
@@ -156,7 +156,8 @@ def _recipe(args: argparse.Namespace) -> TrainerConfig:
     return config
 
 
-def _data(args: argparse.Namespace) -> list[DataSet]:
+def load_sets(args: argparse.Namespace) -> list[DataSet]:
+    """What --data and --recipe name."""
     from .benchmarks import load_data, load_specs
 
     found = [load_data(spec, args.limit) for spec in args.data]
@@ -185,7 +186,7 @@ def _stored(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser() if args.out else folder
     out.mkdir(parents=True, exist_ok=True)
     if args.data or args.recipe:
-        data = _data(args)
+        data = load_sets(args)
         rows, path = verify(rows, data), out
         header = {**header, "data": describe(data)}
         write_samples(out, rows, header)

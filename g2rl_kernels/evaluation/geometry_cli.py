@@ -23,7 +23,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
-from .cli import _config, _data
+from .cli import make_config, load_sets
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -151,13 +151,15 @@ def _geometry(args: argparse.Namespace) -> int:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
     models = name_models(args.models)
     if not args.samples:
-        _data(args)  # what is wrong with it shows before a model is loaded
+        load_sets(args)  # what is wrong with it shows before a model is loaded
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
         stored = args.samples[place if len(args.samples) > 1 else 0] if args.samples else None
         done.append(
-            _one(name, _config(argparse.Namespace(**{**vars(args), "model": model})), stored, encoder, args)
+            _one(
+                name, make_config(argparse.Namespace(**{**vars(args), "model": model})), stored, encoder, args
+            )
         )
     for one in done[1:]:
         one.difference = difference(one.problems, done[0].problems)
@@ -263,7 +265,7 @@ def _sample(
     )
     batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
     settings = Settings(config, decoding, engine, batch_size)
-    return sample(_data(args), settings, folder, overwrite=args.overwrite)
+    return sample(load_sets(args), settings, folder, overwrite=args.overwrite)
 
 
 def _measure(

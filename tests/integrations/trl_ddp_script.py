@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol geometry-ddp fsdp2 geometry-fsdp2 ...
 
 ...-evol trains by EVOL-RL on majority labels; geometry-... is GeometryCallback: geometry_ddp.py. The models
-are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own for ...-head,
-FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
+are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own for
+...-head, FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
 
 from __future__ import annotations
