@@ -23,7 +23,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
-from .cli import make_config, load_sets
+from .cli import load_sets, make_config
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
