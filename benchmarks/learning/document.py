@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning"
 PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (results|differences|tuning)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# measure -> heading, digits, whether more is better (None: neither)
+# measure -> heading, digits
 MEASURES: dict[str, tuple[str, int]] = {
     "pass@1": ("pass@1", 3),
     "maj@16": ("maj@16", 3),
@@ -176,12 +176,12 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         for name in shown:
             curves = [row["curves"][key] for row in rows if row["system"] == name]
             points = [interval(at) for at in zip(*curves)]
-            steps = range(1, len(points) + 1)
+            steps = [100 * (at + 1) / len(points) for at in range(len(points))]
             axes.plot(steps, [mean for mean, _ in points], color=COLOURS[name], linewidth=2, label=name)
             low, high = ([mean + sign * half for mean, half in points] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         axes.set_title(label, fontsize=11, loc="left")
-        axes.set_xlabel("training, in twentieths" if len(points) == 20 else "step")
+        axes.set_xlabel("training, % of the steps")
     last = panels[-1]
     for name in names(rows):
         x, dx = interval(list(of_seeds(rows, name, "distinct right").values()))

@@ -129,4 +129,4 @@ def systems(setting: str) -> dict[str, dict[str, Any]]:
         return BASELINES | {FEW[0]: VARIANTS[FEW[0]]}
     if setting.startswith("smollm2"):
         return {"GRPO": BASELINES["GRPO"], FEW[0]: VARIANTS[FEW[0]]}
-    return BASELINES | {name: VARIANTS[name] for name in FEW}
+    return BASELINES | {name: VARIANTS[name] for name in ("G2RL intent, skip, 0.5", *FEW)}
