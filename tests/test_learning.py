@@ -128,7 +128,7 @@ def test_differences_are_paired() -> None:
     assert document.of_seeds(rows, "GRPO", "pass@1")[3] == pytest.approx(0.4)  # mean over problems
     table = document.differences_table(rows)
     assert "| EVOL-RL | **+0.050 ± 0.000** |" in table
-    assert "+0.000 ± 0.000 |" in table  # of the geometry, and not bold: the interval holds zero
+    assert "| +0.000 ± 0.000 |" in table  # of the geometry, and not bold: the interval holds zero
 
 
 def test_figures_and_report(tmp_path) -> None:
@@ -139,6 +139,8 @@ def test_figures_and_report(tmp_path) -> None:
     report = document.write_report(tmp_path).read_text()
     assert (tmp_path / "fluent.png").read_bytes().startswith(b"\x89PNG")
     assert report.count("| G2RL right, skip, 0.25 |") == 2
+    choices = document.pairs_table(stage.rows)
+    assert choices.count("| G2RL intent, shape, 0.5 less ") == 4
 
 
 def test_the_document_holds_the_numbers_of_the_committed_results() -> None:

@@ -18,7 +18,9 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 PAGE = ROOT / "docs" / "evidence.md"
-BLOCK = re.compile(r"(<!-- (results|differences|tuning)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (results|differences|pairs|tuning)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 # measure -> heading, digits
 MEASURES: dict[str, tuple[str, int]] = {
@@ -69,9 +71,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def difference(rows: Sequence[Row], system: str, measure: str) -> tuple[float, float]:
-    """System less GRPO, seed by seed: mean and half of the interval."""
-    ours, theirs = of_seeds(rows, system, measure), of_seeds(rows, BASELINE, measure)
+def difference(rows: Sequence[Row], system: str, measure: str, other: str = BASELINE) -> tuple[float, float]:
+    """System less another, seed by seed: mean and half of the interval."""
+    ours, theirs = of_seeds(rows, system, measure), of_seeds(rows, other, measure)
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
@@ -103,18 +105,32 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def differences_table(rows: Sequence[Row]) -> str:
-    """Bold where the interval is away from zero."""
-    lines = []
-    for name in names(rows):
-        if name == BASELINE:
-            continue
-        cells = []
-        for measure, (_, digits) in MEASURES.items():
-            mean, half = difference(rows, name, measure)
-            text = f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-            cells.append(f"**{text}**" if abs(mean) > half else text)
-        lines.append([name, *cells])
+    """Of every system, less GRPO."""
+    lines = [_differences(rows, name, name) for name in names(rows) if name != BASELINE]
     return table([f"less {BASELINE}", *(head for head, _ in MEASURES.values())], lines)
+
+
+def pairs_table(rows: Sequence[Row]) -> str:
+    """Of systems that differ in one choice."""
+    from .settings import PAIRS
+
+    known = names(rows)
+    lines = [
+        _differences(rows, f"{one} less {other}", one, other)
+        for one, other in PAIRS
+        if one in known and other in known
+    ]
+    return table(["one choice", *(head for head, _ in MEASURES.values())], lines)
+
+
+def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASELINE) -> list[str]:
+    """Bold where the interval is away from zero."""
+    cells = []
+    for measure, (_, digits) in MEASURES.items():
+        mean, half = difference(rows, system, measure, other)
+        text = f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+        cells.append(f"**{text}**" if abs(mean) > half else text)
+    return [title, *cells]
 
 
 def tuning_table(rows: Sequence[Row]) -> str:
@@ -140,7 +156,12 @@ def _what(rows: Sequence[Row]) -> str:
     )
 
 
-TABLES = {"results": results_table, "differences": differences_table, "tuning": tuning_table}
+TABLES = {
+    "results": results_table,
+    "differences": differences_table,
+    "pairs": pairs_table,
+    "tuning": tuning_table,
+}
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -162,14 +183,17 @@ CURVES = {
 }
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Curves of training with 95 % bands over seeds, and where each system ends on held-out problems."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from .settings import SETTINGS
+
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
+    setting = SETTINGS[rows[0]["setting"]]
+    figure.suptitle(f"{setting.name}: {setting.title}", fontsize=13)
     panels = list(figure.subplots(2, 3).flat)
     shown = [name for name in names(rows) if name in COLOURS]
     for axes, (key, label) in zip(panels, CURVES.items()):
@@ -222,7 +246,7 @@ def write() -> None:
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem != "tuning":
-            draw(load(path), path.stem, PAGE.with_name(f"evidence-{path.stem}.png"))
+            draw(load(path), PAGE.with_name(f"evidence-{path.stem}.png"))
 
 
 def write_report(results: Path) -> Path:
@@ -235,7 +259,7 @@ def write_report(results: Path) -> Path:
         if stage == "tuning":
             parts.append(f"## Tuning\n\n{tuning_table(rows)}")
             continue
-        draw(rows, stage, results / f"{stage}.png")
+        draw(rows, results / f"{stage}.png")
         parts.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")
     write_whole(results / "report.md", "\n".join(parts))
     return results / "report.md"

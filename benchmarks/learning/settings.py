@@ -21,6 +21,7 @@ class Setting:
     """One row of SETTINGS."""
 
     name: str
+    title: str
     base: dict[str, Any]  # the trainer's keys
     warm_up: dict[str, Any]  # of expressions.warm_up; none: the model is `base["model"]`
     train: dict[str, Any]  # tasks as in a recipe
@@ -40,7 +41,9 @@ class Setting:
         return str(where)
 
 
-def _expressions(name: str, level: str, steps: int, rl: dict[str, Any], samples: int = 64) -> Setting:
+def _expressions(
+    name: str, title: str, level: str, steps: int, rl: dict[str, Any], samples: int = 64
+) -> Setting:
     task = {"kind": "python", "function": "benchmarks.learning.expressions:ExpressionTask"}
     base = {
         "batch_size": 8 * GROUP,
@@ -51,7 +54,7 @@ def _expressions(name: str, level: str, steps: int, rl: dict[str, Any], samples:
         **rl,
     }
     train, test = ({**task, "args": {"level": level, "split": split}} for split in ("train", "test"))
-    return Setting(name, base, {"level": level, "steps": steps}, train, test, samples, threads=1)
+    return Setting(name, title, base, {"level": level, "steps": steps}, train, test, samples, threads=1)
 
 
 def _gym(name: str, cfg: dict[str, Any]) -> Setting:
@@ -70,6 +73,7 @@ def _gym(name: str, cfg: dict[str, Any]) -> Setting:
     }
     return Setting(
         f"smollm2-{name.replace('_', '-')}",
+        f"SmolLM2-135M-Instruct on {name}",
         base,
         {},
         {**task, "size": 1000, "seed": 0},
@@ -82,9 +86,11 @@ def _gym(name: str, cfg: dict[str, Any]) -> Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        _expressions("fluent", "fluent", steps=600, rl={"steps": 100}),
-        _expressions("halting", "halting", steps=400, rl={"steps": 100}),
-        _expressions("quick", "fluent", steps=150, rl={"steps": 20, "lr": 1e-4}, samples=GROUP),
+        _expressions("fluent", "other answers are mostly right", "fluent", steps=600, rl={"steps": 100}),
+        _expressions("halting", "other answers are mostly wrong", "halting", steps=400, rl={"steps": 100}),
+        _expressions(
+            "quick", "a quick look", "fluent", steps=150, rl={"steps": 20, "lr": 1e-4}, samples=GROUP
+        ),
         _gym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
         _gym("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 12}),
     )
@@ -119,6 +125,18 @@ VARIANTS = dict(
     for choice in itertools.product(("intent", "equation", "right"), ("skip", "shape"), (0.25, 0.5, 1.0))
 )
 FEW = ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5", "G2RL right, shape, 0.5")
+
+# What the defaults hang on: one choice at a time, the rest the same.
+PAIRS = (
+    ("G2RL intent, shape, 0.5", "G2RL intent, skip, 0.5"),
+    ("G2RL equation, shape, 0.5", "G2RL equation, skip, 0.5"),
+    ("G2RL right, shape, 0.5", "G2RL right, skip, 0.5"),
+    ("G2RL intent, shape, 0.5", "G2RL intent, shape, 0.25"),
+    ("G2RL intent, shape, 1", "G2RL intent, shape, 0.5"),
+    ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5"),
+    ("G2RL right, shape, 0.5", "G2RL intent, shape, 0.5"),
+    ("G2RL intent, shape, 0.5", "EVOL-RL"),
+)
 
 
 def systems(setting: str) -> dict[str, dict[str, Any]]:
