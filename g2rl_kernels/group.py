@@ -45,7 +45,7 @@ def group_geometry(
     shaping: str = "intent",
     score: str = "linear",
     scale: str = "group",
-    uniform_groups: str = "skip",
+    uniform_groups: str = "shape",
     eps: float = 1e-6,
 ) -> GroupGeometry:
     """Equations 9-13 and 2 of the paper on every group of responses to one prompt, in one call.
@@ -81,8 +81,8 @@ def group_geometry(
         score: "linear", as above, or "sqrt": the square root of nu.
         scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
             "batch"'s (about the batch's mean), or "none".
-        uniform_groups: groups in which all rewards are equal: "skip" leaves their rewards as they are,
-            "shape" treats them like all others.
+        uniform_groups: groups in which all rewards are equal: "shape" treats them like all others, "skip"
+            leaves their rewards as they are.
         eps: positive.
 
     Returns:

@@ -294,7 +294,7 @@ def group_geometry(
     shaping: str = "intent",
     score: str = "linear",
     scale: str = "group",
-    uniform_groups: str = "skip",
+    uniform_groups: str = "shape",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (negative: empty).

@@ -109,10 +109,10 @@ class G2RLConfig(GRPOConfig):
         metadata={"help": "The exploration score: 'linear', or its 'sqrt'.", "choices": list(SCORES)},
     )
     g2rl_uniform_groups: str = field(
-        default="skip",
+        default="shape",
         metadata={
-            "help": "Groups of all right or all wrong answers: 'skip' leaves their rewards as they are, "
-            "'shape' treats them like all others.",
+            "help": "Groups of all right or all wrong answers: 'shape' treats them like all others, 'skip' "
+            "leaves their rewards as they are.",
             "choices": list(UNIFORM_GROUPS),
         },
     )

@@ -77,7 +77,7 @@ class TrainerConfig:
     shaping: str = "intent"  # intent | equation | right (wrong answers stay as they are)
     score: str = "linear"  # linear | sqrt
     scale: str = "group"  # advantages over the deviation of: group | batch | none
-    uniform_groups: str = "skip"  # groups of all right or all wrong responses: skip (leave unshaped) | shape
+    uniform_groups: str = "shape"  # groups of all right or all wrong responses: shape like others | skip
     backend: str | None = None  # of head_features; None: by device
     # objective (equations 2 to 4)
     ratio: str = "token"  # token | sequence (as the paper writes it) | sequence_mean (its length-th root)

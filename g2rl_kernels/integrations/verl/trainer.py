@@ -39,7 +39,7 @@ class G2RLSettings:
     clip: float = 3.0  # bound of the shaped reward, where right is +1 and wrong is -1
     shaping: str = "intent"  # intent | equation | right | none
     score: str = "linear"  # linear | sqrt
-    uniform_groups: str = "skip"  # groups of all right or all wrong answers: skip | shape
+    uniform_groups: str = "shape"  # groups of all right or all wrong answers: shape | skip
     correctness_threshold: float = 0.5  # answers whose score reaches it are right
     correctness_gap: float = 1.0  # of the scores of right and wrong answers: 1 for 0 and 1, 2 for -1 and +1
 
