@@ -140,7 +140,7 @@ def test_figures_and_report(tmp_path) -> None:
     assert (tmp_path / "fluent.png").read_bytes().startswith(b"\x89PNG")
     assert report.count("| G2RL right, skip, 0.25 |") == 2
     choices = document.pairs_table(stage.rows)
-    assert choices.count("| G2RL intent, shape, 0.5 less ") == 4
+    assert choices.count("| G2RL intent, shape, 0.5 less ") == 5
 
 
 def test_the_document_holds_the_numbers_of_the_committed_results() -> None:

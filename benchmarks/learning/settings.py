@@ -135,6 +135,7 @@ PAIRS = (
     ("G2RL intent, shape, 1", "G2RL intent, shape, 0.5"),
     ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5"),
     ("G2RL right, shape, 0.5", "G2RL intent, shape, 0.5"),
+    ("G2RL intent, shape, 0.5", "entropy bonus"),
     ("G2RL intent, shape, 0.5", "EVOL-RL"),
 )
 
