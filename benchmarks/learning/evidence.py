@@ -6,7 +6,8 @@
     make evidence ARGS=--document      run nothing: tables and figures from the committed results
 
 Each finished run is a row of OUT/<stage>.json at once, and is not run again. When a stage is complete it
-replaces the committed file in benchmarks/results/learning/, from which the document is made.
+replaces the committed file in benchmarks/results/learning/, from which the document is made, unless that has
+more seeds.
 """
 
 from __future__ import annotations
@@ -189,11 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.systems:
             runs = [this for this in runs if this.system in args.systems]
         stage = Stage(out / f"{name}.json")
-        warm_starts(runs, out, args.jobs)
-        run_all(runs, stage, out, args.jobs)
+        try:
+            warm_starts(runs, out, args.jobs)
+            run_all(runs, stage, out, args.jobs)
+        except KeyboardInterrupt:
+            print("\ninterrupted: the same command goes on; finished runs are kept", file=sys.stderr)
+            return 130
         if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
-            document.RESULTS.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(stage.path, document.RESULTS / stage.path.name)
+            committed = document.RESULTS / stage.path.name
+            if len(Stage(committed).rows) <= len(stage.rows):  # never fewer seeds than there were
+                committed.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(stage.path, committed)
     print(f"tables and figures of these results: {document.write_report(out)}")
     if not args.quick:
         document.write()
