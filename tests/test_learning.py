@@ -115,7 +115,8 @@ def test_intervals_are_students() -> None:
     mean, half = document.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)  # t of a table, 3 degrees
-    assert math.isnan(document.interval([1.0])[1])
+    for few in ([1.0], [1.0, 1.0]):
+        assert math.isnan(document.interval(few)[1])
 
 
 def test_differences_are_paired() -> None:

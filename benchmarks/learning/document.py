@@ -61,9 +61,9 @@ def mean_of(rows: Sequence[Row], system: str, measure: str) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval by Student's t; the half is NaN for a single value."""
+    """Mean and half of its 95 % interval by Student's t; NaN for one or two values: too few for any."""
     n, mean = len(values), sum(values) / len(values)
-    if n < 2:
+    if n < 3:
         return mean, math.nan
     from scipy.stats import t
 
