@@ -137,7 +137,7 @@ for part in kernels suite memcheck racecheck; do
     continue
   fi
   if [[ $part == suite ]]; then
-    cpu_only=(tests/kernels tests/integrations tests/verl tests/test_{benchmarks,build,cpp,sharded,vocab_parallel}.py)
+    cpu_only=(tests/kernels tests/integrations tests/verl tests/test_{benchmarks,build,cpp,learning,sharded,vocab_parallel}.py)
     run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests "${cpu_only[@]/#/--ignore=}"
   elif [[ $part == kernels ]]; then
     if ((KERNEL_TESTS)); then
