@@ -92,7 +92,7 @@ def test_the_best_setting_is_the_one_with_the_highest_pass_at_1() -> None:
         for number in range(len(grid))
         for seed in settings.TUNING_SEEDS
     ]
-    assert evidence.best(rows) == {algorithm: grid[2] for algorithm, grid in settings.GRIDS.items()}
+    assert document.best(rows) == {algorithm: grid[2] for algorithm, grid in settings.GRIDS.items()}
 
 
 def test_a_stage_goes_on_where_it_was_stopped(tmp_path) -> None:

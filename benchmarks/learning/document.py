@@ -77,6 +77,17 @@ def difference(rows: Sequence[Row], system: str, measure: str, other: str = BASE
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
+def best(rows: Sequence[Row]) -> dict[str, Row]:
+    """Of the tuning stage: for each algorithm the keys with the highest mean pass@1 on held-out problems."""
+    from .settings import GRIDS
+
+    found = {}
+    for algorithm, grid in GRIDS.items():
+        scores = [mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
+        found[algorithm] = grid[scores.index(max(scores))]
+    return found
+
+
 def names(rows: Sequence[Row]) -> list[str]:
     """The systems in rows, in the order of the registry."""
     from .settings import systems
@@ -137,12 +148,12 @@ def tuning_table(rows: Sequence[Row]) -> str:
     """Every setting tried, by algorithm; the chosen one in bold."""
     from .settings import GRIDS
 
-    lines = []
+    lines, chosen = [], best(rows)
     for algorithm, grid in GRIDS.items():
-        scores = [mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
-        for keys, score in zip(grid, scores):
-            said = ", ".join(f"{key}={number:g}" for key, number in keys.items())
-            mark = "**" if keys is grid[scores.index(max(scores))] else ""
+        for number, keys in enumerate(grid):
+            said = ", ".join(f"{key}={value:g}" for key, value in keys.items())
+            score = mean_of(rows, f"{algorithm} {number}", "pass@1")
+            mark = "**" if keys is chosen[algorithm] else ""
             lines.append([algorithm, f"{mark}{said}{mark}", f"{mark}{score:.3f}{mark}"])
     return table(["algorithm", "setting", "pass@1"], lines)
 

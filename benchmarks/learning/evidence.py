@@ -58,15 +58,6 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
 SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each algorithm the keys with the highest mean pass@1 on held-out problems."""
-    found: dict[str, dict[str, Any]] = {}
-    for algorithm, grid in GRIDS.items():
-        scores = [document.mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
-        found[algorithm] = grid[scores.index(max(scores))]
-    return found
-
-
 class Stage:
     """The rows of one stage in a file, which is whole at any moment."""
 
@@ -126,12 +117,8 @@ def _quiet() -> None:
 
 def warm_starts(runs: Sequence[Run], folder: Path, jobs: int) -> None:
     """Makes the models to start from, each once, before several runs want the same."""
-    needed = {(r.setting, r.seed) for r in runs if SETTINGS[r.setting].warm_up}
-    missing = [
-        pair
-        for pair in sorted(needed)
-        if not (folder / "warm-up" / f"{pair[0]}-{pair[1]}" / "config.json").exists()
-    ]
+    needed = sorted({(this.setting, this.seed) for this in runs})
+    missing = [(setting, seed) for setting, seed in needed if not SETTINGS[setting].is_warm(folder, seed)]
     if not missing:
         return
     from tqdm import tqdm
@@ -184,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuned: dict[str, dict[str, Any]] = {}
     for name in ("quick",) if args.quick else args.only or STAGES:
         if name in ("fluent", "halting"):
-            tuned = best(Stage(out / "tuning.json").rows)
+            tuned = document.best(Stage(out / "tuning.json").rows)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
         if args.systems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Run:
         return {"setting": self.setting, "system": self.system, "seed": self.seed, "keys": dict(self.keys)}
 
 
-def run(this: Run, folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(this: Run, folder: Path) -> dict[str, Any]:
     """Trains and evaluates; warm starts are kept in `folder`. Nothing else is left behind."""
     import torch
 
@@ -53,10 +53,7 @@ def run(this: Run, folder: Path, say: Callable[[str], None] = lambda text: None)
         )
         trainer = Trainer(*load_model(config), load_tasks(config.tasks), config)
         trainer.begin()
-        steps = []
-        for number in range(config.steps):
-            say(f"{this.setting} | {this.system} | seed {this.seed} | step {number + 1}/{config.steps}")
-            steps.append(trainer.step())
+        steps = [trainer.step() for _ in range(config.steps)]
         return {
             **this.identity,
             "curves": {key: thin([step[key] for step in steps]) for key in CURVES},

@@ -35,10 +35,16 @@ class Setting:
             return str(self.base["model"])
         from . import expressions
 
-        where = folder / "warm-up" / f"{self.name}-{seed}"
-        if not (where / "config.json").exists():
-            expressions.warm_up(where, seed=seed, **self.warm_up)
-        return str(where)
+        if not self.is_warm(folder, seed):
+            expressions.warm_up(self._place(folder, seed), seed=seed, **self.warm_up)
+        return str(self._place(folder, seed))
+
+    def is_warm(self, folder: Path, seed: int) -> bool:
+        """Whether there is nothing to warm up (any more)."""
+        return not self.warm_up or (self._place(folder, seed) / "config.json").exists()
+
+    def _place(self, folder: Path, seed: int) -> Path:
+        return folder / "warm-up" / f"{self.name}-{seed}"
 
 
 def _expressions(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer.config import TrainerConfig
-from ..trainer.errors import ConfigError, TrainerError
-from .samples import SAMPLING_KEYS, DataSet
+from ..trainer.errors import ConfigError, TrainerError, out_of_memory
+from .engines import Decoding, choose_engine
+from .samples import SAMPLING_KEYS, DataSet, Settings
 
 DESCRIPTION = """\
 Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with 95 % intervals over problems.
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        if not out_of_memory(error):
             raise
         message = "out of memory: lower --batch-size or --max-new-tokens"
     print(f"g2rl eval: error: {message}", file=sys.stderr)
@@ -104,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from .engines import Decoding, choose_engine
     from .results import check_ks
-    from .samples import Settings, read_settings, sample
+    from .samples import read_settings, sample
 
     if not args.model or ("=" in args.model and not Path(args.model).exists()):
         raise ConfigError("no model: g2rl eval MODEL --data math500, or --help")
@@ -115,9 +115,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_ks(_ks(args), args.n)
     config = make_config(args)
     data = load_sets(args)
-    engine = choose_engine(args.engine, args.model)
-    batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
-    settings = Settings(config, decoding, engine, batch_size)
+    settings = make_settings(args, config, decoding)
     out = Path(args.out or "runs/eval").expanduser()
     rows = sample(data, settings, out, overwrite=args.overwrite)
     return _finish(args, rows, read_settings(out), out, out / "samples.jsonl")
@@ -125,8 +123,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def make_config(args: argparse.Namespace) -> TrainerConfig:
     """The trainer's configuration: recipe, then overrides, then the options here."""
-    from .engines import choose_engine
-
     config = _recipe(args)
     values = {**config.to_dict(), "model": args.model, "score_gate": args.gate}
     if args.seed is not None:
@@ -142,6 +138,13 @@ def make_config(args: argparse.Namespace) -> TrainerConfig:
         if gpu or choose_engine(args.engine, args.model) == "vllm":
             values["dtype"], values["autocast"] = "bfloat16", "none"  # nothing is trained here
     return TrainerConfig.from_dict(values)
+
+
+def make_settings(args: argparse.Namespace, config: TrainerConfig, decoding: Decoding) -> Settings:
+    """How to sample, with --engine and --batch-size, or what suits the engine."""
+    engine = choose_engine(args.engine, config.model)
+    batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
+    return Settings(config, decoding, engine, batch_size)
 
 
 def _recipe(args: argparse.Namespace) -> TrainerConfig:

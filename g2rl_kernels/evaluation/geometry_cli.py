@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
-from ..trainer.errors import ConfigError, TrainerError
-from .cli import load_sets, make_config
+from ..trainer.errors import ConfigError, TrainerError, out_of_memory
+from .cli import load_sets, make_config, make_settings
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
+    from .samples import DataSet
 
 DESCRIPTION = """\
 How a model's responses to a problem lie to each other in gradient space: do they ask for the same update,
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        if not out_of_memory(error):
             raise
         message = "out of memory: lower --batch-size, --micro-batch or --max-new-tokens"
     print(f"g2rl geometry: error: {message}", file=sys.stderr)
@@ -150,15 +151,19 @@ def _geometry(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
     models = name_models(args.models)
-    if not args.samples:
-        load_sets(args)  # what is wrong with it shows before a model is loaded
+    data = [] if args.samples else load_sets(args)  # what is wrong with it shows before a model is loaded
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
         stored = args.samples[place if len(args.samples) > 1 else 0] if args.samples else None
         done.append(
             _one(
-                name, make_config(argparse.Namespace(**{**vars(args), "model": model})), stored, encoder, args
+                name,
+                make_config(argparse.Namespace(**{**vars(args), "model": model})),
+                data,
+                stored,
+                encoder,
+                args,
             )
         )
     for one in done[1:]:
@@ -206,6 +211,7 @@ def _encoder(name: str) -> SentenceEncoder | None:
 def _one(
     name: str,
     config: TrainerConfig,
+    data: Sequence[DataSet],
     stored: Path | None,
     encoder: SentenceEncoder | None,
     args: argparse.Namespace,
@@ -218,7 +224,7 @@ def _one(
     folder, temperature = args.out / name, args.temperature
     if stored is None:
         temperature = 1.0 if temperature is None else temperature
-        rows = _sample(config, folder, temperature, args)
+        rows = _sample(config, data, folder, temperature, args)
         source = folder / "samples.jsonl"
     else:
         rows, source = read_samples(stored), stored
@@ -254,18 +260,17 @@ def _one(
 
 
 def _sample(
-    config: TrainerConfig, folder: Path, temperature: float, args: argparse.Namespace
+    config: TrainerConfig,
+    data: Sequence[DataSet],
+    folder: Path,
+    temperature: float,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    from .engines import Decoding, choose_engine
-    from .samples import Settings, sample
+    from .engines import Decoding
+    from .samples import sample
 
-    decoding, engine = (
-        Decoding(n=args.m or 8, temperature=temperature),
-        choose_engine(args.engine, config.model),
-    )
-    batch_size = args.batch_size if args.batch_size is not None else 2048 if engine == "vllm" else 64
-    settings = Settings(config, decoding, engine, batch_size)
-    return sample(load_sets(args), settings, folder, overwrite=args.overwrite)
+    settings = make_settings(args, config, Decoding(n=args.m or 8, temperature=temperature))
+    return sample(data, settings, folder, overwrite=args.overwrite)
 
 
 def _measure(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainerConfig
-from .errors import ConfigError, TrainerError, need
+from .errors import ConfigError, TrainerError, need, out_of_memory
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        if not out_of_memory(error):
             raise
         message = (
             "out of memory: lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true"

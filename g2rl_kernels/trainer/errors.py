@@ -28,3 +28,9 @@ def check_packages() -> None:
 def need(package: str, error: ImportError, extra: str = "train") -> TrainerError:
     """The error for a dependency that is an extra of this package."""
     return TrainerError(f"{package} is not usable here ({error}): pip install 'g2rl-kernels[{extra}]'")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's word, for a GPU or a CPU, that memory ran out."""
+    said = str(error).lower()
+    return "out of memory" in said or "can't allocate memory" in said
