@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 from g2rl_kernels import group, reference
 
-from .measure import in_turns, markdown, quantiles, spread, why_not
+from .measure import in_turns, least_seconds, markdown, quantiles, spread, why_not
 
 # groups, rows a group, d
 SIZES = ((64, 16, 4096), (64, 16, 2048), (8, 16, 4096), (256, 16, 2048), (64, 8, 4096), (32, 32, 4096))
@@ -142,9 +142,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def notes(rows: list[dict[str, Any]]) -> str:
+def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
     launches = {row["launches"] for row in rows}
-    return (
+    text = (
         f"Float32; each figure is the mean of {max(launches)} calls in a row, with the features in cache; "
         "median of the rounds."
     )
+    least = {}
+    for row in rows:
+        B, m, d = row["groups"], row["m"], row["d"]
+        if found := least_seconds(machine, "fp32", 2 * B * m * m * d, 4 * B * m * d):
+            least[f"{B} x {m} x {d}"] = f"{found * 1e6:.1f} us"
+    if least:
+        text += f" At the ceilings, out of cache: {', '.join(map(' takes '.join, least.items()))}."
+    return text

@@ -19,6 +19,7 @@ from .measure import (
     attempts,
     extra_memory,
     in_turns,
+    least_seconds,
     markdown,
     progress,
     quantiles,
@@ -131,8 +132,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells)
 
 
-def notes(rows: list[dict[str, Any]]) -> str:
-    return floor_notes(rows, "The bare product runs")
+def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+    return floor_notes(rows, machine, "The bare product runs")
 
 
 # --- the floor: the products that a head cannot do without --------------------------------------------------
@@ -261,12 +262,22 @@ def digit(error: float | None) -> str:
     return "" if error is None else f"{error:.0e}"
 
 
-def floor_notes(rows: list[dict[str, Any]], runs: str) -> str:
-    """What a reader of the table has to know of how its floor was measured."""
+def floor_notes(rows: list[dict[str, Any]], machine: Mapping[str, Any], runs: str, products: int = 1) -> str:
+    """What a reader of the table has to know of how its floor was measured; so many products are bare."""
     speeds = [row["floor_tflops"] for row in rows if "floor_tflops" in row]
     text = []
     if speeds:
         text.append(f"{runs} at {span(speeds, '.3g')} TFLOP/s.")
+    least = {}
+    for row in rows:
+        N, V, d, size = row["N"], row["V"], row["d"], DTYPES[row["dtype"]].itemsize
+        flops, bytes_ = 2 * products * N * V * d, products * size * (N + V) * d
+        if found := least_seconds(machine, row["dtype"], flops, bytes_):
+            least[f"{N} x {V} x {d}, {row['dtype']}"] = f"{ms(found * 1e3)} ms"
+    if least:
+        what = "the product takes" if products == 1 else f"the {products} products take"
+        times = ", ".join(f"{time} ({case})" for case, time in least.items())
+        text.append(f"At the ceilings {what} {times}.")
     chunked = {(row["N"], row["floor_chunks"]) for row in rows if row.get("floor_chunks", 1) > 1}
     for N, chunks in sorted(chunked):
         text.append(

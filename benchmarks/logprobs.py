@@ -3,7 +3,7 @@ dz W and dz^T hidden, measured in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -218,8 +218,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells)
 
 
-def notes(rows: list[dict[str, Any]]) -> str:
-    text = floor_notes(rows, "The bare products run")
+def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+    text = floor_notes(rows, machine, "The bare products run", products=3)
     if any(row["frozen"] for row in rows):
         text += " With a frozen weight they are two: there is no dz^T hidden."
     return text

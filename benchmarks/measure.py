@@ -9,12 +9,14 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from g2rl_kernels import _C
 from g2rl_kernels.info import _version
 
 from .methods import Unavailable
+from .registry import DTYPES
 
 ROUNDS_A_PLACEMENT = 5
 LEAST_ROUNDS = 3
@@ -137,6 +140,41 @@ def settle_clocks(device: str, a_while: float = 0.5) -> dict[str, Any]:
     found = _nvidia_smi(fields)
     torch.cuda.synchronize()
     return found
+
+
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
+
+
+def ceilings(device: str) -> dict[str, Any]:
+    """What this machine reaches where nothing else stands in the way: a large product of random numbers, in
+    TFLOP/s by dtype, and a large copy, in GB/s read and written. Medians of five."""
+    n, size, generator = PRODUCT_SIZE[device], COPY_BYTES[device], torch.Generator(device).manual_seed(0)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in ("bf16", "fp32"):
+        a, b = (torch.randn(n, n, device=device, generator=generator).to(DTYPES[name]) for _ in range(2))
+        calls[name] = partial(torch.mm, a, b.T, out=torch.empty_like(a))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    calls["copy"] = partial(source.clone().copy_, source)
+    turns = Turns(device)
+    rounds = [turns.round(calls) for _ in range(6)][1:]
+    found = {name: statistics.median(one[name] for one in rounds) for name in calls}
+    rates = {name: 2e-12 * n**3 / found[name] for name in ("bf16", "fp32")}
+    return {
+        "product_size": n,
+        "product_tflops": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
+        "copy_gb_s": float(f"{2e-9 * size / found['copy']:.4g}"),
+    }
+
+
+def least_seconds(machine: Mapping[str, Any], dtype: str, flops: float, bytes_: float) -> float | None:
+    """What so much work takes at the machine's ceilings, whichever of the two it meets first; None in results
+    of before they were measured. fp16 is taken for bf16."""
+    measured = machine.get("ceilings")
+    if not measured:
+        return None
+    rate = measured["product_tflops"]["fp32" if dtype == "fp32" else "bf16"]
+    return float(max(flops / (rate * 1e12), bytes_ / (measured["copy_gb_s"] * 1e9)))
 
 
 def _nvidia_smi(fields: tuple[str, ...]) -> dict[str, Any]:
@@ -329,7 +367,20 @@ def machine(device: str) -> dict[str, Any]:
             },
             **settle_clocks(device),
         }
-    return found
+    with released(device):
+        return found | {"ceilings": ceilings(device)}
+
+
+def ceilings_line(machine: Mapping[str, Any]) -> str:
+    """The ceilings in a sentence; "" for results of before they were measured."""
+    measured = machine.get("ceilings")
+    if not measured:
+        return ""
+    products = " and ".join(f"{rate:.3g} ({name})" for name, rate in measured["product_tflops"].items())
+    return (
+        f"Ceilings in this run: products of {measured['product_size']} cubed at {products} TFLOP/s, "
+        f"a copy at {measured['copy_gb_s']:.4g} GB/s, read and written."
+    )
 
 
 def header(machine: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import group, head, logprobs, scaling, train
-from .measure import header, machine, profile, why_not
+from .measure import ceilings_line, header, machine, profile, why_not
 from .methods import Method, default_methods
 from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
 
@@ -103,8 +103,11 @@ class Result:
 def render(result: dict[str, Any]) -> str:
     """Header, table, what to know of it, and what is left out of it."""
     op, rows = OPS[result.get("op", "head")], result["rows"]
-    parts = [header(result["machine"]), op.table(rows) if rows else "nothing was measured"]
-    if rows and (notes := op.notes(rows)):
+    parts = [header(result["machine"])]
+    if ceilings := ceilings_line(result["machine"]):
+        parts.append(ceilings)
+    parts.append(op.table(rows) if rows else "nothing was measured")
+    if rows and (notes := op.notes(rows, result["machine"])):
         parts.append(notes)
     reasons: dict[tuple[str, str], list[str]] = {}
     for left in result.get("left_out", []):

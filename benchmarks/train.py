@@ -8,6 +8,7 @@ the policy update. Generation is left out: it is the same for both, and would ma
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -213,7 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells)
 
 
-def notes(rows: list[dict[str, Any]]) -> str:
+def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
     return (
         "A step without generation and verification; linear_logprobs gives the update's log-probs in both. "
         "Features and geometry alone: head_features, which yields the old log-probs too, and group_geometry."

@@ -429,6 +429,38 @@ def test_reasons_tell_faults_from_absence_and_name_no_paths():
     assert found == {"reason": "RuntimeError: in file.py:3: bad", "fault": True}
 
 
+def test_ceilings_are_of_products_and_copies_that_were_made(monkeypatch):
+    for name, size in (("PRODUCT_SIZE", 64), ("COPY_BYTES", 4096)):
+        monkeypatch.setattr(measure, name, {"cpu": size})
+    seen = []
+    took = {"bf16": 1e-6, "fp32": 4e-6, "copy": 2e-6}
+
+    def round_(turns, calls):
+        seen.append(calls)
+        for call in calls.values():
+            call()
+        return took
+
+    monkeypatch.setattr(measure.Turns, "round", round_)
+    found = measure.ceilings("cpu")
+    flops = 2 * 64**3
+    assert found["product_tflops"] == {
+        "bf16": pytest.approx(flops / 1e-6 / 1e12, 1e-3),
+        "fp32": pytest.approx(flops / 4e-6 / 1e12, 1e-3),
+    }
+    assert found["copy_gb_s"] == pytest.approx(2 * 4096 / 2e-6 / 1e9, 1e-3)
+    assert [call().dtype for call in seen[0].values()] == [torch.bfloat16, torch.float32, torch.uint8]
+
+
+def test_the_least_time_is_that_of_the_ceiling_met_first():
+    machine = {"ceilings": {"product_tflops": {"bf16": 800.0, "fp32": 50.0}, "copy_gb_s": 3000.0}}
+    assert measure.least_seconds(machine, "bf16", 8e14, 3e9) == pytest.approx(1.0)
+    assert measure.least_seconds(machine, "fp16", 8e14, 3e9) == pytest.approx(1.0)
+    assert measure.least_seconds(machine, "fp32", 8e14, 3e9) == pytest.approx(16.0)
+    assert measure.least_seconds(machine, "bf16", 8e11, 6e12) == pytest.approx(2.0)
+    assert measure.least_seconds({}, "bf16", 8e14, 3e9) is None  # results of before
+
+
 def test_a_run_out_of_time_says_what_it_did_not_begin(monkeypatch, tmp_path):
     clock = iter([0, 0, 40, 40, 50, 50, 90, 90])  # of 40, 10 and 40 seconds
     monkeypatch.setattr(run, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -480,6 +512,9 @@ def test_head_measures_writes_and_draws(compiled, tmp_path, capsys):
     assert left["g2rl-kernels, statistics"] == "runs on cuda only"
     assert "CCE" in left
     assert printed.count("| 16 x 2048 x 64, bf16, 0.5 nats |") == 4
+    tflops = result["machine"]["ceilings"]["product_tflops"]["bf16"]
+    assert f"products of 1024 cubed at {tflops:.3g} (bf16)" in printed
+    assert re.search(r"At the ceilings the product takes [\d.]+ ms \(8 x 2048 x 64, bf16\), ", printed)
     assert "- g2rl-kernels, certificate, all cases: runs on cuda only" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
     for name in ("torch.mm(hidden, weight.T, out=logits)", *ours):
@@ -598,7 +633,9 @@ def test_group_measures_all_implementations(tmp_path, capsys):
     for row in rows:
         assert (row["error"] is None) == (row["implementation"] == names[0])
         assert row["error"] is None or row["error"] < 1e-4
-    assert capsys.readouterr().out.count("| 2 x 4 x 64 |") == len(names)
+    printed = capsys.readouterr().out
+    assert printed.count("| 2 x 4 x 64 |") == len(names)
+    assert re.search(r"At the ceilings, out of cache: 2 x 4 x 64 takes [\d.]+ us, 3 x 2 x 16 takes", printed)
 
 
 def test_train_measures_the_step_with_and_without(tmp_path, capsys):

@@ -34,6 +34,9 @@ sys.path.insert(0, str(ROOT))  # the checkout's kernels, installed or not
 
 ARCHITECTURES = (80, 90, 100)
 
+# Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
+TRIED_MAY_SPILL = 32
+
 # Of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on top of
 # its own, and registers in steps of 8 a thread.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
@@ -79,6 +82,7 @@ class Case:
     num_stages: int = 3
     programs_per_sm: int = 1
     needs: tuple[str, ...] = ()  # instructions
+    may_spill: int = 0  # bytes
 
     @property
     def name(self) -> tuple[str, ...]:
@@ -105,7 +109,7 @@ class Found:
         if self.error:
             return [self.error]
         case, found = self.case, []
-        if self.spilled:
+        if self.spilled > case.may_spill:
             found.append(f"spills {self.spilled} bytes")
         n = case.programs_per_sm
         for what, taken, limit in (
@@ -211,6 +215,7 @@ def large(
     precision: str = "ieee",
     by_pointer: tuple[str, ...] = (),
     strided: tuple[str, ...] = (),
+    may_spill: int = 0,
 ) -> Case:
     """head_stats, head_residual or head_gradient. By pointer come all operands on sm_80, and elsewhere those
     named."""
@@ -263,6 +268,7 @@ def large(
         num_stages=config.num_stages,
         programs_per_sm=config.programs_per_sm,
         needs=tuple(needs),
+        may_spill=may_spill,
     )
 
 
@@ -283,7 +289,7 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
     for variant in usual:
         yield large(variant, arch, shipped, "plain", "bf16", bias=True)
         for config in others:
-            yield large(variant, arch, config, "plain", "bf16")
+            yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
     for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
         shipped, others = of(form)
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
@@ -547,7 +553,7 @@ def main() -> int:
     wrong = [
         f"{', '.join(filter(None, one.case.name))}: {'; '.join(one.faults)}" for one in found if one.faults
     ]
-    print("\n".join(wrong) or "nothing spills, everything fits", file=sys.stderr)
+    print("\n".join(wrong) or "nothing that is shipped spills, everything fits", file=sys.stderr)
     return 1 if wrong and args.check else 0
 
 
