@@ -71,6 +71,7 @@ class Sampler:
     def respond(self, drawn: Sequence[tuple[Task, Item, list[int]]]) -> Rollout:
         """One response to each of these prompts."""
         config, pad, device = self.config, self.tokenizer.pad_token_id, self.model.device
+        self.model.eval()
         width = max(len(prompt) for _, _, prompt in drawn)
         ids = torch.tensor([[pad] * (width - len(p)) + p for _, _, p in drawn], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, _, p in drawn], device=device)

@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..novelty import SentenceEncoder, compared_text, majority_labels
 from . import checkpoint
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError, check_packages
-from .model import Head, find_head, frozen_copy, response_hidden
+from .model import Head, checkpointing, enable_checkpointing, find_head, frozen_copy, response_hidden
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
@@ -69,8 +70,7 @@ class Trainer:
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the policy that is updated must be the one that sampled
         if config.gradient_checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            enable_checkpointing(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise TrainerError("model: no parameter requires a gradient, so nothing would be trained")
@@ -182,9 +182,12 @@ class Trainer:
 
     def update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
         """`epochs` passes of clipped policy-gradient updates over the rollout; means over the updates."""
+        with checkpointing(self.model) if self.config.gradient_checkpointing else nullcontext():
+            return self._update(rollout, measured)
+
+    def _update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
         config, lr = self.config, self.learning_rate()
         totals, updates = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}, 0
-        self.model.train(config.gradient_checkpointing)  # which transformers heeds in training mode only
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         high = config.ratio_clip if config.ratio_clip_high is None else config.ratio_clip_high

@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny import CHARACTERS, LetterTask, make_model, make_tokenizer, make_trainer
 from torch import nn
+from torch.utils import checkpoint as checkpoint_utils
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, modeling_utils
 
 from g2rl_kernels.trainer import ConfigError, RewardError, TrainerError
 from g2rl_kernels.trainer import trainer as trainer_module
@@ -91,6 +93,60 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     again = gradients_of_a_step(make_trainer(tmp_path / "b", max_grad_norm=1e9, gradient_checkpointing=True))
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
+    """Generation above all, which in training mode would go without its cache."""
+    keys: dict[str, Any] = {"mini_batch_size": 4, "beta": 0.1}
+    runs = []
+    for name, on in (("a", False), ("b", True)):
+        trainer = make_trainer(tmp_path / name, gradient_checkpointing=on, **keys)
+        runs.append([without_times(trainer.step()) for _ in range(4)])
+        assert not any(module.training for module in trainer.model.modules())
+    assert runs[0] == runs[1]
+
+
+def _gpt2() -> Any:  # its dropouts are modules, in the layer
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(CHARACTERS) + 3, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1,
+            bos_token_id=1, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def _opt() -> Any:  # its dropouts are functions, which heed the layer's own mode
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(CHARACTERS) + 3, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
+            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, dropout=0.3,
+            eos_token_id=1, bos_token_id=1, pad_token_id=0, init_std=0.3,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [_gpt2, _opt])
+def test_gradient_checkpointing_recomputes_and_switches_no_dropout_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    calls: list[bool] = []
+    plain = checkpoint_utils.checkpoint
+
+    def counted(*args: Any, **keywords: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return plain(*args, **keywords)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    found = []
+    for name, on in (("a", False), ("b", True)):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path / name, model=make(), gradient_checkpointing=on, lr=0.0, beta=0.1)
+        metrics = trainer.step()
+        assert (metrics["kl"], metrics["clip_fraction"]) == (0.0, 0.0)
+        found.append(gradients_of_a_step(trainer))
+    assert calls == [True] * 4  # two layers in each of the two updates, none of them in a measurement
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gradient_against_autograd_on_logits(tmp_path: Path) -> None:
