@@ -74,11 +74,38 @@ def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
         )
 
 
+_MULTIPLIER = 6364136223846793005  # odd, of a full-period generator modulo 2^64
+
+
+def response_keys(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """A number for each packed response, [S] int64, that tells whether two are the same tokens.
+
+    tokens [N], cu_seqlens [S + 1]. It is a polynomial modulo 2^64, so that others share it by an accident of
+    one in 2^60, and the sum of integers, so that it is the same on every device.
+    """
+    start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    owner = torch.arange(len(start), device=tokens.device).repeat_interleave(lengths)
+    position = torch.arange(len(owner), device=tokens.device) - start[owner]
+    powers = torch.full((int(lengths.max()) if len(start) else 0,), _MULTIPLIER, device=tokens.device)
+    terms = (tokens[: len(owner)].long() + 1) * powers.cumprod(0)[position]
+    return torch.zeros_like(start, dtype=torch.int64).index_add_(0, owner, terms)
+
+
+def _one_feature_each(features: Tensor, keys: Tensor, groups: int | Tensor) -> Tensor:
+    """Features [S, d] where responses of a group with the same key have that of the first of them."""
+    row = torch.arange(len(keys), device=keys.device)
+    ids = row // groups if isinstance(groups, int) else groups.to(keys.device)
+    _, which = torch.unique(torch.stack([ids, keys], 1), dim=0, return_inverse=True)
+    first = torch.full_like(row, len(row)).scatter_reduce_(0, which, row, "amin")
+    return features[first[which]]
+
+
 def shape_rewards(
     features: Tensor,
     rewards: Tensor,
     groups: int | Tensor,
     *,
+    keys: Tensor | None = None,
     algorithm: str = "g2rl",
     embeddings: Tensor | None = None,
     answered: Tensor | None = None,
@@ -94,12 +121,17 @@ def shape_rewards(
         features: [S, d], of `head_features`; the geometry is measured whatever the algorithm.
         rewards: [S], +1 and -1; NaN only in rows that take no part.
         groups: an int m, where rows are consecutive blocks of m; or int64 [S] ids, negative: takes no part.
+        keys: [S], of `response_keys`. The same tokens give other bits in another micro-batch, or with another
+            sampler's log-probs, and where all of a group are alike, min-max would make such rounding the
+            whole difference between them: with keys they have one feature.
         embeddings: [S, e], rows of unit norm, needed by evol_rl.
         answered: [S] bool, evol_rl: whether a response has an answer at all. None: all have.
         options: those of `group_geometry`. Only g2rl heeds lam, clip, score and uniform_groups.
     """
     if algorithm != "g2rl":
         options["shaping"] = "none"
+    if keys is not None:
+        features = _one_feature_each(features, keys, groups)
     geometry = group_geometry(features, rewards, groups, **options)
     if algorithm != "evol_rl":
         return geometry
@@ -132,7 +164,7 @@ def shape_scores(
         gap: how far apart the scores of a right and a wrong answer are: 1 for 0 and 1, 2 for -1 and +1.
         votes: S answers, None for no answer. With them scores say nothing, nor does NaN among them: right is
             what `majority_labels` says, and scores are put at threshold +- gap / 2 before they are moved.
-        options: of `shape_rewards`: algorithm, embeddings, answered; lam, clip, shaping, score,
+        options: of `shape_rewards`: keys, algorithm, embeddings, answered; lam, clip, shaping, score,
             uniform_groups.
 
     Returns:

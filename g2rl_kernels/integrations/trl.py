@@ -68,6 +68,7 @@ from .shaping import (
     LABELS,
     check_gap,
     check_options,
+    response_keys,
     shape_scores,
 )
 
@@ -199,6 +200,7 @@ class _Measurement:
     completion_columns: int = 0  # the last of the padded ids
     running: bool = False  # the forward under the policy that sampled
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, a forward each
+    keys: list[Tensor] = field(default_factory=list)
     has_tokens: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
     rewards: Tensor | None = None  # [responses of all ranks, reward functions], raw
@@ -330,6 +332,7 @@ class G2RLTrainer(GRPOTrainer):
                 options["known_logprobs"] = _pad_like(mask, known, columns)[mask]
             out = g2.head_features(packed, weight, tokens, cu_seqlens, bias=bias, **options)
         measurement.features.append(out.features)
+        measurement.keys.append(response_keys(tokens, cu_seqlens))
         measurement.has_tokens.append(counts.any(1))
         measurement.seconds += self._clock() - start
         return out.logprobs, out.entropy
@@ -441,6 +444,7 @@ class G2RLTrainer(GRPOTrainer):
             scores,
             self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             has_tokens=gather(torch.cat(measurement.has_tokens)),
+            keys=gather(torch.cat(measurement.keys)),
             threshold=args.g2rl_correctness_threshold,
             gap=args.g2rl_correctness_gap,
             algorithm=args.g2rl_algorithm,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
-from ..integrations.shaping import describe, shape_rewards
+from ..integrations.shaping import describe, response_keys, shape_rewards
 from ..novelty import SentenceEncoder, compared_text, majority_labels
 from . import checkpoint
 from .config import TrainerConfig
@@ -125,7 +125,7 @@ class Trainer:
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
         reference = torch.zeros_like(logprobs) if self.reference else None
-        features, entropy, seconds = [], 0.0, 0.0
+        features, keys, entropy, seconds = [], [], 0.0, 0.0
         weight, bias = self.head.weights(self.ops_dtype)
         for rows in _slices(len(scores), config.micro_batch_size):
             hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
@@ -136,6 +136,7 @@ class Trainer:
             )
             seconds += self._clock() - start
             features.append(out.features)
+            keys.append(response_keys(tokens, cu_seqlens))
             logprobs[rows, : mask.shape[1]] = _padded(out.logprobs, mask)
             entropy += out.entropy.sum().item()
             if self.reference and reference is not None:
@@ -146,12 +147,12 @@ class Trainer:
         if config.truncated == "drop":  # -1: a row that touches nobody
             groups = groups.masked_fill(rollout.truncated, -1)
         start = self._clock()
-        rewards, geometry = self._shape(torch.cat(features), scores, groups, rollout)
+        rewards, geometry = self._shape(torch.cat(features), torch.cat(keys), scores, groups, rollout)
         seconds += self._clock() - start
         return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
 
     def _shape(
-        self, features: Tensor, scores: Tensor, groups: Tensor, rollout: Rollout
+        self, features: Tensor, keys: Tensor, scores: Tensor, groups: Tensor, rollout: Rollout
     ) -> tuple[Tensor, g2.GroupGeometry]:
         """Rewards [S], +1 and -1, and what the algorithm makes of them."""
         config = self.config
@@ -170,6 +171,7 @@ class Trainer:
             features,
             rewards,
             groups if config.truncated == "drop" else config.group_size,  # ids make a GPU wait
+            keys=keys,
             algorithm=config.algorithm,
             lam=config.lam,
             clip=config.clip,

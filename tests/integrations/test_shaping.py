@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import g2rl_kernels as g2
-from g2rl_kernels.integrations.shaping import describe, shape_scores, signed_rewards
+from g2rl_kernels.integrations.shaping import describe, response_keys, shape_scores, signed_rewards
 
 NAN = torch.nan
 FEATURES = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, -0.2]])
@@ -35,6 +35,36 @@ def test_wrong_answers_keep_their_scores_by_right() -> None:
     assert shaped.bonus.tolist() == [0.25, -0.25, 0.0, 0.0]
     assert shaped.scores.tolist() == [1.25, 0.75, 0.0, 0.0]
     assert shaped.metrics["sign_flips"] == 0
+
+
+def test_keys_tell_the_tokens_apart_and_nothing_else() -> None:
+    responses = [[5, 7], [7, 5], [5, 7, 0], [], [5], [5, 7], [0], [0, 0], [151935] * 3000, [151935] * 2999]
+    responses += [[*range(1000)], [*range(512), 513, 512, *range(514, 1000)], []]
+    flat = torch.tensor([token for response in responses for token in response])
+    lengths = torch.tensor([len(response) for response in responses])
+    keys = response_keys(flat, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))).tolist()
+    same = [(i, j) for i in range(len(keys)) for j in range(i) if keys[i] == keys[j]]
+    assert same == [(5, 0), (12, 3)]
+    alone = response_keys(torch.tensor([7, 5], dtype=torch.int32), torch.tensor([0, 2]))  # wherever it lies
+    assert alone.tolist() == [keys[1]]
+    assert response_keys(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)).shape == (0,)
+
+
+def test_rounding_makes_no_difference_between_the_same_tokens() -> None:
+    """Of two groups with the same features but for noise, one holds copies of a response, the other none."""
+    noise = 0.1 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    features, scores = torch.cat([torch.ones(4, 2) + noise] * 2), torch.ones(8)
+    keys = torch.tensor([3, 3, 3, 3, 0, 1, 2, 3])
+    shaped = shape_scores(features, scores, 4, keys=keys)
+    assert (shaped.bonus[:4] == 0).all()
+    without = shape_scores(features, scores, 4)
+    assert without.bonus[:4].abs().max() == 0.25
+    assert torch.equal(shaped.bonus[4:], without.bonus[4:])
+    # ids in any order; the feature is the first's in the group, not another group's
+    order = torch.tensor([7, 2, 5, 0, 6, 1, 3, 4])
+    ids = (torch.arange(8) // 4)[order]
+    mixed = shape_scores(features[order], scores, ids, keys=keys[order])
+    assert torch.equal(mixed.bonus, shaped.bonus[order])
 
 
 @pytest.mark.parametrize("why", ["not scored", "without tokens", "padding"])

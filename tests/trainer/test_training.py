@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import checkpoint as checkpoint_utils
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, modeling_utils
 
+import g2rl_kernels as g2
 from g2rl_kernels.trainer import ConfigError, RewardError, TrainerError
 from g2rl_kernels.trainer import trainer as trainer_module
 from g2rl_kernels.trainer.checkpoint import find_all
@@ -86,6 +87,28 @@ def test_accumulation_is_one_big_batch(tmp_path: Path, loss_mean: str, ratio: st
     assert max(g.abs().max() for g in whole.values()) > 1e-3
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_copies_of_a_response_are_not_told_apart_by_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in bf16, where the same tokens get other bits in a micro-batch of another width."""
+    trainer = make_trainer(tmp_path, micro_batch_size=2)
+    rollout = trainer.sampler.sample()
+    for part in (rollout.ids, rollout.attention, rollout.mask):  # the first group: four copies
+        part[1:4] = part[0]
+    exact, calls = g2.head_features, []
+
+    def rounded(*args: Any, **keywords: Any) -> Any:
+        out = exact(*args, **keywords)
+        calls.append(1)
+        return out._replace(features=out.features * (1 + 1e-3 * torch.rand(out.features.shape)))
+
+    monkeypatch.setattr(g2, "head_features", rounded)
+    advantages = trainer.measure(rollout, torch.ones(8)).geometry.advantages
+    assert len(calls) == 4
+    assert (advantages[:4] == 0).all()
+    assert advantages[4:].abs().max() > 0.5
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:

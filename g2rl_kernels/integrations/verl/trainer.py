@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from ..shaping import check_gap, check_options, shape_scores
-from .engine import FEATURES, REQUEST, SECONDS, is_patched
+from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
 
 STRATEGIES = ("fsdp", "fsdp2")
 
@@ -117,7 +117,7 @@ class G2RLTrainerSync(PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         start = time.perf_counter()
-        fields = ["rm_scores", "response_mask", FEATURES, SECONDS]
+        fields = ["rm_scores", "response_mask", FEATURES, KEYS, SECONDS]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
@@ -128,6 +128,7 @@ class G2RLTrainerSync(PPOTrainerSync):
             torch.stack(data[FEATURES].unbind()),
             scores,
             groups,
+            keys=torch.stack(data[KEYS].unbind())[:, 0],
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
             gap=settings.correctness_gap,
