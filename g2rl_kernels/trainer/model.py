@@ -142,7 +142,9 @@ def _checkpointed(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
-def _recomputed(layer: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recomputed(
+    layer: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """checkpoint(function, ...), with the layer itself in evaluation mode while it computes."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
