@@ -2,7 +2,8 @@
 # Proof and figures on a GPU, in one command and under ten minutes, on a bare machine: torch for CUDA, nvcc and a
 # C++ compiler; no network, no virtual environment, nothing is installed.
 #
-#     benchmarks/gpu.sh                                  everything, into benchmarks/results/gpu
+#     benchmarks/gpu.sh                                  the proof and all figures, into benchmarks/results/gpu
+#     PARTS="build sanitizers tune head" benchmarks/gpu.sh    the rest, in a second run
 #     PARTS="build kernels head" benchmarks/gpu.sh       only these, where GPU time is scarce
 #     OUT=elsewhere PYTHON=python3.12 benchmarks/gpu.sh
 #     PYTHONPATH=$PWD/carried benchmarks/gpu.sh          with what was put there before, for this Python, by
@@ -13,7 +14,7 @@
 #   info        g2rl info, nvidia-smi
 #   kernels     tests/kernels on the GPU            } tests
 #   suite       all other tests that a GPU may change, and that can be imported }
-#   memcheck, racecheck   compute-sanitizer on the kernels' small tests    } sanitizers
+#   memcheck, racecheck   compute-sanitizer on the kernels' small tests; only if named    } sanitizers
 #   tune        g2rl tune for the first case; only if it is named, before head, with its own two minutes
 #   head, logprobs, group, train    g2rl bench, JSON named after the GPU }
 #   profile     time by kernel of one call in each mode        } bench
@@ -28,14 +29,14 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
-PARTS=" ${PARTS:-build info tests sanitizers bench} "
+PARTS=" ${PARTS:-build info tests bench} "
 PARTS=${PARTS// tests / kernels suite }
 PARTS=${PARTS// sanitizers / memcheck racecheck }
 PARTS=${PARTS// bench / head logprobs group train profile plots }
 # Seconds that a part may take. Those of a whole run add up to less than ten minutes; the second line comes on top.
-declare -A LIMITS=([build]=50 [info]=15 [kernels]=125 [suite]=55 [memcheck]=30 [racecheck]=30 [head]=100 [logprobs]=65
-  [group]=25 [train]=35 [profile]=25 [plots]=15)
-LIMITS+=([tune]=120 [ncu]=120 [nsys]=60)
+declare -A LIMITS=([build]=50 [info]=15 [kernels]=170 [suite]=60 [head]=110 [logprobs]=65 [group]=25 [train]=35 [profile]=25
+  [plots]=15)
+LIMITS+=([memcheck]=150 [racecheck]=150 [tune]=120 [ncu]=120 [nsys]=60)
 ALL="build info kernels suite memcheck racecheck tune head logprobs group train profile plots"
 for part in $PARTS; do
   [[ " $ALL " == *" $part "* ]] || { echo "gpu.sh: no part '$part'; they are: $ALL (or tests, sanitizers, bench)" >&2; exit 2; }
@@ -128,7 +129,10 @@ if [[ -z ${NO_TESTS:-} ]]; then
   for file in tests/kernels/test_*.py; do
     [[ " ${PYTEST[*]} " == *" --ignore=$file "* ]] || KERNEL_TESTS=1
   done
-  has xdist && PARALLEL=(-n "$(($(nproc) < 8 ? $(nproc) : 8))") || PARALLEL=()
+  WORKERS=1 PARALLEL=()
+  has xdist && WORKERS=$(($(nproc) < 8 ? $(nproc) : 8)) PARALLEL=(-n "$WORKERS")
+  # Else each worker starts a thread a core for the references in float64.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / WORKERS))}
 fi
 for part in kernels suite memcheck racecheck; do
   wanted $part || continue

@@ -361,7 +361,7 @@ def machine(device: str) -> dict[str, Any]:
             "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "fp32_products": torch.get_float32_matmul_precision(),
+            "fp32_products": torch.backends.cuda.matmul.fp32_precision,
             "packages": {
                 n: v for n in ("cut-cross-entropy", "liger-kernel", "quack-kernels") if (v := _version(n))
             },

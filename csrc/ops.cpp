@@ -26,9 +26,7 @@
 #include "cpu/logprobs.h"
 #ifdef WITH_CUDA
 #include "cuda/group.h"
-
-// Weak: a CPU-only torch lacks it, and this module has to load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "cuda/stream.h"
 #endif
 
 namespace {
@@ -328,7 +326,8 @@ Tensor group_members(const Tensor& ids) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_geometry_cuda(const Tensor& features, const Tensor& rewards, const Tensor& members,
                                                                double lam, double clip, int64_t shaping, int64_t score,
                                                                int64_t scale, bool skip_uniform, double eps) {
-  require(aoti_torch_get_current_cuda_stream != nullptr, "features are on a GPU, but this torch has no CUDA");
+  const g2rl::CurrentStream current_stream = g2rl::current_cuda_stream();
+  require(current_stream != nullptr, "features are on a GPU, but this torch has no CUDA");
   require(features.is_cuda() && rewards.is_cuda() && members.is_cuda() &&
               rewards.get_device_index() == features.get_device_index() && members.get_device_index() == features.get_device_index(),
           "features, rewards and members have to be on one device");
@@ -337,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_geometry_cuda(const Tensor& fea
   const int64_t doubles = g2rl_cuda_group_workspace(group.B, group.M, static_cast<int>(scale));
   const Tensor workspace = torch::stable::new_empty(group.features, {doubles}, ScalarType::Double);
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(features.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream(features.get_device_index(), &stream));
   const g2rl::GroupOptions& options = group.options;
   const int error = g2rl_cuda_group_geometry(
       group.features.const_data_ptr<float>(), group.rewards.const_data_ptr<float>(), group.members.const_data_ptr<int64_t>(),

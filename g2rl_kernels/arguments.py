@@ -70,10 +70,10 @@ def check_head(
     if bias is not None:
         check_tensor("bias", bias, dtypes, hidden.device)
         check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
-    check_positive("temperature", temperature)
-    check_positive("logit_scale", logit_scale)
+    check_scale("temperature", temperature)
+    check_scale("logit_scale", logit_scale)
     if logit_softcap is not None:
-        check_positive("logit_softcap", logit_softcap, "; None for no softcap")
+        check_scale("logit_softcap", logit_softcap, "; None for no softcap")
 
 
 def check_positive(name: str, value: float, remedy: str = "") -> None:
@@ -81,6 +81,13 @@ def check_positive(name: str, value: float, remedy: str = "") -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, needs a positive finite number{remedy}")
+
+
+def check_scale(name: str, value: float, remedy: str = "") -> None:
+    """Products and quotients of three such numbers, and of logits, stay within float32."""
+    check_positive(name, value, remedy)
+    if not 1e-8 <= value <= 1e8:
+        raise ValueError(f"{name}: got {value}, needs a number from 1e-8 to 1e8{remedy}")
 
 
 def may_read_values(tensor: Tensor) -> bool:

@@ -79,8 +79,8 @@ def head_features(
             cu_seqlens[s]:cu_seqlens[s + 1]. A response may be empty; its feature is zero.
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
-        temperature, logit_scale: positive and finite.
-        logit_softcap: c above, positive and finite; None for none.
+        temperature, logit_scale: positive, from 1e-8 to 1e8.
+        logit_softcap: c above, within the same bounds; None for none.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) as the sampler reported it, any float dtype. On a GPU one pass
             over the logits then does the work of two; other backends ignore it. It need not be exact:

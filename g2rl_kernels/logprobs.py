@@ -129,7 +129,12 @@ def _linear_logprobs(
         partial, target = _implementation(backend)[0](*head)
         if group:
             partial, target = vocab_parallel.over_ranks(partial, target, tokens, group)
-        return merge(partial, target, reference.accumulation_dtype(hidden))
+        logprobs, entropy, normaliser = merge(partial, target, reference.accumulation_dtype(hidden))
+        if not group:  # over_ranks has seen to it
+            outside = (tokens < 0) | (tokens >= weight.shape[0])
+            for values in (logprobs, entropy):
+                values.masked_fill_(outside, torch.nan)
+        return logprobs, entropy, normaliser
 
 
 @_linear_logprobs.register_fake
@@ -181,6 +186,8 @@ def _linear_logprobs_backward(
     g, e, p_y = grad_logprobs.to(logprobs), grad_entropy.to(logprobs), logprobs.exp()
     own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
     terms = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
+    # A token that is none, where values are not checked, does no harm if nothing is made of its NaN.
+    terms.masked_fill_((g == 0) & (e == 0), 0.0)
 
     _, add = _implementation(backend)
 

@@ -258,12 +258,34 @@ def test_no_cuda_library_is_needed_to_load():
     assert not [name for name in needed if "cuda" in name or "cublas" in name]
 
 
-def test_the_cuda_stream_is_a_weak_reference():
-    symbols = dict(
-        reversed(line.split()[-2:]) for line in tool("nm", "-D", "--undefined-only", _C.__file__).splitlines()
+def test_the_cuda_stream_is_no_symbol_that_loading_needs():
+    assert "aoti_torch_get_current_cuda_stream" not in tool("nm", "-D", "--undefined-only", _C.__file__)
+
+
+def test_the_cuda_stream_is_found_where_torch_hides_it(tmp_path):
+    """torch opens libtorch_cuda.so by its full path and for itself alone."""
+    compiler = shutil.which("c++")
+    if compiler is None or not (ROOT / "csrc").exists():
+        pytest.skip("needs a C++ compiler and a checkout")
+    sources = {
+        "libtorch_cuda.so": 'extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) '
+        "{ *stream = reinterpret_cast<void*>(100L + device); return 0; }",
+        "module.so": '#include "cuda/stream.h"\nextern "C" long stream_of(int device) '
+        "{ void* stream = nullptr; const auto current = g2rl::current_cuda_stream(); "
+        "return current && current(device, &stream) == 0 ? reinterpret_cast<long>(stream) : -1; }",
+    }
+    for name, text in sources.items():
+        command = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-x", "c++", "-"]
+        command += ["-o", str(tmp_path / name), f"-Wl,-soname,{name}", "-ldl"]
+        subprocess.run(command, input=text, text=True, check=True)
+    script = (
+        "import ctypes, os, sys\n"
+        "if sys.argv[2] == 'cuda': kept = ctypes.CDLL(sys.argv[1] + '/libtorch_cuda.so', os.RTLD_LOCAL)\n"
+        "print(ctypes.CDLL(sys.argv[1] + '/module.so').stream_of(3))"
     )
-    kind = symbols.get("aoti_torch_get_current_cuda_stream")
-    assert kind == ("w" if _C.build_info()["cuda"] else None)
+    for kind, stream in (("cuda", "103"), ("cpu", "-1")):
+        command = [sys.executable, "-c", script, str(tmp_path), kind]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == stream
 
 
 def test_no_instruction_set_leaks_through_a_shared_symbol():

@@ -165,3 +165,17 @@ def test_out_of_range_values_are_refused_while_compiled_too():
         function(case.hidden, case.weight, case.tokens + 67, case.cu_seqlens)
     with pytest.raises(Exception, match="cu_seqlens"):
         function(case.hidden, case.weight, case.tokens, case.cu_seqlens + 1)
+
+
+def test_a_token_that_is_none_gives_nan_where_values_are_not_looked_at():
+    case = make_case([4], V=11, d=8)
+    hidden = case.hidden.requires_grad_()
+    tokens = torch.tensor([1, -100, 2, 11])
+    out = torch.compile(lambda h, y: g2.linear_logprobs(h, case.weight, y), **compiled)(hidden, tokens)
+    good = torch.tensor([True, False, True, False])
+    for values in out:
+        assert torch.equal(values.isfinite(), good)
+        assert torch.equal(values.isnan(), ~good)
+    torch.where(good, out.logprobs, 0.0).sum().backward()  # what is masked out does no harm
+    assert hidden.grad.isfinite().all()
+    assert torch.equal(hidden.grad.any(1), good)

@@ -55,7 +55,7 @@ TYPES = {
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
 OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
-GRADIENT_STRIDE = "stride_gn"  # of a buffer of ours, always a multiple of 16
+OWN = ("stride_gn", "n_columns")  # of buffers of ours, always multiples of 16
 
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -166,7 +166,7 @@ def made(
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = TYPE.get(name, "i32")
-        if signature[name][0] == "*" or (name in (*ROW_STRIDES, GRADIENT_STRIDE) and name not in strided):
+        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN) and name not in strided):
             multiples.append(name)
     launch = {"tiles": ""} | launch
     return Case(
@@ -320,6 +320,7 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
 
 def small_cases(arch: int, scope: str) -> Iterator[Case]:
     from g2rl_kernels.kernels import (
+        head_collect,
         head_gather,
         head_join,
         head_project,
@@ -334,6 +335,7 @@ def small_cases(arch: int, scope: str) -> Iterator[Case]:
     gather = {"BT": head_gather.BT, "BD": head_gather.BD}
     reduce = {"BD": head_reduce.BD}
     single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+        ("head_collect", "", {"BM": 128, "BC": head_collect.BC}, 4),
         ("head_finish", "", join | NO_GATE, 4),
         ("head_finish", "gated", join | {"GATED": True}, 4),
         ("head_gather", "", gather, 4),

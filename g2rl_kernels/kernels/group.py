@@ -60,7 +60,7 @@ def zero_unnamed(
     tl.store(advantages + o_r, b_zero, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "d", "B", "M"])
 def group_kernel(
     features, rewards, members, similarity, score, shaped_rewards, advantages, values, S, d, B, M,
     lam: tl.float64, clip: tl.float64, eps: tl.float64,
@@ -143,7 +143,7 @@ def group_kernel(
     tl.store(advantages + b_row, b_advantage.to(tl.float32), mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "places"])
 def batch_scale_kernel(members, values, advantages, S, places, eps: tl.float64, BP: tl.constexpr):
     """Eq. 2 with the batch's deviation: divides what group_kernel left undivided. One program."""
     o_p = tl.arange(0, BP).to(tl.int64)

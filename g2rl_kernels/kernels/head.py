@@ -6,7 +6,7 @@
     max_skipped         as with nothing known, but the second pass leaves confident tokens out (head_skip.py)
     part of vocabulary  head_residual alone, with the logsumexp of the whole (features_of_part)
 
-Then, in every mode, head_project for A W, head_gather for the realised tokens' part, and
+Then, in every mode, head_collect and head_project for A W, head_gather for the realised tokens' part, and
 
     features[s] = logit_scale / (sum alpha + 1e-8) (sum_t alpha_t (1 - p_y) slope_y W[y] - A[s] W).
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from ..reference import WEIGHT_EPS, segment_sum
 from ..tiled import slices
 from . import tuning
+from .head_collect import head_collect
 from .head_finish import Statistics, head_finish
 from .head_gather import head_gather
 from .head_project import head_project
@@ -94,14 +95,15 @@ def statistics(
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats; arguments as for head_features."""
-    head = Head(weight, bias, temperature, logit_scale, logit_softcap)
-    config, precision = choice("stats", hidden, head)
-    parts = []
-    for rows in slices(0, hidden.shape[0], CHUNK):
-        h, y = hidden[rows], tokens[rows].contiguous()
-        target, _ = head_target(h, head, y)
-        parts.append(head_finish(head_stats(h, head, y, config, precision), target)[:3])
-    return _join(parts, hidden.device)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        head = Head(weight, bias, temperature, logit_scale, logit_softcap)
+        config, precision = choice("stats", hidden, head)
+        parts = []
+        for rows in slices(0, hidden.shape[0], CHUNK):
+            h, y = hidden[rows], tokens[rows].contiguous()
+            target, _ = head_target(h, head, y)
+            parts.append(head_finish(head_stats(h, head, y, config, precision), target)[:3])
+        return _join(parts, hidden.device)
 
 
 def head_features(
@@ -121,7 +123,7 @@ def head_features(
     """hidden [N, d], weight [V, d], tokens [N], cu_seqlens [S + 1], and the rest as
     g2rl_kernels.head_features describes them and has checked them. With `max_skipped`, `known_logprobs` are
     not used."""
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+    with torch.cuda.device_of(hidden):
         return _head_features(
             Head(weight, bias, temperature, logit_scale, logit_softcap),
             hidden,
@@ -312,6 +314,7 @@ def _accumulate(
             )  # fmt: skip
             if totals is not None and here_sums is not None:
                 totals += here_sums.sum(0)
+            head_collect(here, cu_seqlens, responses, n_strips, config.BM)
             slots = head_project(
                 here, head.weight, cu_seqlens, responses, columns, n_strips, config.BM, precision,
                 max(1, SLOTS // (4 * D * len(responses))),

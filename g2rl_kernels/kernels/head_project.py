@@ -1,9 +1,8 @@
 """The product with a row for each response: slots[k, s] = A[s, columns of split k] W.
 
-A comes as head_residual.py left it, in strips: strip j's part of response s is row j + s of `partial`. Here
-the strips of a response are added in order, and the sums multiplied by the weight. A program owns a block of
-responses, a block of the hidden size and a split of the columns, and writes its own slot; head_reduce.py adds
-the slots in order.
+A comes as head_collect.py left it: A[s] is row j_0 + s of `partial`, where j_0 is the response's first strip.
+A program owns a block of responses, a block of the hidden size and a split of the columns, and writes its own
+slot; head_reduce.py adds the slots in order.
 
 What is read is the weight, once for each block of responses: with few responses, memory is the limit.
 Precision: float32 sums meet 16-bit weights. For bfloat16 A is split into two bfloat16 parts, 16 bits of it in
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head_collect import strips_of
 from .tile import INTERPRETED, programs
 
 # Most responses at a time, block of the hidden size, columns: as much as registers hold.
@@ -30,7 +30,6 @@ TILES = {torch.bfloat16: (64, 128, 32), torch.float16: (32, 128, 32), torch.floa
         "s_begin",
         "n_responses",
         "i_col0",
-        "n_columns",
         "n_strips",
         "blocks_per_split",
         "D",
@@ -45,20 +44,12 @@ def head_project_kernel(
     i_s, i_d, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_s, o_d = i_s * BS + tl.arange(0, BS), i_d * BD + tl.arange(0, BD)
     m_s, m_d = o_s < n_responses, o_d < D
-    t_begin = tl.load(cu_seqlens + s_begin)
-    t_end = tl.load(cu_seqlens + s_begin + n_responses)
-    if t_begin == t_end:  # no tokens: nothing was written, and nothing is added
-        return
+    if tl.load(cu_seqlens + s_begin) == tl.load(cu_seqlens + s_begin + n_responses):
+        return  # no tokens: nothing was written, and nothing is added
 
-    # The strips of each response: head_residual.py cuts the tokens in the same way.
-    strip = tl.cdiv(tl.cdiv(t_end - t_begin, BM), n_strips) * BM
-    b_begin = tl.load(cu_seqlens + s_begin + o_s, mask=m_s, other=0) - t_begin
-    b_end = tl.load(cu_seqlens + s_begin + o_s + 1, mask=m_s, other=0) - t_begin
-    m_s = m_s & (b_begin < b_end)
-    b_from = tl.where(m_s, b_begin // strip, n_strips)
-    b_to = tl.where(m_s, (b_end - 1) // strip, -1)
-    j_from, j_to = tl.min(b_from, axis=0), tl.max(b_to, axis=0)
-
+    b_first, b_last = strips_of(cu_seqlens, s_begin, n_responses, o_s, m_s, n_strips, BM)
+    m_s = m_s & (b_first <= b_last)
+    p_row = partial + (b_first + o_s.to(tl.int64))[:, None] * n_columns
     b_acc = tl.zeros([BS, BD], dtype=tl.float32)
     for i_block in range(blocks_per_split):
         o_c = (i_split * blocks_per_split + i_block) * BK + tl.arange(0, BK)
@@ -66,11 +57,7 @@ def head_project_kernel(
         m_c = (o_c < n_columns) & (o_v < V)
         p_w = weight + o_v.to(tl.int64)[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
         b_w = tl.load(p_w, mask=m_c[:, None] & m_d[None, :], other=0.0)
-        b_a = tl.zeros([BS, BK], dtype=tl.float32)
-        for j in range(j_from, j_to + 1):
-            m_j = ((b_from <= j) & (j <= b_to))[:, None] & m_c[None, :]
-            p_a = partial + (j + o_s.to(tl.int64))[:, None] * n_columns + o_c[None, :]
-            b_a += tl.load(p_a, mask=m_j, other=0.0)
+        b_a = tl.load(p_row + o_c[None, :], mask=m_s[:, None] & m_c[None, :], other=0.0)
         if SPLIT_BF16 and not UPCAST:
             b_high = b_a.to(tl.bfloat16)
             b_low = (b_a - b_high.to(tl.float32)).to(tl.bfloat16)

@@ -8,7 +8,7 @@ token.
 Items of work are (vocabulary tile, token strip) pairs, strips being whole token blocks. A program walks the
 strip's blocks: logits, then p = 2^(x - shift), then sums over the tokens of each response. Strip j's part of
 response s is row j + s of `partial`: along the tokens j and s only ever rise, so no two pairs share a row,
-and each number has one program that writes it. head_project.py adds the strips of a response in order: the
+and each number has one program that writes it. head_collect.py adds the strips of a response in order: the
 same bits every time.
 
 `shift` is the token's logsumexp: exact, from the first pass, or seeded by the sampler's log-probability. A

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, MASKED, Head, add_bias, descriptor, dot_tile, programs, raw_logits
+from .tile import INTERPRETED, Head, add_bias, descriptor, dot_tile, masked_raw, programs, raw_logits
 from .tuning import Config
 
 MAX_STRIPS = 32
@@ -38,7 +38,10 @@ def head_stats_kernel(
     if GATED:  # nothing to do unless the flag is up
         n_mine = n_mine * tl.load(gate).to(tl.int32)
 
-    b_m = tl.full([BM], MASKED, dtype=tl.float32)
+    # Half way to what is masked, so that m is never of masked entries alone: x - m, compiled to one fused
+    # multiply-add, would be the rounding of 1e30 and not 0. This leaves them 2^(-5e29), which is 0.
+    start = 0.5 * factor * masked_raw(factor)
+    b_m = tl.full([BM], 0.0, dtype=tl.float32) + start
     b_l = tl.zeros([BM], dtype=tl.float32)
     b_u = tl.zeros([BM], dtype=tl.float32)
     for i_step in range(n_mine * tiles_per_strip):
@@ -58,7 +61,7 @@ def head_stats_kernel(
         b_r = raw_logits(b_x, scale, factor, SOFTCAP)
 
         is_first = i_tile == 0
-        b_m = tl.where(is_first, MASKED, b_m)
+        b_m = tl.where(is_first, start, b_m)
         b_l = tl.where(is_first, 0.0, b_l)
         b_u = tl.where(is_first, 0.0, b_u)
         b_new = tl.maximum(b_m, tl.max(b_r, axis=1) * factor)  # a NaN is passed over here, and found in l

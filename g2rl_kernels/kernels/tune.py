@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # --dtype -> the tensors' dtype, and what float32 products are to be.
 DTYPES = {
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-    "fp32": (torch.float32, "highest"),
-    "tf32x3": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32x3": (torch.float32, "tf32"),
 }
 
 ROUNDS = 9
@@ -369,12 +369,12 @@ def run(args: argparse.Namespace, measure: Measure) -> None:
     if args.model is None and (args.vocab is None or args.hidden is None):
         raise TuneError("--vocab and --hidden go together")
     device = gpu()
-    usual = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
+    matmul = torch.backends.cuda.matmul
+    usual, matmul.fp32_precision = matmul.fp32_precision, products
     try:
         tune(args, dtype, device, measure)
     finally:
-        torch.set_float32_matmul_precision(usual)
+        matmul.fp32_precision = usual
 
 
 def tune(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, measure: Measure) -> None:

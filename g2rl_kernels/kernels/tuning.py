@@ -76,15 +76,17 @@ CANDIDATES: dict[tuple[int, str], tuple[Config, ...]] = {
 
 
 def precision() -> str:
-    """Of float32 products: torch.set_float32_matmul_precision decides, and "medium", which would allow plain
-    TF32, gives 3xTF32 too."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
+    """Of float32 products: 3xTF32 where torch's own may be TF32, by set_float32_matmul_precision or by the
+    setting below, whose getter, unlike the former's, knows both."""
+    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def aligned(matrix: Tensor) -> bool:
-    """Rows of adjacent numbers that start at multiples of 16 bytes: what TMA and wide loads can address."""
+    """Rows of adjacent numbers that start at multiples of 16 bytes and do not overlap, as those of an expanded
+    tensor do: what TMA and wide loads can address."""
     row = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and row % 16 == 0 and matrix.data_ptr() % 16 == 0
+    overlap = matrix.stride(0) < matrix.shape[1] and matrix.shape[0] > 1
+    return matrix.stride(1) == 1 and not overlap and row % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def form(hidden: Tensor, weight: Tensor, softcap: bool) -> str:

@@ -1,4 +1,4 @@
-"""What head.py and logprobs.py launch, as they launch it, compiles: its own arguments through Triton's own
+"""What head.py, logprobs.py and group.py launch, as they launch it, compiles: its own arguments through Triton's own
 launcher, with a driver that only says it is a Hopper and launches that end when the kernel is compiled. The
 interpreter shows what kernels compute; it does not read argument types as the compiler does."""
 
@@ -42,7 +42,7 @@ def run(self, *args, grid, warmup, **options):
 
 
 JITFunction.run = run
-from g2rl_kernels.kernels import head, logprobs, tuning
+from g2rl_kernels.kernels import group, head, logprobs, tuning
 
 logprobs._add_product = lambda *_, **__: None
 head.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
@@ -69,20 +69,30 @@ def features(N, V, d, S, dtype, mode):
     head.head_features(hidden, weight, torch.zeros(N, dtype=torch.int64), cu_seqlens, **options)
 
 
+def groups(S, d, B, M):
+    for scale in (0, 2):
+        members = torch.zeros(B, M, dtype=torch.int64)
+        group.launch(torch.zeros(S, d), torch.zeros(S), members, 0.5, 3.0, 1, 0, scale, True, 1e-6)
+
+
+if sys.argv[2] == "groups":
+    features, gradients = (lambda S, d, B, M, *_: groups(S, d, B, M)), lambda *_: None
+
 counts = []
 for size in json.loads(sys.argv[1]):
     for mode in ("two passes", "one pass", "certificate", "every option"):
-        features(*size, getattr(torch, sys.argv[2]), mode)
-        gradients(*size, getattr(torch, sys.argv[2]), mode)
+        features(*size, getattr(torch, sys.argv[2], None), mode)
+        gradients(*size, getattr(torch, sys.argv[2], None), mode)
     counts.append(len(compiled))
 print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
 """
 
 
-def launches(sizes: list[tuple[int, int, int, int]], dtype: str) -> tuple[list[int], list[str]]:
-    """Kernels that were compiled after each size (N, V, d, S), and their names."""
+def launches(sizes: list[tuple[int, int, int, int]], what: str) -> tuple[list[int], list[str]]:
+    """Kernels that were compiled after each size, and their names. `what` is a dtype, and sizes are (N, V, d, S)
+    of heads; or it is "groups", and sizes are (S, d, B, M)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), dtype]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     counts, names = json.loads(done.stdout.splitlines()[-1])
@@ -106,3 +116,9 @@ def test_every_mode_compiles_once_for_all_sizes(dtype):
 def test_rows_that_tma_cannot_address_compile():
     counts, _ = launches([(9, 50, 3, 2), (40, 300, 7, 2)], "bfloat16")
     assert counts[0] == counts[1]
+
+
+def test_groups_of_one_compile_and_then_nothing_anew():
+    counts, names = launches([(1, 1, 1, 1), (48, 100, 3, 16), (7, 64, 7, 1)], "groups")
+    assert counts == [3, 3, 3]  # each group's deviation and the batch's, and the second kernel of the latter
+    assert names == ["batch_scale_kernel", "group_kernel"]

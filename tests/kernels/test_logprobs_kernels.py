@@ -216,15 +216,20 @@ def test_a_token_outside_of_the_vocabulary_spoils_only_itself(monkeypatch, value
     """On a GPU values are not checked: it would wait for the device."""
     monkeypatch.setattr(logprobs, "may_read_values", lambda _: False)
     case = make_case([9], V=50, d=12)
-    grads = (torch.ones(9), torch.ones(9))
-    clean = ours(case, grads)
-    case.tokens[4] = value
-    out = ours(case, grads)
-    assert out["logprobs"][4] == -torch.inf
     others = torch.arange(9) != 4
-    for name in ("logprobs", "entropy", "hidden"):
+    ones = (torch.ones(9), torch.ones(9))
+    clean, used = ours(case, (others.float(), others.float())), ours(case, ones)
+    case.tokens[4] = value
+    out = ours(case, (others.float(), others.float()))  # as of torch.where(mask, logprobs, 0)
+    for name in ("logprobs", "entropy"):
+        assert out[name][4].isnan()
         assert torch.equal(out[name][others], clean[name][others])
-    assert torch.isfinite(out["weight"]).all()
+    for name in ("hidden", "weight"):
+        assert torch.equal(out[name], clean[name])
+    spoilt = ours(case, ones)
+    assert torch.equal(spoilt["hidden"][others], used["hidden"][others])
+    assert spoilt["hidden"][4].isnan().all()
+    assert spoilt["weight"].isnan().any()  # used all the same, it does not go unseen
 
 
 # --- what is asked for --------------------------------------------------------------------------------------

@@ -75,6 +75,18 @@ def test_without_a_form_it_is_that_of_a_plain_head(hopper):
         torch.set_float32_matmul_precision(before)
 
 
+def test_torchs_newer_setting_of_products_counts_too():
+    """Beside it torch.get_float32_matmul_precision raises. transformers sets it for tf32=True."""
+    script = (
+        "import torch; from g2rl_kernels.kernels import tuning; found = [tuning.precision()]\n"
+        "for value in ('tf32', 'ieee'):\n"
+        "    torch.backends.cuda.matmul.fp32_precision = value; found.append(tuning.precision())\n"
+        "print(*found)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "tf32x3", "ieee"]
+
+
 def test_form_of_a_call():
     def matrix(columns=64, dtype=torch.bfloat16):
         return torch.empty(8, columns, dtype=dtype)
@@ -84,9 +96,12 @@ def test_form_of_a_call():
     assert tuning.form(aligned, aligned, True) == "softcap"
     single = matrix(dtype=torch.float32)
     assert tuning.form(single, single, True) == "ieee"
-    for odd in (matrix(62), matrix(65)[:, 1:], matrix(8).T, matrix(72)[:, 1:65]):
+    for odd in (
+        matrix(62), matrix(65)[:, 1:], matrix(8).T, matrix(72)[:, 1:65], matrix()[:1].expand(8, 64),
+    ):  # fmt: skip
         assert tuning.form(odd, aligned, True) == tuning.form(aligned, odd, False) == "unaligned"
     assert tuning.form(matrix(72)[:, 8:], aligned, False) == "plain"  # a view whose rows are aligned
+    assert tuning.form(matrix()[:1], aligned, False) == "plain"  # one row
 
 
 def test_off_the_gpu_it_is_the_interpreters_tile():
@@ -326,13 +341,13 @@ def test_tune_stores_what_it_found_and_says_so(hopper, capsys):
     ],
 )
 def test_each_form_is_stored_under_its_own_name(arguments, size, form, hopper):
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     measure = made_up(0)
     assert tune.main(["--vocab", str(V), "--hidden", str(D), *arguments], measure) == 0
     assert measure.asked == [(size, 16384)]
     stored = tuning.tuned(tuning.cache_file())
     assert set(stored) == {tuning.key(hopper, kind, size.dtype, V, size.D, form) for kind in KINDS}
-    assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_sizes_from_a_models_configuration(hopper, tmp_path):

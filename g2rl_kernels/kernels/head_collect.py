@@ -1,0 +1,53 @@
+"""Adds up the strips that head_residual.py left: partial[j_0 + s] = sum over the strips j of response s of
+partial[j + s], in order.
+
+In place, into the row of the response's first strip, since no other response has to do with these rows.
+head_project.py takes them from there, a row a response: it reads the weight as fast as memory gives it only
+if nothing else is in its loop.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BC = 1024
+
+
+@triton.jit
+def strips_of(cu_seqlens, s_begin, n_responses, o_s, m_s, n_strips, BM: tl.constexpr):
+    """First and last strip of responses s_begin + o_s; n_strips and -1 where there are no tokens. The tokens are
+    cut as head_residual.py cuts them."""
+    t_begin = tl.load(cu_seqlens + s_begin)
+    t_end = tl.load(cu_seqlens + s_begin + n_responses)
+    strip = tl.maximum(tl.cdiv(tl.cdiv(t_end - t_begin, BM), n_strips), 1) * BM
+    b_begin = tl.load(cu_seqlens + s_begin + o_s, mask=m_s, other=0) - t_begin
+    b_end = tl.load(cu_seqlens + s_begin + o_s + 1, mask=m_s, other=0) - t_begin
+    some = m_s & (b_begin < b_end)
+    return tl.where(some, b_begin // strip, n_strips), tl.where(some, (b_end - 1) // strip, -1)
+
+
+@triton.jit(do_not_specialize=["s_begin", "n_responses", "n_strips"])
+def head_collect_kernel(
+    partial, cu_seqlens, s_begin, n_responses, n_columns, n_strips, BM: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    i_s = tl.program_id(0).to(tl.int64)
+    j_from, j_to = strips_of(cu_seqlens, s_begin, n_responses, i_s, True, n_strips, BM)
+    if j_from >= j_to:  # none, or one
+        return
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = o_c < n_columns
+    p_first = partial + (j_from + i_s) * n_columns + o_c
+    b_sum = tl.load(p_first, mask=m_c, other=0.0)
+    for j in range(j_from + 1, j_to + 1):
+        b_sum += tl.load(partial + (j + i_s) * n_columns + o_c, mask=m_c, other=0.0)
+    tl.store(p_first, b_sum, mask=m_c)
+
+
+def head_collect(partial: Tensor, cu_seqlens: Tensor, responses: range, n_strips: int, BM: int) -> None:
+    """partial [rows, columns] float32, the columns a multiple of 16; cu_seqlens [S + 1] int64."""
+    S, n_columns = len(responses), partial.shape[1]
+    head_collect_kernel[(S, triton.cdiv(n_columns, BC))](
+        partial, cu_seqlens, responses.start, S, n_columns, n_strips, BM=BM, BC=BC, num_warps=4
+    )
