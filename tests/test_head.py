@@ -272,8 +272,8 @@ def test_layout_changes_no_bit(backend, dtype, layout):
         tokens=case.tokens.repeat_interleave(2)[::2],
     )
     out = check(moved, backend)
-    # Strides may choose another algorithm of torch.mm, which the reference uses, and, where Triton is compiled,
-    # the order of a sum: a warp's threads lie along what is contiguous.
+    # Strides may choose another algorithm of torch.mm, which the reference uses, and, where Triton is
+    # compiled, the order of a sum: a warp's threads lie along what is contiguous.
     if backend[0] != "reference" and (backend != TRITON or GPU.type == "cpu"):
         assert same(out, run_head(case, backend))
 

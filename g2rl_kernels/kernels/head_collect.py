@@ -17,8 +17,8 @@ BC = 1024
 
 @triton.jit
 def strips_of(cu_seqlens, s_begin, n_responses, o_s, m_s, n_strips, BM: tl.constexpr):
-    """First and last strip of responses s_begin + o_s; n_strips and -1 where there are no tokens. The tokens are
-    cut as head_residual.py cuts them."""
+    """First and last strip of responses s_begin + o_s; n_strips and -1 where there are no tokens. The tokens
+    are cut as head_residual.py cuts them."""
     t_begin = tl.load(cu_seqlens + s_begin)
     t_end = tl.load(cu_seqlens + s_begin + n_responses)
     strip = tl.maximum(tl.cdiv(tl.cdiv(t_end - t_begin, BM), n_strips), 1) * BM

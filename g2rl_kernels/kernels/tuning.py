@@ -82,8 +82,8 @@ def precision() -> str:
 
 
 def aligned(matrix: Tensor) -> bool:
-    """Rows of adjacent numbers that start at multiples of 16 bytes and do not overlap, as those of an expanded
-    tensor do: what TMA and wide loads can address."""
+    """Rows of adjacent numbers that start at multiples of 16 bytes and do not overlap, as those of an
+    expanded tensor do: what TMA and wide loads can address."""
     row = matrix.stride(0) * matrix.element_size()
     overlap = matrix.stride(0) < matrix.shape[1] and matrix.shape[0] > 1
     return matrix.stride(1) == 1 and not overlap and row % 16 == 0 and matrix.data_ptr() % 16 == 0

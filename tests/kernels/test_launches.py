@@ -1,6 +1,6 @@
-"""What head.py, logprobs.py and group.py launch, as they launch it, compiles: its own arguments through Triton's own
-launcher, with a driver that only says it is a Hopper and launches that end when the kernel is compiled. The
-interpreter shows what kernels compute; it does not read argument types as the compiler does."""
+"""What head.py, logprobs.py and group.py launch, as they launch it, compiles: its own arguments through
+Triton's own launcher, with a driver that only says it is a Hopper and launches that end when the kernel is
+compiled. The interpreter shows what kernels compute; it does not read argument types as the compiler does."""
 
 import json
 import os
@@ -89,8 +89,8 @@ print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
 
 
 def launches(sizes: list[tuple[int, int, int, int]], what: str) -> tuple[list[int], list[str]]:
-    """Kernels that were compiled after each size, and their names. `what` is a dtype, and sizes are (N, V, d, S)
-    of heads; or it is "groups", and sizes are (S, d, B, M)."""
+    """Kernels that were compiled after each size, and their names. `what` is a dtype, and sizes are (N, V, d,
+    S) of heads; or it is "groups", and sizes are (S, d, B, M)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
