@@ -493,7 +493,16 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
     """What the launcher allocates; kernels themselves have no memory. None is launched here, but on a GPU."""
     if not HAS_GPU:
         no_launches(
-            monkeypatch, "stats", "finish", "residual", "project", "gather", "reduce", "skip", "target"
+            monkeypatch,
+            "stats",
+            "finish",
+            "residual",
+            "collect",
+            "project",
+            "gather",
+            "reduce",
+            "skip",
+            "target",
         )
         monkeypatch.setattr(driver, "choose", lambda *_: tuning.candidates(9, "plain")[0])
     hidden = torch.zeros(1, d, dtype=torch.bfloat16, device=GPU).expand(N, d)

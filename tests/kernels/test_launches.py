@@ -107,7 +107,7 @@ def test_every_mode_compiles_once_for_all_sizes(dtype):
     assert set(names) == {
         f"head_{name}_kernel"
         for name in (
-            *("target", "stats", "finish", "residual", "project", "gather", "reduce", "skip"),
+            *("target", "stats", "finish", "residual", "collect", "project", "gather", "reduce", "skip"),
             *("join", "gradient"),
         )
     }

@@ -55,7 +55,15 @@ def test_the_committed_table_shows_clean_kernels():
     columns = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows(text)]
     assert max(int(row[6]) for row in columns) <= 32  # and the shipped ones not at all: the test above
     assert {row[3] for row in columns} == {"sm_80", "sm_90", "sm_100"}
-    for kernel in ("group", "head_stats", "head_residual", "head_project", "head_gather", "head_gradient"):
+    for kernel in (
+        "group",
+        "head_stats",
+        "head_residual",
+        "head_collect",
+        "head_project",
+        "head_gather",
+        "head_gradient",
+    ):
         assert any(row[0] == kernel for row in columns)
 
 
