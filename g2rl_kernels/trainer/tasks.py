@@ -299,12 +299,18 @@ def jsonl_task(path: str, **keys: Any) -> AnswerTask | ChoiceTask:
 
 
 def read_jsonl(path: str) -> list[Any]:
+    """The values in a file of one JSON text a line, but for empty lines; ConfigError names a wrong line.
+
+    A line ends at \\n or \\r\\n and nowhere else: JSON texts may hold U+2028 and other line separators.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"task: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
