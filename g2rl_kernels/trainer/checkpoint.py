@@ -4,7 +4,7 @@
         model.safetensors + config.json + tokenizer   the policy, as from_pretrained reads it
         optimizer.safetensors                         AdamW's moments, "<parameter>.<moment>"
         rng.safetensors                               torch's generator states
-        state.json                                    step, data position, other generators, configuration
+        state.json                                    step, data position, generators, configuration in full
 
 It is written to a temporary directory, flushed to the disk (fsync) and renamed: one with that name is whole.
 """

@@ -131,7 +131,7 @@ def _train(args: argparse.Namespace) -> int:
         raise TrainerError("no configuration: g2rl train recipes/demo.yaml, or --help")
     config = TrainerConfig.load(path, overrides)
     if args.dry_run:
-        print(config.to_yaml())
+        print(config.resolved().to_yaml())
 
     from .model import load_model
     from .tasks import load_tasks

@@ -39,7 +39,7 @@ class Sampler:
     """Draws prompts from `tasks` and samples responses from `model`; all of its state is `position`."""
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], config: TrainerConfig):
-        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config
+        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config.resolved()
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and its order
         prepare_tokenizer(tokenizer, model.config, config)

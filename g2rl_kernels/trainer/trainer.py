@@ -54,6 +54,7 @@ class Trainer:
     def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
         config.check()
         check_packages()
+        self.given, config = config, config.resolved()  # config.yaml is what was given
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device
@@ -192,8 +193,9 @@ class Trainer:
         totals, updates = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}, 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        high = config.ratio_clip if config.ratio_clip_high is None else config.ratio_clip_high
-        coef = config.entropy_coef or 0.0
+        coef, high = config.entropy_coef, config.ratio_clip_high
+        assert coef is not None  # self.config is resolved
+        assert high is not None
         for mini in config.epochs * [*_slices(config.batch_size, config.mini_batch_size)]:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
             for micro in _slices(config.mini_batch_size, config.micro_batch_size):
@@ -308,7 +310,7 @@ class Trainer:
             state = checkpoint.load(start, self.model, self.optimizer)
             self.step_number, self.sampler.position = state["step"], state["position"]
         self.report.begin(self.step_number)
-        checkpoint.write_whole(self.output_dir / "config.yaml", config.to_yaml())
+        checkpoint.write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
 
     def resume_point(self) -> Path | None:
         """The checkpoint that `train` will go on from; raises where it was made with other settings."""

@@ -156,13 +156,13 @@ def test_config_names_a_recipe_of_the_thin_trainer_too(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("trl-*.yaml")), ids=lambda path: path.stem)
 def test_trl_recipes_parse_with_every_system(path: Path, algorithm: str) -> None:
-    own = TrainerConfig.from_dict({"algorithm": algorithm})
+    own = TrainerConfig.from_dict({"algorithm": algorithm}).resolved()
     options = ["--g2rl_algorithm", algorithm] if algorithm != "g2rl" else []
     script, config, model, data = parse(str(path), ["--use_cpu", "true", *options])
     assert script.engine == "trl"
     assert config.g2rl_algorithm == algorithm
-    assert config.entropy_coef == (own.entropy_coef or 0)  # as our trainer has it
-    assert config.epsilon_high == own.ratio_clip_high
+    assert config.entropy_coef == own.entropy_coef  # as our trainer has it
+    assert (config.epsilon_high or config.epsilon) == own.ratio_clip_high
     assert config.g2rl_lam == 0.5
     assert model.model_name_or_path
     assert data.datasets[0].path == "json"

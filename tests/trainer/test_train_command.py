@@ -186,6 +186,7 @@ def test_dry_run_trains_nothing(
     assert cli.main([str(recipe), "--dry-run", "lr=0.5"]) == 0
     out = capsys.readouterr().out
     assert "lr: 0.5" in out
+    assert "generate_batch_size: 8" in out  # as it is used; the recipe leaves it out
     assert "all checks passed" in out
     assert "start at step 0" in out
     assert not list((tmp_path / "run").iterdir())

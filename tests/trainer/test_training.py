@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import CHARACTERS, LetterTask, make_model, make_tokenizer, make_trainer
 from torch import nn
 from torch.utils import checkpoint as checkpoint_utils
@@ -603,6 +604,21 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trainer.model.parameters()))
     assert again.generation_config.top_k == 7
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_left_unset_is_kept_apart_from_what_is_used(tmp_path: Path) -> None:
+    make_trainer(tmp_path, algorithm="entropy_bonus", mini_batch_size=4, steps=1).train()
+    keys = ["mini_batch_size", "micro_batch_size", "generate_batch_size", "entropy_coef", "ratio_clip_high"]
+    given = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert [given[key] for key in keys] == [4, 0, 0, None, None]
+    used = json.loads((tmp_path / "checkpoint-000001" / "state.json").read_text())["config"]
+    assert [used[key] for key in keys] == [4, 4, 8, 0.003, 0.2]
+    asked = {"mini_batch_size": 4, "micro_batch_size": 4, "entropy_coef": 0.003, "ratio_clip_high": 0.2}
+    make_trainer(tmp_path, algorithm="entropy_bonus", steps=2, **asked).train()  # the same, hence goes on
+    with pytest.raises(ConfigError, match=r"has entropy_coef=0\.003 \(now 0\.01\)"):
+        make_trainer(
+            tmp_path, algorithm="entropy_bonus", mini_batch_size=4, entropy_coef=0.01, steps=2
+        ).train()
 
 
 def test_resume_in_one_process_and_more_steps(tmp_path: Path) -> None:
