@@ -156,9 +156,13 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
     from .report import table
 
     config, out = trainer.config, trainer.output_dir
-    few = max(len(metrics) // 5, 1)
-    first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
-    samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
+    said = f"step {trainer.step_number} is done; its metrics.jsonl is gone"
+    if metrics:
+        few = max(len(metrics) // 5, 1)
+        first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
+        samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
+        steps = f"(mean of the first and the last {few} of {len(metrics)} steps)"
+        said = f"{table(samples, 44)}\naccuracy {first:.2f} -> {last:.2f} {steps}"
     other = "grpo" if config.algorithm == "g2rl" else "g2rl"
 
     def command(*overrides: str) -> str:
@@ -168,8 +172,7 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
         return shlex.join(["g2rl", "train", *kept, *overrides])
 
     return f"""
-{table(samples, 44)}
-accuracy {first:.2f} -> {last:.2f} (mean of the first and the last {few} of {len(metrics)} steps)
+{said}
 
   picture   {out / "curves.png"}
   metrics   {out / "metrics.jsonl"}

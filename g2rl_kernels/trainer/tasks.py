@@ -46,6 +46,15 @@ class Task(Protocol):
     def score(self, completion: str, item: Item) -> float: ...
 
 
+def item_of(task: Task, index: int) -> Item:
+    """task[index]; ConfigError where that is no mapping with a text "question"."""
+    item = task[index]
+    if not isinstance(item, dict) or not isinstance(item.get("question"), str):
+        where, got = f"task: {type(task).__name__}[{index}]", repr(str(item)[:80])
+        raise ConfigError(f"{where} must be a dict with a text 'question', got {got}")
+    return item
+
+
 def score_completion(task: Task, completion: str, item: Item) -> float:
     """task.score, or RewardError naming the prompt where it raises or is no finite number."""
     where = f"{type(task).__name__} on the prompt {item['question'][:200]!r}, completion {completion[:200]!r}"

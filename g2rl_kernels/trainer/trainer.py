@@ -28,7 +28,7 @@ from .model import Head, checkpointing, enable_checkpointing, find_head, frozen_
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
-from .tasks import Task, final_answer, score_completion
+from .tasks import Task, final_answer, item_of, score_completion
 
 
 @dataclass
@@ -380,14 +380,9 @@ class Trainer:
 
     def _check_tasks(self) -> None:
         for task in self.tasks:
-            name = type(task).__name__
             if len(task) == 0:
-                raise ConfigError(f"task: {name} holds no items")
-            item = task[0]
-            if not isinstance(item, dict) or not isinstance(item.get("question"), str):
-                raise ConfigError(
-                    f"task: {name}[0] must be a dict with a text 'question', got {str(item)[:80]}"
-                )
+                raise ConfigError(f"task: {type(task).__name__} holds no items")
+            item = item_of(task, 0)  # the others are looked at as they are drawn
             try:  # templates are programs of the model's authors; some refuse a system role
                 self.sampler.encode(item)
             except Exception as error:

@@ -47,8 +47,11 @@ def test_sizes_left_at_zero_follow() -> None:
         ({"steps": True}, "steps=True: expected int, got bool"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
-        ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
-        ({"lam": float("nan")}, "lam=nan: must be at least 0"),
+        *(
+            ({key: value}, f"{key}={value}: must be a finite number")
+            for key in ("temperature", "lam", "clip", "lr", "beta", "ratio_clip_high", "score_gate")
+            for value in (float("nan"), float("inf"))
+        ),
         ({"algorithm": "ppo"}, "algorithm='ppo': choose one of grpo, entropy_bonus, evol_rl, g2rl"),
         ({"prompt_template": "Solve it."}, "must contain {question}"),
         ({"adam_beta2": 1}, r"adam_beta2=1.0: must be in \[0, 1\)"),

@@ -486,6 +486,20 @@ def test_tokenizer_without_pad_token(tmp_path: Path) -> None:
     assert (rollout.ids[:, -rollout.mask.shape[1] :][rollout.mask] == 1).sum() == (~rollout.truncated).sum()
 
 
+def test_a_pad_token_that_the_model_has_not(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(
+        ConfigError, match=r"'<new>' is number 25, .* embeds 25 tokens: set pad_token: '</s>', or"
+    ):
+        make_trainer(tmp_path, tokenizer=tokenizer)
+    make_trainer(tmp_path, tokenizer=tokenizer, pad_token="</s>").step()
+    model, tokenizer = make_model(), make_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    model.resize_token_embeddings(len(tokenizer))
+    make_trainer(tmp_path, model=model, tokenizer=tokenizer).step()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -518,6 +532,27 @@ def test_wrong_items_before_work(tmp_path: Path, item: Any) -> None:
 
     with pytest.raises(ConfigError, match="must be a dict with a text 'question'"):
         make_trainer(tmp_path, task=Wrong())
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"prompt": "x"}, r"Later\[3\] must be a dict with a text 'question', got"),
+        ({"question": None}, r"Later\[3\] must be a dict with a text 'question', got"),
+        ("a\nb", r"Later\[3\] must be a dict with a text 'question', got"),
+        ({"question": ""}, r"Later\[3\] is a prompt without tokens"),
+    ],
+)
+def test_a_wrong_item_is_named_when_it_is_drawn(tmp_path: Path, item: Any, message: str) -> None:
+    class Later(LetterTask):
+        def __getitem__(self, index: int) -> Any:
+            return item if index == 3 else super().__getitem__(index)
+
+    trainer = make_trainer(tmp_path, task=[LetterTask(), Later()], shuffle=False)
+    trainer.sampler.draw(16 + 3)
+    with pytest.raises(TrainerError, match=message) as caught:
+        trainer.sampler.draw(1)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_items_before_work(tmp_path: Path) -> None:
