@@ -111,6 +111,12 @@ def test_another_model_is_told(tmp_path: Path) -> None:
         checkpoint.load(path, wider, torch.optim.AdamW(wider.parameters(), fused=True))
 
 
+def test_each_of_many_gpus_gets_its_own_generator_back() -> None:
+    states = {f"cuda.{gpu}": torch.tensor(gpu) for gpu in range(12)}
+    saved = {"cpu": torch.tensor(-1), **{name: states[name] for name in sorted(states)}}
+    assert torch.stack(checkpoint.cuda_states(saved)).tolist() == list(range(12))
+
+
 def test_metrics_are_rewound(tmp_path: Path) -> None:
     """Lines past the checkpoint go, and so does the one that was being written when the run was killed."""
     lines = [json.dumps({"step": step, "reward": step / 7}) for step in (1, 2, 3)]
