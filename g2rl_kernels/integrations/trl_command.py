@@ -86,7 +86,9 @@ def main(config: str, arguments: Sequence[str]) -> int:
     class Trainer(G2RLTrainer):
         def __init__(self, model: Any, *, args: G2RLConfig, **parts: Any):
             if model.startswith("pypi:"):
-                given = {**(args.model_init_kwargs or {}), "quantization": parts.get("quantization_config")}
+                given = dict(args.model_init_kwargs or {})
+                if parts.get("quantization_config") is not None:
+                    given["quantization"] = True
                 model, parts["processing_class"] = _packaged(model, given)
                 args.model_init_kwargs = None
             super().__init__(model, args=args, **parts)
