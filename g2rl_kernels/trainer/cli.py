@@ -24,8 +24,9 @@ Train a language model on verifiable tasks with gradient-guided exploration (G2R
   g2rl train recipes/qwen3-1.7b.yaml --dry-run      check everything, train nothing
   g2rl train --keys                                 every key, its default and meaning
 
-A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir. The same
-command goes on from the newest checkpoint, with the numbers an uninterrupted run would have given.
+A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir, and
+config.yaml, its recipe with the overrides. The same command goes on from the newest checkpoint, with the
+numbers an uninterrupted run would have given.
 
 A recipe with `engine: trl` is trained by TRL instead, on as many GPUs as accelerate is told of, and takes
 TRL's keys (pip install 'g2rl-kernels[trl]'):

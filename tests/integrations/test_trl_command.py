@@ -222,6 +222,7 @@ def test_a_packaged_model_has_the_dtype_that_was_asked_for(
         ({"dtype": "auto"}, "no dtype='auto' for a model from a GGUF file: leave it out"),
         ({"attn_implementation": "eager"}, "no attn_implementation='eager'"),
         ({"model_revision": "v2"}, "no revision='v2'"),
+        ({"load_in_8bit": True}, "no quantization=True"),
         ({"model_init_kwargs": {"device_map": "auto"}}, "no device_map='auto'"),
     ],
 )
@@ -248,6 +249,7 @@ def test_trl_recipes_parse_with_every_system(path: Path, algorithm: str) -> None
     assert config.entropy_coef == own.entropy_coef  # as our trainer has it
     assert (config.epsilon_high or config.epsilon) == own.ratio_clip_high
     assert config.g2rl_lam == 0.5
+    assert config.loss_type == "grpo"
     assert model.model_name_or_path
     assert data.datasets[0].path == "json"
     assert path.stem != "trl-demo" or Path(data.datasets[0].data_files) == RECIPES / "trl-demo.jsonl"
