@@ -87,6 +87,7 @@ class Step(Trainer):
 
     def __init__(self, model: Any, config: TrainerConfig):
         config.check()
+        config = config.resolved()
         self.model, self.config, self.reference, self.step_number = model, config, None, 0
         self.device = next(model.parameters()).device
         self.head = find_head(model)

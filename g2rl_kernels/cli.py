@@ -62,13 +62,15 @@ def _eval(argv: Sequence[str]) -> int:
 
 
 def _shipped(argument: str) -> str:
-    """`recipes/x.yaml` where there is no such file: the recipe of that name that came with the package."""
-    path = Path(argument)
+    """`recipes/x.yaml`, also in --option=recipes/x.yaml, where there is no such file: the recipe of that name
+    that came with the package."""
+    option, equals, name = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(name)
     if path.parent.name == "recipes" and len(path.parts) == 2 and not path.exists():
         package = Path(__file__).resolve().parent
         for folder in (package, package.parent):  # installed; in a checkout
             if (folder / path).exists():
-                return str(folder / path)
+                return f"{option}{equals}{folder / path}"
     return argument
 
 

@@ -335,6 +335,18 @@ def test_sdist_has_all_that_a_build_needs(sdist):
     assert needed <= set(sdist)
 
 
+def test_an_installed_package_has_every_recipe_with_what_it_reads(tmp_path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs a checkout")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    there = tmp_path / "lib" / "g2rl_kernels" / "recipes"
+    assert {path.relative_to(there) for path in there.rglob("*")} == {
+        path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*")
+    }
+
+
 def test_sdist_has_nothing_built(sdist):
     assert not [name for name in sdist if name.endswith((".so", ".o", ".pyc"))]
 

@@ -149,10 +149,16 @@ def test_train_finds_the_shipped_recipes_from_anywhere(monkeypatch, tmp_path):
     assert "algorithm" in Path(path).read_text()
     assert rest == ["lr=1", "recipes/none.yaml"]
 
+    assert cli.main(["train", "--config=recipes/demo.yaml", "lr=recipes/demo.yaml"]) == 0
+    option, _, name = seen[1][0].partition("=")
+    assert option == "--config"
+    assert Path(name) == Path(path)
+    assert seen[1][1] == "lr=recipes/demo.yaml"
+
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "demo.yaml").write_text("mine: 1")
-    cli.main(["train", "recipes/demo.yaml"])
-    assert seen[1] == ["recipes/demo.yaml"]
+    cli.main(["train", "recipes/demo.yaml", "--config=recipes/demo.yaml"])
+    assert seen[2] == ["recipes/demo.yaml", "--config=recipes/demo.yaml"]
 
 
 def test_train_without_the_file_is_one_line_and_2():

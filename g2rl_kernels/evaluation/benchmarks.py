@@ -155,7 +155,7 @@ def read_file(path: Path) -> list[Any]:
     kind = path.suffix.lower()
     try:
         if kind == ".json":
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             try:
                 rows = json.loads(text)
             except ValueError:  # one object a line, by another name
@@ -164,7 +164,7 @@ def read_file(path: Path) -> list[Any]:
                 raise ConfigError(f"data: {path}: expected a list of objects, got a {type(rows).__name__}")
             return rows
         if kind == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file))
         if kind == ".parquet":
             try:

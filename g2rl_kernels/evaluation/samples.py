@@ -26,7 +26,7 @@ from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError
 from ..trainer.model import load_tokenizer
 from ..trainer.sampling import render
-from ..trainer.tasks import Item, Task, final_answer, score_completion
+from ..trainer.tasks import Item, Task, final_answer, item_of, score_completion
 from .engines import Decoding, Engine, Response, load_engine
 
 # Keys of the trainer's configuration that decide what a model answers; the others have no say here.
@@ -59,7 +59,7 @@ class DataSet:
         return len(self.task) if self.limit is None else min(self.limit, len(self.task))
 
     def items(self) -> list[Item]:
-        return [self.task[index] for index in range(len(self))]
+        return [item_of(self.task, index) for index in range(len(self))]
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,10 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
                 f"chat template: {what}: drop system_prompt, or set chat_template: never"
             ) from error
         tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if not tokens:
+            raise ConfigError(
+                f"data: problem {data.name}/{index} is a prompt without tokens: it has no question"
+            )
         found.append(Problem(f"{data.name}/{index}", data, item, text, tokens, special))
     return found
 

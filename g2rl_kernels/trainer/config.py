@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -157,8 +158,7 @@ class TrainerConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def check(self) -> None:
-        """Raises ConfigError for the first value that cannot work. Fills in sizes left at 0, and the
-        algorithm's own entropy_coef and ratio_clip_high."""
+        """Raises ConfigError for the first value that cannot work."""
         choices = {
             "dtype": ("float32", "bfloat16"),
             "autocast": ("none", "bfloat16"),
@@ -178,6 +178,9 @@ class TrainerConfig:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        for key, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key}={value}: must be a finite number")
         at_least = {
             **dict.fromkeys(
                 ("batch_size", "group_size", "max_new_tokens", "max_prompt_tokens", "steps", "epochs"), 1
@@ -209,30 +212,46 @@ class TrainerConfig:
             raise ConfigError(
                 f"entropy_coef={self.entropy_coef}: grpo has no entropy bonus; set algorithm=entropy_bonus"
             )
-        if self.entropy_coef is None and ENTROPY_COEF[self.algorithm]:
-            self.entropy_coef = ENTROPY_COEF[self.algorithm]
-        if self.ratio_clip_high is None and self.algorithm == "evol_rl":
-            self.ratio_clip_high = EVOL_CLIP_HIGH
         if "{question}" not in self.prompt_template:
             raise ConfigError("prompt_template: must contain {question}")
-        self.mini_batch_size = self.mini_batch_size or self.batch_size
-        self.micro_batch_size = self.micro_batch_size or self.mini_batch_size
-        self.generate_batch_size = self.generate_batch_size or self.batch_size
+        used = self.resolved()
         for small, large in (
             ("group_size", "batch_size"),
             ("mini_batch_size", "batch_size"),
             ("micro_batch_size", "mini_batch_size"),
         ):
-            a, b = getattr(self, small), getattr(self, large)
+            a, b = getattr(used, small), getattr(used, large)
             if b % a:
                 near = max(a, b - b % a)
                 raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
 
+    def resolved(self) -> TrainerConfig:
+        """A copy that says what is used: sizes left at 0, entropy_coef and ratio_clip_high are filled in.
+
+        A configuration is kept and written as it was given: what follows from a value must follow it again
+        where that one is overridden.
+        """
+        coef, high = self.entropy_coef, self.ratio_clip_high
+        if coef is None:
+            coef = ENTROPY_COEF[self.algorithm]
+        if high is None:
+            high = EVOL_CLIP_HIGH if self.algorithm == "evol_rl" else self.ratio_clip
+        mini = self.mini_batch_size or self.batch_size
+        return dataclasses.replace(
+            self,
+            entropy_coef=coef,
+            ratio_clip_high=high,
+            mini_batch_size=mini,
+            micro_batch_size=self.micro_batch_size or mini,
+            generate_batch_size=self.generate_batch_size or self.batch_size,
+        )
+
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Keys in which another run's configuration would give other numbers. More steps alone do not."""
-        mine = self.to_dict()
+        mine = self.resolved().to_dict()
+        theirs = TrainerConfig(**{key: other.get(key, mine[key]) for key in mine}).resolved().to_dict()
         free = FREE_KEYS if self.lr_schedule == "constant" else FREE_KEYS - {"steps"}
-        return [key for key in mine if key not in free and mine[key] != other.get(key, mine[key])]
+        return [key for key in mine if key not in free and mine[key] != theirs[key]]
 
 
 def _check_key(key: Any) -> None:

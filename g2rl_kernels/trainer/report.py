@@ -150,7 +150,9 @@ def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Keeps whole lines up to `step`; returns them."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    # A line ends at \n alone: U+2028 and its like lie raw in JSON texts. The last may end within a character.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

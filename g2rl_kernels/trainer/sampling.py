@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import TrainerConfig
 from .errors import ConfigError, TrainerError
-from .tasks import Item, Task
+from .tasks import Item, Task, item_of
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Sampler:
     """Draws prompts from `tasks` and samples responses from `model`; all of its state is `position`."""
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], config: TrainerConfig):
-        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config
+        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config.resolved()
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and its order
         prepare_tokenizer(tokenizer, model.config, config)
@@ -117,8 +117,13 @@ class Sampler:
                 if index < len(task):
                     break
                 index -= len(task)
-            item = task[index]
+            item = item_of(task, index)
             prompt = self.encode(item)
+            if not prompt:
+                raise TrainerError(
+                    f"task: {type(task).__name__}[{index}] is a prompt without tokens: leave it out, or set "
+                    "system_prompt or prompt_template"
+                )
             if len(prompt) <= self.config.max_prompt_tokens:
                 drawn.append((task, item, prompt))
                 passed = 0
@@ -163,6 +168,13 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
     if tokenizer.pad_token_id is None:
         hint = tokenizer.eos_token or "<a token that the model never writes>"
         raise ConfigError(f"tokenizer: it has no pad token; set pad_token: {hint!r} in the configuration")
+    rows = getattr(model_config.get_text_config(), "vocab_size", None)
+    if rows and tokenizer.pad_token_id >= rows:
+        hint = tokenizer.eos_token or "<a token that the model knows>"
+        raise ConfigError(
+            f"tokenizer: pad token {tokenizer.pad_token!r} is number {tokenizer.pad_token_id}, but the model "
+            f"embeds {rows} tokens: set pad_token: {hint!r}, or resize_token_embeddings(len(tokenizer))"
+        )
     if config.chat_template == "always" and not tokenizer.chat_template:
         raise ConfigError("chat_template=always: this tokenizer has none; use never and a prompt_template")
     longest = config.max_prompt_tokens + config.max_new_tokens

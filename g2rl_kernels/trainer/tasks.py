@@ -46,6 +46,15 @@ class Task(Protocol):
     def score(self, completion: str, item: Item) -> float: ...
 
 
+def item_of(task: Task, index: int) -> Item:
+    """task[index]; ConfigError where that is no mapping with a text "question"."""
+    item = task[index]
+    if not isinstance(item, dict) or not isinstance(item.get("question"), str):
+        where, got = f"task: {type(task).__name__}[{index}]", repr(str(item)[:80])
+        raise ConfigError(f"{where} must be a dict with a text 'question', got {got}")
+    return item
+
+
 def score_completion(task: Task, completion: str, item: Item) -> float:
     """task.score, or RewardError naming the prompt where it raises or is no finite number."""
     where = f"{type(task).__name__} on the prompt {item['question'][:200]!r}, completion {completion[:200]!r}"
@@ -299,12 +308,18 @@ def jsonl_task(path: str, **keys: Any) -> AnswerTask | ChoiceTask:
 
 
 def read_jsonl(path: str) -> list[Any]:
+    """The values in a file of one JSON text a line, but for empty lines; ConfigError names a wrong line.
+
+    A line ends at \\n or \\r\\n and nowhere else: JSON texts may hold U+2028 and other line separators.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"task: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

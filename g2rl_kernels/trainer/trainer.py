@@ -28,7 +28,7 @@ from .model import Head, checkpointing, enable_checkpointing, find_head, frozen_
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
-from .tasks import Task, final_answer, score_completion
+from .tasks import Task, final_answer, item_of, score_completion
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Trainer:
     def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
         config.check()
         check_packages()
+        self.given, config = config, config.resolved()  # config.yaml is what was given
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device
@@ -192,8 +193,9 @@ class Trainer:
         totals, updates = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}, 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        high = config.ratio_clip if config.ratio_clip_high is None else config.ratio_clip_high
-        coef = config.entropy_coef or 0.0
+        coef, high = config.entropy_coef, config.ratio_clip_high
+        assert coef is not None  # self.config is resolved
+        assert high is not None
         for mini in config.epochs * [*_slices(config.batch_size, config.mini_batch_size)]:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
             for micro in _slices(config.mini_batch_size, config.micro_batch_size):
@@ -308,7 +310,7 @@ class Trainer:
             state = checkpoint.load(start, self.model, self.optimizer)
             self.step_number, self.sampler.position = state["step"], state["position"]
         self.report.begin(self.step_number)
-        checkpoint.write_whole(self.output_dir / "config.yaml", config.to_yaml())
+        checkpoint.write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
 
     def resume_point(self) -> Path | None:
         """The checkpoint that `train` will go on from; raises where it was made with other settings."""
@@ -378,14 +380,9 @@ class Trainer:
 
     def _check_tasks(self) -> None:
         for task in self.tasks:
-            name = type(task).__name__
             if len(task) == 0:
-                raise ConfigError(f"task: {name} holds no items")
-            item = task[0]
-            if not isinstance(item, dict) or not isinstance(item.get("question"), str):
-                raise ConfigError(
-                    f"task: {name}[0] must be a dict with a text 'question', got {str(item)[:80]}"
-                )
+                raise ConfigError(f"task: {type(task).__name__} holds no items")
+            item = item_of(task, 0)  # the others are looked at as they are drawn
             try:  # templates are programs of the model's authors; some refuse a system role
                 self.sampler.encode(item)
             except Exception as error:

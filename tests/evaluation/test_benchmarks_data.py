@@ -151,6 +151,16 @@ def test_gpqa(tmp_path, suffix):
     assert alone[0] == task[7]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_files_that_begin_with_a_byte_order_mark(tmp_path, suffix):
+    row = {
+        key: value for key, value in GPQA.items() if key != "Record ID"
+    }  # the first field is one that is read
+    path = Path(write(tmp_path / f"x{suffix}", [row]))
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    assert len(load_data(f"gpqa={path}")) == 1
+
+
 def test_mmlu_pro(tmp_path):
     padded = {**MMLU_PRO, "options": ["yes", "N/A", "no", "N/A"], "answer": "C"}
     task = load_data(f"mmlu-pro={write(tmp_path / 'x.jsonl', [MMLU_PRO, padded])}").task

@@ -138,6 +138,19 @@ def test_templates_of_data_sets_and_of_the_configuration(tmp_path):
     assert sample([data], own, tmp_path / "b", engine(own))[0]["prompt"] == "cabc="
 
 
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [({}, r"Wrong\[2\] must be a dict"), ({"question": ""}, "problem letters/2 is a prompt without tokens")],
+)
+def test_a_problem_that_cannot_be_asked_is_named(tmp_path, item, message):
+    class Wrong(LetterTask):
+        def __getitem__(self, index):
+            return item if index == 2 else super().__getitem__(index)
+
+    with pytest.raises(ConfigError, match=message):
+        sample([DataSet("letters", "test", Wrong())], SETTINGS, tmp_path, engine())
+
+
 def test_greedy_and_top_p_and_top_k():
     ids = make_tokenizer()("abc+1=")["input_ids"]
     model = make_model()

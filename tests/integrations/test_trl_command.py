@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 from tiny_trl import prompts, save_model
 
+from g2rl_kernels.integrations import trl_command
 from g2rl_kernels.integrations.rewards import last_number
 from g2rl_kernels.integrations.shaping import ALGORITHMS
 from g2rl_kernels.integrations.trl_command import parse
-from g2rl_kernels.trainer import TrainerConfig, cli
+from g2rl_kernels.trainer import TrainerConfig, cli, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -153,19 +155,104 @@ def test_config_names_a_recipe_of_the_thin_trainer_too(
     assert "lr=-1.0: must be at least 0" in capsys.readouterr().err
 
 
+def test_data_files_lie_in_the_current_directory_or_beside_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, names in ((here, "a"), (there, "ab")):
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.jsonl").write_text("{}")
+    monkeypatch.chdir(here)
+    files = [
+        "a.jsonl",
+        "b.jsonl",
+        "c.jsonl",
+        ["b.*", "d/*"],
+        {"train": "b.jsonl"},
+        str(here / "a.jsonl"),
+        None,
+    ]
+    datasets = [{"path": "json", "data_files": name} for name in files]
+    (there / "recipe.yaml").write_text(yaml.safe_dump({"engine": "trl", "datasets": datasets}))
+    beside = str(there / "b.jsonl")
+    *_, data = parse(str(there / "recipe.yaml"), ["--use_cpu", "true", "--bf16", "false"])
+    assert [one.data_files for one in data.datasets] == [
+        "a.jsonl",
+        beside,
+        "c.jsonl",
+        [str(there / "b.*"), "d/*"],
+        {"train": beside},
+        str(here / "a.jsonl"),
+        None,
+    ]
+
+
+@pytest.fixture
+def packaged(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> list[TrainerConfig]:
+    """What a model by the name of pypi:... is loaded with; no package is needed."""
+    seen: list[TrainerConfig] = []
+
+    def load(config: TrainerConfig) -> Any:
+        seen.append(config)
+        return load_model(replace(config, model=model_dir))
+
+    monkeypatch.setattr(trl_command, "load_model", load)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "bfloat16"),
+    ],
+)
+def test_a_packaged_model_has_the_dtype_that_was_asked_for(
+    recipe: Any, packaged: list[TrainerConfig], keys: dict[str, Any], dtype: str
+) -> None:
+    assert cli.main(["--dry-run", recipe(model_name_or_path="pypi:some", **keys)]) == 0
+    assert [(config.model, config.dtype) for config in packaged] == [("pypi:some", dtype)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dtype": "auto"}, "no dtype='auto' for a model from a GGUF file: leave it out"),
+        ({"attn_implementation": "eager"}, "no attn_implementation='eager'"),
+        ({"model_revision": "v2"}, "no revision='v2'"),
+        ({"load_in_8bit": True}, "no quantization=True"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "no device_map='auto'"),
+    ],
+)
+def test_what_a_packaged_model_cannot_have_is_refused(
+    recipe: Any,
+    packaged: list[TrainerConfig],
+    keys: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["--dry-run", recipe(model_name_or_path="pypi:some", **keys)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not packaged
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("trl-*.yaml")), ids=lambda path: path.stem)
 def test_trl_recipes_parse_with_every_system(path: Path, algorithm: str) -> None:
-    own = TrainerConfig.from_dict({"algorithm": algorithm})
+    own = TrainerConfig.from_dict({"algorithm": algorithm}).resolved()
     options = ["--g2rl_algorithm", algorithm] if algorithm != "g2rl" else []
     script, config, model, data = parse(str(path), ["--use_cpu", "true", *options])
     assert script.engine == "trl"
     assert config.g2rl_algorithm == algorithm
-    assert config.entropy_coef == (own.entropy_coef or 0)  # as our trainer has it
-    assert config.epsilon_high == own.ratio_clip_high
+    assert config.entropy_coef == own.entropy_coef  # as our trainer has it
+    assert (config.epsilon_high or config.epsilon) == own.ratio_clip_high
     assert config.g2rl_lam == 0.5
+    assert config.loss_type == "grpo"
     assert model.model_name_or_path
     assert data.datasets[0].path == "json"
+    assert path.stem != "trl-demo" or Path(data.datasets[0].data_files) == RECIPES / "trl-demo.jsonl"
     assert config.generation_batch_size % config.num_generations == 0
 
 

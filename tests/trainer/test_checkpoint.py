@@ -111,6 +111,12 @@ def test_another_model_is_told(tmp_path: Path) -> None:
         checkpoint.load(path, wider, torch.optim.AdamW(wider.parameters(), fused=True))
 
 
+def test_each_of_many_gpus_gets_its_own_generator_back() -> None:
+    states = {f"cuda.{gpu}": torch.tensor(gpu) for gpu in range(12)}
+    saved = {"cpu": torch.tensor(-1), **{name: states[name] for name in sorted(states)}}
+    assert torch.stack(checkpoint.cuda_states(saved)).tolist() == list(range(12))
+
+
 def test_metrics_are_rewound(tmp_path: Path) -> None:
     """Lines past the checkpoint go, and so does the one that was being written when the run was killed."""
     lines = [json.dumps({"step": step, "reward": step / 7}) for step in (1, 2, 3)]
@@ -125,6 +131,27 @@ def test_metrics_are_rewound(tmp_path: Path) -> None:
         2,
         3,
     ]
+
+
+def test_what_unicode_calls_the_end_of_a_line_is_none(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "completion": text}
+        for step, text in enumerate(["a\u2028b", "a\u2029b", "a\x85b", "a"], 1)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
+    report = Report(tmp_path, "title")
+    report.begin(4)
+    assert report.samples == rows
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8") == lines
+
+
+def test_a_run_killed_within_a_character_is_rewound(tmp_path: Path) -> None:
+    line = json.dumps({"step": 1, "completion": "é"}, ensure_ascii=False).encode()
+    (tmp_path / "samples.jsonl").write_bytes(line + b"\n" + line[:-3])
+    report = Report(tmp_path, "title")
+    report.begin(1)
+    assert report.samples == [{"step": 1, "completion": "é"}]
 
 
 def test_table_shows_both_ends_of_a_question() -> None:

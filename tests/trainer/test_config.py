@@ -30,7 +30,7 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
 
 
 def test_sizes_left_at_zero_follow() -> None:
-    config = TrainerConfig.from_dict({"batch_size": 32, "mini_batch_size": 16})
+    config = TrainerConfig.from_dict({"batch_size": 32, "mini_batch_size": 16}).resolved()
     assert (config.mini_batch_size, config.micro_batch_size, config.generate_batch_size) == (16, 16, 32)
 
 
@@ -47,8 +47,11 @@ def test_sizes_left_at_zero_follow() -> None:
         ({"steps": True}, "steps=True: expected int, got bool"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
-        ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
-        ({"lam": float("nan")}, "lam=nan: must be at least 0"),
+        *(
+            ({key: value}, f"{key}={value}: must be a finite number")
+            for key in ("temperature", "lam", "clip", "lr", "beta", "ratio_clip_high", "score_gate")
+            for value in (float("nan"), float("inf"))
+        ),
         ({"algorithm": "ppo"}, "algorithm='ppo': choose one of grpo, entropy_bonus, evol_rl, g2rl"),
         ({"prompt_template": "Solve it."}, "must contain {question}"),
         ({"adam_beta2": 1}, r"adam_beta2=1.0: must be in \[0, 1\)"),
@@ -93,24 +96,44 @@ def test_what_may_change_on_resume() -> None:
     other = {**config.to_dict(), "steps": 5, "output_dir": "elsewhere", "checkpoint_every": 1}
     assert config.differences(other) == []
     assert config.differences({**other, "lr": 1.0, "seed": 4}) == ["lr", "seed"]
+    assert config.differences(config.resolved().to_dict()) == []
+    assert config.resolved().differences(config.to_dict()) == []
+    assert config.differences({**other, "algorithm": "evol_rl"}) == [
+        "algorithm",
+        "entropy_coef",
+        "ratio_clip_high",
+    ]
     config.lr_schedule = other["lr_schedule"] = "linear"  # its slope depends on the number of steps
     assert config.differences(other) == ["steps"]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "coef", "high"),
-    [("grpo", None, None), ("entropy_bonus", 0.003, None), ("evol_rl", 0.003, 0.28), ("g2rl", None, None)],
+    [("grpo", 0, 0.1), ("entropy_bonus", 0.003, 0.1), ("evol_rl", 0.003, 0.28), ("g2rl", 0, 0.1)],
 )
-def test_an_algorithm_brings_its_own_settings(algorithm: str, coef: float | None, high: float | None) -> None:
-    config = TrainerConfig.from_dict({"algorithm": algorithm})
+def test_an_algorithm_brings_its_own_settings(algorithm: str, coef: float, high: float) -> None:
+    config = TrainerConfig.from_dict({"algorithm": algorithm, "ratio_clip": 0.1}).resolved()
     assert (config.entropy_coef, config.ratio_clip_high) == (coef, high)
-    config.check()
+    assert config.resolved() == config
     assert TrainerConfig.from_dict(config.to_dict()) == config
     if algorithm != "grpo":
-        asked = TrainerConfig.from_dict({"algorithm": algorithm, "entropy_coef": 0.5, "ratio_clip_high": 0.2})
+        keys = {"algorithm": algorithm, "entropy_coef": 0.5, "ratio_clip_high": 0.2}
+        asked = TrainerConfig.from_dict(keys).resolved()
         assert (asked.entropy_coef, asked.ratio_clip_high) == (0.5, 0.2)
     if algorithm == "evol_rl":
-        assert TrainerConfig.from_dict({"algorithm": algorithm, "entropy_coef": 0}).entropy_coef == 0
+        none = TrainerConfig.from_dict({"algorithm": algorithm, "entropy_coef": 0}).resolved()
+        assert none.entropy_coef == 0
+
+
+def test_a_configuration_is_written_as_it_was_given(tmp_path: Path) -> None:
+    """What one algorithm or batch brings along must not stay where a written file is the start of another."""
+    given = TrainerConfig.from_dict({"algorithm": "evol_rl", "batch_size": 32})
+    given.check()
+    (tmp_path / "config.yaml").write_text(given.to_yaml())
+    assert TrainerConfig.load(tmp_path / "config.yaml") == given
+    changed = ["algorithm=g2rl", "batch_size=64"]
+    other = TrainerConfig.load(tmp_path / "config.yaml", changed).resolved()
+    assert other == TrainerConfig.load(None, changed).resolved()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from g2rl_kernels.trainer import ConfigError, RewardError, load_tasks
-from g2rl_kernels.trainer.tasks import EXTRACTORS, final_answer, load_task, score_completion
+from g2rl_kernels.trainer.tasks import EXTRACTORS, final_answer, load_task, read_jsonl, score_completion
 
 CHAIN_SUM = {
     "kind": "reasoning_gym",
@@ -166,6 +166,19 @@ def test_wrong_jsonl(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_task({"kind": "jsonl", "path": str(tmp_path / "x.jsonl")})
+
+
+def test_jsonl_as_editors_and_other_programs_write_it(tmp_path: Path) -> None:
+    rows = [{"question": f"a{mark}b", "answer": "1"} for mark in ("\u2028", "\u2029", "\x85", " ")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "x.jsonl").write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:]]).encode())
+    assert read_jsonl(str(tmp_path / "x.jsonl")) == rows
+
+
+def test_jsonl_in_another_encoding_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"x\.jsonl is not UTF-8 \(byte 14\): save it as UTF-8"):
+        read_jsonl(str(tmp_path / "x.jsonl"))
 
 
 def test_no_tasks() -> None:

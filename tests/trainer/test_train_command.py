@@ -178,6 +178,16 @@ def test_farewell_says_where_things_are(undisturbed: Path, model_dir: Path, tmp_
     )
 
 
+def test_farewell_to_a_run_whose_metrics_are_gone(tmp_path: Path, model_dir: Path) -> None:
+    recipe = str(write_recipe(tmp_path, model_dir, steps=1))
+    assert run(recipe).returncode == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    done = run(recipe)
+    assert done.returncode == 0, done.stderr
+    assert "step 1 is done; its metrics.jsonl is gone" in done.stdout
+    assert str(tmp_path / "run" / "model") in done.stdout
+
+
 def test_dry_run_trains_nothing(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -186,6 +196,7 @@ def test_dry_run_trains_nothing(
     assert cli.main([str(recipe), "--dry-run", "lr=0.5"]) == 0
     out = capsys.readouterr().out
     assert "lr: 0.5" in out
+    assert "generate_batch_size: 8" in out  # as it is used; the recipe leaves it out
     assert "all checks passed" in out
     assert "start at step 0" in out
     assert not list((tmp_path / "run").iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import CHARACTERS, LetterTask, make_model, make_tokenizer, make_trainer
 from torch import nn
 from torch.utils import checkpoint as checkpoint_utils
@@ -485,6 +486,20 @@ def test_tokenizer_without_pad_token(tmp_path: Path) -> None:
     assert (rollout.ids[:, -rollout.mask.shape[1] :][rollout.mask] == 1).sum() == (~rollout.truncated).sum()
 
 
+def test_a_pad_token_that_the_model_has_not(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(
+        ConfigError, match=r"'<new>' is number 25, .* embeds 25 tokens: set pad_token: '</s>', or"
+    ):
+        make_trainer(tmp_path, tokenizer=tokenizer)
+    make_trainer(tmp_path, tokenizer=tokenizer, pad_token="</s>").step()
+    model, tokenizer = make_model(), make_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    model.resize_token_embeddings(len(tokenizer))
+    make_trainer(tmp_path, model=model, tokenizer=tokenizer).step()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -517,6 +532,27 @@ def test_wrong_items_before_work(tmp_path: Path, item: Any) -> None:
 
     with pytest.raises(ConfigError, match="must be a dict with a text 'question'"):
         make_trainer(tmp_path, task=Wrong())
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"prompt": "x"}, r"Later\[3\] must be a dict with a text 'question', got"),
+        ({"question": None}, r"Later\[3\] must be a dict with a text 'question', got"),
+        ("a\nb", r"Later\[3\] must be a dict with a text 'question', got"),
+        ({"question": ""}, r"Later\[3\] is a prompt without tokens"),
+    ],
+)
+def test_a_wrong_item_is_named_when_it_is_drawn(tmp_path: Path, item: Any, message: str) -> None:
+    class Later(LetterTask):
+        def __getitem__(self, index: int) -> Any:
+            return item if index == 3 else super().__getitem__(index)
+
+    trainer = make_trainer(tmp_path, task=[LetterTask(), Later()], shuffle=False)
+    trainer.sampler.draw(16 + 3)
+    with pytest.raises(TrainerError, match=message) as caught:
+        trainer.sampler.draw(1)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_items_before_work(tmp_path: Path) -> None:
@@ -603,6 +639,21 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trainer.model.parameters()))
     assert again.generation_config.top_k == 7
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_left_unset_is_kept_apart_from_what_is_used(tmp_path: Path) -> None:
+    make_trainer(tmp_path, algorithm="entropy_bonus", mini_batch_size=4, steps=1).train()
+    keys = ["mini_batch_size", "micro_batch_size", "generate_batch_size", "entropy_coef", "ratio_clip_high"]
+    given = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert [given[key] for key in keys] == [4, 0, 0, None, None]
+    used = json.loads((tmp_path / "checkpoint-000001" / "state.json").read_text())["config"]
+    assert [used[key] for key in keys] == [4, 4, 8, 0.003, 0.2]
+    asked = {"mini_batch_size": 4, "micro_batch_size": 4, "entropy_coef": 0.003, "ratio_clip_high": 0.2}
+    make_trainer(tmp_path, algorithm="entropy_bonus", steps=2, **asked).train()  # the same, hence goes on
+    with pytest.raises(ConfigError, match=r"has entropy_coef=0\.003 \(now 0\.01\)"):
+        make_trainer(
+            tmp_path, algorithm="entropy_bonus", mini_batch_size=4, entropy_coef=0.01, steps=2
+        ).train()
 
 
 def test_resume_in_one_process_and_more_steps(tmp_path: Path) -> None:
