@@ -287,9 +287,9 @@ def _measure(
     from tqdm import tqdm
 
     from .geometry import measure, statistics
-    from .samples import prompt_tokens
+    from .samples import MODEL_FILES, model_files, prompt_tokens
 
-    header = {"model": config.model, **settings}
+    header = {"model": config.model, MODEL_FILES: model_files(config.model), **settings}
     file.parent.mkdir(parents=True, exist_ok=True)
     known = {} if args.overwrite else _read_measured(file, header)
     digests = {problem: _digest(group) for problem, group in groups.items()}

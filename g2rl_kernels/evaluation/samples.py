@@ -45,6 +45,11 @@ SAMPLING_KEYS = (
 )
 
 
+MODEL_FILES = "model_files"  # the key of `model_files` in headers
+SMALL = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Problems with a verifier, under a name that is unique in a run."""
@@ -72,8 +77,9 @@ class Settings:
     batch_size: int = 64  # responses generated at once
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the responses depend on, but for the data."""
+        """Everything that the responses depend on, but for the data; looks at the model's directory."""
         mine = {key: getattr(self.config, key) for key in SAMPLING_KEYS}
+        mine[MODEL_FILES] = model_files(self.config.model)
         return {**mine, **asdict(self.decoding), "engine": self.engine, "batch_size": self.batch_size}
 
 
@@ -145,6 +151,26 @@ def sample(
             bar.set_postfix_str(f"pass@1 {right / len(rows):.3f}", refresh=False)
             bar.update(len(chunk))
     return rows
+
+
+def model_files(model: str) -> str | None:
+    """A digest of a local model directory, which another training into it changes; None for other models.
+
+    Of weights, which are large: name, size and time of the last change; of what else decides answers: bytes.
+    """
+    folder = Path(model).expanduser()
+    if not model or not folder.is_dir():
+        return None
+    found: list[Any] = []
+    for file in _globbed(folder, SMALL):
+        found.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
+    for file in _globbed(folder, WEIGHTS):
+        found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _globbed(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict[str, Any]]:
@@ -287,15 +313,18 @@ def _check_header(out: Path, header: dict[str, Any]) -> None:
         return
     old = read_settings(out)
     changed = [
-        f"{key}={_short(old.get(part, {}).get(key))} (now {_short(header[part].get(key))})"
+        (key, old.get(part, {}).get(key), header[part].get(key))
         for part in ("settings", "data")
         for key in {**header[part], **old.get(part, {})}
         if old.get(part, {}).get(key) != header[part].get(key)
     ]
-    if changed:
-        raise ConfigError(
-            f"{out} has samples with {', '.join(changed)}: choose another --out, or --overwrite to start over"
-        )
+    if not changed:
+        return
+    if [key for key, _, _ in changed] == [MODEL_FILES]:
+        what = f"of another model: the files in {header['settings']['model']} have changed since"
+    else:
+        what = "with " + ", ".join(f"{key}={_short(was)} (now {_short(now)})" for key, was, now in changed)
+    raise ConfigError(f"{out} has samples {what}: choose another --out, or --overwrite to start over")
 
 
 def _short(value: Any) -> str:

@@ -163,6 +163,32 @@ def test_from_model_to_comparison(tmp_path, capsys):
     assert recorded["data"]["aime25"]["problems"] == 3
 
 
+def test_a_model_retrained_in_place_is_another_one(tmp_path, capsys):
+    model, problems = save_model(tmp_path / "model"), write_problems(tmp_path / "aime.jsonl")
+    words = ["eval", model, "--data", f"aime25={problems}", "-n", "2", "--max-new-tokens", "4"]
+    words += ["prompt_template=a{question}", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    before = read_samples(tmp_path / "run")
+    make_model(7).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert f"of another model: the files in {model} have changed since: choose another --out, or --o" in err
+    assert cli.main([*words, "--overwrite"]) == 0
+    after = read_samples(tmp_path / "run")
+    assert [one["completion"] for one in after] != [one["completion"] for one in before]
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert cli.main(words) == 2
+
+
+def test_results_beside_a_model_are_no_part_of_it(tmp_path):
+    model, problems = save_model(tmp_path / "model"), write_problems(tmp_path / "aime.jsonl")
+    words = ["eval", model, "--data", f"aime25={problems}", "-n", "2", "--max-new-tokens", "4"]
+    for _ in range(2):
+        assert cli.main([*words, "prompt_template=a{question}", "--out", model]) == 0
+
+
 def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
     problems = write_problems(tmp_path / "sums.jsonl")
     recipe = tmp_path / "r.yaml"

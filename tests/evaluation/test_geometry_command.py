@@ -124,6 +124,17 @@ def test_a_killed_run_goes_on_to_the_same_files(folder: Path, monkeypatch: pytes
     assert asked == [3] * 4
 
 
+def test_a_model_retrained_in_place_is_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK]
+    run(*command)
+    by_name = ["a=runs/grpo/model", "--samples", "out/grpo/samples.jsonl", "--out", "out"]
+    before = run(*by_name)
+    make_model(7).save_pretrained("runs/grpo/model")
+    assert "of another model: the files in runs/grpo/model have changed since" in fails(capsys, *command)
+    assert run(*by_name) != before  # the same responses, measured anew
+    assert run(*command, "--overwrite") != before
+
+
 def test_stored_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--temperature", "0.9")
     stored = "out/grpo/samples.jsonl"
