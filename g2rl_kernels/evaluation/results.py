@@ -139,14 +139,12 @@ def compare(
     first = by_problem(base_rows)
     found: dict[str, dict[str, Any]] = {}
     for name, rows in others:
+        check_questions(rows, base_rows, name, base)
         found[name] = {}
         for data, problems in by_problem(rows).items():
             shared = [problem for problem in problems if problem in first.get(data, {})]
             if not shared:
                 continue
-            for problem in shared:
-                if problems[problem][0].get("question") != first[data][problem][0].get("question"):
-                    raise ConfigError(f"compare: {problem} is another problem in {name} than in {base}")
             n = min(len(problems[shared[0]]), len(first[data][shared[0]]))
             used = check_ks(ks, n)
             ours = per_problem({p: problems[p] for p in shared}, used, gate)
@@ -168,6 +166,14 @@ def compare(
         if not found[name]:
             raise ConfigError(f"compare: {name} and {base} share no problem")
     return found
+
+
+def check_questions(ours: Sequence[Row], theirs: Sequence[Row], name: str, base: str) -> None:
+    """Raises ConfigError where problems of the same name have other questions; rows hold both."""
+    asked = {row["problem"]: row.get("question") for row in theirs}
+    for row in ours:
+        if row["problem"] in asked and row.get("question") != asked[row["problem"]]:
+            raise ConfigError(f"compare: {row['problem']} is another problem in {name} than in {base}")
 
 
 def comparison_table(base: str, compared: dict[str, dict[str, Any]]) -> str:
