@@ -259,7 +259,7 @@ def overall(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in STATISTICS:
         values = [problem[name] for problem in problems if problem[name] is not None]
-        low, high = bootstrap_interval(values) if len(values) > 1 else (None, None)
+        low, high = bootstrap_interval(values) if values else (None, None)
         mean = sum(values) / len(values) if values else None
         result[name] = mean is not None and {"mean": mean, "low": low, "high": high, "problems": len(values)}
         result[name] = result[name] or None

@@ -66,6 +66,32 @@ def test_16_is_the_vote_of_the_table():
     ]  # fmt: skip
 
 
+def test_votes_go_up_to_64_unless_others_are_asked_for():
+    rows = rows_of("x", ["Ab" * 64])
+    metrics = results.summarise(rows)["x"]["metrics"]
+    assert [name for name in metrics if name.startswith("maj@")] == [f"maj@{1 << i}" for i in range(7)]
+    assert "pass@128" in metrics
+    assert "maj@128" in results.summarise(rows, ks=[128])["x"]["metrics"]
+
+
+def test_a_single_problem_has_no_interval(tmp_path):
+    summary = results.summarise(rows_of("x", ["Ab"]))
+    value = summary["x"]["metrics"]["pass@1"]
+    assert (value["mean"], value["low"], value["high"]) == (0.5, None, None)
+    assert "| 50.0 " in results.table(summary)
+    results.draw({"x": summary["x"]["metrics"]}, "x", tmp_path / "x.png")
+    compared = results.compare({"base": rows_of("x", ["ab"]), "other": rows_of("x", ["AB"])})
+    text = results.comparison_table("base", compared)
+    assert "| +100.0 " in text
+    assert "**" not in text
+
+
+def test_metrics_come_in_one_order():
+    rows = rows_of("x", ["Ab", "AB"])
+    (one,) = results.compare({"base": rows, "other": rows})["other"].values()
+    assert list(one["metrics"]) == list(results.summarise(rows)["x"]["metrics"])
+
+
 def test_the_gate_decides_what_is_right():
     rows = [row("x/0", 0, "a", False, score=0.5), row("x/0", 1, "b", True)]
     assert results.summarise(rows)["x"]["metrics"]["pass@1"]["mean"] == 0.5
