@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError, out_of_memory
-from .cli import load_sets, make_config, make_settings
+from .cli import check_gate, load_sets, make_config, make_settings, warn_unfinished
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -152,10 +153,12 @@ def _geometry(args: argparse.Namespace) -> int:
     for name in ("m", "limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
+    check_gate(args.gate)
     models = name_models(args.models)
     data = [] if args.samples else load_sets(args)  # what is wrong with it shows before a model is loaded
     stored = [(path, read_samples(path)) for path in args.samples]
-    for path, rows in stored[1:]:
+    for path, rows in stored:
+        warn_unfinished("g2rl geometry", path, rows)
         check_questions(rows, stored[0][1], str(path), str(stored[0][0]))
     encoder = _encoder(args.encoder)
     done = []
@@ -229,8 +232,10 @@ def _one(
         source, rows = stored
         if temperature is None:
             temperature = read_settings(source).get("settings", {}).get("temperature") or 1.0
-    if not temperature > 0:
-        raise ConfigError(f"temperature={temperature}: must be above 0: greedy responses are all the same")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"temperature={temperature}: must be finite and above 0: greedy responses are all the same"
+        )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)

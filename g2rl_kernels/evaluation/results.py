@@ -34,9 +34,14 @@ def check_ks(ks: Sequence[int] | None, n: int) -> list[int]:
 
 
 def by_problem(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """{data set: {problem: its samples}}; TrainerError where problems differ in their number of samples."""
+    """{data set: {problem: its samples}}; TrainerError where problems differ in their number of samples, or a
+    sample has no score."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
+        if row["score"] is None:
+            raise TrainerError(
+                f"samples: problem {row['problem']}, sample {row['sample']} has no score: give its --data"
+            )
         name = row.get("data") or str(row["problem"]).rpartition("/")[0]
         found.setdefault(name, {}).setdefault(row["problem"], []).append(row)
     for name, problems in found.items():

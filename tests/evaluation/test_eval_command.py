@@ -215,6 +215,44 @@ def test_results_beside_a_model_are_no_part_of_it(tmp_path):
         assert cli.main([*words, "prompt_template=a{question}", "--out", model]) == 0
 
 
+def test_samples_of_a_killed_run_are_counted_with_a_warning(tmp_path, capsys):
+    header = {"settings": {"n": 2}, "data": {"x": {"problems": 4}, "y": {"problems": 1}}}
+    write_samples(tmp_path / "part", rows_of("x", ["Ab", "AB", "ab"]), header)
+    write_samples(tmp_path / "whole", [*rows_of("x", ["Ab"] * 4), *rows_of("y", ["ab"])], header)
+    assert cli.main(["eval", "--samples", str(tmp_path / "part")]) == 0
+    err = capsys.readouterr().err
+    warning = f"{tmp_path / 'part'} holds 3 of 4 problems of x, 0 of 1 problems of y: its run is not finished"
+    assert f"g2rl eval: warning: {warning}" in err
+    assert cli.main(["eval", "--samples", str(tmp_path / "whole")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert cli.main(["eval", "--compare", str(tmp_path / "whole"), str(tmp_path / "part")]) == 0
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
+    run, problems = tmp_path / "run", write_problems(tmp_path / "aime.jsonl")
+    rows = [
+        row(f"aime25/{i}", 0, "2", False, question=q, completion="\\boxed{2}")
+        for i, q in enumerate(("1=", "1+1="))
+    ]
+    write_samples(run, rows, {})
+    other = run / "other.jsonl"
+    other.write_text(json.dumps(rows[0]) + "\n")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    for words in ([], ["--data", f"aime25={problems}"]):
+        assert cli.main(["eval", "--samples", str(other), *words]) == 2
+        assert "other.jsonl is no run's samples.jsonl: say with --out" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert cli.main(["eval", "--samples", str(other), *words, "--out", str(tmp_path / "new")]) == 0
+    assert len(read_samples(tmp_path / "new")) == 1
+
+
+def test_a_sample_without_a_score_must_be_verified(tmp_path, capsys):
+    write_samples(tmp_path, [row("x/0", 0, "a", True, score=None)], {})
+    assert cli.main(["eval", "--samples", str(tmp_path)]) == 2
+    assert "problem x/0, sample 0 has no score: give its --data" in capsys.readouterr().err
+
+
 def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
     problems = write_problems(tmp_path / "sums.jsonl")
     recipe = tmp_path / "r.yaml"
@@ -254,6 +292,8 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
         (["./none", "--data", "reasoning_gym:chain_sum"], "no model in ./none"),
         (["--samples", "none.jsonl"], "none.jsonl: No such file"),
         (["--compare", "a"], "needs two runs"),
+        (["--samples", "none", "--gate", "nan"], "gate=nan"),
+        (["m", "--data", "math500", "--temperature", "nan"], "temperature=nan"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):

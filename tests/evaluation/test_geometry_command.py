@@ -221,6 +221,7 @@ def test_without_an_encoder_the_rest_works(
         (["m", "--samples", "missing.jsonl"], "missing.jsonl"),
         (["a/model", "a/model", "--data", TASK], "'a' is taken"),
         (["./missing", "--data", TASK, "--temperature", "0"], "temperature=0"),
+        (["./missing", "--data", TASK, "--gate", "inf"], "gate=inf"),
         (["./missing", "--data", TASK], "model: no model in ./missing"),
     ],
 )
