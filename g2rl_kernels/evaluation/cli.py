@@ -190,7 +190,8 @@ def _stored(args: argparse.Namespace) -> int:
     path = Path(args.samples).expanduser()
     if args.model:  # the first key=value of a recipe
         args.overrides = [args.model, *args.overrides]
-    rows = read_samples(path)
+    anew = bool(args.data or args.recipe)
+    rows = read_samples(path, texts=anew)
     if not args.out and path.name != "samples.jsonl" and not path.is_dir():  # a run's own may lie beside it
         raise ConfigError(f"samples: {path} is no run's samples.jsonl: say with --out where results go")
     header = read_settings(path)
@@ -198,7 +199,7 @@ def _stored(args: argparse.Namespace) -> int:
     folder = path if path.is_dir() else path.parent
     out = Path(args.out).expanduser() if args.out else folder
     out.mkdir(parents=True, exist_ok=True)
-    if args.data or args.recipe:
+    if anew:
         data = load_sets(args)
         rows, path = verify(rows, data), out
         header = {**header, "data": describe(data)}
@@ -239,7 +240,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     if len(args.compare) < 2:
         raise ConfigError("compare: needs two runs or more, the first of which is the base")
-    runs = {str(Path(run)): read_samples(Path(run).expanduser()) for run in args.compare}
+    runs = {str(Path(run)): read_samples(Path(run).expanduser(), texts=False) for run in args.compare}
     if len(runs) < 2:
         raise ConfigError("compare: the runs are all the same")
     for run, rows in runs.items():

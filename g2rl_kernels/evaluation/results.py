@@ -74,7 +74,8 @@ def per_problem(
             values.setdefault(f"maj@{k}", []).append(maj_at_k(answers, right, k))
         values.setdefault("distinct_right", []).append(distinct_right(answers, right))
         values.setdefault("truncated", []).append(_mean([bool(row.get("truncated")) for row in samples]))
-        values.setdefault("length", []).append(_mean([len(row.get("tokens") or ()) for row in samples]))
+        lengths = [row["length"] if "length" in row else len(row.get("tokens") or ()) for row in samples]
+        values.setdefault("length", []).append(_mean(lengths))
     return values
 
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -204,10 +205,11 @@ def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict
     return verified
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
+def read_samples(path: Path, texts: bool = True) -> list[dict[str, Any]]:
     """The lines of a samples.jsonl, or of the one in a folder; a half-written last line is left out.
 
-    Raises TrainerError for a file that is none, or has a line of other fields.
+    texts=False: what numbers are made of, in a fraction of the memory: neither prompts nor responses, but
+    "length", a response's tokens. Raises TrainerError for a file that is none, or has a line of other fields.
     """
     file = path / "samples.jsonl" if path.is_dir() else path
     rows = []
@@ -215,7 +217,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         with file.open("rb") as lines:  # line by line: files of long responses are large
             for number, line in enumerate(lines, 1):
                 if line.endswith(b"\n"):
-                    rows.append(_read_line(line, f"samples: {file}, line {number}"))
+                    row = _read_line(line, f"samples: {file}, line {number}")
+                    rows.append(row if texts else _numbers(row))
     except OSError as error:
         raise TrainerError(f"samples: {file}: {error.strerror}") from None
     return rows
@@ -245,6 +248,12 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
         if key in row and not _fits(key, row[key]):
             raise TrainerError(f"{where} is no sample of g2rl eval: {key}={_short(row[key])}")
     return row
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in row.items() if key not in ("prompt", "completion", "tokens")}
+    # n samples have one question
+    return {**kept, "question": sys.intern(row["question"]), "length": len(row.get("tokens", ()))}
 
 
 def _fits(key: str, value: Any) -> bool:

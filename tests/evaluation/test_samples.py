@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from tiny import LetterTask, make_model, make_tokenizer
 
 from g2rl_kernels.evaluation.engines import Decoding, TransformersEngine, VllmEngine, choose_engine
+from g2rl_kernels.evaluation.results import summarise
 from g2rl_kernels.evaluation.samples import (
     DataSet,
     Settings,
@@ -159,6 +161,21 @@ def test_lines_of_other_kinds_are_refused(tmp_path, change, message):
         file.write_bytes(line)
         with pytest.raises(TrainerError, match="line 1 is no sample"):
             read_samples(file)
+
+
+def test_numbers_need_no_texts(tmp_path):
+    rows = sample([letters(3)], SETTINGS, tmp_path, engine())
+    for row in rows:
+        row["tokens"] *= 2000
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in 5 * rows))
+    tracemalloc.start()
+    slim = read_samples(file, texts=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert summarise(slim) == summarise(5 * rows)
+    assert not {"prompt", "completion", "tokens"} & {key for row in slim for key in row}
+    assert peak < file.stat().st_size / 2
 
 
 def test_templates_of_data_sets_and_of_the_configuration(tmp_path):
