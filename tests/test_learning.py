@@ -108,6 +108,41 @@ def test_a_stage_goes_on_where_it_was_stopped(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["fluent.json"]
 
 
+def test_rows_of_an_earlier_tuning_are_dropped(tmp_path) -> None:
+    stage = evidence.Stage(tmp_path / "halting.json")
+    for seed in range(3):
+        stage.add(row("GRPO", seed, 0.4) | {"setting": "halting", "keys": {"algorithm": "grpo", "lr": 1e-3}})
+    stage.add(row("GRPO", 7, 0.5) | {"setting": "halting", "keys": {"algorithm": "grpo", "lr": 2e-3}})
+    stage.keep(evidence.plan("halting", {"grpo": {"lr": 2e-3}}))
+    assert [r["seed"] for r in stage.rows] == [7]
+    assert [r["seed"] for r in evidence.Stage(stage.path).rows] == [7]  # in the file, too
+    before = stage.path.stat().st_mtime_ns
+    stage.keep(evidence.plan("halting", {"grpo": {"lr": 2e-3}}))
+    assert stage.path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "fluent"], "fluent needs the whole tuning in"),
+        (["--only", "halting", "--systems", "GRPO"], "run --only tuning first"),
+        (
+            ["--only", "halting", "--systems", "NoSuch"],
+            "--systems 'NoSuch': choose from 'GRPO', 'entropy bonus'",
+        ),
+        (
+            ["--only", "smollm2-gcd", "--systems", "GRPO", "EVOL-RL"],
+            "--systems 'EVOL-RL': choose from 'GRPO', ",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(tmp_path, capsys, words, message) -> None:
+    assert evidence.main([*words, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evidence: error: ")
+    assert message in line
+
+
 # --- statistics ---------------------------------------------------------------------------------------------
 
 
@@ -130,6 +165,12 @@ def test_differences_are_paired() -> None:
     table = document.differences_table(rows)
     assert "| EVOL-RL | **+0.050 ± 0.000** |" in table
     assert "| +0.000 ± 0.000 |" in table  # of the geometry, and not bold: the interval holds zero
+    rows = [
+        row(system, seed, 0.1 + (system != "GRPO") / 10_000)
+        for system in ("GRPO", "EVOL-RL")
+        for seed in range(4)
+    ]
+    assert "**+0.000" not in document.differences_table(rows)  # away from zero, but not as it is printed
 
 
 def test_figures_and_report(tmp_path) -> None:

@@ -135,12 +135,13 @@ def pairs_table(rows: Sequence[Row]) -> str:
 
 
 def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASELINE) -> list[str]:
-    """Bold where the interval is away from zero."""
+    """Bold where the interval is away from zero, and the mean as it is printed too."""
     cells = []
     for measure, (_, digits) in MEASURES.items():
         mean, half = difference(rows, system, measure, other)
         text = f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-        cells.append(f"**{text}**" if abs(mean) > half else text)
+        clear = abs(mean) > half and float(f"{mean:.{digits}f}") != 0
+        cells.append(f"**{text}**" if clear else text)
     return [title, *cells]
 
 

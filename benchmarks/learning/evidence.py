@@ -69,6 +69,14 @@ class Stage:
     def has(self, this: Run) -> bool:
         return any(all(row[key] == value for key, value in this.identity.items()) for row in self.rows)
 
+    def keep(self, runs: Sequence[Run]) -> None:
+        """Drops rows of no such run: after another tuning those of the old keys, which passed for seeds."""
+        identities = [this.identity for this in runs]
+        kept = [row for row in self.rows if {key: row[key] for key in identities[0]} in identities]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self.save()
+
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.rows.sort(key=lambda row: (row["system"], row["seed"]))
@@ -157,6 +165,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fail(message: str) -> int:
+    print(f"evidence: error: {message}", file=sys.stderr)
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.document:
@@ -168,15 +181,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # of the workers
     out = args.out or ROOT / "runs" / ("evidence-quick" if args.quick else "evidence")
     out.mkdir(parents=True, exist_ok=True)
+    stages = ("quick",) if args.quick else args.only or STAGES
+    known = dict.fromkeys(this.system for name in stages for this in plan(name, {}))
+    unknown = [system for system in args.systems or () if system not in known]
+    if unknown:
+        return _fail(f"--systems {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
     tuned: dict[str, dict[str, Any]] = {}
-    for name in ("quick",) if args.quick else args.only or STAGES:
+    for name in stages:
         if name in ("fluent", "halting"):
-            tuned = document.best(Stage(out / "tuning.json").rows)
+            tuning = Stage(out / "tuning.json")
+            if not all(tuning.has(this) for this in plan("tuning", {})):
+                return _fail(f"{name} needs the whole tuning in {tuning.path}: run --only tuning first")
+            tuned = document.best(tuning.rows)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
         if args.systems:
             runs = [this for this in runs if this.system in args.systems]
         stage = Stage(out / f"{name}.json")
+        stage.keep(plan(name, tuned))
         try:
             warm_starts(runs, out, args.jobs)
             run_all(runs, stage, out, args.jobs)

@@ -57,7 +57,10 @@ def _mmlu_pro(row: Item) -> Item:
     options = _first(row, ("options",))
     if isinstance(options, str):  # as a CSV file holds them
         options = json.loads(options)
-    right = "ABCDEFGHIJ".index(str(_first(row, ("answer",))).strip())
+    letter, letters = str(_first(row, ("answer",))).strip(), "ABCDEFGHIJ"[: len(options)]
+    if letter not in tuple(letters):
+        raise ValueError(f"answer={letter!r} is none of the letters of its {len(options)} options")
+    right = letters.index(letter)
     kept = [(at, option) for at, option in enumerate(options) if option != "N/A" or at == right]
     places = [at for at, _ in kept]
     return {
@@ -151,8 +154,9 @@ def load_specs(specs: Iterable[dict[str, Any]], limit: int | None = None) -> lis
 
 
 def read_file(path: Path) -> list[Any]:
-    """The rows of a .jsonl, .json (a list), .csv or .parquet file."""
+    """The rows of a .jsonl, .json (a list), .csv or .parquet file; ConfigError for one that is damaged."""
     kind = path.suffix.lower()
+    csv.field_size_limit(2**31 - 1)  # a field may be a long text
     try:
         if kind == ".json":
             text = path.read_text(encoding="utf-8-sig")
@@ -168,14 +172,21 @@ def read_file(path: Path) -> list[Any]:
                 return list(csv.DictReader(file))
         if kind == ".parquet":
             try:
-                from pyarrow import parquet
+                from pyarrow import ArrowException, parquet
             except ImportError as error:
                 raise need("pyarrow", error, "trl") from None
-            table: list[Any] = parquet.read_table(path).to_pylist()
+            try:
+                table: list[Any] = parquet.read_table(path).to_pylist()
+            except ArrowException as error:
+                raise ConfigError(f"data: {path} is no Parquet file: {_one_line(error)}") from None
             return table
+        return read_jsonl(str(path))
     except OSError as error:
         raise ConfigError(f"data: {path}: {error.strerror or error}") from None
-    return read_jsonl(str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"data: {path} is no CSV file: {error}") from None
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> list[Any]:
@@ -189,8 +200,12 @@ def _from_hub(name: str, benchmark: Benchmark) -> list[Any]:
     except Exception as error:  # the hub's client has many of its own
         raise ConfigError(
             f"data {name}: cannot read {benchmark.hub} from the hub: give a file in its format, "
-            f"--data {name}=FILE.jsonl ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            f"--data {name}=FILE.jsonl ({type(error).__name__}: {_one_line(error)})"
         ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _mapping(text: str) -> dict[str, Any]:

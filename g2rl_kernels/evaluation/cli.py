@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     try:
+        check_gate(args.gate)
         if args.compare:
             return _compare(args)
         return _stored(args) if args.samples else _evaluate(args)
@@ -102,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = "out of memory: lower --batch-size or --max-new-tokens"
     print(f"g2rl eval: error: {message}", file=sys.stderr)
     return 2
+
+
+def check_gate(gate: float) -> None:
+    if not math.isfinite(gate):
+        raise ConfigError(f"gate={gate}: must be a finite number, the score from which a response is right")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -183,12 +190,16 @@ def _stored(args: argparse.Namespace) -> int:
     path = Path(args.samples).expanduser()
     if args.model:  # the first key=value of a recipe
         args.overrides = [args.model, *args.overrides]
-    rows = read_samples(path)
+    anew = bool(args.data or args.recipe)
+    rows = read_samples(path, texts=anew)
+    if not args.out and path.name != "samples.jsonl" and not path.is_dir():  # a run's own may lie beside it
+        raise ConfigError(f"samples: {path} is no run's samples.jsonl: say with --out where results go")
     header = read_settings(path)
+    warn_unfinished("g2rl eval", path, rows)
     folder = path if path.is_dir() else path.parent
     out = Path(args.out).expanduser() if args.out else folder
     out.mkdir(parents=True, exist_ok=True)
-    if args.data or args.recipe:
+    if anew:
         data = load_sets(args)
         rows, path = verify(rows, data), out
         header = {**header, "data": describe(data)}
@@ -211,15 +222,29 @@ def _finish(
     return 0
 
 
+def warn_unfinished(program: str, path: Path, rows: list[dict[str, Any]]) -> None:
+    """Of the samples of a run that was killed, numbers are of a part of its problems."""
+    from .samples import read_settings, unfinished
+
+    found = unfinished(rows, read_settings(path))
+    if found:
+        print(
+            f"{program}: warning: {path} holds {found}: its run is not finished; its own command goes on",
+            file=sys.stderr,
+        )
+
+
 def _compare(args: argparse.Namespace) -> int:
     from .results import compare, comparison_table, draw, summarise, write_results
     from .samples import read_samples
 
     if len(args.compare) < 2:
         raise ConfigError("compare: needs two runs or more, the first of which is the base")
-    runs = {str(Path(run)): read_samples(Path(run).expanduser()) for run in args.compare}
+    runs = {str(Path(run)): read_samples(Path(run).expanduser(), texts=False) for run in args.compare}
     if len(runs) < 2:
         raise ConfigError("compare: the runs are all the same")
+    for run, rows in runs.items():
+        warn_unfinished("g2rl eval", Path(run).expanduser(), rows)
     compared = compare(runs, _ks(args), args.gate)
     base = next(iter(runs))
     print(comparison_table(base, compared))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,8 +30,8 @@ class Decoding:
         """Raises ConfigError for the first value that cannot work."""
         if self.n < 1:
             raise ConfigError(f"n={self.n}: must be at least 1, the number of responses a problem")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature}: must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature}: must be at least 0, and finite")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError(f"temperature=0: all n={self.n} responses would be the same; set n to 1")
         if not 0 < self.top_p <= 1:

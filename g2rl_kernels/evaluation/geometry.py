@@ -20,6 +20,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 
 from ..trainer.model import Head, response_hidden
+from .results import check_questions
 
 # Of one problem; None where there is nothing to say it of (no pair, no encoder, no scores).
 STATISTICS = {
@@ -33,6 +34,10 @@ STATISTICS = {
     "entropy": "nats a token, mean over all tokens",
     "length": "tokens a response",
 }
+
+# Of `group_geometry`, where cosines are only described: the default shrinks those of features not far longer
+# than it.
+EPS = 1e-30
 
 
 @dataclass
@@ -132,7 +137,7 @@ def statistics(
         texts: [S], so that pairs of equal texts, whose cosine is 1, are not called the most redundant.
         answers: [S], equal texts for equal answers, None for no answer.
         embeddings: [S, e], rows of unit norm (`SentenceEncoder`).
-        entropy, lengths: [S], as in `Measured`.
+        entropy, lengths: [S], as in `Measured`. Responses whose entropy is not finite do not count.
 
     Returns:
         A dict a group, in order of first appearance, ready for JSON: `STATISTICS`; responses, how many;
@@ -151,7 +156,7 @@ def statistics(
     features = features.detach().float().cpu()
     norms = features.norm(dim=1)
     part = ids.masked_fill(~((norms > 0) & norms.isfinite()), -1)
-    geometry = g2.group_geometry(features, torch.zeros(len(features)), part, shaping="none")
+    geometry = g2.group_geometry(features, torch.zeros(len(features)), part, shaping="none", eps=EPS)
     found = {}
     for members, similarity in zip(geometry.members, geometry.similarity):
         rows = members[members >= 0]
@@ -210,13 +215,18 @@ def _row_statistics(
     right = None if scores is None else [scores[row] >= gate for row in rows]
     given = None if answers is None else [answers[row] for row in rows]
     tokens = None if lengths is None else int(lengths[rows].sum())
+    mean_entropy = None
+    if entropy is not None and lengths is not None:
+        finite = [row for row in rows if entropy[row].isfinite()]
+        counted = int(lengths[finite].sum())
+        mean_entropy = entropy[finite].double().sum().item() / counted if counted else None
     return {
         "distinct_answers": None if given is None else len({*given} - {None}),
         "distinct_right": None
         if given is None or right is None
         else len({answer for answer, yes in zip(given, right) if yes} - {None}),
         "accuracy": None if right is None else sum(right) / len(right),
-        "entropy": entropy[rows].double().sum().item() / tokens if entropy is not None and tokens else None,
+        "entropy": mean_entropy,
         "length": None if tokens is None else tokens / len(rows),
     }
 
@@ -249,7 +259,7 @@ def overall(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in STATISTICS:
         values = [problem[name] for problem in problems if problem[name] is not None]
-        low, high = bootstrap_interval(values) if len(values) > 1 else (None, None)
+        low, high = bootstrap_interval(values) if values else (None, None)
         mean = sum(values) / len(values) if values else None
         result[name] = mean is not None and {"mean": mean, "low": low, "high": high, "problems": len(values)}
         result[name] = result[name] or None
@@ -261,7 +271,9 @@ def difference(problems: Sequence[dict[str, Any]], first: Sequence[dict[str, Any
 
     Problems ("problem", their id) that only one of them has are left out. Paired, an interval is narrower
     than those of the two means: what makes a problem unlike others mostly makes it so for both models.
+    ConfigError where a problem of the same name is another one.
     """
+    check_questions(problems, first, "the model", "the first one")
     known = {problem["problem"]: problem for problem in first}
     both = [(problem, known[problem["problem"]]) for problem in problems if problem["problem"] in known]
     return overall(

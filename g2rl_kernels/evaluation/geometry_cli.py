@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError, out_of_memory
-from .cli import load_sets, make_config, make_settings
+from .cli import check_gate, load_sets, make_config, make_settings, warn_unfinished
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _geometry(args: argparse.Namespace) -> int:
     from .geometry import difference
     from .geometry_report import page
+    from .results import check_questions
+    from .samples import read_samples
 
     if bool(args.data or args.recipe) == bool(args.samples):
         raise ConfigError(
@@ -150,22 +153,19 @@ def _geometry(args: argparse.Namespace) -> int:
     for name in ("m", "limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
+    check_gate(args.gate)
     models = name_models(args.models)
     data = [] if args.samples else load_sets(args)  # what is wrong with it shows before a model is loaded
+    stored = [(path, read_samples(path)) for path in args.samples]
+    for path, rows in stored:
+        warn_unfinished("g2rl geometry", path, rows)
+        check_questions(rows, stored[0][1], str(path), str(stored[0][0]))
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
-        stored = args.samples[place if len(args.samples) > 1 else 0] if args.samples else None
-        done.append(
-            _one(
-                name,
-                make_config(argparse.Namespace(**{**vars(args), "model": model})),
-                data,
-                stored,
-                encoder,
-                args,
-            )
-        )
+        config = make_config(argparse.Namespace(**{**vars(args), "model": model}))
+        given = stored[place if len(stored) > 1 else 0] if stored else None
+        done.append(_one(name, config, data, given, encoder, args))
     for one in done[1:]:
         one.difference = difference(one.problems, done[0].problems)
     everything = {"models": [one.to_json() for one in done]}
@@ -185,11 +185,13 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
         name, equals, model = text.partition("=")
         if not equals or re.search(r"[/\\]", name):
             model = text
-            parts = [part for part in re.split(r"[/\\:]", text) if part not in ("", ".", "model")]
+            parts = [part for part in re.split(r"[/\\:]", text) if part not in ("", ".", "..", "model")]
             name = parts[-1] if parts else "model"
         if not name or not model:
             raise ConfigError(f"model {text!r}: expected name=model, e.g. grpo=runs/grpo/model")
         name = re.sub(r"[^\w.-]", "-", name)  # it is a folder's, too
+        if not name.strip("."):
+            raise ConfigError(f"model {text!r}: {name!r} is no name for a folder; say name=model")
         if name in found:
             raise ConfigError(f"model {text!r}: {name!r} is taken; say name=model to call it something else")
         found[name] = model
@@ -212,14 +214,14 @@ def _one(
     name: str,
     config: TrainerConfig,
     data: Sequence[DataSet],
-    stored: Path | None,
+    stored: tuple[Path, list[dict[str, Any]]] | None,
     encoder: SentenceEncoder | None,
     args: argparse.Namespace,
 ) -> ModelGeometry:
     """Samples, if they are not stored, and measures one model."""
     from .geometry import overall
     from .geometry_report import ModelGeometry
-    from .samples import read_samples, read_settings
+    from .samples import read_settings
 
     folder, temperature = args.out / name, args.temperature
     if stored is None:
@@ -227,11 +229,13 @@ def _one(
         rows = _sample(config, data, folder, temperature, args)
         source = folder / "samples.jsonl"
     else:
-        rows, source = read_samples(stored), stored
+        source, rows = stored
         if temperature is None:
-            temperature = read_settings(stored).get("settings", {}).get("temperature") or 1.0
-    if not temperature > 0:
-        raise ConfigError(f"temperature={temperature}: must be above 0: greedy responses are all the same")
+            temperature = read_settings(source).get("settings", {}).get("temperature") or 1.0
+    if not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"temperature={temperature}: must be finite and above 0: greedy responses are all the same"
+        )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)
@@ -287,9 +291,9 @@ def _measure(
     from tqdm import tqdm
 
     from .geometry import measure, statistics
-    from .samples import prompt_tokens
+    from .samples import MODEL_FILES, model_files, prompt_tokens
 
-    header = {"model": config.model, **settings}
+    header = {"model": config.model, MODEL_FILES: model_files(config.model), **settings}
     file.parent.mkdir(parents=True, exist_ok=True)
     known = {} if args.overwrite else _read_measured(file, header)
     digests = {problem: _digest(group) for problem, group in groups.items()}
@@ -358,7 +362,7 @@ def _read_measured(file: Path, header: dict[str, Any]) -> dict[str, dict[str, An
 
 
 def _digest(group: Sequence[dict[str, Any]]) -> str:
-    keys = ("prompt", "tokens", "completion", "score", "answer")
+    keys = ("question", "prompt", "tokens", "completion", "score", "answer")
     text = json.dumps([[row.get(key) for key in keys] for row in group])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -302,10 +302,10 @@ def _map(model: ModelGeometry, problem: dict[str, Any]) -> str:
     side, edge = 220 / max(k, 1), 22
     parts = []
     for row, i in enumerate(order):
-        name = f"{problem['measured'][i]}{' ✓' if scored[i] else ''}"
+        name = f"{problem['measured'][i]}{'✓' if scored[i] else ''}"
         if side > 9:
             middle = edge + (row + 0.5) * side + 3
-            parts.append(f'<text x="{edge - 3}" y="{middle:.1f}" text-anchor="end">{name[-1]}</text>')
+            parts.append(f'<text x="{edge - 3}" y="{middle:.1f}" text-anchor="end">{name}</text>')
         for column, j in enumerate(order):
             value = problem["cosine"][i][j]
             written = f"{value:.2f}".replace("0.", ".", 1) if side > 24 and i != j else ""

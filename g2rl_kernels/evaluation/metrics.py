@@ -33,7 +33,8 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
     The most frequent answer wins, one of the tied ones by a uniform draw; None never wins, and a vote without
     answers is wrong. Where samples with one answer were judged differently it is right by their share.
     The exact expectation: a sum over the winning count j of the multivariate hypergeometric distribution of
-    all counts, in O(n k) vector operations. Raises ValueError unless 1 <= k <= n and the lengths agree.
+    all counts, in O(n k) vector operations; of all n samples there is one vote, which is counted. Raises
+    ValueError unless 1 <= k <= n and the lengths agree.
     """
     n = len(answers)
     if len(right) != n:
@@ -44,6 +45,9 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
     hits = Counter(answer for answer, is_right in zip(answers, right) if is_right)
     if not any(hits[answer] for answer in sizes):
         return 0.0
+    if k == n:
+        tied = [answer for answer, size in sizes.items() if size == max(sizes.values())]
+        return sum(hits[answer] / sizes[answer] for answer in tied) / len(tied)
     # table[drawn, i]: of `drawn` samples from those seen so far, i are of the newest answer
     seen, tables = n - sum(sizes.values()), []
     none = seen
@@ -83,17 +87,20 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """Percentile bootstrap interval (low, high) of the mean of [P] values, over problems.
 
     Problems are drawn with replacement, P at a time; their samples are taken as they are. The same arguments
-    give the same interval. Raises ValueError for no values or a level outside (0, 1).
+    give the same interval. One problem says nothing about others: (None, None). Raises ValueError for no
+    values or a level outside (0, 1).
     """
     values = np.asarray(values_per_problem, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values_per_problem: needs [P] values, P > 0; got shape {list(values.shape)}")
     if not 0 < level < 1:
         raise ValueError(f"level={level}: must be between 0 and 1")
+    if len(values) == 1:
+        return None, None
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for start in range(0, resamples, 250):  # a block of draws at a time: P may be 12000

@@ -16,6 +16,7 @@ from .metrics import bootstrap_interval, distinct_right, maj_at_k, pass_at_k
 
 Row = dict[str, Any]
 VOTES = 16  # maj@16 is what is usually reported
+MOST_VOTES = 64  # of the k chosen here: an exact maj@k costs some k^2, about a second where k is 128 of 1024
 
 
 def powers(n: int) -> list[int]:
@@ -33,9 +34,14 @@ def check_ks(ks: Sequence[int] | None, n: int) -> list[int]:
 
 
 def by_problem(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """{data set: {problem: its samples}}; TrainerError where problems differ in their number of samples."""
+    """{data set: {problem: its samples}}; TrainerError where problems differ in their number of samples, or a
+    sample has no score."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
+        if row["score"] is None:
+            raise TrainerError(
+                f"samples: problem {row['problem']}, sample {row['sample']} has no score: give its --data"
+            )
         name = row.get("data") or str(row["problem"]).rpartition("/")[0]
         found.setdefault(name, {}).setdefault(row["problem"], []).append(row)
     for name, problems in found.items():
@@ -48,26 +54,36 @@ def by_problem(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     return found
 
 
-def per_problem(problems: dict[str, list[Row]], ks: Sequence[int], gate: float) -> dict[str, list[float]]:
-    """Each metric's value for every problem, in order: pass@k and maj@k for all k, distinct right answers."""
+def vote_ks(ks: Sequence[int] | None, n: int) -> list[int]:
+    """The k of maj@k: all those asked for; by default powers of two up to n, but not above MOST_VOTES."""
+    chosen = check_ks(ks, n) if ks is not None else powers(min(n, MOST_VOTES))
+    return sorted({*chosen, min(VOTES, n)})
+
+
+def per_problem(
+    problems: dict[str, list[Row]], ks: Sequence[int], votes: Sequence[int], gate: float
+) -> dict[str, list[float]]:
+    """Each metric's value for every problem, in order: pass@k for ks, maj@k for votes, distinct right ..."""
     values: dict[str, list[float]] = {}
     for samples in problems.values():
         right = [row["score"] >= gate for row in samples]
         answers = [row["answer"] for row in samples]
         for k in ks:
             values.setdefault(f"pass@{k}", []).append(pass_at_k(len(right), sum(right), k))
-        for k in sorted({*ks, min(VOTES, len(right))}):
+        for k in votes:
             values.setdefault(f"maj@{k}", []).append(maj_at_k(answers, right, k))
         values.setdefault("distinct_right", []).append(distinct_right(answers, right))
         values.setdefault("truncated", []).append(_mean([bool(row.get("truncated")) for row in samples]))
-        values.setdefault("length", []).append(_mean([len(row.get("tokens") or ()) for row in samples]))
+        lengths = [row["length"] if "length" in row else len(row.get("tokens") or ()) for row in samples]
+        values.setdefault("length", []).append(_mean(lengths))
     return values
 
 
 def summarise(rows: Sequence[Row], ks: Sequence[int] | None = None, gate: float = 0.99) -> dict[str, Any]:
     """{data set: {"problems", "samples", "metrics": {name: {"mean", "low", "high"}}}}.
 
-    Means over problems, with 95 % bootstrap intervals over them. A response is right if score >= gate.
+    Means over problems, with 95 % bootstrap intervals over them (None for a single one). A response is right
+    if score >= gate.
     """
     if not rows:
         raise ConfigError("samples: there are none")
@@ -75,7 +91,7 @@ def summarise(rows: Sequence[Row], ks: Sequence[int] | None = None, gate: float 
     for name, problems in by_problem(rows).items():
         n = len(next(iter(problems.values())))
         metrics = {}
-        for metric, values in per_problem(problems, check_ks(ks, n), gate).items():
+        for metric, values in per_problem(problems, check_ks(ks, n), vote_ks(ks, n), gate).items():
             low, high = bootstrap_interval(values)
             metrics[metric] = {"mean": _mean(values), "low": low, "high": high}
         summary[name] = {"problems": len(problems), "samples": n, "metrics": metrics}
@@ -110,12 +126,14 @@ def _shown(summaries: Any) -> list[str]:
     return [passes[0], *(f"maj@{k}" for k in votes[:1]), *passes[1:], "distinct_right", "truncated", "length"]
 
 
-def _cell(value: dict[str, float] | None, metric: str, sign: str = "") -> str:
+def _cell(value: dict[str, Any] | None, metric: str, sign: str = "") -> str:
     if value is None:
         return ""
     factor, digits = (1, 2) if metric == "distinct_right" else (1, 1) if metric in COUNTS else (100, 1)
-    mean, low, high = (f"{factor * value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+    mean, *interval = (
+        f"{factor * value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high") if value[key] is not None
+    )
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -131,7 +149,8 @@ def compare(
     """Paired differences of every run to the first, over the problems that both have.
 
     {run: {data set: {"problems", "samples", "metrics": {name: {"base", "value", "mean", "low", "high"}}}}}:
-    mean is that of value - base, its 95 % interval a bootstrap over problems, each with both of its values.
+    mean is that of value - base, its 95 % interval a bootstrap over problems, each with both of its values;
+    None for a single problem.
     Without ks: the powers of two up to the smaller n. ConfigError where nothing is shared, or where a problem
     of the same name is another one.
     """
@@ -139,20 +158,18 @@ def compare(
     first = by_problem(base_rows)
     found: dict[str, dict[str, Any]] = {}
     for name, rows in others:
+        check_questions(rows, base_rows, name, base)
         found[name] = {}
         for data, problems in by_problem(rows).items():
             shared = [problem for problem in problems if problem in first.get(data, {})]
             if not shared:
                 continue
-            for problem in shared:
-                if problems[problem][0].get("question") != first[data][problem][0].get("question"):
-                    raise ConfigError(f"compare: {problem} is another problem in {name} than in {base}")
             n = min(len(problems[shared[0]]), len(first[data][shared[0]]))
-            used = check_ks(ks, n)
-            ours = per_problem({p: problems[p] for p in shared}, used, gate)
-            theirs = per_problem({p: first[data][p] for p in shared}, used, gate)
+            used, votes = check_ks(ks, n), vote_ks(ks, n)
+            ours = per_problem({p: problems[p] for p in shared}, used, votes, gate)
+            theirs = per_problem({p: first[data][p] for p in shared}, used, votes, gate)
             metrics = {}
-            for metric in ours.keys() & theirs.keys():
+            for metric in ours:
                 difference = np.subtract(ours[metric], theirs[metric])
                 low, high = bootstrap_interval(difference)
                 metrics[metric] = {
@@ -170,6 +187,14 @@ def compare(
     return found
 
 
+def check_questions(ours: Sequence[Row], theirs: Sequence[Row], name: str, base: str) -> None:
+    """Raises ConfigError where problems of the same name have other questions; rows hold both."""
+    asked = {row["problem"]: row.get("question") for row in theirs}
+    for row in ours:
+        if row["problem"] in asked and row.get("question") != asked[row["problem"]]:
+            raise ConfigError(f"compare: {row['problem']} is another problem in {name} than in {base}")
+
+
 def comparison_table(base: str, compared: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of all differences; those whose interval leaves out 0 are bold."""
     rows = [["data", "problems", "metric", base, "other", "value", "difference"]]
@@ -183,7 +208,7 @@ def comparison_table(base: str, compared: dict[str, dict[str, Any]]) -> str:
                     (1, 2) if metric == "distinct_right" else (1, 1) if metric in COUNTS else (100, 1)
                 )
                 cell = _cell(value, metric, "+")
-                clear = value["low"] > 0 or value["high"] < 0
+                clear = value["low"] is not None and (value["low"] > 0 or value["high"] < 0)
                 rows.append(
                     [
                         name,
@@ -230,7 +255,7 @@ def draw(curves: dict[str, dict[str, Any]], title: str, path: Path) -> None:
                 markersize=4,
                 label=label if kind == "pass" else None,
             )
-            if kind == "pass":
+            if kind == "pass" and values[0]["low"] is not None:
                 lows, highs = ([value[key] for value in values] for key in ("low", "high"))
                 axes.fill_between(ks, lows, highs, color=color, alpha=0.15, linewidth=0)
             largest = max(largest, *ks)

@@ -14,8 +14,12 @@ chunk has a seed of its own, so that the file will be that of a run that was nev
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,6 +49,11 @@ SAMPLING_KEYS = (
 )
 
 
+MODEL_FILES = "model_files"  # the key of `model_files` in headers
+SMALL = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Problems with a verifier, under a name that is unique in a run."""
@@ -72,8 +81,9 @@ class Settings:
     batch_size: int = 64  # responses generated at once
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the responses depend on, but for the data."""
+        """Everything that the responses depend on, but for the data; looks at the model's directory."""
         mine = {key: getattr(self.config, key) for key in SAMPLING_KEYS}
+        mine[MODEL_FILES] = model_files(self.config.model)
         return {**mine, **asdict(self.decoding), "engine": self.engine, "batch_size": self.batch_size}
 
 
@@ -147,12 +157,43 @@ def sample(
     return rows
 
 
+def model_files(model: str) -> str | None:
+    """A digest of a local model directory, which another training into it changes; None for other models.
+
+    Of weights, which are large: name, size and time of the last change; of what else decides answers: bytes.
+    """
+    folder = Path(model).expanduser()
+    if not model or not folder.is_dir():
+        return None
+    found: list[Any] = []
+    for file in _globbed(folder, SMALL):
+        found.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
+    for file in _globbed(folder, WEIGHTS):
+        found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _globbed(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def unfinished(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
+    """What a run's file lacks by its samples.json, as "2 of 4 problems of aime25, ..."; "" for nothing."""
+    n = header.get("settings", {}).get("n", 1)
+    samples = Counter(row["problem"] for row in rows)
+    there = Counter(problem.rpartition("/")[0] for problem, count in samples.items() if count >= n)
+    wanted = {name: about.get("problems", 0) for name, about in header.get("data", {}).items()}
+    lacking = [name for name in wanted if there[name] < wanted[name]]
+    return ", ".join(f"{there[name]} of {wanted[name]} problems of {name}" for name in lacking)
+
+
 def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict[str, Any]]:
     """Stored samples with score and answer by these tasks; ConfigError where the problems are others."""
     named, verified = {d.name: d for d in data}, []
     for row in rows:
         name, _, index = row["problem"].rpartition("/")
-        if name not in named or int(index) >= len(named[name].task):
+        number = index.isascii() and index.isdigit()
+        if name not in named or not number or int(index) >= len(named[name].task):
             known = ", ".join(named)
             raise ConfigError(
                 f"samples: problem {row['problem']} is not in the data ({known}): give its --data"
@@ -164,25 +205,61 @@ def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict
     return verified
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
+def read_samples(path: Path, texts: bool = True) -> list[dict[str, Any]]:
     """The lines of a samples.jsonl, or of the one in a folder; a half-written last line is left out.
 
-    Raises TrainerError for a file that is none.
+    texts=False: what numbers are made of, in a fraction of the memory: neither prompts nor responses, but
+    "length", a response's tokens. Raises TrainerError for a file that is none, or has a line of other fields.
     """
     file = path / "samples.jsonl" if path.is_dir() else path
+    rows = []
     try:
-        text = file.read_bytes().decode("utf-8", errors="replace")
+        with file.open("rb") as lines:  # line by line: files of long responses are large
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    row = _read_line(line, f"samples: {file}, line {number}")
+                    rows.append(row if texts else _numbers(row))
     except OSError as error:
         raise TrainerError(f"samples: {file}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            row["problem"], row["sample"], row["completion"], row["score"], row["answer"]
-        except (ValueError, KeyError, TypeError):
-            raise TrainerError(f"samples: {file}, line {number} is no sample of g2rl eval") from None
-        rows.append(row)
     return rows
+
+
+# What a line must hold, and may; a score of null: not verified yet.
+NEEDED = {
+    "problem": (str,),
+    "sample": (int,),
+    "question": (str,),
+    "completion": (str,),
+    "score": (int, float, type(None)),
+    "answer": (str, type(None)),
+}
+KNOWN = {**NEEDED, "data": (str,), "prompt": (str,), "tokens": (list,)}
+
+
+def _read_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        missing = [key for key in NEEDED if key not in row]
+    except (ValueError, TypeError):
+        raise TrainerError(f"{where} is no sample of g2rl eval") from None
+    if missing:
+        raise TrainerError(f"{where} is no sample of g2rl eval: it has no {missing[0]!r}")
+    for key in KNOWN:
+        if key in row and not _fits(key, row[key]):
+            raise TrainerError(f"{where} is no sample of g2rl eval: {key}={_short(row[key])}")
+    return row
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in row.items() if key not in ("prompt", "completion", "tokens")}
+    # n samples have one question
+    return {**kept, "question": sys.intern(row["question"]), "length": len(row.get("tokens", ()))}
+
+
+def _fits(key: str, value: Any) -> bool:
+    if isinstance(value, list) and not {int}.issuperset(map(type, value)):
+        return False
+    return isinstance(value, KNOWN[key]) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
@@ -291,15 +368,18 @@ def _check_header(out: Path, header: dict[str, Any]) -> None:
         return
     old = read_settings(out)
     changed = [
-        f"{key}={_short(old.get(part, {}).get(key))} (now {_short(header[part].get(key))})"
+        (key, old.get(part, {}).get(key), header[part].get(key))
         for part in ("settings", "data")
         for key in {**header[part], **old.get(part, {})}
         if old.get(part, {}).get(key) != header[part].get(key)
     ]
-    if changed:
-        raise ConfigError(
-            f"{out} has samples with {', '.join(changed)}: choose another --out, or --overwrite to start over"
-        )
+    if not changed:
+        return
+    if [key for key, _, _ in changed] == [MODEL_FILES]:
+        what = f"of another model: the files in {header['settings']['model']} have changed since"
+    else:
+        what = "with " + ", ".join(f"{key}={_short(was)} (now {_short(now)})" for key, was, now in changed)
+    raise ConfigError(f"{out} has samples {what}: choose another --out, or --overwrite to start over")
 
 
 def _short(value: Any) -> str:
@@ -320,6 +400,6 @@ def _rewind(file: Path, chunks: Sequence[Sequence[Problem]], n: int) -> list[dic
         if whole + len(chunk) * n > len(rows):
             break
         whole += len(chunk) * n
-    lines = file.read_bytes().split(b"\n")
-    os.truncate(file, sum(len(line) + 1 for line in lines[:whole]))
+    with file.open("rb") as lines:
+        os.truncate(file, sum(map(len, itertools.islice(lines, whole))))
     return rows[:whole]

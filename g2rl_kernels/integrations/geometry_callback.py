@@ -32,7 +32,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
-from ..evaluation.geometry import measure, statistics
+from ..evaluation.geometry import EPS, measure, statistics
 from ..novelty import SentenceEncoder
 from ..trainer.config import TrainerConfig
 from ..trainer.model import find_head
@@ -304,7 +304,7 @@ class GeometryCallback(TrainerCallback):
         assumed = torch.zeros_like(features[:, 0]) if scores is None else scores.float()
         known = has_tokens & ~assumed.isnan()
         shaped = shape_scores(
-            features, assumed, group, has_tokens=known, threshold=self.threshold, shaping="none"
+            features, assumed, group, has_tokens=known, threshold=self.threshold, shaping="none", eps=EPS
         )
         metrics = {name: shaped.metrics[name] for name in ALWAYS}
         if scores is not None:

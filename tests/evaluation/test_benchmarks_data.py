@@ -172,6 +172,33 @@ def test_mmlu_pro(tmp_path):
     assert final_answer(task, "\\boxed{C}", task[1]) is None  # there is none
 
 
+@pytest.mark.parametrize("answer", ["", "BC", "K", "E", "b"])
+def test_mmlu_pro_wants_one_of_its_letters(tmp_path, answer):
+    row = {**MMLU_PRO, "options": ["w", "x", "y", "z"], "answer": answer}
+    with pytest.raises(ConfigError, match=f"item 1: answer='{answer}' is none of the letters of its 4 opt"):
+        load_data(f"mmlu_pro={write(tmp_path / 'x.jsonl', [row])}")
+
+
+def test_a_long_field_of_a_csv(tmp_path):
+    row = {"problem": "x" * 200_000, "answer": "1"}
+    assert load_data(f"math500={write(tmp_path / 'x.csv', [row])}").task[0]["question"] == row["problem"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_a_file_in_another_encoding(tmp_path, suffix):
+    file = tmp_path / f"x.{suffix}"
+    file.write_bytes('problem,answer\n"{caf\xe9",1\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(f"{file} is not UTF-8 (byte 20): save it as UTF-8")):
+        load_data(f"math500={file}")
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "x.parquet").write_bytes(b"hello")
+    with pytest.raises(ConfigError, match=r"x\.parquet is no Parquet file: "):
+        load_data(f"math500={tmp_path / 'x.parquet'}")
+
+
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -66,6 +66,32 @@ def test_16_is_the_vote_of_the_table():
     ]  # fmt: skip
 
 
+def test_votes_go_up_to_64_unless_others_are_asked_for():
+    rows = rows_of("x", ["Ab" * 64])
+    metrics = results.summarise(rows)["x"]["metrics"]
+    assert [name for name in metrics if name.startswith("maj@")] == [f"maj@{1 << i}" for i in range(7)]
+    assert "pass@128" in metrics
+    assert "maj@128" in results.summarise(rows, ks=[128])["x"]["metrics"]
+
+
+def test_a_single_problem_has_no_interval(tmp_path):
+    summary = results.summarise(rows_of("x", ["Ab"]))
+    value = summary["x"]["metrics"]["pass@1"]
+    assert (value["mean"], value["low"], value["high"]) == (0.5, None, None)
+    assert "| 50.0 " in results.table(summary)
+    results.draw({"x": summary["x"]["metrics"]}, "x", tmp_path / "x.png")
+    compared = results.compare({"base": rows_of("x", ["ab"]), "other": rows_of("x", ["AB"])})
+    text = results.comparison_table("base", compared)
+    assert "| +100.0 " in text
+    assert "**" not in text
+
+
+def test_metrics_come_in_one_order():
+    rows = rows_of("x", ["Ab", "AB"])
+    (one,) = results.compare({"base": rows, "other": rows})["other"].values()
+    assert list(one["metrics"]) == list(results.summarise(rows)["x"]["metrics"])
+
+
 def test_the_gate_decides_what_is_right():
     rows = [row("x/0", 0, "a", False, score=0.5), row("x/0", 1, "b", True)]
     assert results.summarise(rows)["x"]["metrics"]["pass@1"]["mean"] == 0.5
@@ -163,6 +189,70 @@ def test_from_model_to_comparison(tmp_path, capsys):
     assert recorded["data"]["aime25"]["problems"] == 3
 
 
+def test_a_model_retrained_in_place_is_another_one(tmp_path, capsys):
+    model, problems = save_model(tmp_path / "model"), write_problems(tmp_path / "aime.jsonl")
+    words = ["eval", model, "--data", f"aime25={problems}", "-n", "2", "--max-new-tokens", "4"]
+    words += ["prompt_template=a{question}", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    before = read_samples(tmp_path / "run")
+    make_model(7).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert f"of another model: the files in {model} have changed since: choose another --out, or --o" in err
+    assert cli.main([*words, "--overwrite"]) == 0
+    after = read_samples(tmp_path / "run")
+    assert [one["completion"] for one in after] != [one["completion"] for one in before]
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert cli.main(words) == 2
+
+
+def test_results_beside_a_model_are_no_part_of_it(tmp_path):
+    model, problems = save_model(tmp_path / "model"), write_problems(tmp_path / "aime.jsonl")
+    words = ["eval", model, "--data", f"aime25={problems}", "-n", "2", "--max-new-tokens", "4"]
+    for _ in range(2):
+        assert cli.main([*words, "prompt_template=a{question}", "--out", model]) == 0
+
+
+def test_samples_of_a_killed_run_are_counted_with_a_warning(tmp_path, capsys):
+    header = {"settings": {"n": 2}, "data": {"x": {"problems": 4}, "y": {"problems": 1}}}
+    write_samples(tmp_path / "part", rows_of("x", ["Ab", "AB", "ab"]), header)
+    write_samples(tmp_path / "whole", [*rows_of("x", ["Ab"] * 4), *rows_of("y", ["ab"])], header)
+    assert cli.main(["eval", "--samples", str(tmp_path / "part")]) == 0
+    err = capsys.readouterr().err
+    warning = f"{tmp_path / 'part'} holds 3 of 4 problems of x, 0 of 1 problems of y: its run is not finished"
+    assert f"g2rl eval: warning: {warning}" in err
+    assert cli.main(["eval", "--samples", str(tmp_path / "whole")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert cli.main(["eval", "--compare", str(tmp_path / "whole"), str(tmp_path / "part")]) == 0
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
+    run, problems = tmp_path / "run", write_problems(tmp_path / "aime.jsonl")
+    rows = [
+        row(f"aime25/{i}", 0, "2", False, question=q, completion="\\boxed{2}")
+        for i, q in enumerate(("1=", "1+1="))
+    ]
+    write_samples(run, rows, {})
+    other = run / "other.jsonl"
+    other.write_text(json.dumps(rows[0]) + "\n")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    for words in ([], ["--data", f"aime25={problems}"]):
+        assert cli.main(["eval", "--samples", str(other), *words]) == 2
+        assert "other.jsonl is no run's samples.jsonl: say with --out" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert cli.main(["eval", "--samples", str(other), *words, "--out", str(tmp_path / "new")]) == 0
+    assert len(read_samples(tmp_path / "new")) == 1
+
+
+def test_a_sample_without_a_score_must_be_verified(tmp_path, capsys):
+    write_samples(tmp_path, [row("x/0", 0, "a", True, score=None)], {})
+    assert cli.main(["eval", "--samples", str(tmp_path)]) == 2
+    assert "problem x/0, sample 0 has no score: give its --data" in capsys.readouterr().err
+
+
 def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
     problems = write_problems(tmp_path / "sums.jsonl")
     recipe = tmp_path / "r.yaml"
@@ -202,6 +292,8 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
         (["./none", "--data", "reasoning_gym:chain_sum"], "no model in ./none"),
         (["--samples", "none.jsonl"], "none.jsonl: No such file"),
         (["--compare", "a"], "needs two runs"),
+        (["--samples", "none", "--gate", "nan"], "gate=nan"),
+        (["m", "--data", "math500", "--temperature", "nan"], "temperature=nan"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):

@@ -103,6 +103,26 @@ def test_answers_scores_entropy_and_length() -> None:
     assert found["semantic_cosine"] is None
 
 
+def test_entropy_is_that_of_responses_where_it_is_finite() -> None:
+    entropy, lengths = torch.tensor([2.0, torch.nan, 4.0, torch.inf]), torch.tensor([1, 5, 3, 5])
+    (found,) = statistics(torch.eye(4), 4, entropy=entropy, lengths=lengths)
+    assert found["entropy"] == pytest.approx(6 / 4)
+    assert found["length"] == pytest.approx(14 / 4)
+    (found,) = statistics(torch.eye(4), 4, entropy=torch.full((4,), torch.nan), lengths=lengths)
+    assert found["entropy"] is None
+    assert overall([found])["entropy"] is None
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-3, 1e-6, 1e-9])
+def test_cosines_do_not_depend_on_the_length_of_features(scale: float) -> None:
+    torch.manual_seed(3)
+    features = torch.randn(1, 8) + 0.1 * torch.randn(4, 8)
+    (plain,), (scaled,) = statistics(features, 4), statistics(scale * features, 4)
+    assert plain["cos_mean"] > 0.9
+    for name in ("cos_mean", "effective_rank"):
+        assert scaled[name] == pytest.approx(plain[name], abs=1e-5)
+
+
 def test_the_most_telling_pairs_are_of_different_texts() -> None:
     features = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 0], [-1, 0.5]])
     vectors = torch.nn.functional.normalize(torch.arange(10.0).view(5, 2) + 1)
@@ -156,6 +176,10 @@ def test_differences_are_paired_by_problem() -> None:
     same = difference(one, one)["cos_mean"]
     assert (same["mean"], same["low"], same["high"]) == (0, 0, 0)
     assert difference(one, [])["cos_mean"] is None
+    asked, other_asked = ([{**p, "question": q} for p in one] for q in ("1+1?", "1+2?"))
+    assert difference(asked, asked)["cos_mean"]["problems"] == 5
+    with pytest.raises(ValueError, match="p0 is another problem in the model than in the first one"):
+        difference(other_asked, asked)
 
 
 @pytest.mark.parametrize("groups", [0, 5])

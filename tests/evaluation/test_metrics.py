@@ -86,6 +86,15 @@ def test_64_samples_take_milliseconds(kinds):
     assert min(times) < 0.1  # a few milliseconds; the machine may be busy
 
 
+def test_a_vote_among_all_samples_is_counted():
+    answers = ["a"] * 300 + ["b"] * 300 + [None] * 424
+    right = [i % 3 == 0 for i in range(300)] + [True] * 300 + [True] * 424
+    start = time.perf_counter()
+    assert maj_at_k(answers, right, 1024) == pytest.approx((1 / 3 + 1) / 2)  # a tie of a and b
+    assert maj_at_k(["b", *answers], [True, *right], 1025) == 1
+    assert time.perf_counter() - start < 1
+
+
 def test_wrong_arguments():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"k={k}"):
@@ -114,6 +123,7 @@ def test_bootstrap():
     narrow = bootstrap_interval(values, level=0.5)
     assert narrow[1] - narrow[0] == pytest.approx(2 * 0.674 * error, rel=0.1)
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    assert bootstrap_interval([0.25]) == (None, None)
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says():

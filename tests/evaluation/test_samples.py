@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from tiny import LetterTask, make_model, make_tokenizer
 
 from g2rl_kernels.evaluation.engines import Decoding, TransformersEngine, VllmEngine, choose_engine
+from g2rl_kernels.evaluation.results import summarise
 from g2rl_kernels.evaluation.samples import (
     DataSet,
     Settings,
@@ -129,6 +132,52 @@ def test_a_damaged_file_is_refused(tmp_path):
         read_samples(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"problem": 7}, "problem=7"),
+        ({"score": "high"}, "score='high'"),
+        ({"score": math.nan}, "score=nan"),
+        ({"answer": ["a"]}, r"answer=\['a'\]"),
+        ({"answer": 7}, "answer=7"),
+        ({"question": None}, "question=None"),
+        ({"tokens": 5}, "tokens=5"),
+        ({"tokens": [1, "2"]}, r"tokens=\[1, '2'\]"),
+    ],
+)
+def test_lines_of_other_kinds_are_refused(tmp_path, change, message):
+    row = {"problem": "a/0", "sample": 0, "question": "?", "completion": "!", "score": 1, "answer": None}
+    file = tmp_path / "samples.jsonl"
+    file.write_text(2 * f"{json.dumps(row)}\n")
+    assert read_samples(file) == [row, row]
+    file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, **change})}\n")
+    with pytest.raises(TrainerError, match=f"line 2 is no sample of g2rl eval: {message}"):
+        read_samples(file)
+    for key in row:
+        file.write_text(json.dumps({k: v for k, v in row.items() if k != key}) + "\n")
+        with pytest.raises(TrainerError, match=f"line 1 is no sample of g2rl eval: it has no '{key}'"):
+            read_samples(file)
+    for line in (b"7\n", b"{\n", b"\xff\n"):
+        file.write_bytes(line)
+        with pytest.raises(TrainerError, match="line 1 is no sample"):
+            read_samples(file)
+
+
+def test_numbers_need_no_texts(tmp_path):
+    rows = sample([letters(3)], SETTINGS, tmp_path, engine())
+    for row in rows:
+        row["tokens"] *= 2000
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in 5 * rows))
+    tracemalloc.start()
+    slim = read_samples(file, texts=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert summarise(slim) == summarise(5 * rows)
+    assert not {"prompt", "completion", "tokens"} & {key for row in slim for key in row}
+    assert peak < file.stat().st_size / 2
+
+
 def test_templates_of_data_sets_and_of_the_configuration(tmp_path):
     data = DataSet("letters", "tiny.py", LetterTask(), template="ab{question}", limit=1)
     assert sample([data], SETTINGS, tmp_path / "a", engine())[0]["prompt"] == "ababc="
@@ -169,6 +218,8 @@ def test_greedy_and_top_p_and_top_k():
         (Decoding(n=0), "n=0"),
         (Decoding(n=2, temperature=0), "temperature=0"),
         (Decoding(temperature=-1), "temperature=-1"),
+        (Decoding(temperature=math.nan), "temperature=nan"),
+        (Decoding(temperature=math.inf), "temperature=inf"),
         (Decoding(top_p=0), "top_p=0"),
         (Decoding(top_k=-1), "top_k=-1"),
     ],
@@ -189,6 +240,9 @@ def test_verified_anew(tmp_path):
     assert [row["score"] for row in other] == [1 - row["score"] for row in rows]
     with pytest.raises(ConfigError, match="problem letters/0 is not in the data"):
         verify(rows, [letters(name="others")])
+    for problem in ("letters/abc", "letters/-1", "letters/16", "letters/"):
+        with pytest.raises(ConfigError, match=f"problem {problem} is not in the data"):
+            verify([{**rows[0], "problem": problem}], [letters()])
     with pytest.raises(ConfigError, match="letters/0 is another one"):
         verify([{**rows[0], "question": "?"}], [letters()])
 
