@@ -20,8 +20,12 @@ from torch import Tensor
 from .head_collect import strips_of
 from .tile import INTERPRETED, programs
 
-# Most responses at a time, block of the hidden size, columns: as much as registers hold.
-TILES = {torch.bfloat16: (64, 128, 32), torch.float16: (32, 128, 32), torch.float32: (16, 64, 64)}
+# Most responses at a time, block of the hidden size, columns, warps, stages: as much as registers hold.
+TILES = {
+    torch.bfloat16: (64, 128, 32, 4, 4),
+    torch.float16: (32, 128, 32, 8, 3),
+    torch.float32: (16, 64, 64, 8, 3),
+}
 
 
 @triton.jit(
@@ -86,7 +90,7 @@ def head_project(
     `columns` may end past V: head_residual.py fills whole tiles, with zeros there.
     """
     D, S = weight.shape[1], len(responses)
-    most, BD, BK = TILES[weight.dtype]
+    most, BD, BK, num_warps, num_stages = TILES[weight.dtype]
     BS = min(most, 16 if S <= 16 else 32 if S <= 32 else 64)
     n_blocks = triton.cdiv(len(columns), BK)
     cells = triton.cdiv(S, BS) * triton.cdiv(D, BD)
@@ -99,6 +103,6 @@ def head_project(
         n_strips, blocks_per_split, *weight.stride(),
         D=D, BM=BM, BS=BS, BD=BD, BK=BK, SPLIT_BF16=weight.dtype == torch.bfloat16,
         PRECISION="tf32x3" if weight.dtype == torch.float16 else precision, UPCAST=INTERPRETED,
-        num_warps=8, num_stages=3,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return slots
