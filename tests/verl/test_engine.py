@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen3ForCausalLM
 
 from g2rl_kernels import reference
-from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, SECONDS
+from g2rl_kernels.integrations.verl.engine import FEATURES, KEYS, REQUEST, SECONDS
 from g2rl_kernels.trainer.errors import TrainerError
 
 ROWS = Rows()
@@ -40,6 +40,8 @@ def test_features_are_those_of_the_reference(model, packed, strategy, temperatur
     out = infer(engine, ROWS.batch(ALL, **options))
     check(stacked(out[FEATURES]), ROWS.features(model, temperature))
     assert (stacked(out[SECONDS]) > 0).all()
+    keys = stacked(out[KEYS])[:, 0].tolist()
+    assert len({*keys}) == len(keys) == len(ALL)
 
 
 def check(ours: Tensor, expected: Tensor) -> None:
@@ -90,7 +92,7 @@ def test_without_a_request_nothing_changes_and_nothing_is_left_behind(model):
     plain = infer(engine, ROWS.batch(ALL))
     asked = infer(engine, ROWS.batch(ALL, **{REQUEST: True}))
     again = infer(engine, ROWS.batch(ALL))
-    assert plain.keys() == again.keys() == asked.keys() - {FEATURES, SECONDS}
+    assert plain.keys() == again.keys() == asked.keys() - {FEATURES, KEYS, SECONDS}
     for key in plain:
         assert torch.equal(plain[key].values(), asked[key].values())
         assert torch.equal(plain[key].values(), again[key].values())

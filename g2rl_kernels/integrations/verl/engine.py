@@ -21,7 +21,7 @@ from ..shaping import response_keys
 
 REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to return what follows
 FEATURES = "g2rl_features"  # [B, d] float32
-KEYS = "g2rl_keys"  # [B, 1] int64, response_keys of the tokens that the response mask keeps
+KEYS = "g2rl_keys"  # [B, 1] int64, response_keys of prompt and response: turns may differ in the prompt
 SECONDS = "g2rl_seconds"  # [B, 1] float32, each row's share of the time that its micro-batch's features took
 
 COMPARED = 8  # tokens whose logits are compared with the model's own, once
@@ -104,7 +104,9 @@ class Measurement:
                 f"({type(self.head.backbone).__name__}), so there are no features"
             )
         seconds = torch.full_like(self.features[:, :1], self.seconds / len(self.features))
-        return {FEATURES: self.features, KEYS: self.keys, SECONDS: seconds}
+        ids = self.micro_batch["input_ids"]
+        keys = response_keys(ids.values(), ids.offsets())[:, None].to(seconds.device)
+        return {FEATURES: self.features, KEYS: keys, SECONDS: seconds}
 
     @torch.no_grad()
     def _after_backbone(self, _module: Any, _args: Any, output: Any) -> None:
@@ -126,7 +128,6 @@ class Measurement:
         them; or [B, L, d], padded on the right."""
         at = ResponseTokens(self.micro_batch, hidden.device)
         tokens, owner = at.tokens, at.owner
-        self.keys = response_keys(tokens, _cu_seqlens(owner.bincount(minlength=at.count)))[:, None]
         group = self.engine.ulysses_parallel_group
         if not self.packed:
             hidden = hidden[owner, at.rows - at.starts]
@@ -138,7 +139,7 @@ class Measurement:
                 rows, tokens, owner = rows[here], tokens[here], owner[here]
             hidden = hidden[rows]
         counts = owner.bincount(minlength=at.count)
-        cu_seqlens = _cu_seqlens(counts)
+        cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         options = self.head.options(self.temperature)
         features = head_features(hidden, weight, tokens, cu_seqlens, bias=bias, **options).features
         if group is None:
@@ -154,7 +155,3 @@ class Measurement:
         if logits is not None:  # verl's fused kernels give none; they know plain heads only
             check_logits(self.module, self.logits, logits[:1, :COMPARED], self.dtype)
         self.engine.g2rl_head_compared = True
-
-
-def _cu_seqlens(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
