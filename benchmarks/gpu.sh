@@ -81,7 +81,7 @@ run() { # part, command
   local limit=${!limit_name:-${LIMITS[$1]}}
   shift
   echo "== $part (at most $limit s)"
-  timeout -k 5 "$limit" "$@" >"$OUT/$part.log" 2>&1
+  timeout -s INT -k 20 "$limit" "$@" >"$OUT/$part.log" 2>&1  # INT: pytest then says what it has
   code=$?
   case $code in
     0) status=ok ;;
@@ -115,7 +115,7 @@ if wanted info; then
   run info bash -c 'G2RL=("$PYTHON" -m g2rl_kernels.cli); info'
 fi
 
-PYTEST=("$PYTHON" -m pytest -q -ra)
+PYTEST=("$PYTHON" -m pytest -q -ra --durations=15)
 has pytest || NO_TESTS="pytest is not installed"
 if [[ -z ${NO_TESTS:-} ]]; then
   # Test files that import what is not there would end the whole run.
@@ -141,7 +141,8 @@ for part in kernels suite memcheck racecheck; do
     continue
   fi
   if [[ $part == suite ]]; then
-    cpu_only=(tests/kernels tests/integrations tests/verl tests/test_{benchmarks,build,cpp,learning,sharded,vocab_parallel}.py)
+    cpu_only=(tests/{kernels,integrations,verl,evaluation} tests/test_{benchmarks,build,cpp,learning,sharded,vocab_parallel}.py
+      tests/trainer/test_[!o]*.py)
     run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests "${cpu_only[@]/#/--ignore=}"
   elif [[ $part == kernels ]]; then
     if ((KERNEL_TESTS)); then

@@ -74,6 +74,8 @@ def check_head(
     check_scale("logit_scale", logit_scale)
     if logit_softcap is not None:
         check_scale("logit_softcap", logit_softcap, "; None for no softcap")
+    name = "logit_scale" if logit_softcap is None else "logit_softcap"
+    check_scale(f"{name} / temperature", (logit_softcap or logit_scale) / temperature)
 
 
 def check_positive(name: str, value: float, remedy: str = "") -> None:

@@ -51,6 +51,7 @@ HEAD = [
     ("temperature", float("inf"), ValueError, "inf"),
     ("temperature", 1e-9, ValueError, "1e-09, needs a number from 1e-8 to 1e8"),
     ("temperature", 1e39, ValueError, "1e+39, needs a number"),
+    ("logit_softcap", 5e-8, ValueError, "logit_softcap / temperature: got "),
     ("logit_softcap", 1e-50, ValueError, "1e-50, needs a number from 1e-8 to 1e8; None for no softcap"),
     ("temperature", "1", TypeError, "str"),
     ("temperature", None, TypeError, "NoneType"),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, Head, descriptor, dot_tile, plus_bias, raw_logits, softcap_slope
+from .tile import INTERPRETED, LOG2_E, Head, descriptor, dot_tile, plus_bias, raw_logits, softcap_slope
 from .tuning import Config
 
 
@@ -51,7 +51,7 @@ def head_gradient_kernel(
     b_x = plus_bias(b_acc, bias, i_col, V, factor, BN) if HAS_BIAS else b_acc
     b_r = raw_logits(b_x, scale, factor, SOFTCAP)
     b_log_p = b_r * factor - b_top[:, None] - b_log_total[:, None]
-    b_p = tl.exp(b_log_p)
+    b_p = tl.exp2(b_log_p * LOG2_E)
     if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is no number
         b_log_p = tl.maximum(b_log_p, -150.0)
     b_g = -b_p * (b_a[:, None] + b_e[:, None] * b_log_p)

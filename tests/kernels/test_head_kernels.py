@@ -533,12 +533,14 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
 @dtypes
 def test_every_candidate_is_right(monkeypatch, dtype):
     case = make_case([700, 0, 33, 1, 290], V=5003, d=192, dtype=dtype, bias=torch.randn(5003))
-    known = autograd_head(case).logprobs.float()
-    form = "ieee" if dtype == torch.float32 else "plain"
+    exact, form = autograd_head(case), "ieee" if dtype == torch.float32 else "plain"
+    twice, four_times = allowed_errors(case, TRITON), allowed_errors(case, TRITON, multiple=4)
     for config in tuning.candidates(torch.cuda.get_device_capability()[0], form):
         monkeypatch.setattr(driver, "choose", lambda *_, config=config: config)
-        assert_as_exact_as_torch(case, run_head(case, TRITON), TRITON)
-        assert_as_exact_as_torch(case, known_mode(case, known), TRITON, multiple=4)
+        known = known_mode(case, exact.logprobs.float())
+        for out, allowed in ((run_head(case, TRITON), twice), (known, four_times)):
+            for name, error, limit in zip(out._fields, errors(out, exact), allowed):
+                assert (error <= limit).all(), (name, config)
 
 
 @on_gpu
