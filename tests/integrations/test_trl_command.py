@@ -273,7 +273,7 @@ def test_the_demos_problems_are_right() -> None:
 def test_accelerate_reads_its_configurations(name: str, kind: str) -> None:
     path = str(RECIPES / "accelerate" / f"{name}.yaml")
     assert load_config_from_file(path).distributed_type == kind
-    args = launch_command_parser().parse_args(["--config_file", path, "-m", "g2rl_kernels.cli"])
+    args = launch_command_parser().parse_args(["--config_file", path, "--no_python", "g2rl"])
     args = _validate_launch_command(args)[0]
     assert (args.num_processes, args.mixed_precision) == (8, "bf16")
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == tuple(
