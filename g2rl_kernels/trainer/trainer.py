@@ -413,6 +413,8 @@ class Trainer:
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"
                 ) from error
             score_completion(task, "", item)  # legal, and shows a broken function now rather than later
+        self.sampler.draw(1)  # raises where max_prompt_tokens lets no prompt pass
+        self.sampler.position = 0
 
     def _check_disk(self) -> None:
         where, config = f"output_dir={self.config.output_dir}", self.config

@@ -347,7 +347,8 @@ def test_prompts_come_in_epochs_and_long_ones_are_passed(tmp_path: Path) -> None
     again.sampler.position = 0
     assert len([again.sampler.draw(1) for _ in range(3)]) == 3
     with pytest.raises(TrainerError, match="every prompt is longer than max_prompt_tokens=3"):
-        make_trainer(tmp_path, max_prompt_tokens=3).sampler.draw(1)
+        make_trainer(tmp_path, max_prompt_tokens=3)  # before work
+    assert make_trainer(tmp_path).sampler.position == 0
 
 
 def test_every_item_once_an_epoch_over_all_tasks(tmp_path: Path) -> None:
