@@ -2,15 +2,18 @@
 
 __version__ = "0.1.0"
 
+from pathlib import Path as _Path
+
 import torch  # noqa: F401  (loads the libraries that _C is linked against)
 
 try:
     import g2rl_kernels._C  # noqa: F401  (registers the ops)
 except ImportError as error:
-    raise ImportError(
-        f"g2rl_kernels' compiled part does not load ({error}). In a checkout, build it: "
-        "python setup.py build_ext --inplace; elsewhere: pip install --force-reinstall g2rl-kernels"
-    ) from error
+    remedy = "pip install --force-reinstall g2rl-kernels"
+    checkout = _Path(__file__).resolve().parent.parent
+    if (checkout / "setup.py").exists():
+        remedy = f"{checkout} hides an installed copy: run from another folder, or there: pip install -e ."
+    raise ImportError(f"g2rl_kernels' compiled part does not load ({error}): {remedy}") from error
 
 from .group import GroupGeometry, group_geometry
 from .head import (

@@ -10,7 +10,7 @@ from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
 
-from . import __version__
+from . import _C, __version__
 
 _DESCRIPTION = """\
 Gradient-guided exploration (G2RL) for reinforcement learning on language models.
@@ -140,6 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     handed_on = {"train": _train, "eval": _eval, "geometry": _geometry, "bench": _bench, "tune": _tune}
     if argv and argv[0] in handed_on:
+        try:
+            _C.chosen_isa()
+        except ValueError as error:  # of G2RL_CPU_ISA: now rather than in the middle of the work
+            print(f"g2rl {argv[0]}: error: {error}", file=sys.stderr)
+            return 2
         return handed_on[argv[0]](argv[1:])
     return _info(_parser().parse_args(argv))
 

@@ -89,10 +89,13 @@ def test_the_variable_is_read_at_each_call(monkeypatch):
     assert _C.chosen_isa() == _C.best_isa()
 
 
-def test_not_built_is_one_line_with_the_remedy(tmp_path):
+@pytest.mark.parametrize("checkout", [False, True])
+def test_not_built_is_one_line_with_the_remedy(tmp_path, checkout):
     shutil.copytree(
         ROOT / "g2rl_kernels", tmp_path / "g2rl_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
+    if checkout:
+        (tmp_path / "setup.py").touch()
     # An editable install has an import hook that would find the built module all the same.
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
@@ -101,7 +104,12 @@ def test_not_built_is_one_line_with_the_remedy(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: g2rl_kernels' compiled part does not load")
-    assert "python setup.py build_ext --inplace" in last
+    if checkout:
+        assert (
+            f"{tmp_path} hides an installed copy: run from another folder, or there: pip install -e ." in last
+        )
+    else:
+        assert last.endswith("pip install --force-reinstall g2rl-kernels")
 
 
 # The glue: what could read out of bounds never reaches a kernel

@@ -118,6 +118,16 @@ def test_info_survives_an_unknown_instruction_set_and_explains():
     assert "one of plain, avx2" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["train", "geometry", "bench"])
+def test_an_unknown_instruction_set_is_told_before_work(command):
+    done = run(command, "--help", G2RL_CPU_ISA="neon9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"g2rl {command}: error: G2RL_CPU_ISA=neon9: no such instruction set; one of"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_train_hands_its_arguments_on(monkeypatch):
     from g2rl_kernels.trainer import cli as trainer_cli
 

@@ -69,8 +69,17 @@ def save(
         tokenizer.save_pretrained(directory)
         (directory / "state.json").write_text(json.dumps({**state, "step": step, **_python_generators()}))
     for old in find_all(output_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return target
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint whole or not at all: first its name, so that none is found with files missing."""
+    nameless = _temporary(path)
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.rename(path, nameless)
+    flush(path.parent)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -126,7 +135,7 @@ def find_all(output_dir: Path) -> list[Path]:
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A directory to write in, which becomes `target` only once all of it is on the disk."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -152,10 +161,14 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """Replaces a text file in one go."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def flush(path: Path) -> None:

@@ -33,7 +33,7 @@ TRL's keys (pip install 'g2rl-kernels[trl]'):
 
   g2rl train --config recipes/trl-demo.yaml --learning_rate 2e-5
   g2rl train recipes/trl-demo.yaml --help           every key, G2RL's and TRL's
-  accelerate launch --config_file recipes/accelerate/ddp.yaml -m g2rl_kernels.cli train RECIPE"""
+  accelerate launch --config_file recipes/accelerate/ddp.yaml --no_python g2rl train RECIPE"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,6 +181,8 @@ class TrainerConfig:
         for key, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{key}={value}: must be a finite number")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: must fit in 64 bits")
         at_least = {
             **dict.fromkeys(
                 ("batch_size", "group_size", "max_new_tokens", "max_prompt_tokens", "steps", "epochs"), 1

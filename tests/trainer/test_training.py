@@ -347,7 +347,8 @@ def test_prompts_come_in_epochs_and_long_ones_are_passed(tmp_path: Path) -> None
     again.sampler.position = 0
     assert len([again.sampler.draw(1) for _ in range(3)]) == 3
     with pytest.raises(TrainerError, match="every prompt is longer than max_prompt_tokens=3"):
-        make_trainer(tmp_path, max_prompt_tokens=3).sampler.draw(1)
+        make_trainer(tmp_path, max_prompt_tokens=3)  # before work
+    assert make_trainer(tmp_path).sampler.position == 0
 
 
 def test_every_item_once_an_epoch_over_all_tasks(tmp_path: Path) -> None:
@@ -509,6 +510,7 @@ def test_a_pad_token_that_the_model_has_not(tmp_path: Path) -> None:
         ({"max_new_tokens": 40}, "= 72: the model has 64 positions"),
         ({"output_dir": "/proc/nowhere"}, "cannot write there"),
         ({"group_size": 3}, "group_size=3 does not divide batch_size=8"),
+        ({"backend": "foo"}, "backend: got 'foo', needs None or one of"),
     ],
 )
 def test_wrong_settings_before_work(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -532,6 +534,29 @@ def test_wrong_items_before_work(tmp_path: Path, item: Any) -> None:
 
     with pytest.raises(ConfigError, match="must be a dict with a text 'question'"):
         make_trainer(tmp_path, task=Wrong())
+
+
+def test_a_backend_that_is_not_installed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g2rl_kernels.arguments.HAS_TRITON", False)
+    with pytest.raises(ConfigError, match="backend='triton' needs the package triton"):
+        make_trainer(tmp_path, backend="triton")
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_seeds_of_64_bits(tmp_path: Path, seed: int) -> None:
+    trainer = make_trainer(tmp_path, seed=seed)
+    trainer.begin()
+    trainer.sampler.draw(3 * 16)
+
+
+def test_a_task_whose_items_raise_before_work(tmp_path: Path) -> None:
+    class Raises(LetterTask):
+        def __getitem__(self, index: int) -> Any:
+            raise TypeError("can only\nconcatenate str")
+
+    with pytest.raises(ConfigError, match=r"Raises\[0\] raised TypeError: can only conc") as caught:
+        make_trainer(tmp_path, task=Raises())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
