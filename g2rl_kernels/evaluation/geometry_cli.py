@@ -24,7 +24,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError, out_of_memory
-from .cli import check_gate, load_sets, make_config, make_settings, warn_unfinished
+from .cli import check_gate, goes_on, load_sets, make_config, make_settings, warn_unfinished
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename or args.out}: {error.strerror or error}; the same command goes on"
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
+        print(f"\ninterrupted: the same command{goes_on(args)} where this one stopped", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -298,16 +298,18 @@ def _measure(
     known = {} if args.overwrite else _read_measured(file, header)
     digests = {problem: _digest(group) for problem, group in groups.items()}
     known = {problem: line for problem, line in known.items() if line["digest"] == digests.get(problem)}
-    lines = [{"settings": header}, *known.values()]
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     left = [problem for problem in groups if problem not in known]
     if left:
         import torch
 
         from ..trainer.model import find_head, load_model
 
-        model, tokenizer = load_model(config)
+        model, tokenizer = load_model(config)  # before anything is written: it may not load
         head = find_head(model.eval())
+        for problem in left:
+            _check_tokens(groups[problem], tokenizer, source, config.model)
+    lines = [{"settings": header}, *known.values()]
+    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     total = sum(len(groups[problem]) for problem in left)
     with (
         file.open("a", encoding="utf-8") as out,
@@ -317,7 +319,6 @@ def _measure(
     ):
         for problem in left:
             group = groups[problem]
-            _check_tokens(group, tokenizer, source, config.model)
             texts = [row["completion"] for row in group]
             done = measure(
                 head,

@@ -135,6 +135,19 @@ def test_a_model_retrained_in_place_is_another_one(folder: Path, capsys: pytest.
     assert run(*command, "--overwrite") != before
 
 
+def test_overwrite_leaves_what_is_there_until_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK]
+    run(*command)
+    before = {file: file.read_bytes() for file in sorted(Path("out").rglob("*")) if file.is_file()}
+    Path("runs/grpo/model/model.safetensors").unlink()
+    stored = ["runs/grpo/model", "--samples", "out/grpo", "--out", "out"]
+    for words in (command, stored):
+        assert "model.safetensors" in fails(capsys, *words, "--overwrite")
+    assert {file: file.read_bytes() for file in sorted(Path("out").rglob("*")) if file.is_file()} == before
+
+
 def test_stored_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--temperature", "0.9")
     stored = "out/grpo/samples.jsonl"
@@ -222,6 +235,7 @@ def test_without_an_encoder_the_rest_works(
         (["a/model", "a/model", "--data", TASK], "'a' is taken"),
         (["./missing", "--data", TASK, "--temperature", "0"], "temperature=0"),
         (["./missing", "--data", TASK, "--gate", "inf"], "gate=inf"),
+        (["./missing", "--samples", "none.jsonl", "--gate", "2"], "gate=2.0: must be above 0 and at most 1"),
         (["./missing", "--data", TASK], "model: no model in ./missing"),
     ],
 )
