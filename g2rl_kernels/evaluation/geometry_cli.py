@@ -150,7 +150,9 @@ def _geometry(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"samples: got {len(args.samples)} files for {len(args.models)} models: one for all, or one each"
         )
-    for name in ("m", "limit", "micro_batch"):
+    if args.m is not None and args.m < 2:
+        raise ConfigError(f"m={args.m}: must be at least 2: what is measured are pairs of responses")
+    for name in ("limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
     check_gate(args.gate)
@@ -224,18 +226,18 @@ def _one(
     from .samples import read_settings
 
     folder, temperature = args.out / name, args.temperature
-    if stored is None:
-        temperature = 1.0 if temperature is None else temperature
-        rows = _sample(config, data, folder, temperature, args)
-        source = folder / "samples.jsonl"
-    else:
-        source, rows = stored
-        if temperature is None:
-            temperature = read_settings(source).get("settings", {}).get("temperature") or 1.0
+    if temperature is None:
+        of_run = {} if stored is None else read_settings(stored[0]).get("settings", {})
+        temperature = of_run.get("temperature") or 1.0
     if not 0 < temperature < math.inf:
         raise ConfigError(
             f"temperature={temperature}: must be finite and above 0: greedy responses are all the same"
         )
+    if stored is None:
+        rows = _sample(config, data, folder, temperature, args)
+        source = folder / "samples.jsonl"
+    else:
+        source, rows = stored
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)

@@ -229,11 +229,13 @@ def test_without_an_encoder_the_rest_works(
     [
         (["m"], "data, samples: give --data or --recipe"),
         (["m", "--data", "sums", "--samples", "x"], "data, samples: give --data or --recipe"),
-        (["m", "--data", TASK, "-m", "0"], "m=0: must be at least 1"),
+        (["m", "--data", TASK, "-m", "1"], "m=1: must be at least 2"),
+        (["m", "--data", TASK, "--limit", "0"], "limit=0: must be at least 1"),
         (["a", "b", "c", "--samples", "x", "--samples", "y"], "samples: got 2 files for 3 models"),
         (["m", "--samples", "missing.jsonl"], "missing.jsonl"),
         (["a/model", "a/model", "--data", TASK], "'a' is taken"),
-        (["./missing", "--data", TASK, "--temperature", "0"], "temperature=0"),
+        (["./missing", "--data", TASK, "--temperature", "0"], "greedy responses are all the same"),
+        (["./missing", "--data", "mine={kind: jsonl, path: bad.jsonl}"], "bad.jsonl is not UTF-8 (byte 2)"),
         (["./missing", "--data", TASK, "--gate", "inf"], "gate=inf"),
         (["./missing", "--samples", "none.jsonl", "--gate", "2"], "gate=2.0: must be above 0 and at most 1"),
         (["./missing", "--data", TASK], "model: no model in ./missing"),
@@ -242,6 +244,7 @@ def test_without_an_encoder_the_rest_works(
 def test_what_is_wrong_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
+    (folder / "bad.jsonl").write_bytes(b'{"\xff": 1}\n')
     assert message in fails(capsys, *argv, "--out", "out")
 
 
