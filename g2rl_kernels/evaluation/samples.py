@@ -274,13 +274,14 @@ def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, A
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if there is none."""
+    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if none is there."""
     folder = path if path.is_dir() else path.parent
     try:
         found: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
+        parts = found.get("settings", {}), *found.get("data", {}).values()
+    except (OSError, ValueError, AttributeError):
         return {}
+    return found if all(isinstance(part, dict) for part in parts) else {}
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: Any) -> list[int]:

@@ -229,6 +229,17 @@ def test_samples_of_a_killed_run_are_counted_with_a_warning(tmp_path, capsys):
     assert capsys.readouterr().err.count(warning) == 1
 
 
+HEADERS = ("[]", "7", "{}", '{"settings": 3, "data": {}}', '{"settings": {}, "data": {"x": 4}}')
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_another_programs_samples_json_is_none(header, tmp_path, capsys):
+    write_samples(tmp_path, rows_of("x", ["Ab"]), {})
+    (tmp_path / "samples.json").write_text(header)
+    assert cli.main(["eval", "--samples", str(tmp_path)]) == 0
+    assert "| pass@1 " in capsys.readouterr().out
+
+
 def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
     run, problems = tmp_path / "run", write_problems(tmp_path / "aime.jsonl")
     rows = [
