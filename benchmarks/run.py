@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
-        kept = f": {args.out} has the cases that were finished" if args.op in OPS and args.out else ""
+        kept = f": {args.out} is written after every case" if args.op in OPS and args.out else ""
         print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
     print(f"g2rl bench: error: {message}", file=sys.stderr)

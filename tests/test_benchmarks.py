@@ -756,7 +756,7 @@ def test_interrupted_says_what_is_kept(monkeypatch, tmp_path, capsys):
     assert bench("group", "--device", "cpu") == 130
     assert capsys.readouterr().err.strip() == "interrupted"
     assert bench("group", "--device", "cpu", "--out", tmp_path / "a.json") == 130
-    assert f"interrupted: {tmp_path / 'a.json'} has the cases that" in capsys.readouterr().err
+    assert f"interrupted: {tmp_path / 'a.json'} is written after every case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", ["", "head", "logprobs", "group", "train"])
