@@ -25,6 +25,7 @@ import torch
 import g2rl_kernels as g2
 from g2rl_kernels import _C
 from g2rl_kernels.info import _version
+from g2rl_kernels.trainer.errors import PACKAGES
 
 from .methods import Unavailable
 from .registry import DTYPES
@@ -257,6 +258,8 @@ def why_not(error: Exception) -> dict[str, Any]:
     """The reason in one line, and whether it is a fault: what is absent or does not fit is none."""
     text = re.sub(r"(/[\w.+-]+)+/", "", " ".join(str(error).split()))[:240]  # no paths of this machine
     absent = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("g2rl")
+    if absent and error.name in PACKAGES:
+        text += ": pip install 'g2rl-kernels[train]'"
     if absent or isinstance(error, (Unavailable, NotImplementedError)):
         return {"reason": text, "fault": False}
     if out_of_memory(error):

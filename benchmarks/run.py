@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -288,20 +291,86 @@ def add_methods(p: argparse.ArgumentParser, methods: dict[str, Method]) -> None:
 
 
 def _size(text: str) -> tuple[int, int, int]:
-    B, m, d = map(int, text.split("x"))
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}, needs BxMxD, e.g. 64x16x4096")
+    B, m, d = map(int, found.groups())
     return B, m, d
 
 
+class BenchError(Exception):
+    """In one line, what is wrong with what was given."""
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What --out wrote: what can be rendered."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BenchError(f"{path} is not JSON: {error}") from None
+    try:
+        render(found)
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise BenchError(f"{path} is no result of g2rl bench ({why}): give what --out wrote") from None
+    return found
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """A file can be written there: said before minutes are spent on what it is for."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BenchError(f"{option} {path}: {error.strerror}") from None
+
+
+def check_plot(option: str, path: Path | None) -> None:
+    """The same for a picture, and that matplotlib is there and knows the suffix."""
+    check_output(option, path)
+    if path is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise BenchError(f"{option}: {error}; pip install matplotlib") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise BenchError(f"{option} {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where something that should run failed (the table says why); 2 for wrong usage."""
+    """Returns 0; 1 where something that should run failed (the table says why); 2 for wrong usage, or where
+    nothing could be measured; 130 when interrupted."""
     p = parser()
     args = p.parse_args(argv)
-    if args.op in ("table", "plot"):
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
-        if args.op == "table":
-            print("\n\n".join(map(render, results)))
-            return 0
-        return _plot(results, args.out)
+    try:
+        return _main(p, args)
+    except BenchError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        kept = f": {args.out} is written after every case" if args.op in OPS and args.out else ""
+        print(f"\ninterrupted{kept}", file=sys.stderr)
+        return 130
+    print(f"g2rl bench: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _main(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.op == "table":
+        print("\n\n".join(render(read_result(path)) for path in args.results))
+        return 0
+    if args.op == "plot":
+        check_plot("--out", args.out)
+        _plot([read_result(path) for path in args.results], args.out)
+        return 0
 
     if args.op == "scaling":
         if min(*args.gpus, args.response or 1) < 1:
@@ -322,38 +391,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--device cuda: torch sees no GPU")
     if methods and not chosen_methods(methods, args.methods, device):
         p.error(f"--methods: no name contains {' or '.join(args.methods)}; they are {'; '.join(methods)}")
+    check_output("--out", args.out)
+    if methods:
+        check_plot("--plot", args.plot)
+        check_output("--profile", args.profile)
     if args.threads:
         torch.set_num_threads(args.threads)
 
     result = Result(args.op, device, args.out)
     {"group": run_group, "train": run_train}.get(args.op, run_methods)(args, device, result)
     print(render(result.content))
-    status = int(any(left["fault"] for left in result.content["left_out"]))
+    faults = any(left["fault"] for left in result.content["left_out"])
+    if not result.content["rows"]:
+        return 1 if faults else 2
     if methods and args.plot:
-        status |= _plot([result.content], args.plot)
-    return status
+        _plot([result.content], args.plot)
+    return int(faults)
 
 
-def _plot(results: list[dict[str, Any]], out: Path) -> int:
+def _plot(results: list[dict[str, Any]], out: Path) -> None:
     """Of results of one op: what their times are a ratio to is written on the axis."""
+    from .plots import draw
+
     rows = [row for result in results for row in result["rows"]]
     names = {result.get("op", "head") for result in results}
     floors = {getattr(OPS[name], "FLOOR", None) for name in names}
     if len(floors) > 1 or None in floors:
-        print(
-            f"g2rl bench: no plot of {' and '.join(sorted(names))}: of head or of logprobs", file=sys.stderr
-        )
-        return 2
-    try:
-        from .plots import draw
-    except ImportError as error:
-        print(f"g2rl bench: no plot: {error}; pip install matplotlib", file=sys.stderr)
-        return 2
+        raise BenchError(f"no plot of {' and '.join(sorted(names))}: of head or of logprobs")
     if not rows:
-        print("g2rl bench: no plot: nothing was measured", file=sys.stderr)
-        return 2
+        raise BenchError("no plot: nothing was measured")
     draw(rows, header(results[0]["machine"]), floors.pop(), out)
-    return 0
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _bench(argv: Sequence[str]) -> int:
 def _geometry(argv: Sequence[str]) -> int:
     from .evaluation import geometry_cli
 
-    return geometry_cli.main(argv)
+    return geometry_cli.main([_shipped(argument) for argument in argv])
 
 
 def _tune(argv: Sequence[str]) -> int:

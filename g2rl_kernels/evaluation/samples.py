@@ -108,7 +108,8 @@ def sample(
 
     engine: a model that is loaded already, e.g. TransformersEngine(model, tokenizer, config, decoding); else
     settings.config.model is loaded, if there is anything left to sample. Raises ConfigError for an `out` made
-    with other settings (overwrite=True starts over) and for wrong settings, TrainerError for a damaged file.
+    with other settings and for wrong settings, TrainerError for a damaged file. overwrite=True starts over:
+    what is in `out` goes when the first chunk is there to take its place.
     """
     from tqdm import tqdm
 
@@ -120,14 +121,13 @@ def sample(
     problems = [_problems(one, config, tokenizer) for one in data]
     out.mkdir(parents=True, exist_ok=True)
     file = out / "samples.jsonl"
-    if overwrite:
-        for name in ("samples.json", "samples.jsonl", "results.json"):
-            (out / name).unlink(missing_ok=True)
-    _check_header(out, {"data": describe(data), "settings": settings.to_dict()})
+    header = {"data": describe(data), "settings": settings.to_dict()}
+    if not overwrite:
+        _check_header(out, header)
     # Whole problems of one data set: neither other data nor where a run was killed has a say in a chunk.
     size = max(settings.batch_size // n, 1)
     chunks = [mine[at : at + size] for mine in problems for at in range(0, len(mine), size)]
-    rows = _rewind(file, chunks, n)
+    rows = [] if overwrite else _rewind(file, chunks, n)
     total = sum(map(len, problems))
     with tqdm(total=total, initial=len(rows) // n, desc="problems", dynamic_ncols=True) as bar:
         start = 0
@@ -147,6 +147,10 @@ def sample(
                 for problem, responses in zip(chunk, answers)
                 for index, response in enumerate(responses)
             ]
+            if overwrite and not rows:  # not before: the model may not load, or run out of memory
+                for name in ("samples.jsonl", "results.json"):
+                    (out / name).unlink(missing_ok=True)
+                _check_header(out, header)
             with file.open("a", encoding="utf-8") as lines:
                 lines.writelines(_line(row) for row in new)
             flush(file)
@@ -270,13 +274,14 @@ def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, A
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if there is none."""
+    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if none is there."""
     folder = path if path.is_dir() else path.parent
     try:
         found: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
+        parts = found.get("settings", {}), *found.get("data", {}).values()
+    except (OSError, ValueError, AttributeError):
         return {}
+    return found if all(isinstance(part, dict) for part in parts) else {}
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: Any) -> list[int]:

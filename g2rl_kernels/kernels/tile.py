@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # NaN. Whatever is summed relative to it vanishes (2^-1e30) as soon as any true logit is seen.
 MASKED = tl.constexpr(-1e30)
 
-# exp x is exp2(LOG2_E x) throughout: compiled, tl.exp guards against denormal results, four instructions more.
+# exp x is exp2(LOG2_E x) throughout: compiled, tl.exp guards denormal results, four instructions more.
 LOG2_E = tl.constexpr(LOG2E)
 
 

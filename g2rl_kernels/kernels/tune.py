@@ -345,7 +345,9 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=positive, default=ROUNDS, help=f"medians of these (default: {ROUNDS})"
     )
     found.add_argument(
-        "--dry-run", action="store_true", help="say what would be timed; time and store nothing"
+        "--dry-run",
+        action="store_true",
+        help="say what would be timed, without a GPU on sm_90; time nothing",
     )
     found.add_argument("--show", action="store_true", help="what is stored, and where")
     found.add_argument("--clear", action="store_true", help="remove what is stored")
@@ -368,7 +370,7 @@ def run(args: argparse.Namespace, measure: Measure) -> None:
         raise TuneError("which head? --model PATH_OR_NAME, or --vocab V and --hidden d")
     if args.model is None and (args.vocab is None or args.hidden is None):
         raise TuneError("--vocab and --hidden go together")
-    device = gpu()
+    device = None if args.dry_run and not torch.cuda.is_available() else gpu()
     matmul = torch.backends.cuda.matmul
     usual, matmul.fp32_precision = matmul.fp32_precision, products
     try:
@@ -377,20 +379,23 @@ def run(args: argparse.Namespace, measure: Measure) -> None:
         matmul.fp32_precision = usual
 
 
-def tune(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, measure: Measure) -> None:
+def tune(args: argparse.Namespace, dtype: torch.dtype, device: torch.device | None, measure: Measure) -> None:
     size = Size(args.vocab, args.hidden, dtype) if args.model is None else model_size(args.model, dtype)
     if args.softcap is not None:
         size = size._replace(softcap=args.softcap)
-    name = torch.cuda.get_device_name(device)
+    name = "no GPU here; on sm_90" if device is None else torch.cuda.get_device_name(device)
+    print(f"{name}, {args.dtype}, V={size.V}, d={size.D}, {size.form}, {args.tokens} tokens")
+    if device is None or args.dry_run:
+        configs = (
+            tuning.candidates(9, size.form) if device is None else tuning.candidates_on(device, size.form)
+        )
+        for kind in KINDS:
+            for config in configs:
+                print(f"  {kind}: {words(config)}")
+        return
     keys = {kind: tuning.key(name, kind, dtype, size.V, size.D, size.form) for kind in KINDS}
     stored = tuning.tuned(tuning.cache_file())  # before minutes are spent: it may be damaged
     before = {kind: stored.get(key) for kind, key in keys.items()}
-    print(f"{name}, {args.dtype}, V={size.V}, d={size.D}, {size.form}, {args.tokens} tokens")
-    if args.dry_run:
-        for kind in KINDS:
-            for config in tuning.candidates_on(device, size.form):
-                print(f"  {kind}: {words(config)}")
-        return
     measured = measure(size, args.tokens, args.rounds, device)
     won = {kind: best for kind, (timed, _) in measured.items() if (best := winner(timed))}
     print(table(measured, won, before))

@@ -229,6 +229,17 @@ def test_samples_of_a_killed_run_are_counted_with_a_warning(tmp_path, capsys):
     assert capsys.readouterr().err.count(warning) == 1
 
 
+HEADERS = ("[]", "7", "{}", '{"settings": 3, "data": {}}', '{"settings": {}, "data": {"x": 4}}')
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_another_programs_samples_json_is_none(header, tmp_path, capsys):
+    write_samples(tmp_path, rows_of("x", ["Ab"]), {})
+    (tmp_path / "samples.json").write_text(header)
+    assert cli.main(["eval", "--samples", str(tmp_path)]) == 0
+    assert "| pass@1 " in capsys.readouterr().out
+
+
 def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
     run, problems = tmp_path / "run", write_problems(tmp_path / "aime.jsonl")
     rows = [
@@ -245,6 +256,37 @@ def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
     assert cli.main(["eval", "--samples", str(other), *words, "--out", str(tmp_path / "new")]) == 0
     assert len(read_samples(tmp_path / "new")) == 1
+
+
+def test_samples_of_another_run_are_replaced_only_when_told(tmp_path, capsys):
+    problems = write_problems(tmp_path / "aime.jsonl")
+    rows = [row("aime25/0", 0, "1", False, question="1=", completion="\\boxed{1}")]
+    write_samples(tmp_path / "a", rows, {})
+    write_samples(tmp_path / "b", [{**rows[0], "completion": "mine"}], {})
+    before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
+    onto = ["eval", "--samples", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    for words in ([], ["--data", f"aime25={problems}"]):
+        assert cli.main([*onto, *words]) == 2
+        assert "b has samples of its own: choose another --out, or --overwrite" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()} == before
+    assert cli.main([*onto, *words, "--overwrite"]) == 0
+    assert read_samples(tmp_path / "b") == [{**rows[0], "score": 1.0}]
+    for place in ("a", "a/samples.jsonl"):  # its own folder
+        assert (
+            cli.main(["eval", "--samples", str(tmp_path / place), *words, "--out", str(tmp_path / "a")]) == 0
+        )
+
+
+def test_interrupted_with_overwrite_the_same_command_would_start_over(monkeypatch, capsys):
+    from g2rl_kernels.evaluation import cli as command
+
+    def interrupted(args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_evaluate", interrupted)
+    for words, said in (([], "the same command goes on"), (["--overwrite"], "without --overwrite goes on")):
+        assert cli.main(["eval", "m", *words]) == 130
+        assert said in capsys.readouterr().err
 
 
 def test_a_sample_without_a_score_must_be_verified(tmp_path, capsys):
@@ -293,6 +335,8 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
         (["--samples", "none.jsonl"], "none.jsonl: No such file"),
         (["--compare", "a"], "needs two runs"),
         (["--samples", "none", "--gate", "nan"], "gate=nan"),
+        (["--samples", "none", "--gate", "2"], "gate=2.0: must be above 0 and at most 1"),
+        (["m", "--data", "math500", "--gate", "0"], "gate=0.0"),
         (["m", "--data", "math500", "--temperature", "nan"], "temperature=nan"),
     ],
 )

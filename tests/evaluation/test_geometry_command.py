@@ -135,6 +135,19 @@ def test_a_model_retrained_in_place_is_another_one(folder: Path, capsys: pytest.
     assert run(*command, "--overwrite") != before
 
 
+def test_overwrite_leaves_what_is_there_until_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK]
+    run(*command)
+    before = {file: file.read_bytes() for file in sorted(Path("out").rglob("*")) if file.is_file()}
+    Path("runs/grpo/model/model.safetensors").unlink()
+    stored = ["runs/grpo/model", "--samples", "out/grpo", "--out", "out"]
+    for words in (command, stored):
+        assert "model.safetensors" in fails(capsys, *words, "--overwrite")
+    assert {file: file.read_bytes() for file in sorted(Path("out").rglob("*")) if file.is_file()} == before
+
+
 def test_stored_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--temperature", "0.9")
     stored = "out/grpo/samples.jsonl"
@@ -216,18 +229,22 @@ def test_without_an_encoder_the_rest_works(
     [
         (["m"], "data, samples: give --data or --recipe"),
         (["m", "--data", "sums", "--samples", "x"], "data, samples: give --data or --recipe"),
-        (["m", "--data", TASK, "-m", "0"], "m=0: must be at least 1"),
+        (["m", "--data", TASK, "-m", "1"], "m=1: must be at least 2"),
+        (["m", "--data", TASK, "--limit", "0"], "limit=0: must be at least 1"),
         (["a", "b", "c", "--samples", "x", "--samples", "y"], "samples: got 2 files for 3 models"),
         (["m", "--samples", "missing.jsonl"], "missing.jsonl"),
         (["a/model", "a/model", "--data", TASK], "'a' is taken"),
-        (["./missing", "--data", TASK, "--temperature", "0"], "temperature=0"),
+        (["./missing", "--data", TASK, "--temperature", "0"], "greedy responses are all the same"),
+        (["./missing", "--data", "mine={kind: jsonl, path: bad.jsonl}"], "bad.jsonl is not UTF-8 (byte 2)"),
         (["./missing", "--data", TASK, "--gate", "inf"], "gate=inf"),
+        (["./missing", "--samples", "none.jsonl", "--gate", "2"], "gate=2.0: must be above 0 and at most 1"),
         (["./missing", "--data", TASK], "model: no model in ./missing"),
     ],
 )
 def test_what_is_wrong_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
+    (folder / "bad.jsonl").write_bytes(b'{"\xff": 1}\n')
     assert message in fails(capsys, *argv, "--out", "out")
 
 

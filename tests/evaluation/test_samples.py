@@ -118,6 +118,26 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert len(rows) == 12
 
 
+def test_overwrite_leaves_what_is_there_until_there_is_something_new(tmp_path):
+    sample([letters(2)], SETTINGS, tmp_path, engine())
+    (tmp_path / "results.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    missing = TrainerConfig.from_dict({**CONFIG.to_dict(), "model": str(save_tiny(tmp_path.parent / "m"))})
+    (tmp_path.parent / "m" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="model"):  # does not load
+        sample([letters(2)], Settings(missing, SETTINGS.decoding), tmp_path, overwrite=True)
+    with pytest.raises(Killed):  # runs out of memory, say
+        sample([letters(2)], SETTINGS, tmp_path, killed_after(0), overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(Killed):
+        sample([letters(4)], SETTINGS, tmp_path, killed_after(1), overwrite=True)
+    assert len(read_samples(tmp_path)) == 8
+    assert not (tmp_path / "results.json").exists()
+    rest = killed_after(9)
+    assert len(sample([letters(4)], SETTINGS, tmp_path, rest)) == 16
+    assert len(rest.calls) == 1  # goes on without overwrite
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     sample([letters(2)], SETTINGS, tmp_path, engine())
     file = tmp_path / "samples.jsonl"

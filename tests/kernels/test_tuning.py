@@ -366,6 +366,15 @@ def test_a_dry_run_times_and_stores_nothing(hopper, capsys):
     assert not tuning.cache_file().exists()
 
 
+def test_a_dry_run_without_a_gpu_is_that_of_sm_90(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--vocab", "1000", "--hidden", "64", "--dry-run"], refused) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no GPU here; on sm_90, bf16, V=1000, d=64, plain")
+    for config in CANDIDATES[9, "plain"]:
+        assert out.count(f": {tune.words(config)}\n") == len(KINDS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
