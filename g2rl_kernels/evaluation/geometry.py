@@ -19,6 +19,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..reference import segment_sum
 from ..trainer.model import Head, response_hidden
 from .results import check_questions
 
@@ -80,9 +81,9 @@ def measure(
         out = g2.head_features(
             hidden.to(dtype), weight, tokens, cu_seqlens, bias=bias, **head.options(temperature)
         )
-        of = torch.arange(len(mask), device=device).repeat_interleave(cu_seqlens.diff())
         features.append(out.features.cpu())
-        entropy.append(torch.zeros(len(mask), device=device).index_add(0, of, out.entropy).cpu())
+        # not index_add, which on a GPU adds in any order
+        entropy.append(segment_sum(out.entropy, cu_seqlens, 0, len(out.entropy)).cpu())
         if advance is not None:
             advance(len(mask))
     return Measured(torch.cat(features), torch.cat(entropy), lengths)

@@ -1,0 +1,51 @@
+"""A run as it is on a GPU, where there is one: the numbers of a CPU's run, and its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, make_trainer
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    ),
+]
+KEYS: dict[str, Any] = {"steps": 4, "lr": 1e-4, "beta": 0.1, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_measures_what_a_cpu_measures(tmp_path: Path, device: str) -> None:
+    here = make_trainer(tmp_path / "cpu", **KEYS)
+    there = make_trainer(tmp_path / "there", model=make_model().to(device), **KEYS)
+    rollout = there.sampler.sample()
+    moved = there.measure(rollout, there.verify(rollout))
+    for part in ("ids", "attention", "mask", "truncated"):
+        setattr(rollout, part, getattr(rollout, part).cpu())
+    measured = here.measure(rollout, here.verify(rollout))
+    torch.testing.assert_close(moved.logprobs.cpu(), measured.logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(moved.geometry.score.cpu(), measured.geometry.score, rtol=0, atol=1e-3)
+    assert moved.entropy == pytest.approx(measured.entropy, abs=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_goes_on_from_a_checkpoint(tmp_path: Path, device: str) -> None:
+    """Generators of the device and AdamW's moments are restored; to the bit is promised on a CPU alone."""
+    for name, stops in (("whole", 4), ("parts", 2)):
+        trainer = make_trainer(tmp_path / name, model=make_model().to(device), **KEYS)
+        trainer.begin()
+        steps = [trainer.step() for _ in range(stops)]
+        if name == "whole":
+            whole = steps
+    trainer.save_checkpoint()
+    again = make_trainer(tmp_path / "parts", model=make_model().to(device), **KEYS)
+    torch.manual_seed(99)
+    again.begin()
+    assert again.step_number == 2
+    steps = [again.step() for _ in range(2)]
+    for key in ("entropy", "length", "accuracy", "loss", "kl", "grad_norm"):
+        assert [m[key] for m in steps] == pytest.approx([m[key] for m in whole[2:]], rel=1e-3, abs=1e-4)
