@@ -51,7 +51,6 @@ HEAD = [
     ("temperature", float("inf"), ValueError, "inf"),
     ("temperature", 1e-9, ValueError, "1e-09, needs a number from 1e-8 to 1e8"),
     ("temperature", 1e39, ValueError, "1e+39, needs a number"),
-    ("logit_softcap", 5e-8, ValueError, "logit_softcap / temperature: got "),
     ("logit_softcap", 1e-50, ValueError, "1e-50, needs a number from 1e-8 to 1e8; None for no softcap"),
     ("temperature", "1", TypeError, "str"),
     ("temperature", None, TypeError, "NoneType"),
@@ -93,6 +92,14 @@ def test_head_features(backend, argument, value, error, says):
     with pytest.raises(error, match=re.escape(argument)) as caught:
         g2.head_features(**arguments)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logit_softcap"])
+def test_scalars_are_bounded_together(name):
+    """Beyond that a masked entry, at -1e30 in units of these, is no longer beyond all others."""
+    for temperature, value in ((1e4, 1e-6), (1e-6, 1e4)):
+        with pytest.raises(ValueError, match=f"{name} / temperature: got 1e"):
+            g2.head_features(**head_arguments(), **{name: value}, temperature=temperature)
 
 
 @pytest.mark.parametrize(("argument", "value", "error", "says"), HEAD, ids=identity)
