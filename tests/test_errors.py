@@ -98,7 +98,7 @@ def test_head_features(backend, argument, value, error, says):
 def test_scalars_are_bounded_together(name):
     """Beyond that a masked entry, at -1e30 in units of these, is no longer beyond all others."""
     for temperature, value in ((1e4, 1e-6), (1e-6, 1e4)):
-        with pytest.raises(ValueError, match=f"{name} / temperature: got 1e"):
+        with pytest.raises(ValueError, match=f"{name} / temperature: got .* needs a number"):
             g2.head_features(**head_arguments(), **{name: value}, temperature=temperature)
 
 
