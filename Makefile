@@ -23,7 +23,7 @@ demo: $(VENV)/.demo $(VENV)/.built ## watch a 135M-parameter model learn with gr
 	$(VENV)/bin/g2rl train $(RECIPE) $(ARGS)
 	@echo "  (g2rl is $(VENV)/bin/g2rl; 'source $(VENV)/bin/activate' puts it on the path)"
 
-test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/test_head.py ARGS="-k bias" narrows them
+test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/head/test_head.py ARGS="-k bias" narrows them
 	@if [ "$(WORKERS)" -gt 1 ] && $(PY) -c "import xdist" 2>/dev/null; then \
 	  set -- -n "$(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
 	  set -x; $(PY) -m pytest "$$@" $(TESTS) $(ARGS)

@@ -12,7 +12,7 @@
 # Parts, in order; each has its own time limit and its own log, and a failing one does not stop the next:
 #   build       the extension in place, for this GPU's architecture only
 #   info        g2rl info, nvidia-smi
-#   kernels     tests/kernels on the GPU            } tests
+#   kernels     tests/head on the GPU               } tests
 #   suite       all other tests that a GPU may change, and that can be imported }
 #   memcheck, racecheck   compute-sanitizer on the kernels' small tests; only if named    } sanitizers
 #   tune        g2rl tune for the first case; only if it is named, before head, with its own two minutes
@@ -44,7 +44,7 @@ done
 mkdir -p "$OUT"
 [[ -n ${CUDA_HOME:-} || ! -d /usr/local/cuda ]] || export CUDA_HOME=/usr/local/cuda
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-G2RL=("$PYTHON" -m g2rl_kernels.cli)
+G2RL=("$PYTHON" -m g2rl_kernels)
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
 if ! has torch; then
@@ -112,7 +112,7 @@ info() {
 if wanted info; then
   export -f info
   export PYTHON
-  run info bash -c 'G2RL=("$PYTHON" -m g2rl_kernels.cli); info'
+  run info bash -c 'G2RL=("$PYTHON" -m g2rl_kernels); info'
 fi
 
 PYTEST=("$PYTHON" -m pytest -q -ra --durations=15)
@@ -126,7 +126,7 @@ if [[ -z ${NO_TESTS:-} ]]; then
     if wanted kernels || wanted suite; then echo "   left out: $line"; fi
   done
   KERNEL_TESTS=0
-  for file in tests/kernels/test_*.py; do
+  for file in tests/head/kernels/test_*.py; do
     [[ " ${PYTEST[*]} " == *" --ignore=$file "* ]] || KERNEL_TESTS=1
   done
   WORKERS=1 PARALLEL=()
@@ -141,13 +141,13 @@ for part in kernels suite memcheck racecheck; do
     continue
   fi
   if [[ $part == suite ]]; then
-    cpu_only=(tests/{kernels,integrations,verl,evaluation} tests/test_{benchmarks,build,cpp,learning,sharded,vocab_parallel}.py
-      tests/trainer/test_[!o]*.py)
+    cpu_only=(tests/{head/kernels,bench,packaging,cli,docs,evaluation,geometry,integrations,models,tasks,verl}
+      tests/head/test_{sharded,vocab_parallel}.py tests/group/test_group_{kernel,on_host}.py tests/trainer/test_[!o]*.py)
     run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests "${cpu_only[@]/#/--ignore=}"
   elif [[ $part == kernels ]]; then
     if ((KERNEL_TESTS)); then
       # what compiles for other architectures needs no GPU: make test does that
-      run kernels "${PYTEST[@]}" "${PARALLEL[@]}" tests/kernels --ignore=tests/kernels/test_resources.py
+      run kernels "${PYTEST[@]}" "${PARALLEL[@]}" tests/head/kernels tests/group/test_group_kernel.py
     else
       skip kernels "its tests need what is not installed"
     fi
@@ -158,7 +158,7 @@ for part in kernels suite memcheck racecheck; do
       continue
     fi
     if ((KERNEL_TESTS)); then
-      small=("${PYTEST[@]}" tests/kernels -k small)
+      small=("${PYTEST[@]}" tests/head/kernels tests/group/test_group_kernel.py -k small)
     else
       small=("${G2RL[@]}" bench head --shapes tiny --N 200 --methods g2rl --rounds 1)
     fi

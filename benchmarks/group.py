@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
-from g2rl_kernels import group, reference
+from g2rl_kernels.group import geometry as group
+from g2rl_kernels.group import reference
 
 from .measure import in_turns, least_seconds, markdown, quantiles, spread, why_not
 

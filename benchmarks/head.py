@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2rl_kernels import reference
+from g2rl_kernels.head import reference
 
 from .measure import (
     attempts,

@@ -24,8 +24,8 @@ import torch
 
 import g2rl_kernels as g2
 from g2rl_kernels import _C
-from g2rl_kernels.info import _version
-from g2rl_kernels.trainer.errors import PACKAGES
+from g2rl_kernels.cli.info import _version
+from g2rl_kernels.errors import PACKAGES
 
 from .methods import Unavailable
 from .registry import DTYPES

@@ -83,7 +83,7 @@ def _certified(p: Problem) -> Outputs:
 
 def _statistics(p: Problem) -> Outputs:
     try:
-        from g2rl_kernels.kernels.head import statistics
+        from g2rl_kernels.head.triton.driver import statistics
     except ImportError as error:
         raise Unavailable(f"this version has no kernel for it ({error})") from None
     return Outputs(None, *statistics(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap))

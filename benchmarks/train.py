@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
-from g2rl_kernels import reference
+from g2rl_kernels.group import reference
+from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
-from g2rl_kernels.trainer.model import find_head
 from g2rl_kernels.trainer.sampling import Rollout
 from g2rl_kernels.trainer.trainer import Measured, Trainer, _padded, _slices
 
@@ -130,7 +130,7 @@ def logprobs_alone(
     """By the fastest way there is without features."""
     if hidden.is_cuda:
         try:
-            from g2rl_kernels.kernels.head import statistics as kernel
+            from g2rl_kernels.head.triton.driver import statistics as kernel
 
             return kernel(hidden, weight, tokens, bias=bias, **options)[0]
         except ImportError:

@@ -15,15 +15,15 @@ except ImportError as error:
         remedy = f"{checkout} hides an installed copy: run from another folder, or there: pip install -e ."
     raise ImportError(f"g2rl_kernels' compiled part does not load ({error}): {remedy}") from error
 
-from .group import GroupGeometry, group_geometry
-from .head import (
+from .group.geometry import GroupGeometry, group_geometry
+from .head.features import (
     CertifiedHeadFeatures,
     HeadFeatures,
     certified_head_features,
     head_features,
     pack_responses,
 )
-from .logprobs import LinearLogprobs, linear_logprobs
+from .head.logprobs import LinearLogprobs, linear_logprobs
 
 __all__ = [
     "CertifiedHeadFeatures",

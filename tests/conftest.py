@@ -1,4 +1,8 @@
+from __future__ import annotations
+
+import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,7 +11,29 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Folders whose tests need the packages of the extra [train]; elsewhere they are not collected.
+TRAINS = ("evaluation", "geometry", "models", "tasks", "trainer")
+NEEDED = ("transformers", "safetensors", "yaml", "tqdm", "matplotlib")
+MISSING = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+collect_ignore = list(TRAINS) if MISSING else []
+
+
+def pytest_report_header() -> str:
+    return f"not collected without {', '.join(MISSING)}: {', '.join(TRAINS)}" if MISSING else ""
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The models of trainers' tests are tiny: more threads only wait for each other."""
+    if not {*TRAINS, "cli", "integrations"}.intersection(request.path.parts):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import g2rl_kernels as g2
-from g2rl_kernels import _C, arguments, logprobs
+from g2rl_kernels import _C, arguments
+from g2rl_kernels.head import logprobs
 
 # (backend, instruction set): all that this machine can run
 CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]

@@ -137,7 +137,8 @@ class Found:
 
 def function(kernel: str) -> Any:
     module, name = kernel.split(".")
-    return getattr(import_module(f"g2rl_kernels.kernels.{module}"), name)
+    folder = "group.triton" if module == "group" else f"head.triton.{module.removeprefix('head_')}"
+    return getattr(import_module(f"g2rl_kernels.{folder}"), name)
 
 
 def made(
@@ -273,7 +274,7 @@ def large(
 
 
 def large_cases(arch: int, scope: str) -> Iterator[Case]:
-    from g2rl_kernels.kernels.tuning import candidates
+    from g2rl_kernels.head.triton.tuning import candidates
 
     def of(form: str) -> tuple[Any, list[Any]]:
         shipped, *others = candidates(arch // 10, form)
@@ -319,16 +320,14 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
 
 
 def small_cases(arch: int, scope: str) -> Iterator[Case]:
-    from g2rl_kernels.kernels import (
-        head_collect,
-        head_gather,
-        head_join,
-        head_project,
-        head_reduce,
-        head_skip,
-        head_target,
-    )
-    from g2rl_kernels.kernels.tile import LN2
+    from g2rl_kernels.head.triton import collect as head_collect
+    from g2rl_kernels.head.triton import gather as head_gather
+    from g2rl_kernels.head.triton import join as head_join
+    from g2rl_kernels.head.triton import project as head_project
+    from g2rl_kernels.head.triton import reduce as head_reduce
+    from g2rl_kernels.head.triton import skip as head_skip
+    from g2rl_kernels.head.triton import target as head_target
+    from g2rl_kernels.head.triton.tile import LN2
 
     join = {"LN2": LN2, "BT": head_join.BT}
     target = {"BT": head_target.BT, "BD": head_target.BD}
@@ -400,7 +399,7 @@ def project_cases(arch: int, scope: str, module: Any) -> Iterator[Case]:
 
 
 def group_cases(arch: int, scope: str) -> Iterator[Case]:
-    from g2rl_kernels.kernels import group
+    from g2rl_kernels.group import triton as group
 
     for number, (kernel, signature, constants, num_warps, num_stages, label) in enumerate(group.aot_cases()):
         if scope == "quick" and number:

@@ -253,7 +253,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def write() -> None:
     """docs/evidence.md and its figures, from the committed results."""
-    from g2rl_kernels.trainer.checkpoint import write_whole
+    from g2rl_kernels._files import write_whole
 
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
@@ -263,7 +263,7 @@ def write() -> None:
 
 def write_report(results: Path) -> Path:
     """results/report.md: the same tables and figures of whatever is in a folder of results."""
-    from g2rl_kernels.trainer.checkpoint import write_whole
+    from g2rl_kernels._files import write_whole
 
     parts = ["# Results\n"]
     for path in sorted(results.glob("*.json")):

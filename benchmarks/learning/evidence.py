@@ -84,7 +84,7 @@ class Stage:
 
     def save(self) -> None:
         from benchmarks.measure import machine
-        from g2rl_kernels.trainer.checkpoint import write_whole
+        from g2rl_kernels._files import write_whole
 
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         head = json.dumps(machine("cpu"))

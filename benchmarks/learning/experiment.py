@@ -67,8 +67,8 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
     import torch
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k
+    from g2rl_kernels.tasks.base import final_answer
     from g2rl_kernels.trainer import Trainer, load_tasks
-    from g2rl_kernels.trainer.tasks import final_answer
 
     (task,) = load_tasks([setting.test])
     config = dataclasses.replace(

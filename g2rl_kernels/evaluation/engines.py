@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import ConfigError, TrainerError
+from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
-from ..trainer.errors import ConfigError, TrainerError
-from ..trainer.model import load_model
 from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..trainer.checkpoint import write_whole
-from ..trainer.errors import ConfigError, TrainerError
+from .._files import write_whole
+from ..errors import ConfigError, TrainerError
 from .metrics import bootstrap_interval, distinct_right, maj_at_k, pass_at_k
 
 Row = dict[str, Any]

@@ -25,12 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..trainer.checkpoint import flush, write_whole
+from .._files import flush, write_whole
+from ..errors import ConfigError, TrainerError
+from ..models.loading import load_tokenizer
+from ..tasks.base import Item, Task, final_answer, item_of, score_completion
 from ..trainer.config import TrainerConfig
-from ..trainer.errors import ConfigError, TrainerError
-from ..trainer.model import load_tokenizer
 from ..trainer.sampling import render
-from ..trainer.tasks import Item, Task, final_answer, item_of, score_completion
 from .engines import Decoding, Engine, Response, load_engine
 
 # Keys of the trainer's configuration that decide what a model answers; the others have no say here.

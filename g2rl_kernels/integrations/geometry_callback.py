@@ -32,12 +32,12 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
-from ..evaluation.geometry import EPS, measure, statistics
-from ..novelty import SentenceEncoder
+from ..geometry.measure import EPS, measure, statistics
+from ..group.shaping import shape_scores
+from ..models.encoder import SentenceEncoder
+from ..models.lm_head import find_head
 from ..trainer.config import TrainerConfig
-from ..trainer.model import find_head
 from ..trainer.sampling import Sampler
-from .shaping import shape_scores
 from .trl import correctness_column, head_inputs, innermost
 
 ALWAYS = ("cos_mean", "negative_pairs")  # of `describe`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..trainer.tasks import EXTRACTORS
+from ..tasks.answers import EXTRACTORS
 
 
 def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

@@ -57,11 +57,9 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 
 import g2rl_kernels as g2
 
-from ..group import SCORES, SHAPINGS, UNIFORM_GROUPS
-from ..novelty import DEFAULT_ENCODER, SentenceEncoder, compared_text
-from ..trainer.model import Head, find_head
-from ..trainer.tasks import math_answer
-from .shaping import (
+from ..group.evol import compared_text
+from ..group.geometry import SCORES, SHAPINGS, UNIFORM_GROUPS
+from ..group.shaping import (
     ALGORITHMS,
     ENTROPY_COEF,
     EVOL_CLIP_HIGH,
@@ -71,6 +69,9 @@ from .shaping import (
     response_keys,
     shape_scores,
 )
+from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
+from ..models.lm_head import Head, find_head
+from ..tasks.answers import math_answer
 
 
 @dataclass

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import ConfigError, RewardError, TrainerError
 from .config import TrainerConfig
-from .errors import ConfigError, RewardError, TrainerError
 
 __all__ = [
     "ConfigError",
@@ -32,11 +32,11 @@ def __getattr__(name: str) -> Any:  # torch and transformers are imported when t
 
         return Trainer
     if name == "load_model":
-        from .model import load_model
+        from ..models.loading import load_model
 
         return load_model
     if name == "load_tasks":
-        from .tasks import load_tasks
+        from ..tasks.sources import load_tasks
 
         return load_tasks
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

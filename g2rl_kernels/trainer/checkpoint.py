@@ -16,15 +16,14 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import TrainerError
+from .._files import flush, temporary_name, whole_directory
+from ..errors import TrainerError
 
 NAME = "checkpoint-{:06d}"
 
@@ -75,7 +74,7 @@ def save(
 
 def remove(path: Path) -> None:
     """Deletes a checkpoint whole or not at all: first its name, so that none is found with files missing."""
-    nameless = _temporary(path)
+    nameless = temporary_name(path)
     shutil.rmtree(nameless, ignore_errors=True)
     os.rename(path, nameless)
     flush(path.parent)
@@ -130,54 +129,6 @@ def find_all(output_dir: Path) -> list[Path]:
         path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)
     ]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-@contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """A directory to write in, which becomes `target` only once all of it is on the disk."""
-    temporary = _temporary(target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            if path.is_file():  # safetensors leaves files that nobody else may read
-                path.chmod(temporary.stat().st_mode & 0o666)
-            flush(path)
-        if target.exists():  # rename replaces no directory with files; the new one is on the disk by now
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        flush(target.parent)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, TrainerError):
-            raise
-        remedy = "free some disk space and " if "space" in str(error) else ""
-        raise TrainerError(
-            f"cannot write {target} ({error}): {remedy}start the same command again; "
-            "the checkpoint before it is whole"
-        ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one go."""
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def flush(path: Path) -> None:
-    """Returns when the file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _python_generators() -> dict[str, Any]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..integrations.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
-from ..novelty import DEFAULT_ENCODER
-from .errors import ConfigError, need
+from ..errors import ConfigError, need
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
+from ..models.encoder import DEFAULT_ENCODER
 
 # Keys that say where and how often to write: a run may resume a checkpoint that differs in them.
 FREE_KEYS = {

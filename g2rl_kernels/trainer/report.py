@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import flush, write_whole
+from .._files import flush, write_whole
 
 BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
 BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")

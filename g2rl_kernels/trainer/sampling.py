@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, TrainerError
+from ..tasks.base import Item, Task, item_of
 from .config import TrainerConfig
-from .errors import ConfigError, TrainerError
-from .tasks import Item, Task, item_of
 
 
 @dataclass

@@ -19,17 +19,20 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from .._files import whole_directory, write_whole
 from ..arguments import choose_backend
-from ..integrations.shaping import describe, response_keys, shape_rewards
-from ..novelty import SentenceEncoder, compared_text, majority_labels
+from ..errors import ConfigError, TrainerError, check_packages
+from ..group.evol import compared_text, majority_labels
+from ..group.shaping import describe, response_keys, shape_rewards
+from ..models.checkpointing import checkpointing, enable_checkpointing
+from ..models.encoder import SentenceEncoder
+from ..models.lm_head import Head, find_head, frozen_copy, response_hidden
+from ..tasks.base import Task, final_answer, item_of, score_completion
 from . import checkpoint
 from .config import TrainerConfig
-from .errors import ConfigError, TrainerError, check_packages
-from .model import Head, checkpointing, enable_checkpointing, find_head, frozen_copy, response_hidden
 from .objective import policy_loss, token_weights
 from .report import Report, bar_text
 from .sampling import Rollout, Sampler, autocast
-from .tasks import Task, final_answer, item_of, score_completion
 
 
 @dataclass
@@ -332,7 +335,7 @@ class Trainer:
 
     def _begin_files(self, step: int) -> None:
         self.report.begin(step)
-        checkpoint.write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
+        write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
 
     def resume_point(self) -> Path | None:
         """The checkpoint that `train` will go on from; raises where it was made with other settings."""
@@ -368,7 +371,7 @@ class Trainer:
         """The trained model, for from_pretrained, in output_dir/model; generation_config as it came."""
         emptied, self.model.generation_config = self.model.generation_config, self.sampler.own_generation
         try:
-            with checkpoint.whole_directory(self.output_dir / "model") as directory:
+            with whole_directory(self.output_dir / "model") as directory:
                 self.model.save_pretrained(directory)
                 self.tokenizer.save_pretrained(directory)
         finally:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import g2rl_kernels as g2
-from g2rl_kernels import reference
+from g2rl_kernels.head import reference
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 
@@ -25,14 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL call
 
 ROLLOUTS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 ASKED = ["abc=", "abc+1+1=", "1+1="]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -45,20 +45,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import g2rl_kernels as g2
+from g2rl_kernels.group.evol import evol_rewards, majority_labels
 from g2rl_kernels.integrations import trl as integration
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
-from g2rl_kernels.novelty import evol_rewards, majority_labels
 from g2rl_kernels.trainer import TrainerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from g2rl_kernels.integrations.shaping import ALGORITHMS
+from g2rl_kernels.group.shaping import ALGORITHMS
 from g2rl_kernels.trainer import ConfigError, TrainerConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import make_model, make_trainer
 
-from g2rl_kernels import cli
+from g2rl_kernels.cli import main as cli
 from g2rl_kernels.trainer.sampling import Rollout
 
 V, PROMPT = 151936, 4

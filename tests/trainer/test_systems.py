@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import Letters, LetterTask, make_trainer
 
-from g2rl_kernels.integrations.shaping import ALGORITHMS
-from g2rl_kernels.novelty import evol_rewards, majority_labels
+from g2rl_kernels.group.evol import evol_rewards, majority_labels
+from g2rl_kernels.group.shaping import ALGORITHMS
 from g2rl_kernels.trainer import trainer as trainer_module
 
 

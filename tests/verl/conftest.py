@@ -14,10 +14,10 @@ try:
 except importlib.metadata.PackageNotFoundError:
     collect_ignore_glob = ["*"]
 
-# For this process and those that tests start: verl on a CPU; the tiny model and tokenizer of tests/trainer.
+# For this process and those that tests start: verl on a CPU; the tiny model and tokenizer of tests/tiny.py.
 os.environ |= {
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
     "VERL_ENGINE_DEVICE": "cuda",  # the engine that GPUs get
-    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent / "trainer"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))),
 }
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

@@ -21,7 +21,7 @@ from verl.workers.config.optimizer import FSDPOptimizerConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
-from g2rl_kernels import reference
+from g2rl_kernels.head import reference
 
 V = 25  # of the tiny model's vocabulary
 

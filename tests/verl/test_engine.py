@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen3ForCausalLM
 
-from g2rl_kernels import reference
+from g2rl_kernels.errors import TrainerError
+from g2rl_kernels.head import reference
 from g2rl_kernels.integrations.verl.engine import FEATURES, KEYS, REQUEST, SECONDS
-from g2rl_kernels.trainer.errors import TrainerError
 
 ROWS = Rows()
 ALL = list(range(len(ROWS.ids)))

@@ -82,11 +82,11 @@ def test_another_version_is_loud_and_leaves_verl_as_it_is(monkeypatch, caplog):
 
 def test_a_plugin_that_fails_is_loud_and_does_not_take_verl_with_it():
     done = python(
-        "import sys; sys.modules['g2rl_kernels.integrations.shaping'] = None\n"  # which the trainer needs
+        "import sys; sys.modules['g2rl_kernels.group.shaping'] = None\n"  # which the trainer needs
         "import verl.trainer.ppo.v1\n" + TRAINERS + "print(*TRAINER_REGISTRY)"
     )
     assert done.returncode == 0, done.stderr
     assert "sync" in done.stdout.split()
     assert "g2rl_sync" not in done.stdout.split()
     assert "its verl plugin FAILED; g2rl_sync cannot be used" in done.stderr
-    assert "g2rl_kernels.integrations.shaping" in done.stderr
+    assert "g2rl_kernels.group.shaping" in done.stderr

@@ -9,7 +9,7 @@ from steps import PROMPTS, SCORES, Step, compose_config
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from g2rl_kernels import reference
+from g2rl_kernels.group import reference
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, is_patched
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync, _with_bonus, group_ids
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from engines import Rows, infer, make_engine, stacked, start_processes
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from g2rl_kernels import reference
+from g2rl_kernels.head import reference
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST
 
 model, rows = Path(sys.argv[1]), Rows()

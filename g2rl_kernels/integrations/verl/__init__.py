@@ -35,11 +35,11 @@ def check_version(version: str) -> None:
 
 
 def _register_trainer() -> None:
-    from . import trainer  # noqa: F401  (importing it registers it)
+    from ..verl import trainer  # noqa: F401  (importing it registers it)
 
 
 def _patch_engine() -> None:
-    from . import engine
+    from ..verl import engine
 
     engine.patch()
 

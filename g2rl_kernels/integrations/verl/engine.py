@@ -16,8 +16,8 @@ from verl.utils.device import get_torch_device
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from ... import head_features
-from ...trainer.model import Head, check_logits, find_head
-from ..shaping import response_keys
+from ...group.shaping import response_keys
+from ...models.lm_head import Head, check_logits, find_head
 
 REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to return what follows
 FEATURES = "g2rl_features"  # [B, d] float32

@@ -25,7 +25,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from ..shaping import check_gap, check_options, shape_scores
+from ...group.shaping import check_gap, check_options, shape_scores
 from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
 
 STRATEGIES = ("fsdp", "fsdp2")

@@ -1,0 +1,225 @@
+"""The data sets that reasoning models are measured on, by name: from the hub or from a file in its format.
+
+`--data` takes
+    math500                              from the hub
+    math500=path.jsonl                   the data set's own format: .jsonl, .json, .csv, .parquet
+    reasoning_gym:chain_sum              200 problems, not those that the trainer's default seed makes
+    sums={kind: reasoning_gym, ...}      any task of a training recipe, under a name
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, TrainerError, need
+from ..tasks.answers import AnswerTask
+from ..tasks.base import Item
+from ..tasks.choices import ChoiceTask
+from ..tasks.sources import load_task, read_hub, read_jsonl
+from .samples import DataSet
+
+MATH = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+CHOICE = "{question}\n\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
+
+
+def _answered(question: Sequence[str], answer: Sequence[str]) -> Callable[[Item], Item]:
+    """Rows of {question, answer}: the first of these fields that is there (copies rename them)."""
+
+    def read(row: Item) -> Item:
+        return {"question": _first(row, question), "answer": _first(row, answer)}
+
+    return read
+
+
+def _gsm8k(row: Item) -> Item:
+    """A worked solution that ends in "#### 1,234"."""
+    solution = str(_first(row, ("answer",)))
+    return {"question": _first(row, ("question",)), "answer": solution.rpartition("####")[2].strip()}
+
+
+def _gpqa(row: Item) -> Item:
+    """The right answer comes first in the file: shuffled here, by the question alone."""
+    right = str(_first(row, ("Correct Answer",))).strip()
+    options = [right, *(str(_first(row, (f"Incorrect Answer {i}",))).strip() for i in (1, 2, 3))]
+    order = list(range(4))
+    question = str(_first(row, ("Question",)))
+    random.Random(question).shuffle(order)
+    return {"question": question, "choices": [options[i] for i in order], "answer": order.index(0)}
+
+
+def _mmlu_pro(row: Item) -> Item:
+    """Up to ten options; earlier copies fill up with "N/A"."""
+    options = _first(row, ("options",))
+    if isinstance(options, str):  # as a CSV file holds them
+        options = json.loads(options)
+    letter, letters = str(_first(row, ("answer",))).strip(), "ABCDEFGHIJ"[: len(options)]
+    if letter not in tuple(letters):
+        raise ValueError(f"answer={letter!r} is none of the letters of its {len(options)} options")
+    right = letters.index(letter)
+    kept = [(at, option) for at, option in enumerate(options) if option != "N/A" or at == right]
+    places = [at for at, _ in kept]
+    return {
+        "question": _first(row, ("question",)),
+        "choices": [option for _, option in kept],
+        "answer": places.index(right),
+    }
+
+
+def _first(row: Item, names: Sequence[str]) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise KeyError(" or ".join(names))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set on the hub, and how its rows become {question, answer} or {question, choices, answer}."""
+
+    hub: str
+    split: str
+    read: Callable[[Item], Item]
+    config: str | None = None
+    choice: bool = False
+
+    @property
+    def template(self) -> str:
+        return CHOICE if self.choice else MATH
+
+
+_COMPETITION = _answered(("problem", "Problem", "question"), ("answer", "Answer", "solution"))
+BENCHMARKS = {
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", _COMPETITION),
+    "amc23": Benchmark("math-ai/amc23", "test", _COMPETITION),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", _COMPETITION),
+    "aime25": Benchmark("math-ai/aime25", "test", _COMPETITION),
+    "gsm8k": Benchmark("openai/gsm8k", "test", _gsm8k, config="main"),
+    "gpqa": Benchmark("Idavidrein/gpqa", "train", _gpqa, config="gpqa_diamond", choice=True),
+    "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "test", _mmlu_pro, choice=True),
+}
+
+
+def load_data(spec: str, limit: int | None = None) -> DataSet:
+    """One data set from what `--data` was given; ConfigError says what is wrong with it, and the remedy."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: must be at least 1, the number of problems")
+    name, equals, rest = spec.partition("=")
+    if equals and rest.lstrip().startswith("{"):
+        return DataSet(name, rest, load_task(_mapping(rest)), limit=limit)
+    if not equals and name.startswith("reasoning_gym:"):
+        kind = name.partition(":")[2]
+        task = load_task({"kind": "reasoning_gym", "name": kind, "size": limit or 200, "seed": 1_000_000})
+        return DataSet(kind, name, task, limit=limit)
+    key = re.sub(r"[^a-z0-9]", "", name.lower())
+    found = {re.sub(r"[^a-z0-9]", "", known): known for known in BENCHMARKS}.get(key)
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(BENCHMARKS)},"
+        raise ConfigError(
+            f"data {name!r}: {hint} or give reasoning_gym:<task>, or a task as "
+            f"{name.partition(':')[0] or 'name'}='{{kind: jsonl, path: file.jsonl}}'"
+        )
+    benchmark = BENCHMARKS[found]
+    source = rest if equals else benchmark.hub
+    raw = read_file(Path(rest)) if equals else _from_hub(found, benchmark)
+    rows = []
+    for number, row in enumerate(raw, 1):
+        try:
+            rows.append(benchmark.read(row))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            missing = f"no field {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+            fields = f", only {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise ConfigError(
+                f"data {found}: {source}, item {number}: {missing}{fields}: expected rows of {benchmark.hub}"
+            ) from None
+    task = ChoiceTask(rows, source) if benchmark.choice else AnswerTask(rows, source)
+    return DataSet(found, source, task, benchmark.template, limit)
+
+
+def load_specs(specs: Iterable[dict[str, Any]], limit: int | None = None) -> list[DataSet]:
+    """The tasks of a training recipe, each under its own name."""
+    found: list[DataSet] = []
+    for spec in specs:
+        task = load_task(spec)
+        name = str(spec.get("name") or Path(str(spec.get("path") or spec.get("function"))).stem)
+        taken = [one.name for one in found]
+        unique = name if name not in taken else f"{name}-{sum(t.startswith(name) for t in taken) + 1}"
+        found.append(DataSet(unique, json.dumps(spec), task, limit=limit))
+    return found
+
+
+def read_file(path: Path) -> list[Any]:
+    """The rows of a .jsonl, .json (a list), .csv or .parquet file; ConfigError for one that is damaged."""
+    kind = path.suffix.lower()
+    csv.field_size_limit(2**31 - 1)  # a field may be a long text
+    try:
+        if kind == ".json":
+            text = path.read_text(encoding="utf-8-sig")
+            try:
+                rows = json.loads(text)
+            except ValueError:  # one object a line, by another name
+                return read_jsonl(str(path))
+            if not isinstance(rows, list):
+                raise ConfigError(f"data: {path}: expected a list of objects, got a {type(rows).__name__}")
+            return rows
+        if kind == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return list(csv.DictReader(file))
+        if kind == ".parquet":
+            try:
+                from pyarrow import ArrowException, parquet
+            except ImportError as error:
+                raise need("pyarrow", error, "trl") from None
+            try:
+                table: list[Any] = parquet.read_table(path).to_pylist()
+            except ArrowException as error:
+                raise ConfigError(f"data: {path} is no Parquet file: {_one_line(error)}") from None
+            return table
+        return read_jsonl(str(path))
+    except OSError as error:
+        raise ConfigError(f"data: {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"data: {path} is no CSV file: {error}") from None
+
+
+def _from_hub(name: str, benchmark: Benchmark) -> list[Any]:
+    try:
+        return read_hub(benchmark.hub, benchmark.split, benchmark.config)
+    except TrainerError as error:
+        raise ConfigError(
+            f"data {name}: cannot read {benchmark.hub} from the hub: give a file in its format, "
+            f"--data {name}=FILE.jsonl ({error})"
+        ) from None
+    except Exception as error:  # the hub's client has many of its own
+        raise ConfigError(
+            f"data {name}: cannot read {benchmark.hub} from the hub: give a file in its format, "
+            f"--data {name}=FILE.jsonl ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise need("pyyaml", error) from None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"data: {text!r} is not a mapping, e.g. {{kind: jsonl, path: file.jsonl}}")
+    return value

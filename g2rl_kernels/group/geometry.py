@@ -1,0 +1,224 @@
+"""`group_geometry`: similarity, exploration score, shaped rewards and advantages in groups of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import HAS_TRITON, check_positive, check_shape, check_tensor, sizes
+from . import reference
+
+# By their number in the operator's schema.
+SHAPINGS = ("none", "intent", "equation", "right")
+SCORES = ("linear", "sqrt")
+SCALES = ("none", "group", "batch")
+UNIFORM_GROUPS = ("shape", "skip")
+
+# Devices that the C++ operator was built for.
+COMPILED_FOR = tuple(
+    device
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("g2rl::group_geometry", device.upper())
+)
+
+
+class GroupGeometry(NamedTuple):
+    """What `group_geometry` returns; all float32 but members (int64). B groups of at most M rows each."""
+
+    similarity: Tensor  # [B, M, M], cosines
+    members: Tensor  # [B, M], row of the inputs, -1 at empty places
+    score: Tensor  # [S], nu
+    shaped_rewards: Tensor  # [S]
+    advantages: Tensor  # [S]
+
+
+def group_geometry(
+    features: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    lam: float = 0.5,
+    clip: float = 3.0,
+    shaping: str = "intent",
+    score: str = "linear",
+    scale: str = "group",
+    uniform_groups: str = "shape",
+    eps: float = 1e-6,
+) -> GroupGeometry:
+    """Equations 9-13 and 2 of the paper on every group of responses to one prompt, in one call.
+
+        Phi^_i = Phi_i / (||Phi_i|| + eps),  S_ij = <Phi^_i, Phi^_j>                              (9)
+        w_ij   = exp(r_j) / (sum_{k != i} exp(r_k) + eps),  j != i                                (10)
+        nu_i   = max(1 - sum_{j != i} w_ij S_ij^2, 0)                                             (11)
+        r~_i   = r_i (1 + lam (2 nubar_i - 1)), clipped to [-clip, clip]                          (12-13)
+        A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
+
+    nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
+    The paper's eq. 12 as printed contradicts the text around it; `shaping` offers both, and a third that
+    leaves wrong answers alone. With lam = 0.5:
+
+        reward  nubar           "intent"  "equation"  "right"
+          +1      0  (alike)       0.5        1.0        0.5
+          +1      1  (novel)       1.5        1.5        1.5
+          -1      0  (alike)      -0.5       -1.0       -1.0
+          -1      1  (novel)      -1.5       -0.5       -1.0
+
+    Args:
+        features: [S, d], any float dtype (computed on in float32): see `head_features`.
+        rewards: [S], any float dtype; the paper's are +1 and -1.
+        groups: an int m, where rows are consecutive blocks of m; or int64 [S], an id for each row (groups
+            may differ in size and be interleaved), negative for a padding row. Ids on a GPU make the call
+            wait for the device.
+        lam: exploration strength, >= 0. 0 leaves every reward as it is, unclipped.
+        clip: bound of the shaped rewards, positive.
+        shaping: "intent", as above: a novel correct answer gains and a novel wrong one loses; "equation":
+            the paper's eq. 12 as printed, r (1 + lam r nubar), where a novel wrong answer is punished less;
+            "right": right answers (a reward above 0) as by "intent", with nubar between the extremes of the
+            right ones alone, and wrong ones as they are but clipped; "none": rewards as they are, unclipped.
+        score: "linear", as above, or "sqrt": the square root of nu.
+        scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
+            "batch"'s (about the batch's mean), or "none".
+        uniform_groups: groups in which all rewards are equal: "shape" treats them like all others, "skip"
+            leaves their rewards as they are.
+        eps: positive.
+
+    Returns:
+        similarity [B, M, M], members [B, M], score [S], shaped_rewards [S], advantages [S], with M the size
+        of the largest group, groups in order of first appearance and rows in theirs; no gradient. Padding
+        rows get zeros and touch nobody. A group of one has score 1. A response without tokens (a zero
+        feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so, through eqs.
+        11-13, the scores, and where they are shaped the rewards, and the advantages, of its own group; with
+        scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
+
+    Raises:
+        TypeError: a dtype is wrong, or an argument is no tensor.
+        ValueError: shapes or devices do not fit, m does not divide S, an option or a scalar is out of range.
+    """
+    check_tensor("features", features, None)
+    if features.dim() != 2:
+        raise ValueError(f"features: got shape {sizes(features)}, needs [S, d]")
+    check_tensor("rewards", rewards, None, features.device)
+    check_shape("rewards", rewards, (features.shape[0],), "[S], one for each row of features")
+    check_positive("clip", clip)
+    check_positive("eps", eps)
+    if lam != 0:
+        check_positive("lam", lam, ", or 0")
+    _check_choice("shaping", shaping, SHAPINGS)
+    _check_choice("score", score, SCORES)
+    _check_choice("scale", scale, SCALES)
+    _check_choice("uniform_groups", uniform_groups, UNIFORM_GROUPS)
+
+    features, rewards = features.detach().float().contiguous(), rewards.detach().float().contiguous()
+    members = _members(features, groups)
+    if lam == 0:
+        shaping = "none"
+    similarity, nu, shaped, advantages = IMPLEMENTATIONS[_implementation(features.device.type)](
+        features,
+        rewards,
+        members,
+        float(lam),
+        float(clip),
+        SHAPINGS.index(shaping),
+        SCORES.index(score),
+        SCALES.index(scale),
+        uniform_groups == "skip",
+        float(eps),
+    )
+    return GroupGeometry(similarity, members, nu, shaped, advantages)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, choices))}")
+
+
+def _members(features: Tensor, groups: int | Tensor) -> Tensor:
+    S = features.shape[0]
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups < 1 or S % groups:
+            raise ValueError(f"groups: got {groups}, needs a positive group size that divides S = {S}")
+        return torch.arange(S, device=features.device).view(-1, groups)
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups: got {type(groups).__name__}, needs an int or an int64 tensor of ids")
+    check_tensor("groups", groups, (torch.int64,), features.device)
+    check_shape("groups", groups, (S,), "[S], an id for each row of features")
+    if features.device.type == "cpu":
+        return torch.ops.g2rl.group_members(groups.contiguous())
+    return reference.group_members(groups)
+
+
+# --- operators ----------------------------------------------------------------------------------------------
+# All take contiguous features [S, d] and rewards [S] in float32, members [B, M], lam, clip, the numbers of
+# shaping, score and scale, whether uniform groups are skipped, and eps.
+
+
+def _implementation(device: str) -> str:
+    """On a GPU the C++ kernel goes before the Triton one until the two have been measured on one."""
+    if device in COMPILED_FOR:
+        return "compiled"
+    return "triton" if device == "cuda" and HAS_TRITON else "reference"
+
+
+def _by_reference(
+    features: Tensor,
+    rewards: Tensor,
+    members: Tensor,
+    lam: float,
+    clip: float,
+    shaping: int,
+    score: int,
+    scale: int,
+    skip_uniform: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    with torch.autocast(features.device.type, enabled=False):
+        return reference.group_geometry(
+            features,
+            rewards,
+            members,
+            lam=lam,
+            clip=clip,
+            shaping=SHAPINGS[shaping],
+            score=SCORES[score],
+            scale=SCALES[scale],
+            uniform_groups=UNIFORM_GROUPS[skip_uniform],
+            eps=eps,
+        )
+
+
+_schema = str(torch.ops.g2rl.group_geometry.default._schema)
+torch.library.define("g2rl::group_geometry_triton", _schema[_schema.index("(") :])
+
+
+@torch.library.impl("g2rl::group_geometry_triton", ("cpu", "cuda"))  # on the CPU for Triton's interpreter
+def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    from . import triton as kernel
+
+    if members.shape[1] > kernel.MAX_M:
+        return _by_reference(features, rewards, members, *options)
+    with torch.cuda.device_of(features):  # Triton launches on the current device
+        return kernel.launch(features, rewards, members, *options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "compiled": torch.ops.g2rl.group_geometry,  # csrc/
+    "triton": torch.ops.g2rl.group_geometry_triton,  # kernels/group.py; the reference for larger groups
+    "reference": _by_reference,
+}
+
+
+@torch.library.register_fake("g2rl::group_geometry")
+@torch.library.register_fake("g2rl::group_geometry_triton")
+def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    S, (B, M) = features.shape[0], members.shape
+    rows = (features.new_empty(S, dtype=torch.float32) for _ in range(3))
+    return features.new_empty((B, M, M), dtype=torch.float32), *rows
+
+
+@torch.library.register_fake("g2rl::group_members")
+def _(ids: Tensor) -> Tensor:
+    ctx = torch.library.get_ctx()
+    return ids.new_empty((ctx.new_dynamic_size(), ctx.new_dynamic_size()))

@@ -1,0 +1,162 @@
+"""Vocabulary-parallel heads: each rank of a process group holds consecutive rows of weight and bias.
+
+All ranks have the same hidden, tokens and options, and end with the same bits. Over the network go, for N
+tokens, S responses and hidden size d,
+
+    int64   [world]         how many rows each rank has               local_tokens
+    float   [world, 4, N]   m, s, u and z_y of each token             over_ranks
+    float32 [S, d]          features, summed over ranks               head._head_features_over_ranks
+    float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
+
+A rank's statistics are one more part for `logprobs.merge`, taken in rank order. The realised token is left
+out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients are
+sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
+
+Operators take the group's name, "" for none, which torch.compile can keep. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from ..arguments import check_token_values, may_read_values, sizes
+from . import tiled
+
+ELSEWHERE, NOWHERE = -1, -2  # tokens of other ranks' rows, and of no rank's
+PIECE = 2**20  # numbers of each kind that are gathered at a time
+MESSAGE = 4096  # bytes that each rank sends before it begins
+
+Result = TypeVar("Result")
+
+
+# --- before: all ranks go on, or all raise ------------------------------------------------------------------
+
+
+def checked(
+    check: Callable[[], Result], process_group: Any, hidden: Any, weight: Any, tokens: Any, **same: Any
+) -> Result:
+    """check(), which looks at this rank's arguments; with a group, at those of all ranks together.
+
+    Where values may be read, each rank sends what it found: an error on one rank is then raised by all, and
+    so is a difference between ranks in what has to be the same, which is everything but the rows of weight
+    and bias (of hidden, no values are compared). Elsewhere a rank that raises leaves the others waiting for
+    it, up to the group's timeout.
+
+    Raises:
+        TypeError, ValueError, ImportError: check() raised it, on any rank; ranks differ; process_group is no
+            group, or none that this process is a member of; a token lies outside the vocabulary of all ranks.
+    """
+    if process_group is None:
+        return check()
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this process is no member of it; call on its members only")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: got {type(process_group).__name__}, needs a "
+            "torch.distributed.ProcessGroup; a DeviceMesh has get_group()"
+        )
+    tensors = [t for t in (hidden, weight, tokens) if isinstance(t, Tensor)]
+    if tensors and not may_read_values(tensors[0]):
+        return check()
+    problem: Exception | None = None
+    try:
+        result = check()
+        facts = {"hidden": hidden, "weight": weight, "tokens": tokens, **same}
+        message = {"rows": weight.shape[0], **{name: _fact(name, value) for name, value in facts.items()}}
+    except (TypeError, ValueError, ImportError) as error:
+        problem, message = error, {"error": type(error).__name__, "text": str(error)[:500]}
+    messages = _exchange(message, process_group, tensors[0].device if tensors else torch.device("cpu"))
+    for rank, other in enumerate(messages):
+        if "error" in other:
+            kind = {"TypeError": TypeError, "ImportError": ImportError}.get(other["error"], ValueError)
+            raise kind(f"{other['text']} (rank {rank} of process_group)") from problem
+    for rank, other in enumerate(messages):
+        for name, value in messages[0].items():
+            if name != "rows" and other.get(name) != value:
+                raise ValueError(
+                    f"{name}: rank {rank} of process_group has {other.get(name)}, rank 0 has {value}; all "
+                    "ranks need the same"
+                )
+    check_token_values(tokens, sum(other["rows"] for other in messages))
+    return result
+
+
+def _fact(name: str, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if name in ("weight", "bias"):  # their rows differ
+        return str(value.dtype)
+    if name == "hidden":
+        trained = ", requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
+        return f"{sizes(value)} {value.dtype}{trained}"
+    content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{sizes(value)} {value.dtype} of checksum {zlib.crc32(content):08x}"
+
+
+def _exchange(
+    message: dict[str, Any], group: dist.ProcessGroup, device: torch.device
+) -> list[dict[str, Any]]:
+    text = json.dumps(message).encode().ljust(MESSAGE)
+    mine = torch.tensor([*text], dtype=torch.uint8, device=device)
+    return [json.loads(bytes(other.tolist())) for other in _gathered(mine, group)]
+
+
+# --- tokens and statistics ----------------------------------------------------------------------------------
+
+
+def _members(group: str) -> dist.ProcessGroup:
+    resolve: Any = distributed_c10d._resolve_process_group  # some versions of torch want a subtype of str
+    return resolve(group)
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[world, *mine.shape], in rank order."""
+    everyone = mine.new_empty(group.size(), *mine.shape)
+    dist.all_gather([*everyone], mine, group=group)
+    return everyone
+
+
+def all_reduce(values: Tensor, group: str) -> None:
+    """The sum over all ranks, in place; nothing without a group."""
+    if group and values.numel():
+        dist.all_reduce(values, group=_members(group))
+
+
+@torch.library.custom_op("g2rl::local_tokens", mutates_args=())
+def local_tokens(tokens: Tensor, V: int, group: str) -> Tensor:
+    """tokens [N], counted over the rows of all ranks -> counted over the V rows of this one, or ELSEWHERE, or
+    NOWHERE."""
+    members = _members(group)
+    end = _gathered(tokens.new_full((1,), V), members).flatten().cumsum(0)
+    local = tokens - (end[members.rank()] - V)
+    known = (tokens >= 0) & (tokens < end[-1])
+    return torch.where((local >= 0) & (local < V), local, torch.where(known, ELSEWHERE, NOWHERE))
+
+
+@local_tokens.register_fake
+def _(tokens: Tensor, V: int, group: str) -> Tensor:
+    return torch.empty_like(tokens)
+
+
+def over_ranks(partial: Tensor, target: Tensor, tokens: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """What `statistics` gave on this rank, [R, 3, N] and [N], to that of all ranks, [1, 3, N] and [N].
+
+    tokens [N] are local; a token that is NOWHERE gets NaN for its logit.
+    """
+    members = _members(group)
+    mine = torch.cat([torch.stack(tiled.joined(partial)), target[None]])
+    mine[3].masked_fill_(tokens == NOWHERE, torch.nan)
+    found = torch.empty_like(mine)
+    for rows in tiled.slices(0, len(tokens), PIECE // members.size()):
+        everyone = _gathered(mine[:, rows].contiguous(), members)
+        found[:3, rows] = torch.stack(tiled.joined(everyone[:, :3]))
+        found[3, rows] = everyone[:, 3].amax(0)  # -inf on all ranks but one
+    return found[None, :3], found[3]

