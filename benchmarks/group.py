@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 from g2rl_kernels.group import geometry as group
 from g2rl_kernels.group import reference
+from g2rl_kernels.group.options import ShapingOptions
 
 from .measure import in_turns, least_seconds, markdown, quantiles, spread, why_not
 
@@ -20,8 +20,6 @@ from .measure import in_turns, least_seconds, markdown, quantiles, spread, why_n
 SIZES = ((64, 16, 4096), (64, 16, 2048), (8, 16, 4096), (256, 16, 2048), (64, 8, 4096), (32, 32, 4096))
 CPU_SIZES = ((4, 16, 576), (64, 16, 2048))
 QUICK_SIZES = ((8, 16, 1024),)
-OPTIONS = ("lam", "clip", "shaping", "score", "scale", "uniform_groups", "eps")
-DEFAULTS = {name: p.default for name, p in inspect.signature(g2.group_geometry).parameters.items()}
 
 
 def inputs(B: int, m: int, d: int, device: str) -> tuple[Tensor, Tensor, int]:
@@ -36,24 +34,17 @@ def inputs(B: int, m: int, d: int, device: str) -> tuple[Tensor, Tensor, int]:
 def implementations(features: Tensor, rewards: Tensor, m: int) -> dict[str, Callable[[], Any]]:
     """Name -> call whose last result are the advantages: what users call, with its checks and the list of
     members, and each operator behind it by itself, one launch."""
-    numbers = (
-        float(DEFAULTS["lam"]),
-        float(DEFAULTS["clip"]),
-        group.SHAPINGS.index(DEFAULTS["shaping"]),
-        group.SCORES.index(DEFAULTS["score"]),
-        group.SCALES.index(DEFAULTS["scale"]),
-        DEFAULTS["uniform_groups"] == "skip",
-        float(DEFAULTS["eps"]),
-    )
     members = torch.arange(len(rewards), device=rewards.device).view(-1, m)
     gpu = features.is_cuda
     names = {"compiled": "CUDA C++" if gpu else "C++", "triton": "Triton", "reference": "PyTorch"}
-    found: dict[str, Callable[[], Any]] = {"group_geometry": lambda: g2.group_geometry(features, rewards, m)}
+    found: dict[str, Callable[[], Any]] = {
+        "group_geometry": lambda: g2.group_geometry(features, rewards, group_size=m)
+    }
     for key, operator in group.IMPLEMENTATIONS.items():
         if key == "triton" and not gpu:
             continue  # in Triton's interpreter, which tests it and has no speed
         found[f"{names[key]} operator"] = lambda operator=operator: operator(
-            features, rewards, members, *numbers
+            features, rewards, members, *ShapingOptions().flat()
         )
     return found
 
@@ -61,8 +52,7 @@ def implementations(features: Tensor, rewards: Tensor, m: int) -> dict[str, Call
 def exact(features: Tensor, rewards: Tensor, m: int) -> Tensor:
     """The advantages in float64."""
     members = torch.arange(len(rewards), device=rewards.device).view(-1, m)
-    options = {name: DEFAULTS[name] for name in OPTIONS}
-    return reference.group_geometry(features.double(), rewards.double(), members, **options)[3]
+    return reference.group_geometry(features.double(), rewards.double(), members)[3]
 
 
 def graphed(call: Callable[[], Any], launches: int) -> Callable[[], None]:

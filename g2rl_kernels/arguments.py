@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ def check_head(
         check_scale("logit_softcap", logit_softcap, "; None for no softcap")
     name = "logit_scale" if logit_softcap is None else "logit_softcap"
     check_scale(f"{name} / temperature", (logit_softcap or logit_scale) / temperature)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, choices))}")
 
 
 def check_positive(name: str, value: float, remedy: str = "") -> None:

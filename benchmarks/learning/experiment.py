@@ -104,7 +104,7 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
         problems["maj@16"].append(round(maj_at_k(finals, goods, GROUP), 6))
         problems["pass@16"].append(round(pass_at_k(n, c, GROUP), 6))
         problems["distinct right"].append(distinct_right(texts, goods))
-    keys = ("entropy", "length", "cos_mean", "negative_pairs", "score_mean")
+    keys = ("entropy", "length", "cos_mean", "negative_pairs", "exploration_score_mean")
     geometry = {key: round(sum(d[key] for d in described) / len(described), 6) for key in keys}
     return {"problems": problems, "geometry": geometry}
 

@@ -289,11 +289,11 @@ def _measure(
     file: Path,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """`statistics` of every problem, with "problem" and "question"; from `file` where it has them."""
+    """`group_statistics` of every problem, with "problem" and "question"; from `file` where it has them."""
     from tqdm import tqdm
 
     from ..evaluation.samples import MODEL_FILES, model_files, prompt_tokens
-    from ..geometry.measure import measure, statistics
+    from ..geometry.measure import group_statistics, measure
 
     header = {"model": config.model, MODEL_FILES: model_files(config.model), **settings}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -333,9 +333,9 @@ def _measure(
                 advance=bar.update,
             )
             scores = [row["score"] for row in group]
-            (found,) = statistics(
+            (found,) = group_statistics(
                 done.features,
-                torch.zeros(len(group), dtype=torch.int64),
+                group_ids=torch.zeros(len(group), dtype=torch.int64),
                 scores=None if None in scores else scores,
                 score_gate=config.score_gate,
                 texts=texts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, TrainerError, need, out_of_memory
+from ..group.options import ShapingOptions
 from ..trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_intermixed_args(words)  # options may stand between overrides
         if args.keys:
             source = inspect.getsource(TrainerConfig)
-            print(source[source.index("    # model") : source.index("    @classmethod")].rstrip())
+            keys = source[source.index("    # model") : source.index("    @classmethod")].rstrip()
+            shared = r"ShapingOptions\.(\w+)"
+            print(re.sub(shared, lambda found: repr(getattr(ShapingOptions, found[1])), keys))
             return 0
         return _train(args)
     except TrainerError as error:

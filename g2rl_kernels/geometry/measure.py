@@ -20,6 +20,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 
 from ..evaluation.results import check_questions
+from ..group.geometry import row_groups
 from ..head.reference import segment_sum
 from ..models.lm_head import Head, response_hidden
 
@@ -115,10 +116,11 @@ def effective_rank(similarity: Tensor) -> float:
     return math.exp(torch.special.entr(shares).sum().item())
 
 
-def statistics(
+def group_statistics(
     features: Tensor,
-    groups: int | Tensor,
     *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
     scores: Sequence[float] | None = None,
     score_gate: float = 0.99,
     texts: Sequence[str] | None = None,
@@ -132,8 +134,7 @@ def statistics(
     Args:
         features: [S, d], of `head_features`. A feature that is zero (no tokens) or not finite takes no part
             in what is about pairs, effective rank and semantic cosine.
-        groups: an int m, where rows are consecutive blocks of m; or int64 [S] ids of any kind of groups,
-            negative: in no group.
+        group_size, group_ids: exactly one, as in `group_geometry`; ids of any kind of groups.
         scores: [S], right from `score_gate` on.
         texts: [S], so that pairs of equal texts, whose cosine is 1, are not called the most redundant.
         answers: [S], equal texts for equal answers, None for no answer.
@@ -149,15 +150,15 @@ def statistics(
     Raises:
         TypeError, ValueError: as `group_geometry`.
     """
-    if isinstance(groups, int) and (groups < 1 or len(features) % groups):
-        raise ValueError(
-            f"groups: got {groups}, needs a positive group size that divides S = {len(features)}"
-        )
-    ids = torch.arange(len(features)) // groups if isinstance(groups, int) else groups.cpu()
     features = features.detach().float().cpu()
+    ids = row_groups(
+        len(features), features.device, group_size, None if group_ids is None else group_ids.cpu()
+    )
     norms = features.norm(dim=1)
     part = ids.masked_fill(~((norms > 0) & norms.isfinite()), -1)
-    geometry = g2.group_geometry(features, torch.zeros(len(features)), part, shaping="none", eps=EPS)
+    geometry = g2.group_geometry(
+        features, torch.zeros(len(features)), group_ids=part, shaping="none", eps=EPS
+    )
     found = {}
     for members, similarity in zip(geometry.members, geometry.similarity):
         rows = members[members >= 0]

@@ -34,22 +34,20 @@ def compared_text(completion: str) -> str:
     return rest.strip() if thought else completion
 
 
-def evol_rewards(
-    embeddings: Tensor, right: Tensor, groups: int | Tensor, valid: Tensor | None = None
-) -> Tensor:
+def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Tensor | None = None) -> Tensor:
     """EVOL-RL's rewards, the equations on top of this file.
 
     Args:
         embeddings: [S, e], rows of unit norm.
         right: [S] bool, by the verifier or by `majority_labels`.
-        groups: an int m, where rows are consecutive blocks of m; or int64 [S] ids, negative: takes no part.
+        group_ids: [S] int64, negative: takes no part.
         valid: [S] bool, False for a response without an answer.
 
     Returns:
         [S] float32; 0 for rows that take no part.
     """
     S = len(right)
-    ids = torch.arange(S, device=right.device) // groups if isinstance(groups, int) else groups
+    ids = group_ids
     here = ids >= 0
     counts = here if valid is None else here & valid
     cosine = (embeddings.float() @ embeddings.float().mT).clamp(min=0)
@@ -72,13 +70,13 @@ def evol_rewards(
     return rewards.masked_fill(~counts, -1.0).masked_fill(~here, 0.0)
 
 
-def majority_labels(answers: Sequence[str | None], groups: int | Tensor) -> Tensor:
+def majority_labels(answers: Sequence[str | None], group_ids: Tensor) -> Tensor:
     """[S] bool: whose answer is the most frequent of its group; of equally frequent ones, the first given.
 
-    None, no answer, does not vote and is never right. groups: as in `evol_rewards`; rows that take no part do
-    not vote either.
+    None, no answer, does not vote and is never right. group_ids [S]: as in `evol_rewards`; rows that take no
+    part do not vote either.
     """
-    ids = [row // groups for row in range(len(answers))] if isinstance(groups, int) else groups.tolist()
+    ids = group_ids.tolist()
     votes: dict[int, Counter[str]] = {}
     for group, answer in zip(ids, answers):
         if group >= 0 and answer is not None:

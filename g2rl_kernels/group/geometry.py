@@ -8,14 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import HAS_TRITON, check_positive, check_shape, check_tensor, sizes
+from ..arguments import HAS_TRITON, check_shape, check_tensor, sizes
 from . import reference
-
-# By their number in the operator's schema.
-SHAPINGS = ("none", "intent", "equation", "right")
-SCORES = ("linear", "sqrt")
-SCALES = ("none", "group", "batch")
-UNIFORM_GROUPS = ("shape", "skip")
+from .options import ShapingOptions
 
 # Devices that the C++ operator was built for.
 COMPILED_FOR = tuple(
@@ -30,7 +25,7 @@ class GroupGeometry(NamedTuple):
 
     similarity: Tensor  # [B, M, M], cosines
     members: Tensor  # [B, M], row of the inputs, -1 at empty places
-    score: Tensor  # [S], nu
+    exploration_score: Tensor  # [S], nu
     shaped_rewards: Tensor  # [S]
     advantages: Tensor  # [S]
 
@@ -38,15 +33,16 @@ class GroupGeometry(NamedTuple):
 def group_geometry(
     features: Tensor,
     rewards: Tensor,
-    groups: int | Tensor,
     *,
-    lam: float = 0.5,
-    clip: float = 3.0,
-    shaping: str = "intent",
-    score: str = "linear",
-    scale: str = "group",
-    uniform_groups: str = "shape",
-    eps: float = 1e-6,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    lam: float = ShapingOptions.lam,
+    clip: float = ShapingOptions.clip,
+    shaping: str = ShapingOptions.shaping,
+    exploration_score: str = ShapingOptions.exploration_score,
+    scale: str = ShapingOptions.scale,
+    uniform_groups: str = ShapingOptions.uniform_groups,
+    eps: float = ShapingOptions.eps,
 ) -> GroupGeometry:
     """Equations 9-13 and 2 of the paper on every group of responses to one prompt, in one call.
 
@@ -69,16 +65,17 @@ def group_geometry(
     Args:
         features: [S, d], any float dtype (computed on in float32): see `head_features`.
         rewards: [S], any float dtype; the paper's are +1 and -1.
-        groups: an int m, where rows are consecutive blocks of m; or int64 [S], an id for each row (groups
-            may differ in size and be interleaved), negative for a padding row. Ids on a GPU make the call
-            wait for the device.
+        group_size: m, where rows are consecutive blocks of m responses. Exactly one of group_size and
+            group_ids is given.
+        group_ids: [S] int64, an id for each row: groups may differ in size and be interleaved; negative for
+            a padding row. Ids on a GPU make the call wait for the device.
         lam: exploration strength, >= 0. 0 leaves every reward as it is, unclipped.
         clip: bound of the shaped rewards, positive.
         shaping: "intent", as above: a novel correct answer gains and a novel wrong one loses; "equation":
             the paper's eq. 12 as printed, r (1 + lam r nubar), where a novel wrong answer is punished less;
             "right": right answers (a reward above 0) as by "intent", with nubar between the extremes of the
             right ones alone, and wrong ones as they are but clipped; "none": rewards as they are, unclipped.
-        score: "linear", as above, or "sqrt": the square root of nu.
+        exploration_score: "linear", as above, or "sqrt": the square root of nu.
         scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
             "batch"'s (about the batch's mean), or "none".
         uniform_groups: groups in which all rewards are equal: "shape" treats them like all others, "skip"
@@ -86,12 +83,12 @@ def group_geometry(
         eps: positive.
 
     Returns:
-        similarity [B, M, M], members [B, M], score [S], shaped_rewards [S], advantages [S], with M the size
-        of the largest group, groups in order of first appearance and rows in theirs; no gradient. Padding
-        rows get zeros and touch nobody. A group of one has score 1. A response without tokens (a zero
-        feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so, through eqs.
-        11-13, the scores, and where they are shaped the rewards, and the advantages, of its own group; with
-        scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
+        similarity [B, M, M], members [B, M], exploration_score [S], shaped_rewards [S], advantages [S], with
+        M the size of the largest group, groups in order of first appearance and rows in theirs; no gradient.
+        Padding rows get zeros and touch nobody. A group of one has exploration score 1. A response without
+        tokens (a zero feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so,
+        through eqs. 11-13, the scores, and where they are shaped the rewards, and the advantages, of its own
+        group; with scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
 
     Raises:
         TypeError: a dtype is wrong, or an argument is no tensor.
@@ -102,57 +99,52 @@ def group_geometry(
         raise ValueError(f"features: got shape {sizes(features)}, needs [S, d]")
     check_tensor("rewards", rewards, None, features.device)
     check_shape("rewards", rewards, (features.shape[0],), "[S], one for each row of features")
-    check_positive("clip", clip)
-    check_positive("eps", eps)
-    if lam != 0:
-        check_positive("lam", lam, ", or 0")
-    _check_choice("shaping", shaping, SHAPINGS)
-    _check_choice("score", score, SCORES)
-    _check_choice("scale", scale, SCALES)
-    _check_choice("uniform_groups", uniform_groups, UNIFORM_GROUPS)
-
+    options = ShapingOptions(lam, clip, shaping, exploration_score, scale, uniform_groups, eps)
+    options.check()
     features, rewards = features.detach().float().contiguous(), rewards.detach().float().contiguous()
-    members = _members(features, groups)
-    if lam == 0:
-        shaping = "none"
-    similarity, nu, shaped, advantages = IMPLEMENTATIONS[_implementation(features.device.type)](
-        features,
-        rewards,
-        members,
-        float(lam),
-        float(clip),
-        SHAPINGS.index(shaping),
-        SCORES.index(score),
-        SCALES.index(scale),
-        uniform_groups == "skip",
-        float(eps),
-    )
+    members = _members(features, group_size, group_ids)
+    operator = IMPLEMENTATIONS[_implementation(features.device.type)]
+    similarity, nu, shaped, advantages = operator(features, rewards, members, *options.flat())
     return GroupGeometry(similarity, members, nu, shaped, advantages)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, choices))}")
+def check_grouping(count: int, device: torch.device, group_size: Any, group_ids: Any) -> None:
+    """Exactly one is given: a size that divides `count`, or int64 ids, one for each of `count` rows."""
+    if (group_size is None) == (group_ids is None):
+        given = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size, group_ids: got {given}, needs exactly one of them")
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, (torch.int64,), device)
+        check_shape("group_ids", group_ids, (count,), "[S], an id for each row")
+    elif not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size: got {type(group_size).__name__}, needs an int")
+    elif group_size < 1 or count % group_size:
+        raise ValueError(f"group_size: got {group_size}, needs a positive number that divides S = {count}")
 
 
-def _members(features: Tensor, groups: int | Tensor) -> Tensor:
-    S = features.shape[0]
-    if isinstance(groups, int) and not isinstance(groups, bool):
-        if groups < 1 or S % groups:
-            raise ValueError(f"groups: got {groups}, needs a positive group size that divides S = {S}")
-        return torch.arange(S, device=features.device).view(-1, groups)
-    if not isinstance(groups, Tensor):
-        raise TypeError(f"groups: got {type(groups).__name__}, needs an int or an int64 tensor of ids")
-    check_tensor("groups", groups, (torch.int64,), features.device)
-    check_shape("groups", groups, (S,), "[S], an id for each row of features")
+def row_groups(
+    count: int, device: torch.device, group_size: int | None = None, group_ids: Tensor | None = None
+) -> Tensor:
+    """[count] int64, the group of each row, whichever way it is given."""
+    check_grouping(count, device, group_size, group_ids)
+    if group_ids is not None:
+        return group_ids
+    assert group_size is not None
+    return torch.arange(count, device=device) // group_size
+
+
+def _members(features: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
+    check_grouping(len(features), features.device, group_size, group_ids)
+    if group_size is not None:
+        return torch.arange(len(features), device=features.device).view(-1, group_size)
+    assert group_ids is not None
     if features.device.type == "cpu":
-        return torch.ops.g2rl.group_members(groups.contiguous())
-    return reference.group_members(groups)
+        return torch.ops.g2rl.group_members(group_ids.contiguous())
+    return reference.group_members(group_ids)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
-# All take contiguous features [S, d] and rewards [S] in float32, members [B, M], lam, clip, the numbers of
-# shaping, score and scale, whether uniform groups are skipped, and eps.
+# All take contiguous features [S, d] and rewards [S] in float32, members [B, M], and ShapingOptions.flat().
 
 
 def _implementation(device: str) -> str:
@@ -162,31 +154,9 @@ def _implementation(device: str) -> str:
     return "triton" if device == "cuda" and HAS_TRITON else "reference"
 
 
-def _by_reference(
-    features: Tensor,
-    rewards: Tensor,
-    members: Tensor,
-    lam: float,
-    clip: float,
-    shaping: int,
-    score: int,
-    scale: int,
-    skip_uniform: bool,
-    eps: float,
-) -> tuple[Tensor, ...]:
+def _by_reference(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     with torch.autocast(features.device.type, enabled=False):
-        return reference.group_geometry(
-            features,
-            rewards,
-            members,
-            lam=lam,
-            clip=clip,
-            shaping=SHAPINGS[shaping],
-            score=SCORES[score],
-            scale=SCALES[scale],
-            uniform_groups=UNIFORM_GROUPS[skip_uniform],
-            eps=eps,
-        )
+        return reference.group_geometry(features, rewards, members, ShapingOptions.from_flat(*flat))
 
 
 _schema = str(torch.ops.g2rl.group_geometry.default._schema)
@@ -194,25 +164,25 @@ torch.library.define("g2rl::group_geometry_triton", _schema[_schema.index("(") :
 
 
 @torch.library.impl("g2rl::group_geometry_triton", ("cpu", "cuda"))  # on the CPU for Triton's interpreter
-def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     from . import triton as kernel
 
     if members.shape[1] > kernel.MAX_M:
-        return _by_reference(features, rewards, members, *options)
+        return _by_reference(features, rewards, members, *flat)
     with torch.cuda.device_of(features):  # Triton launches on the current device
-        return kernel.launch(features, rewards, members, *options)
+        return kernel.launch(features, rewards, members, *flat)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "compiled": torch.ops.g2rl.group_geometry,  # csrc/
-    "triton": torch.ops.g2rl.group_geometry_triton,  # kernels/group.py; the reference for larger groups
+    "triton": torch.ops.g2rl.group_geometry_triton,  # triton.py; the reference for larger groups
     "reference": _by_reference,
 }
 
 
 @torch.library.register_fake("g2rl::group_geometry")
 @torch.library.register_fake("g2rl::group_geometry_triton")
-def _(features: Tensor, rewards: Tensor, members: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     S, (B, M) = features.shape[0], members.shape
     rows = (features.new_empty(S, dtype=torch.float32) for _ in range(3))
     return features.new_empty((B, M, M), dtype=torch.float32), *rows

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..head.reference import accumulation_dtype
+from .options import ShapingOptions
 
 FLAT_SPREAD = 1e-5  # eq. 13: with a smaller spread of nu in a group, every nubar is 0.5
+DEFAULTS = ShapingOptions()
 
 
 def group_members(ids: Tensor) -> Tensor:
@@ -54,10 +56,10 @@ def reference_weights(rewards: Tensor, present: Tensor, eps: float) -> Tensor:
     return exponential / (exponential.sum(dim=-1, keepdim=True) + eps * torch.exp(-shift))
 
 
-def exploration_score(similarity: Tensor, weights: Tensor, score: str) -> Tensor:
-    """Eq. 11: nu_i = max(1 - sum_{j != i} w_ij S_ij^2, 0); its square root for score="sqrt". [B, M]."""
+def exploration_score(similarity: Tensor, weights: Tensor, form: str) -> Tensor:
+    """Eq. 11: nu_i = max(1 - sum_{j != i} w_ij S_ij^2, 0); its square root for form="sqrt". [B, M]."""
     nu = (1 - (weights * similarity**2).sum(dim=-1)).clamp(min=0)
-    return nu.sqrt() if score == "sqrt" else nu
+    return nu.sqrt() if form == "sqrt" else nu
 
 
 def min_max(nu: Tensor, present: Tensor) -> Tensor:
@@ -116,18 +118,11 @@ def group_geometry(
     features: Tensor,
     rewards: Tensor,
     members: Tensor,
-    *,
-    lam: float = 0.5,
-    clip: float = 3.0,
-    shaping: str = "intent",
-    score: str = "linear",
-    scale: str = "group",
-    uniform_groups: str = "shape",
-    eps: float = 1e-6,
+    options: ShapingOptions = DEFAULTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (negative: empty).
 
-    Returns similarity [B, M, M], score nu, shaped rewards, advantages [S]; zeros for rows of no group.
+    Returns similarity [B, M, M], nu, shaped rewards, advantages [S]; zeros for rows of no group.
     """
     dtype = accumulation_dtype(features, rewards)
     present = members >= 0
@@ -136,14 +131,14 @@ def group_geometry(
     group_features = features.to(dtype)[rows].masked_fill(~present[:, :, None], 0.0)
     group_rewards = rewards.to(dtype)[rows].masked_fill(~present, 0.0)
 
-    similarity = cosine_similarity(group_features, eps).masked_fill(~pair, 0.0)
-    weights = reference_weights(group_rewards, present, eps)
-    nu = exploration_score(similarity, weights, score)
-    compared = present & (group_rewards > 0) if shaping == "right" else present
-    shaped = shaped_rewards(group_rewards, min_max(nu, compared), lam, clip, shaping)
-    if uniform_groups == "skip":
+    similarity = cosine_similarity(group_features, options.eps).masked_fill(~pair, 0.0)
+    weights = reference_weights(group_rewards, present, options.eps)
+    nu = exploration_score(similarity, weights, options.exploration_score)
+    compared = present & (group_rewards > 0) if options.shaping == "right" else present
+    shaped = shaped_rewards(group_rewards, min_max(nu, compared), options.lam, options.clip, options.shaping)
+    if options.uniform_groups == "skip":
         shaped = torch.where(is_uniform(group_rewards, present), group_rewards, shaped)
-    advantages = group_advantages(shaped, present, scale, eps)
+    advantages = group_advantages(shaped, present, options.scale, options.eps)
 
     # Empty places write to a row beyond the last, which is then dropped.
     target = torch.where(present, members, features.shape[0]).flatten()

@@ -45,7 +45,8 @@ CONFIGS = (Config(16, 64, 8, 8), Config(32, 16, 4, 4))
 
 @triton.jit
 def zero_unnamed(
-    members, score, shaped_rewards, advantages, i_block, S, places, BR: tl.constexpr, BC: tl.constexpr
+    members, exploration_score, shaped_rewards, advantages, i_block, S, places,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     o_r = i_block.to(tl.int64) * BR + tl.arange(0, BR)
     b_named = tl.zeros([BR], dtype=tl.int32)
@@ -55,20 +56,22 @@ def zero_unnamed(
         b_named |= tl.max((o_r[:, None] == b_row[None, :]).to(tl.int32), axis=1)
     m_r = (o_r < S) & (b_named == 0)
     b_zero = tl.zeros([BR], dtype=tl.float32)
-    tl.store(score + o_r, b_zero, mask=m_r)
+    tl.store(exploration_score + o_r, b_zero, mask=m_r)
     tl.store(shaped_rewards + o_r, b_zero, mask=m_r)
     tl.store(advantages + o_r, b_zero, mask=m_r)
 
 
 @triton.jit(do_not_specialize=["S", "d", "B", "M"])
 def group_kernel(
-    features, rewards, members, similarity, score, shaped_rewards, advantages, values, S, d, B, M,
+    features, rewards, members, similarity, exploration_score, shaped_rewards, advantages, values, S, d, B, M,
     lam: tl.float64, clip: tl.float64, eps: tl.float64,
     SHAPING: tl.constexpr, SCORE: tl.constexpr, SCALE: tl.constexpr, SKIP_UNIFORM: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= B:
-        zero_unnamed(members, score, shaped_rewards, advantages, tl.program_id(0) - B, S, B * M, BR, BC)
+        zero_unnamed(
+            members, exploration_score, shaped_rewards, advantages, tl.program_id(0) - B, S, B * M, BR, BC
+        )
         return
     i_b = tl.program_id(0).to(tl.int64)
     o_m = tl.arange(0, BM)
@@ -106,7 +109,7 @@ def group_kernel(
     if SCORE == 1:
         b_nu = tl.sqrt(b_nu)
 
-    # 4. eqs. 12-13; one NaN score makes all that are compared with it NaN
+    # 4. eqs. 12-13; one NaN nu makes all that are compared with it NaN
     if SHAPING == 0:
         b_value = b_r
     else:
@@ -138,7 +141,7 @@ def group_kernel(
         b_advantage = b_centred / tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / b_n + eps)
     if SCALE == 2:
         tl.store(values + i_b * M + o_m, b_value, mask=o_m < M)
-    tl.store(score + b_row, b_nu.to(tl.float32), mask=m_m)
+    tl.store(exploration_score + b_row, b_nu.to(tl.float32), mask=m_m)
     tl.store(shaped_rewards + b_row, b_value.to(tl.float32), mask=m_m)
     tl.store(advantages + b_row, b_advantage.to(tl.float32), mask=m_m)
 
@@ -171,23 +174,16 @@ def batch_scale_kernel(members, values, advantages, S, places, eps: tl.float64, 
 
 
 def launch(
-    features: Tensor,
-    rewards: Tensor,
-    members: Tensor,
-    lam: float,
-    clip: float,
-    shaping: int,
-    score: int,
-    scale: int,
-    skip_uniform: bool,
-    eps: float,
+    features: Tensor, rewards: Tensor, members: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator g2rl::group_geometry: contiguous features [S, d] and rewards [S] in float32, members
-    [B, M] int64. Returns similarity [B, M, M] and score, shaped rewards, advantages [S].
+    [B, M] int64, ShapingOptions.flat(). Returns similarity [B, M, M] and exploration scores, shaped rewards,
+    advantages [S].
 
     Raises:
         ValueError: M is larger than MAX_M.
     """
+    lam, clip, shaping, score, scale, skip_uniform, eps = flat
     (S, d), (B, M) = features.shape, members.shape
     if M > MAX_M:
         raise ValueError(f"members: got groups of {M}, the Triton kernel takes at most {MAX_M}")
@@ -214,7 +210,7 @@ def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int,
     """(kernel, signature, constexprs, num_warps, num_stages, label) of what is shipped, to compile without a
     GPU."""
     inputs = {"features": "*fp32", "rewards": "*fp32", "members": "*i64"}
-    outputs = dict.fromkeys(("similarity", "score", "shaped_rewards", "advantages"), "*fp32")
+    outputs = dict.fromkeys(("similarity", "exploration_score", "shaped_rewards", "advantages"), "*fp32")
     sizes = dict.fromkeys(("S", "d", "B", "M"), "i32")
     scalars = dict.fromkeys(("lam", "clip", "eps"), "fp64")
     for config in CONFIGS:

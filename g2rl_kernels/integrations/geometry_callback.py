@@ -32,7 +32,8 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
-from ..geometry.measure import EPS, measure, statistics
+from ..geometry.measure import EPS, group_statistics, measure
+from ..group.options import ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import find_head
@@ -41,16 +42,25 @@ from ..trainer.sampling import Sampler
 from .trl import correctness_column, head_inputs, innermost
 
 ALWAYS = ("cos_mean", "negative_pairs")  # of `describe`
-WITH_REWARDS = ("score_mean", "accuracy")  # of `describe`, too; what it says about shaping is left out
-OF_GROUPS = ("effective_rank", "semantic_cosine", "distinct_answers", "distinct_right")  # of `statistics`
+WITH_REWARDS = (
+    "exploration_score_mean",
+    "accuracy",
+)  # of `describe`, too; what it says about shaping is left out
+OF_GROUPS = (
+    "effective_rank",
+    "semantic_cosine",
+    "distinct_answers",
+    "distinct_right",
+)  # of `group_statistics`
 
 
 class GeometryCallback(TrainerCallback):
     """Logs `g2rl/cos_mean`, `negative_pairs`, `effective_rank` and `seconds` (this rank's, for measuring).
 
-    Where it is known which responses are right also `accuracy` and `score_mean`; with `encoder`
+    Where it is known which responses are right also `accuracy` and `exploration_score_mean`; with `encoder`
     `semantic_cosine`; with `answer` `distinct_answers` and, with rewards, `distinct_right`. The first two and
-    `score_mean` are over all pairs or responses, as in G2RL's own training; the others means over prompts.
+    `exploration_score_mean` are over all pairs or responses, as in G2RL's own training; the others are means
+    over prompts.
 
     Args:
         trainer: any trainer of TRL, made but not started.
@@ -304,14 +314,19 @@ class GeometryCallback(TrainerCallback):
         assumed = torch.zeros_like(features[:, 0]) if scores is None else scores.float()
         known = has_tokens & ~assumed.isnan()
         shaped = shape_scores(
-            features, assumed, group, has_tokens=known, threshold=self.threshold, shaping="none", eps=EPS
+            features,
+            assumed,
+            ShapingOptions(shaping="none", eps=EPS),
+            group_ids=group,
+            has_tokens=known,
+            threshold=self.threshold,
         )
         metrics = {name: shaped.metrics[name] for name in ALWAYS}
         if scores is not None:
             metrics |= {name: shaped.metrics[name] for name in WITH_REWARDS}
-        found = statistics(
+        found = group_statistics(
             features,
-            group,
+            group_ids=group,
             scores=None if scores is None else scores.tolist(),
             score_gate=self.threshold,
             answers=[self.answer(text) for text in everyone] if everyone and self.answer else None,

@@ -58,7 +58,7 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 import g2rl_kernels as g2
 
 from ..group.evol import compared_text
-from ..group.geometry import SCORES, SHAPINGS, UNIFORM_GROUPS
+from ..group.options import ShapingOptions, option_field
 from ..group.shaping import (
     ALGORITHMS,
     ENTROPY_COEF,
@@ -89,35 +89,11 @@ class G2RLConfig(GRPOConfig):
             "choices": list(ALGORITHMS),
         },
     )
-    g2rl_lam: float = field(
-        default=0.5,
-        metadata={"help": "Exploration strength of g2rl, 0 or more. 0 is GRPOTrainer, to the bit."},
-    )
-    g2rl_clip: float = field(
-        default=3.0,
-        metadata={"help": "Bound of the shaped correctness reward, where right is +1 and wrong is -1."},
-    )
-    g2rl_shaping: str = field(
-        default="intent",
-        metadata={
-            "help": "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of "
-            "the paper as printed, where a novel wrong answer is punished less; 'right': as 'intent' among "
-            "right answers, wrong ones stay as they are; 'none': as g2rl_algorithm grpo.",
-            "choices": sorted(SHAPINGS),
-        },
-    )
-    g2rl_score: str = field(
-        default="linear",
-        metadata={"help": "The exploration score: 'linear', or its 'sqrt'.", "choices": list(SCORES)},
-    )
-    g2rl_uniform_groups: str = field(
-        default="shape",
-        metadata={
-            "help": "Groups of all right or all wrong answers: 'shape' treats them like all others, 'skip' "
-            "leaves their rewards as they are.",
-            "choices": list(UNIFORM_GROUPS),
-        },
-    )
+    g2rl_lam: float = option_field("lam", help="Exploration strength of g2rl; 0 is GRPOTrainer, to the bit.")
+    g2rl_clip: float = option_field("clip")
+    g2rl_shaping: str = option_field("shaping")
+    g2rl_exploration_score: str = option_field("exploration_score")
+    g2rl_uniform_groups: str = option_field("uniform_groups")
     g2rl_correctness_reward: str | None = field(
         default=None,
         metadata={
@@ -212,9 +188,10 @@ class G2RLTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages are of rewards shaped by G2RL; the same arguments, `args` a G2RLConfig.
 
     TRL's metrics and completions tables hold the rewards as the reward functions gave them. G2RL adds the
-    column `g2rl_bonus`, what shaping added to the correctness reward, and the metrics `g2rl/score_mean`,
-    `cos_mean`, `negative_pairs`, `accuracy`, `shaped_reward_mean`, `sign_flips` (see
-    `g2rl_kernels.integrations.shaping.describe`) and `feature_seconds` (a generation batch, this rank).
+    column `g2rl_bonus`, what shaping added to the correctness reward, and the metrics
+    `g2rl/exploration_score_mean`, `cos_mean`, `negative_pairs`, `accuracy`, `shaped_reward_mean`,
+    `sign_flips` (see `g2rl_kernels.group.metrics.describe`) and `feature_seconds` (a generation batch, this
+    rank).
 
     Raises:
         TypeError: args is a GRPOConfig.
@@ -443,17 +420,13 @@ class G2RLTrainer(GRPOTrainer):
         shaped = shape_scores(
             gather(torch.cat(measurement.features)),
             scores,
-            self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
+            ShapingOptions.of(args, "g2rl_"),
+            group_size=self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             keys=gather(torch.cat(measurement.keys)),
             threshold=args.g2rl_correctness_threshold,
             gap=args.g2rl_correctness_gap,
             algorithm=args.g2rl_algorithm,
-            lam=args.g2rl_lam,
-            clip=args.g2rl_clip,
-            shaping=args.g2rl_shaping,
-            score=args.g2rl_score,
-            uniform_groups=args.g2rl_uniform_groups,
             **self._read(measurement.texts),
         )
         rewards = rewards.clone()

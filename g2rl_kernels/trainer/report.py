@@ -68,7 +68,7 @@ def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
         text = " ".join(str(text).split()).replace("|", "\\|")
         return text if len(text) <= limit else text[: limit - 1 - end] + "…" + text[len(text) - end :]
 
-    heads = ("step", "question", "completion", "score", "reward", "novelty", "shaped", "advantage")
+    heads = ("step", "question", "completion", "score", "reward", "exploration", "shaped", "advantage")
     rows = [
         (
             str(s["step"]),
@@ -76,7 +76,7 @@ def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
             cell(s["completion"], width),
             f"{s['score']:.2f}",
             f"{s['reward']:+.0f}",
-            f"{s['novelty']:.3f}",
+            f"{s['exploration_score']:.3f}",
             f"{s['shaped_reward']:+.3f}",
             f"{s['advantage']:+.2f}",
         )

@@ -23,7 +23,9 @@ from .._files import whole_directory, write_whole
 from ..arguments import choose_backend
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
-from ..group.shaping import describe, response_keys, shape_rewards
+from ..group.metrics import describe
+from ..group.options import ShapingOptions
+from ..group.shaping import response_keys, shape_rewards
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import Head, find_head, frozen_copy, response_hidden
@@ -165,7 +167,8 @@ class Trainer:
     ) -> tuple[Tensor, g2.GroupGeometry]:
         """Rewards [S], +1 and -1, and what the algorithm makes of them."""
         config = self.config
-        right, answers, novelty = scores >= config.score_gate, None, {}
+        right, answers = scores >= config.score_gate, None
+        novelty: dict[str, Any] = {}
         if config.labels == "majority" or config.algorithm == "evol_rl":
             pairs = zip(rollout.items, rollout.completions)
             answers = [final_answer(task, text, item) for (task, item), text in pairs]
@@ -176,18 +179,16 @@ class Trainer:
             novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
             novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
         rewards = torch.where(right, 1.0, -1.0)
+        grouping: dict[str, Any] = {"group_size": config.group_size}  # ids make a GPU wait
+        if config.truncated == "drop":
+            grouping = {"group_ids": groups}
         return rewards, shape_rewards(
             features,
             rewards,
-            groups if config.truncated == "drop" else config.group_size,  # ids make a GPU wait
+            ShapingOptions.of(config),
+            **grouping,
             keys=keys,
             algorithm=config.algorithm,
-            lam=config.lam,
-            clip=config.clip,
-            shaping=config.shaping,
-            score=config.score,
-            scale=config.scale,
-            uniform_groups=config.uniform_groups,
             **novelty,
         )
 
@@ -275,7 +276,10 @@ class Trainer:
             "length": rollout.mask.sum().item() / max(int(rollout.mask.any(1).sum()), 1),
             "truncated": rollout.truncated.float().mean().item(),
             "entropy": measured.entropy,
-            **{key: shaping[key] for key in ("cos_mean", "negative_pairs", "score_mean", "sign_flips")},
+            **{
+                key: shaping[key]
+                for key in ("cos_mean", "negative_pairs", "exploration_score_mean", "sign_flips")
+            },
         }
 
     # --- the run --------------------------------------------------------------------------------------------
@@ -394,7 +398,7 @@ class Trainer:
                 "completion": rollout.completions[row],
                 "score": measured.scores[row].item(),
                 "reward": measured.rewards[row].item(),
-                "novelty": geometry.score[row].item(),
+                "exploration_score": geometry.exploration_score[row].item(),
                 "shaped_reward": geometry.shaped_rewards[row].item(),
                 "advantage": geometry.advantages[row].item(),
             }

@@ -95,7 +95,7 @@ def fails() -> NoisyTask:
 
 # Kills the process at the n-th call of a function, before it runs.
 KILLER = """
-import os, signal, sys
+import os, shutil, signal, sys
 from g2rl_kernels.cli import train as cli
 from g2rl_kernels.trainer import checkpoint, report
 def deadly(function, at):
@@ -108,11 +108,11 @@ def deadly(function, at):
     return wrapped
 where, at = os.environ.get("KILL_IN", "").partition(":")[::2]
 if where == "rename":
-    checkpoint.os.rename = deadly(os.rename, int(at))
+    os.rename = deadly(os.rename, int(at))
 if where == "rmtree":
-    checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree, int(at))
+    shutil.rmtree = deadly(shutil.rmtree, int(at))
 if where == "fsync":
-    checkpoint.os.fsync = deadly(os.fsync, int(at))
+    os.fsync = deadly(os.fsync, int(at))
 if where == "checkpoint":
     checkpoint.save = deadly(checkpoint.save, int(at))
 if where == "log":
@@ -122,7 +122,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    )
     return subprocess.run(
         [sys.executable, "-c", KILLER, *arguments],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
@@ -260,7 +262,7 @@ def test_farewell_to_a_run_whose_metrics_are_gone(tmp_path: Path, model_dir: Pat
 def test_dry_run_trains_nothing(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     recipe = write_recipe(tmp_path, model_dir)
     assert cli.main([str(recipe), "--dry-run", "lr=0.5"]) == 0
     out = capsys.readouterr().out
@@ -374,7 +376,7 @@ def test_full_disk_while_logging_is_one_line(
     def full(path: Path, rows: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(report, "_append", full)
     assert cli.main([str(write_recipe(tmp_path, model_dir))]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]

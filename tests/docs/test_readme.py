@@ -35,7 +35,7 @@ def test_the_example_runs_and_gives_the_shapes_in_its_comments():
     assert head.features.shape == (4, 64)
     assert head.logprobs.shape == head.logsumexp.shape == head.entropy.shape == (96,)
     assert group.similarity.shape == (1, 4, 4)
-    assert group.score.shape == group.shaped_rewards.shape == group.advantages.shape == (4,)
+    assert group.exploration_score.shape == group.shaped_rewards.shape == group.advantages.shape == (4,)
     torch.testing.assert_close(names["loss"], -names["advantage"].mean())  # one policy: every ratio is 1
     assert names["hidden"].grad.abs().max() > 0
     assert (group.shaped_rewards.sign() == names["rewards"].sign()).all()

@@ -19,10 +19,10 @@ from g2rl_kernels.geometry.measure import (
     STATISTICS,
     difference,
     effective_rank,
+    group_statistics,
     measure,
     most,
     overall,
-    statistics,
 )
 from g2rl_kernels.group.shaping import describe
 from g2rl_kernels.models.lm_head import find_head
@@ -49,7 +49,7 @@ def test_ragged_groups_against_numpy(sizes: list[int], seed: int) -> None:
     features = rng.standard_normal((len(ids), 6)) + rng.standard_normal(6)
     features[rng.random(len(ids)) < 0.2] = 0
     features[rng.random(len(ids)) < 0.1] = np.nan
-    found = statistics(torch.tensor(features), torch.tensor(ids))
+    found = group_statistics(torch.tensor(features), group_ids=torch.tensor(ids))
     assert len(found) == len(sizes)
     for group, ours in zip(dict.fromkeys(ids.tolist()), found):
         rows = features[ids == group]
@@ -63,13 +63,13 @@ def test_ragged_groups_against_numpy(sizes: list[int], seed: int) -> None:
 
 def test_identical_orthogonal_and_opposed_features() -> None:
     same, orthogonal = torch.tensor([[3.0, 4.0]]).expand(4, 2), 5 * torch.eye(4)
-    (one,), (four,) = statistics(same, 4), statistics(orthogonal, 4)
+    (one,), (four,) = group_statistics(same, group_size=4), group_statistics(orthogonal, group_size=4)
     assert one["cos_mean"] == pytest.approx(1, abs=1e-5)
     assert one["effective_rank"] == pytest.approx(1, abs=1e-6)
     assert four["cos_mean"] == 0
     assert four["effective_rank"] == pytest.approx(4)
     assert one["negative_pairs"] == four["negative_pairs"] == 0
-    (opposed,) = statistics(torch.tensor([[1.0, 0], [2, 0], [-1, 0]]), 3)
+    (opposed,) = group_statistics(torch.tensor([[1.0, 0], [2, 0], [-1, 0]]), group_size=3)
     assert opposed["cos_mean"] == pytest.approx(-1 / 3, abs=1e-5)
     assert opposed["negative_pairs"] == pytest.approx(2 / 3)
     assert opposed["effective_rank"] == pytest.approx(1, abs=1e-6)  # one line, both ways
@@ -78,18 +78,18 @@ def test_identical_orthogonal_and_opposed_features() -> None:
 
 
 def test_a_group_of_one_and_of_none() -> None:
-    (alone, nobody) = statistics(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([5, 2]))
+    (alone, nobody) = group_statistics(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), group_ids=torch.tensor([5, 2]))
     assert alone["effective_rank"] == pytest.approx(1)
     assert [alone[name] for name in ("cos_mean", "negative_pairs", "redundant", "opposed")] == [None] * 4
     assert nobody["measured"] == []
     assert nobody["effective_rank"] is None
-    assert statistics(torch.ones(1, 2), torch.tensor([-1])) == []
+    assert group_statistics(torch.ones(1, 2), group_ids=torch.tensor([-1])) == []
 
 
 def test_answers_scores_entropy_and_length() -> None:
-    (found,) = statistics(
+    (found,) = group_statistics(
         torch.eye(5),
-        5,
+        group_size=5,
         scores=[1, 1, 0, 0.5, 1],
         answers=["8", "8", "7", None, "16/2"],
         entropy=torch.tensor([2.0, 1.0, 0.0, 4.0, 1.0]),
@@ -105,10 +105,12 @@ def test_answers_scores_entropy_and_length() -> None:
 
 def test_entropy_is_that_of_responses_where_it_is_finite() -> None:
     entropy, lengths = torch.tensor([2.0, torch.nan, 4.0, torch.inf]), torch.tensor([1, 5, 3, 5])
-    (found,) = statistics(torch.eye(4), 4, entropy=entropy, lengths=lengths)
+    (found,) = group_statistics(torch.eye(4), group_size=4, entropy=entropy, lengths=lengths)
     assert found["entropy"] == pytest.approx(6 / 4)
     assert found["length"] == pytest.approx(14 / 4)
-    (found,) = statistics(torch.eye(4), 4, entropy=torch.full((4,), torch.nan), lengths=lengths)
+    (found,) = group_statistics(
+        torch.eye(4), group_size=4, entropy=torch.full((4,), torch.nan), lengths=lengths
+    )
     assert found["entropy"] is None
     assert overall([found])["entropy"] is None
 
@@ -117,7 +119,10 @@ def test_entropy_is_that_of_responses_where_it_is_finite() -> None:
 def test_cosines_do_not_depend_on_the_length_of_features(scale: float) -> None:
     torch.manual_seed(3)
     features = torch.randn(1, 8) + 0.1 * torch.randn(4, 8)
-    (plain,), (scaled,) = statistics(features, 4), statistics(scale * features, 4)
+    (plain,), (scaled,) = (
+        group_statistics(features, group_size=4),
+        group_statistics(scale * features, group_size=4),
+    )
     assert plain["cos_mean"] > 0.9
     for name in ("cos_mean", "effective_rank"):
         assert scaled[name] == pytest.approx(plain[name], abs=1e-5)
@@ -126,7 +131,7 @@ def test_cosines_do_not_depend_on_the_length_of_features(scale: float) -> None:
 def test_the_most_telling_pairs_are_of_different_texts() -> None:
     features = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 0], [-1, 0.5]])
     vectors = torch.nn.functional.normalize(torch.arange(10.0).view(5, 2) + 1)
-    (found,) = statistics(features, 5, texts=["a", "a", "b", "c", "d"], embeddings=vectors)
+    (found,) = group_statistics(features, group_size=5, texts=["a", "a", "b", "c", "d"], embeddings=vectors)
     assert found["redundant"]["samples"] == [0, 2]
     assert found["redundant"]["cosine"] == pytest.approx(1 / np.sqrt(1.01), abs=1e-5)
     assert found["redundant"]["semantic"] == pytest.approx((vectors[0] @ vectors[2]).item(), abs=1e-6)
@@ -134,14 +139,14 @@ def test_the_most_telling_pairs_are_of_different_texts() -> None:
     kept = vectors[[0, 1, 2, 4]]
     expected = np.mean([(kept[i] @ kept[j]).item() for i in range(4) for j in range(i)])
     assert found["semantic_cosine"] == pytest.approx(expected)
-    (alike,) = statistics(torch.eye(2), 2, texts=["a", "a"])
+    (alike,) = group_statistics(torch.eye(2), group_size=2, texts=["a", "a"])
     assert alike["redundant"] is alike["opposed"] is None
 
 
 def test_overall_is_the_mean_over_problems() -> None:
     torch.manual_seed(0)
     features, rewards = torch.randn(24, 5) + 0.4, torch.randint(2, (24,)).float()
-    problems = statistics(features, 4, scores=rewards.tolist())
+    problems = group_statistics(features, group_size=4, scores=rewards.tolist())
     found = overall(problems)
     assert found.keys() == STATISTICS.keys()
     for name in ("cos_mean", "negative_pairs", "effective_rank", "accuracy"):
@@ -150,7 +155,9 @@ def test_overall_is_the_mean_over_problems() -> None:
         assert found[name]["low"] <= found[name]["mean"] <= found[name]["high"]
         assert found[name]["problems"] == 6
     assert found["semantic_cosine"] is None
-    words = describe(g2.group_geometry(features, 2 * rewards - 1, 4), 2 * rewards - 1)  # over pairs
+    words = describe(
+        g2.group_geometry(features, 2 * rewards - 1, group_size=4), 2 * rewards - 1
+    )  # over pairs
     for name in ("cos_mean", "negative_pairs", "accuracy"):  # groups of one size: the same
         assert found[name]["mean"] == pytest.approx(words[name], abs=1e-6), name
     single = overall(problems[:1])["cos_mean"]
@@ -165,7 +172,7 @@ def test_overall_is_the_mean_over_problems() -> None:
 
 def test_differences_are_paired_by_problem() -> None:
     torch.manual_seed(1)
-    one, other = (statistics(torch.randn(20, 5), 4) for _ in range(2))
+    one, other = (group_statistics(torch.randn(20, 5), group_size=4) for _ in range(2))
     for place in range(5):
         one[place]["problem"], other[place]["problem"] = f"p{place}", f"p{4 - place}"
     del other[0]  # p4
@@ -182,10 +189,10 @@ def test_differences_are_paired_by_problem() -> None:
         difference(other_asked, asked)
 
 
-@pytest.mark.parametrize("groups", [0, 5])
-def test_wrong_groups_are_named(groups: int) -> None:
-    with pytest.raises(ValueError, match=rf"^groups: got {groups}"):
-        statistics(torch.eye(4), groups)
+@pytest.mark.parametrize("size", [0, 5])
+def test_wrong_groups_are_named(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"^group_size: got {size}"):
+        group_statistics(torch.eye(4), group_size=size)
 
 
 def test_measured_as_the_trainer_measures(tmp_path: Path) -> None:
@@ -203,7 +210,7 @@ def test_measured_as_the_trainer_measures(tmp_path: Path) -> None:
     found = measure(head, prompts, responses, temperature=0.7, batch_size=3, advance=seen.append)
     assert seen == [3, 3, 2]
     assert found.lengths.tolist() == rollout.mask.sum(1).tolist()
-    geometry = g2.group_geometry(found.features, theirs.rewards, 4)
+    geometry = g2.group_geometry(found.features, theirs.rewards, group_size=4)
     torch.testing.assert_close(geometry.similarity, theirs.geometry.similarity, rtol=1e-4, atol=1e-5)
     assert found.entropy.sum().item() / rollout.mask.sum().item() == pytest.approx(theirs.entropy, rel=1e-5)
     empty = measure(head, prompts[:2], [[], responses[1]])

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'")
 
-from g2rl_kernels.geometry.measure import STATISTICS, difference, overall, statistics
+from g2rl_kernels.geometry.measure import STATISTICS, difference, group_statistics, overall
 from g2rl_kernels.geometry.report import MAPS, SHORT, ModelGeometry, number, page
 
 EVIL = '</pre><script>alert("x")</script><img src=http://example.org/x.png> & so on'
@@ -25,8 +25,13 @@ def make(name: str = "grpo", problems: int = 3, m: int = 4, seed: int = 0, **opt
     scores = [float(i % 2) for i in range(problems * m)]
     answers = [str(i % 3) for i in range(problems * m)]
     vectors = torch.nn.functional.normalize(torch.randn(problems * m, 4, generator=generator), dim=1)
-    found = statistics(
-        features, m, scores=scores, texts=texts, answers=answers, **{"embeddings": vectors, **options}
+    found = group_statistics(
+        features,
+        group_size=m,
+        scores=scores,
+        texts=texts,
+        answers=answers,
+        **{"embeddings": vectors, **options},
     )
     samples = {}
     for place, problem in enumerate(found):
@@ -136,7 +141,7 @@ def test_what_is_not_known_is_left_out() -> None:
     text = Page(page([single])).text
     assert "no pair of different texts" in text
     zeros = make(problems=1)
-    zeros.problems[:] = statistics(torch.zeros(4, 3), 4)
+    zeros.problems[:] = group_statistics(torch.zeros(4, 3), group_size=4)
     zeros.problems[0] |= {"problem": "p", "question": "?"}
     zeros.overall = overall(zeros.problems)
     Page(page([zeros]))

@@ -74,7 +74,7 @@ def unit(*degrees: float) -> torch.Tensor:
 def test_a_group_worked_by_hand() -> None:
     """Right at 0, 0 and 60 degrees, wrong at 90 and 150: cosines 1, 1/2, 0 and sqrt(3)/2."""
     right = torch.tensor([True, True, True, False, False])
-    got = evol_rewards(unit(0, 0, 60, 90, 150), right, 5)
+    got = evol_rewards(unit(0, 0, 60, 90, 150), right, torch.zeros(5).long())
     # right: u = 1 - (3/4 + 1)/2, the same, and 1 - (1/2 + sqrt(3)/2)/2: scaled 0, 0, 1
     # wrong: u = 1 - (1/2 + sqrt(3)/2)/2 and 1 - (1/2 + 1/2)/2: scaled 0, 1
     torch.testing.assert_close(got, torch.tensor([0.5, 0.5, 1.0, -1.0, -0.5]))
@@ -93,14 +93,16 @@ def test_a_group_worked_by_hand() -> None:
     ],
 )
 def test_groups_of_two(right: list[int], valid: list[int], expected: list[float]) -> None:
-    flags = torch.tensor(right).bool(), 2, torch.tensor(valid).bool()
+    flags = torch.tensor(right).bool(), torch.zeros(2).long(), torch.tensor(valid).bool()
     torch.testing.assert_close(evol_rewards(unit(0, 40), *flags), torch.tensor(expected))
 
 
 def test_equal_texts_do_not_differ_by_rounding() -> None:
     vectors = torch.nn.functional.normalize(torch.randn(1, 384), dim=1).expand(6, -1)
     vectors = vectors + 1e-7 * torch.randn(6, 384)
-    assert torch.equal(evol_rewards(vectors, torch.ones(6).bool(), 6), torch.full((6,), 0.75))
+    assert torch.equal(
+        evol_rewards(vectors, torch.ones(6).bool(), torch.zeros(6).long()), torch.full((6,), 0.75)
+    )
 
 
 def test_rows_that_take_no_part_touch_nobody() -> None:
@@ -132,7 +134,8 @@ def test_rows_that_take_no_part_touch_nobody() -> None:
     ],
 )
 def test_majority(answers: list[str | None], groups: int | torch.Tensor, expected: list[int]) -> None:
-    assert majority_labels(answers, groups).tolist() == [bool(x) for x in expected]
+    ids = torch.arange(len(answers)) // groups if isinstance(groups, int) else groups
+    assert majority_labels(answers, ids).tolist() == [bool(x) for x in expected]
 
 
 def test_what_comes_before_the_end_of_thought_is_not_compared() -> None:

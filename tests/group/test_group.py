@@ -10,8 +10,9 @@ from strategies import groupings
 import g2rl_kernels as g2
 from g2rl_kernels.group import reference
 from g2rl_kernels.group.geometry import IMPLEMENTATIONS
+from g2rl_kernels.group.options import ShapingOptions
 
-OUTPUTS = ("similarity", "score", "shaped_rewards", "advantages")
+OUTPUTS = ("similarity", "exploration_score", "shaped_rewards", "advantages")
 
 # Angles (degrees) of unit features in the plane, so that S_ij = cos(a_i - a_j).
 #
@@ -44,7 +45,7 @@ TABLES = {
     "three": {
         "angles": (0, 0, 90),
         "rewards": (1, 1, -1),
-        "score": (0.119203, 0.119203, 1.0),
+        "exploration_score": (0.119203, 0.119203, 1.0),
         "intent": (0.5, 0.5, -1.5),
         "intent_advantages": (0.707107, 0.707107, -1.414214),
         "equation": (1.0, 1.0, -0.5),
@@ -55,7 +56,7 @@ TABLES = {
     "four": {
         "angles": (0, 60, 90, 180),
         "rewards": (1, 1, -1, -1),
-        "score": (0.696747, 0.696747, 0.648767, 0.414612),
+        "exploration_score": (0.696747, 0.696747, 0.648767, 0.414612),
         "intent": (1.5, 1.5, -1.329940, -0.5),
         "intent_advantages": (0.971720, 0.971720, -1.305666, -0.637774),
         "equation": (1.5, 1.5, -0.585030, -1.0),
@@ -66,7 +67,7 @@ TABLES = {
     "a wrong answer like others": {
         "angles": (0, 30, 90, 30),
         "rewards": (1, 1, 1, -1),
-        "score": (0.601233, 0.468311, 0.867078, 0.333333),
+        "exploration_score": (0.601233, 0.468311, 0.867078, 0.333333),
         "intent": (1.001925, 0.752887, 1.5, -0.5),
         "intent_advantages": (0.424921, 0.087073, 1.100615, -1.612609),
         "equation": (1.250962, 1.126444, 1.5, -1.0),
@@ -113,24 +114,26 @@ def test_tables_worked_out_by_hand(name, shaping):
     table = TABLES[name]
     m = len(table["rewards"])
     features, rewards = 3.5 * plane(table["angles"]), torch.tensor(table["rewards"], dtype=torch.float32)
-    out = g2.group_geometry(features, rewards, m, lam=0.5, shaping=shaping, eps=1e-9)
+    out = g2.group_geometry(features, rewards, group_size=m, lam=0.5, shaping=shaping, eps=1e-9)
     close = {"rtol": 0, "atol": 2e-6}  # the tables have six digits
-    torch.testing.assert_close(out.score, torch.tensor(table["score"]), **close)
+    torch.testing.assert_close(out.exploration_score, torch.tensor(table["exploration_score"]), **close)
     torch.testing.assert_close(out.shaped_rewards, torch.tensor(table[shaping]), **close)
     torch.testing.assert_close(out.advantages, torch.tensor(table[shaping + "_advantages"]), **close)
     for i in range(m):
         for j in range(m):
             cosine = math.cos(math.radians(table["angles"][i] - table["angles"][j]))
             assert out.similarity[0, i, j].item() == pytest.approx(cosine, abs=1e-6)
-    root = g2.group_geometry(features, rewards, m, score="sqrt", eps=1e-9)
-    torch.testing.assert_close(root.score, torch.tensor(table["score"]).sqrt(), **close)
+    root = g2.group_geometry(features, rewards, group_size=m, exploration_score="sqrt", eps=1e-9)
+    torch.testing.assert_close(
+        root.exploration_score, torch.tensor(table["exploration_score"]).sqrt(), **close
+    )
 
 
 def test_a_novel_wrong_answer_loses_by_intent_and_gains_by_the_equation():
     """The two readings of eq. 12: the third answer of table "three" is wrong and novel."""
     features, rewards = plane((0, 0, 90)), torch.tensor([1.0, 1, -1])
-    assert g2.group_geometry(features, rewards, 3, shaping="intent").shaped_rewards[2] < -1
-    assert g2.group_geometry(features, rewards, 3, shaping="equation").shaped_rewards[2] > -1
+    assert g2.group_geometry(features, rewards, group_size=3, shaping="intent").shaped_rewards[2] < -1
+    assert g2.group_geometry(features, rewards, group_size=3, shaping="equation").shaped_rewards[2] > -1
 
 
 @pytest.mark.parametrize("implementation", ["compiled", "reference"])
@@ -171,10 +174,17 @@ def test_any_groups(grouping, scale, shaping):
     ids, features, rewards = grouping
     ids = torch.tensor(ids, dtype=torch.int64)
     for uniform_groups, score in (("skip", "linear"), ("shape", "sqrt")):
-        options = {"scale": scale, "shaping": shaping, "uniform_groups": uniform_groups, "score": score}
-        out = g2.group_geometry(features, rewards, ids, **options)
+        options = {
+            "scale": scale,
+            "shaping": shaping,
+            "uniform_groups": uniform_groups,
+            "exploration_score": score,
+        }
+        out = g2.group_geometry(features, rewards, group_ids=ids, **options)
         assert torch.equal(out.members, reference.group_members(ids))
-        exact = reference.group_geometry(features.double(), rewards.double(), out.members, **options)
+        exact = reference.group_geometry(
+            features.double(), rewards.double(), out.members, ShapingOptions(**options)
+        )
         for name, theirs in zip(OUTPUTS, exact):
             ours = getattr(out, name)
             assert ours.dtype == torch.float32
@@ -189,12 +199,15 @@ def test_any_groups(grouping, scale, shaping):
 def test_blocks_equal_ids():
     features, rewards = torch.randn(12, 5), torch.randn(12).sign()
     ids = torch.tensor([7, 7, 7, 7, 2, 2, 2, 2, 9, 9, 9, 9])
-    for a, b in zip(g2.group_geometry(features, rewards, 4), g2.group_geometry(features, rewards, ids)):
+    for a, b in zip(
+        g2.group_geometry(features, rewards, group_size=4),
+        g2.group_geometry(features, rewards, group_ids=ids),
+    ):
         assert torch.equal(a, b)
 
 
 def test_ragged_members():
-    out = g2.group_geometry(torch.randn(7, 3), torch.ones(7), torch.tensor([5, 3, -1, 5, 9, 3, 5]))
+    out = g2.group_geometry(torch.randn(7, 3), torch.ones(7), group_ids=torch.tensor([5, 3, -1, 5, 9, 3, 5]))
     assert out.members.tolist() == [[0, 3, 6], [1, 5, -1], [4, -1, -1]]
     assert out.similarity.shape == (3, 3, 3)
     assert not out.similarity[1, 2].any()
@@ -204,13 +217,13 @@ def test_ragged_members():
 def test_padding_rows_touch_nobody():
     features, rewards = torch.randn(6, 5), torch.tensor([1.0, -1, 1, -1, 1, 1])
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    out = g2.group_geometry(features, rewards, ids, scale="batch")
+    out = g2.group_geometry(features, rewards, group_ids=ids, scale="batch")
     where = torch.tensor([0, 2, 3, 5, 6, 8])
     padded_features, padded_rewards = torch.full((9, 5), torch.nan), torch.full((9,), torch.inf)
     padded_features[where], padded_rewards[where] = features, rewards
     padded_ids = torch.full((9,), -1)
     padded_ids[where] = ids
-    padded = g2.group_geometry(padded_features, padded_rewards, padded_ids, scale="batch")
+    padded = g2.group_geometry(padded_features, padded_rewards, group_ids=padded_ids, scale="batch")
     assert torch.equal(out.similarity, padded.similarity)
     for name in OUTPUTS[1:]:
         assert torch.equal(getattr(out, name), getattr(padded, name)[where])
@@ -221,8 +234,8 @@ def test_permuting_rows_permutes_results():
     features, rewards = torch.randn(10, 8), torch.randn(10).sign()
     ids = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2, 0])
     order = torch.randperm(10)
-    a = g2.group_geometry(features, rewards, ids)
-    b = g2.group_geometry(features[order], rewards[order], ids[order])
+    a = g2.group_geometry(features, rewards, group_ids=ids)
+    b = g2.group_geometry(features[order], rewards[order], group_ids=ids[order])
     for name in OUTPUTS[1:]:
         torch.testing.assert_close(getattr(a, name)[order], getattr(b, name), rtol=1e-6, atol=1e-6)
 
@@ -232,52 +245,54 @@ def test_exponentials_of_rewards_do_not_overflow(shift):
     """Eq. 10 depends on rewards by their differences only, as long as exp(r) >> eps."""
     features = torch.randn(4, 6)
     rewards = torch.tensor([0.0, 1, -1, 0.5])
-    out = g2.group_geometry(features, rewards + shift, 4, shaping="none")
+    out = g2.group_geometry(features, rewards + shift, group_size=4, shaping="none")
     for tensor in out:
         assert torch.isfinite(tensor).all()
     exact = reference.group_geometry(
-        features.double(), (rewards + shift).double(), out.members, shaping="none"
+        features.double(), (rewards + shift).double(), out.members, ShapingOptions(shaping="none")
     )
-    torch.testing.assert_close(out.score.double(), exact[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.exploration_score.double(), exact[1], rtol=1e-6, atol=1e-6)
     if shift == 80:
-        plain = g2.group_geometry(features, rewards, 4, shaping="none", eps=1e-9)
-        torch.testing.assert_close(out.score, plain.score, rtol=1e-5, atol=1e-5)
+        plain = g2.group_geometry(features, rewards, group_size=4, shaping="none", eps=1e-9)
+        torch.testing.assert_close(out.exploration_score, plain.exploration_score, rtol=1e-5, atol=1e-5)
     if shift < 0:  # exp(r) << eps: nobody has weight, everybody is novel
-        torch.testing.assert_close(out.score, torch.ones(4))
+        torch.testing.assert_close(out.exploration_score, torch.ones(4))
 
 
 def test_one_outstanding_reward_leaves_the_others_their_weights():
     """From the point of view of the best, the others still share the weight, though exp(0 - 1000) is 0."""
     features = plane((0, 0, 90))
-    out = g2.group_geometry(features, torch.tensor([1000.0, 0, 0]), 3, shaping="none", eps=1e-9)
-    assert out.score.tolist() == pytest.approx([0.5, 0.0, 1.0], abs=1e-6)
+    out = g2.group_geometry(features, torch.tensor([1000.0, 0, 0]), group_size=3, shaping="none", eps=1e-9)
+    assert out.exploration_score.tolist() == pytest.approx([0.5, 0.0, 1.0], abs=1e-6)
 
 
 def test_a_group_of_one():
     rewards = torch.tensor([1.0, -1])
-    out = g2.group_geometry(torch.randn(2, 4), rewards, 1, uniform_groups="shape")
-    assert out.score.tolist() == [1, 1]
+    out = g2.group_geometry(torch.randn(2, 4), rewards, group_size=1, uniform_groups="shape")
+    assert out.exploration_score.tolist() == [1, 1]
     assert torch.equal(out.shaped_rewards, rewards)  # nubar = 0.5
     assert not out.advantages.any()
 
 
 def test_uniform_groups():
     features, rewards = plane((0, 0, 90)), torch.ones(3)
-    skipped = g2.group_geometry(features, rewards, 3, uniform_groups="skip")
+    skipped = g2.group_geometry(features, rewards, group_size=3, uniform_groups="skip")
     assert torch.equal(skipped.shaped_rewards, rewards)
     assert not skipped.advantages.any()
-    shaped = g2.group_geometry(features, rewards, 3, uniform_groups="shape")
+    shaped = g2.group_geometry(features, rewards, group_size=3, uniform_groups="shape")
     torch.testing.assert_close(shaped.shaped_rewards, torch.tensor([0.5, 0.5, 1.5]), rtol=0, atol=1e-5)
-    assert torch.equal(skipped.score, shaped.score)
+    assert torch.equal(skipped.exploration_score, shaped.exploration_score)
     # Skipped rewards are raw: not even clipped.
-    large = g2.group_geometry(features, 5 * rewards, 3, uniform_groups="skip")
+    large = g2.group_geometry(features, 5 * rewards, group_size=3, uniform_groups="skip")
     assert torch.equal(large.shaped_rewards, 5 * rewards)
 
 
 def test_equal_features_shape_by_a_half():
     """All alike: nu is flat, nubar 0.5, so that "intent" and "right" leave rewards as they are."""
     for shaping in ("intent", "right"):
-        out = g2.group_geometry(torch.ones(4, 3), torch.tensor([1.0, -1, 1, -1]), 4, shaping=shaping)
+        out = g2.group_geometry(
+            torch.ones(4, 3), torch.tensor([1.0, -1, 1, -1]), group_size=4, shaping=shaping
+        )
         assert out.shaped_rewards.tolist() == [1, -1, 1, -1]
 
 
@@ -293,19 +308,21 @@ def test_equal_features_shape_by_a_half():
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_scales_worked_out_by_hand(scale, advantages, factor):
     rewards = factor * torch.tensor([1.0, -1, 1, 1])
-    out = g2.group_geometry(torch.randn(4, 3), rewards, 2, shaping="none", scale=scale, eps=1e-9)
+    out = g2.group_geometry(torch.randn(4, 3), rewards, group_size=2, shaping="none", scale=scale, eps=1e-9)
     expected = torch.tensor(advantages) * (factor if scale == "none" else 1)
     torch.testing.assert_close(out.advantages, expected, rtol=0, atol=2e-6)
 
 
 def test_eps_of_the_advantages():
     """s = sqrt(variance + eps): rewards +-1e-3 have variance 1e-6."""
-    out = g2.group_geometry(torch.randn(2, 3), torch.tensor([1e-3, -1e-3]), 2, shaping="none", eps=3e-6)
+    out = g2.group_geometry(
+        torch.randn(2, 3), torch.tensor([1e-3, -1e-3]), group_size=2, shaping="none", eps=3e-6
+    )
     torch.testing.assert_close(out.advantages, torch.tensor([0.5, -0.5]), rtol=1e-5, atol=0.0)
 
 
 def test_clip():
-    out = g2.group_geometry(plane((0, 0, 90)), torch.tensor([1.0, 2, -2.9]), 3, lam=0.5, clip=3.0)
+    out = g2.group_geometry(plane((0, 0, 90)), torch.tensor([1.0, 2, -2.9]), group_size=3, lam=0.5, clip=3.0)
     assert out.shaped_rewards[2].item() == -3
     assert out.shaped_rewards.abs().max().item() <= 3
 
@@ -314,7 +331,7 @@ def test_lam_zero_is_grpo_to_the_bit():
     """Whatever features say, NaN too, and beyond the clip."""
     features, rewards = torch.randn(8, 4), 10 * torch.randn(8)
     features[3] = torch.nan
-    out = g2.group_geometry(features, rewards, 4, lam=0)
+    out = g2.group_geometry(features, rewards, group_size=4, lam=0)
     assert torch.equal(out.shaped_rewards, rewards)
     r = rewards.view(2, 4).double()
     centred = r - r.mean(1, keepdim=True)
@@ -324,9 +341,9 @@ def test_lam_zero_is_grpo_to_the_bit():
 
 def test_nan_stays_in_its_group():
     features, rewards = torch.randn(9, 4), torch.tensor([1.0, -1, 1] * 3)
-    clean = g2.group_geometry(features, rewards, 3)
+    clean = g2.group_geometry(features, rewards, group_size=3)
     features[4, 1] = torch.nan
-    out = g2.group_geometry(features, rewards, 3)
+    out = g2.group_geometry(features, rewards, group_size=3)
     nan = torch.isnan(out.similarity)
     assert nan[1, 1].all()
     assert nan[1, :, 1].all()
@@ -339,26 +356,26 @@ def test_nan_stays_in_its_group():
 
 def test_nan_reward_stays_in_its_group():
     features, rewards = torch.randn(6, 4), torch.tensor([1.0, -1, 1, 1, torch.nan, -1])
-    out = g2.group_geometry(features, rewards, 3)
-    assert torch.isfinite(out.score[:3]).all()
+    out = g2.group_geometry(features, rewards, group_size=3)
+    assert torch.isfinite(out.exploration_score[:3]).all()
     assert torch.isfinite(out.advantages[:3]).all()
     assert torch.isnan(out.advantages[3:]).all()
 
 
 def test_responses_without_tokens():
     """Zero features are orthogonal to all."""
-    out = g2.group_geometry(torch.zeros(3, 4), torch.tensor([1.0, 1, -1]), 3)
+    out = g2.group_geometry(torch.zeros(3, 4), torch.tensor([1.0, 1, -1]), group_size=3)
     assert not out.similarity.any()
-    assert out.score.tolist() == [1, 1, 1]
+    assert out.exploration_score.tolist() == [1, 1, 1]
 
 
 def test_extreme_magnitudes():
     """Squares of 1e30 overflow float32, those of 1e-30 vanish."""
     features = torch.tensor([[1e30, 1e30], [1e30, 0], [0, 1e30]])
-    out = g2.group_geometry(features, torch.tensor([1.0, 1, -1]), 3)
+    out = g2.group_geometry(features, torch.tensor([1.0, 1, -1]), group_size=3)
     expected = torch.tensor([[1, 0.5**0.5, 0.5**0.5], [0.5**0.5, 1, 0], [0.5**0.5, 0, 1]])
     torch.testing.assert_close(out.similarity[0], expected)
-    small = g2.group_geometry(1e-30 * plane((0, 60, 90)), torch.tensor([1.0, 1, -1]), 3)
+    small = g2.group_geometry(1e-30 * plane((0, 60, 90)), torch.tensor([1.0, 1, -1]), group_size=3)
     assert small.similarity.abs().max() < 1e-40  # eq. 9's eps rules
 
 
@@ -369,7 +386,7 @@ def test_threads_change_no_bit():
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(g2.group_geometry(features, rewards, ids, scale="batch"))
+            results.append(g2.group_geometry(features, rewards, group_ids=ids, scale="batch"))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -378,20 +395,20 @@ def test_threads_change_no_bit():
 
 def test_other_dtypes_and_strides():
     features, rewards = torch.randn(6, 5).bfloat16(), torch.tensor([1.0, -1, 1, -1, 1, 1])
-    expected = g2.group_geometry(features.float(), rewards, 3)
+    expected = g2.group_geometry(features.float(), rewards, group_size=3)
     for moved in (features, features.double(), features.T.contiguous().T, features.requires_grad_()):
-        out = g2.group_geometry(moved, rewards.double().repeat_interleave(2)[::2], 3)
+        out = g2.group_geometry(moved, rewards.double().repeat_interleave(2)[::2], group_size=3)
         assert all(torch.equal(a, b) for a, b in zip(expected, out))
 
 
 def test_empty_batches():
-    for groups in (3, torch.empty(0, dtype=torch.int64)):
-        out = g2.group_geometry(torch.empty(0, 4), torch.empty(0), groups)
+    for groups in ({"group_size": 3}, {"group_ids": torch.empty(0, dtype=torch.int64)}):
+        out = g2.group_geometry(torch.empty(0, 4), torch.empty(0), **groups)
         assert out.similarity.shape[0] == 0
         assert out.advantages.shape == (0,)
-    padding = g2.group_geometry(torch.randn(2, 4), torch.ones(2), torch.tensor([-1, -1]))
+    padding = g2.group_geometry(torch.randn(2, 4), torch.ones(2), group_ids=torch.tensor([-1, -1]))
     assert padding.members.shape == (0, 0)
-    assert padding.score.tolist() == [0, 0]
+    assert padding.exploration_score.tolist() == [0, 0]
 
 
 def test_reference_keeps_to_the_same_rules():

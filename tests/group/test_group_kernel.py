@@ -7,9 +7,9 @@ from examples import given, settings, st
 from strategies import groupings
 from test_group import RIGHT, plane
 
-import g2rl_kernels as g2
-from g2rl_kernels.group import reference
-from g2rl_kernels.group.geometry import IMPLEMENTATIONS, SCALES, SCORES, SHAPINGS
+from g2rl_kernels.group import geometry, reference
+from g2rl_kernels.group.geometry import IMPLEMENTATIONS
+from g2rl_kernels.group.options import EXPLORATION_SCORES, SCALES, SHAPINGS, ShapingOptions
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -19,21 +19,19 @@ from g2rl_kernels.group import triton as kernel
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OUTPUTS = ("similarity", "score", "shaped_rewards", "advantages")
+OUTPUTS = ("similarity", "exploration_score", "shaped_rewards", "advantages")
 
 
-def launch(features, rewards, members, *, lam=0.5, clip=3.0, shaping="intent", score="linear", scale="group",
-           uniform_groups="skip", eps=1e-6):  # fmt: skip
-    numbers = SHAPINGS.index(shaping), SCORES.index(score), SCALES.index(scale)
+def launch(features, rewards, members, *, uniform_groups="skip", **options):
     tensors = (tensor.to(DEVICE) for tensor in (features, rewards, members))
-    out = kernel.launch(*tensors, lam, clip, *numbers, uniform_groups == "skip", eps)
+    out = kernel.launch(*tensors, *ShapingOptions(uniform_groups=uniform_groups, **options).flat())
     return [tensor.cpu() for tensor in out]
 
 
 def assert_right(features, rewards, members, **options):
     """As near to the reference in float64 as tests/test_group.py demands of the compiled operator."""
     ours = launch(features, rewards, members, **options)
-    exact = reference.group_geometry(features.double(), rewards.double(), members, **options)
+    exact = reference.group_geometry(features.double(), rewards.double(), members, ShapingOptions(**options))
     for name, a, b in zip(OUTPUTS, ours, exact):
         assert a.dtype == torch.float32, name
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-7, equal_nan=True)
@@ -44,7 +42,7 @@ def assert_right(features, rewards, members, **options):
 @given(
     grouping=groupings(),
     shaping=st.sampled_from(SHAPINGS),
-    score=st.sampled_from(SCORES),
+    exploration_score=st.sampled_from(EXPLORATION_SCORES),
     scale=st.sampled_from(SCALES),
     uniform_groups=st.sampled_from(("skip", "shape")),
     scalars=st.sampled_from(((0.5, 3.0, 1e-6), (0.3, 0.7, 1e-9))),
@@ -219,11 +217,11 @@ def test_the_operator_and_larger_groups():
     ],
 )
 def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
-    monkeypatch.setattr(g2.group, "COMPILED_FOR", compiled_for)
-    monkeypatch.setattr(g2.group, "HAS_TRITON", has_triton)
-    assert g2.group._implementation("cuda") == expected
-    assert g2.group._implementation("cpu") == "compiled"
-    assert g2.group._implementation("mps") == "reference"
+    monkeypatch.setattr(geometry, "COMPILED_FOR", compiled_for)
+    monkeypatch.setattr(geometry, "HAS_TRITON", has_triton)
+    assert geometry._implementation("cuda") == expected
+    assert geometry._implementation("cpu") == "compiled"
+    assert geometry._implementation("mps") == "reference"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -231,7 +229,7 @@ def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
 @pytest.mark.parametrize("scale", range(3))
 def test_cuda_graph(name, scale):
     """Neither kernel waits for the host: capture, change the inputs in place, replay."""
-    if name == "compiled" and "cuda" not in g2.group.COMPILED_FOR:
+    if name == "compiled" and "cuda" not in geometry.COMPILED_FOR:
         pytest.skip("the extension was built without nvcc")
     call = IMPLEMENTATIONS[name]
     features, rewards = torch.randn(64, 256, device=DEVICE), torch.randn(64, device=DEVICE)
@@ -249,7 +247,7 @@ def test_cuda_graph(name, scale):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_the_compiled_kernel_and_this_one_agree():
-    if "cuda" not in g2.group.COMPILED_FOR:
+    if "cuda" not in geometry.COMPILED_FOR:
         pytest.skip("the extension was built without nvcc")
     features, rewards = torch.randn(96, 4096, device=DEVICE), torch.randn(96, device=DEVICE)
     for M, scale in ((1, 1), (12, 2), (16, 0), (32, 1)):

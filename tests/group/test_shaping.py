@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import g2rl_kernels as g2
-from g2rl_kernels.group.shaping import describe, response_keys, shape_scores, signed_rewards
+from g2rl_kernels.group.metrics import describe
+from g2rl_kernels.group.options import ShapingOptions
+from g2rl_kernels.group.shaping import response_keys, shape_scores, signed_rewards
 
 NAN = torch.nan
 FEATURES = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, -0.2]])
@@ -20,10 +22,10 @@ def test_signed_rewards_follow_the_threshold() -> None:
 
 
 def test_shaping_means_the_same_in_every_unit() -> None:
-    paper = g2.group_geometry(FEATURES, SIGNS, 4, lam=0.5).shaped_rewards
-    same = shape_scores(FEATURES, SIGNS, 4, threshold=0.0, gap=2.0, lam=0.5)
+    paper = g2.group_geometry(FEATURES, SIGNS, group_size=4, lam=0.5).shaped_rewards
+    same = shape_scores(FEATURES, SIGNS, ShapingOptions(lam=0.5), group_size=4, threshold=0.0, gap=2.0)
     assert torch.equal(same.scores, paper)
-    zero_one = shape_scores(FEATURES, (SIGNS + 1) / 2, 4, lam=0.5)
+    zero_one = shape_scores(FEATURES, (SIGNS + 1) / 2, ShapingOptions(lam=0.5), group_size=4)
     torch.testing.assert_close(2 * zero_one.scores - 1, paper)
     assert not torch.equal(paper, SIGNS)
     assert zero_one.metrics == same.metrics
@@ -31,7 +33,7 @@ def test_shaping_means_the_same_in_every_unit() -> None:
 
 def test_wrong_answers_keep_their_scores_by_right() -> None:
     """Of the two right ones the first is the more novel by a little, which nubar stretches to 1."""
-    shaped = shape_scores(FEATURES, (SIGNS + 1) / 2, 4, shaping="right", lam=0.5)
+    shaped = shape_scores(FEATURES, (SIGNS + 1) / 2, ShapingOptions(shaping="right", lam=0.5), group_size=4)
     assert shaped.bonus.tolist() == [0.25, -0.25, 0.0, 0.0]
     assert shaped.scores.tolist() == [1.25, 0.75, 0.0, 0.0]
     assert shaped.metrics["sign_flips"] == 0
@@ -55,15 +57,15 @@ def test_rounding_makes_no_difference_between_the_same_tokens() -> None:
     noise = 0.1 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     features, scores = torch.cat([torch.ones(4, 2) + noise] * 2), torch.ones(8)
     keys = torch.tensor([3, 3, 3, 3, 0, 1, 2, 3])
-    shaped = shape_scores(features, scores, 4, keys=keys)
+    shaped = shape_scores(features, scores, ShapingOptions(), group_size=4, keys=keys)
     assert (shaped.bonus[:4] == 0).all()
-    without = shape_scores(features, scores, 4)
+    without = shape_scores(features, scores, ShapingOptions(), group_size=4)
     assert without.bonus[:4].abs().max() == 0.25
     assert torch.equal(shaped.bonus[4:], without.bonus[4:])
     # ids in any order; the feature is the first's in the group, not another group's
     order = torch.tensor([7, 2, 5, 0, 6, 1, 3, 4])
     ids = (torch.arange(8) // 4)[order]
-    mixed = shape_scores(features[order], scores, ids, keys=keys[order])
+    mixed = shape_scores(features[order], scores, ShapingOptions(), group_ids=ids, keys=keys[order])
     assert torch.equal(mixed.bonus, shaped.bonus[order])
 
 
@@ -79,8 +81,8 @@ def test_rows_that_take_no_part_touch_nobody(why: str) -> None:
         has_tokens[2] = False
     else:
         groups[2] = -1
-    alone = shape_scores(FEATURES, scores[at], 4)
-    beside = shape_scores(features, scores, groups, has_tokens=has_tokens)
+    alone = shape_scores(FEATURES, scores[at], ShapingOptions(), group_size=4)
+    beside = shape_scores(features, scores, ShapingOptions(), group_ids=groups, has_tokens=has_tokens)
     assert torch.equal(beside.scores[at], alone.scores)
     assert torch.equal(beside.scores[2:3].nan_to_num(9.0), scores[2:3].nan_to_num(9.0))
     assert beside.bonus[2] == 0
@@ -93,21 +95,21 @@ def test_rows_that_take_no_part_touch_nobody(why: str) -> None:
 def test_metrics_of_a_group_worked_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 0.0]])
     rewards = torch.tensor([1.0, -1.0, NAN, 1.0])
-    geometry = g2.group_geometry(features, rewards, torch.tensor([0, 0, -1, 0]), lam=3.0, clip=5.0)
+    geometry = g2.group_geometry(features, rewards, group_ids=torch.tensor([0, 0, -1, 0]), lam=3.0, clip=5.0)
     found = describe(geometry, rewards)
     # cosines 0, 1, 0. w = e^r: nu = 1 - e / (e + 1/e) for both right ones, 1 for the wrong one
     nu = 1 - 1 / (1 + torch.tensor(-2.0).exp().item())
     assert found["cos_mean"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["negative_pairs"] == 0
     assert found["accuracy"] == pytest.approx(2 / 3)
-    assert found["score_mean"] == pytest.approx((2 * nu + 1) / 3, abs=1e-5)
+    assert found["exploration_score_mean"] == pytest.approx((2 * nu + 1) / 3, abs=1e-5)
     # nubar 0, 1, 0: r (1 - lam), r (1 + lam), r (1 - lam)
     assert found["shaped_reward_mean"] == pytest.approx((-2 - 4 - 2) / 3, abs=1e-5)
     assert found["sign_flips"] == pytest.approx(2 / 3)
 
 
 def test_a_batch_in_which_nobody_takes_part_is_described_by_zeros() -> None:
-    shaped = shape_scores(FEATURES, torch.full((4,), NAN), 4)
+    shaped = shape_scores(FEATURES, torch.full((4,), NAN), ShapingOptions(), group_size=4)
     assert shaped.scores.isnan().all()
     assert (shaped.bonus == 0).all()
     assert set(shaped.metrics.values()) == {0.0}
@@ -119,17 +121,19 @@ def test_votes_take_the_place_of_scores() -> None:
     features, scores = torch.randn(6, 2), torch.tensor([0.0, -0.7, NAN, 1.0, NAN, 0.3])
     has_tokens = torch.tensor([1, 1, 1, 1, 0, 0]).bool()
     options = {"has_tokens": has_tokens, "threshold": 0.0, "gap": 2.0, "votes": votes}
-    plain = shape_scores(features, scores, 6, algorithm="grpo", **options)
+    plain = shape_scores(features, scores, ShapingOptions(), group_size=6, algorithm="grpo", **options)
     assert plain.scores[:4].tolist() == [1, -1, 1, -1]
     assert torch.equal(plain.scores[4:].nan_to_num(9.0), scores[4:].nan_to_num(9.0))
     assert not plain.bonus.any()
     assert plain.metrics["accuracy"] == 3 / 4  # by the scores
-    shaped = shape_scores(features, scores, 6, lam=0.5, **options)
-    expected = g2.group_geometry(features[:4], torch.tensor([1.0, -1, 1, -1]), 4, lam=0.5).shaped_rewards
+    shaped = shape_scores(features, scores, ShapingOptions(lam=0.5), group_size=6, **options)
+    expected = g2.group_geometry(
+        features[:4], torch.tensor([1.0, -1, 1, -1]), group_size=4, lam=0.5
+    ).shaped_rewards
     torch.testing.assert_close(shaped.scores[:4], expected)
     torch.testing.assert_close(shaped.bonus[:4], expected - plain.scores[:4])
 
 
 def test_a_gap_must_be_positive() -> None:
     with pytest.raises(ValueError, match="gap: got 0"):
-        shape_scores(FEATURES, SIGNS, 4, gap=0)
+        shape_scores(FEATURES, SIGNS, ShapingOptions(), group_size=4, gap=0)

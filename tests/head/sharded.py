@@ -60,7 +60,7 @@ def loss(logprobs: Tensor, entropy: Tensor, world: int) -> Tensor:
 
 def shaped(features: Tensor) -> Tensor:
     """From the features of all ranks, in rank order."""
-    return g2.group_geometry(features, torch.tensor(REWARDS), torch.tensor(GROUPS)).shaped_rewards
+    return g2.group_geometry(features, torch.tensor(REWARDS), group_ids=torch.tensor(GROUPS)).shaped_rewards
 
 
 def step(model: nn.Module, rank: int, world: int) -> dict[str, Tensor]:

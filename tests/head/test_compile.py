@@ -112,12 +112,17 @@ def test_dynamic_numbers_of_tokens():
             assert torch.equal(eager, traced)
 
 
-@pytest.mark.parametrize("groups", [3, torch.tensor([0, 0, 4, -1, 4, 0])], ids=["blocks", "ids"])
+@pytest.mark.parametrize(
+    "groups",
+    [{"group_size": 3}, {"group_ids": torch.tensor([0, 0, 4, -1, 4, 0])}],
+    ids=["blocks", "ids"],
+)
 def test_group_geometry_compiles_to_the_same_bits(groups):
     features, rewards = torch.randn(6, 5), torch.randn(6).sign()
-    function = torch.compile(lambda *args: g2.group_geometry(*args, scale="batch"), **compiled)
+    function = torch.compile(lambda *args: g2.group_geometry(*args, **groups, scale="batch"), **compiled)
     for eager, traced in zip(
-        g2.group_geometry(features, rewards, groups, scale="batch"), function(features, rewards, groups)
+        g2.group_geometry(features, rewards, **groups, scale="batch"),
+        function(features, rewards),
     ):
         assert torch.equal(eager, traced)
 
@@ -139,7 +144,7 @@ def test_the_whole_step_in_one_graph():
 
     def step(hidden, weight, tokens, cu_seqlens, rewards):
         features = g2.head_features(hidden, weight, tokens, cu_seqlens).features
-        advantages = g2.group_geometry(features, rewards, 2).advantages
+        advantages = g2.group_geometry(features, rewards, group_size=2).advantages
         return (g2.linear_logprobs(hidden, weight, tokens).logprobs.sum() * advantages).sum()
 
     args = (case.hidden, case.weight, case.tokens, case.cu_seqlens, torch.tensor([1.0, -1, 1, 1]))

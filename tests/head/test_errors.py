@@ -143,20 +143,20 @@ GROUP = [
     ("rewards", torch.zeros(6, 1), ValueError, "[6, 1]"),
     ("rewards", torch.zeros(6, dtype=torch.int64), TypeError, "int64"),
     ("rewards", torch.zeros(6, device=meta), ValueError, "meta"),
-    ("groups", 4, ValueError, "S = 6"),
-    ("groups", 0, ValueError, "0"),
-    ("groups", -3, ValueError, "-3"),
-    ("groups", 3.0, TypeError, "float"),
-    ("groups", True, TypeError, "bool"),
-    ("groups", torch.zeros(6), TypeError, "float32"),
-    ("groups", torch.zeros(6, dtype=torch.int32), TypeError, "int32"),
-    ("groups", torch.zeros(3, 2, dtype=torch.int64), ValueError, "[3, 2]"),
+    ("group_size", 4, ValueError, "S = 6"),
+    ("group_size", 0, ValueError, "0"),
+    ("group_size", -3, ValueError, "-3"),
+    ("group_size", 3.0, TypeError, "float"),
+    ("group_size", True, TypeError, "bool"),
+    ("group_ids", torch.zeros(6), TypeError, "float32"),
+    ("group_ids", torch.zeros(6, dtype=torch.int32), TypeError, "int32"),
+    ("group_ids", torch.zeros(3, 2, dtype=torch.int64), ValueError, "[3, 2]"),
     ("lam", -0.5, ValueError, "-0.5"),
     ("lam", float("nan"), ValueError, "nan"),
     ("clip", 0.0, ValueError, "0.0"),
     ("eps", 0.0, ValueError, "0.0"),
     ("shaping", "intend", ValueError, "'intent'"),
-    ("score", "square", ValueError, "'sqrt'"),
+    ("exploration_score", "square", ValueError, "'sqrt'"),
     ("scale", None, ValueError, "'none'"),
     ("uniform_groups", "keep", ValueError, "'skip'"),
 ]
@@ -164,7 +164,9 @@ GROUP = [
 
 @pytest.mark.parametrize(("argument", "value", "error", "says"), GROUP, ids=identity)
 def test_group_geometry(argument, value, error, says):
-    arguments = {"features": torch.randn(6, 4), "rewards": torch.ones(6), "groups": 3}
+    arguments = {"features": torch.randn(6, 4), "rewards": torch.ones(6), "group_size": 3}
+    if argument == "group_ids":
+        del arguments["group_size"]
     with pytest.raises(error, match=argument) as caught:
         g2.group_geometry(**{**arguments, argument: value})
     assert says in str(caught.value)

@@ -168,7 +168,7 @@ def test_the_numbers_are_those_of_each_response_alone(
     assert len(wanted) == 2
     for key in wanted[0]:
         assert logged(trainer, f"g2rl/{key}") == pytest.approx([w[key] for w in wanted], rel=1e-4, abs=1e-5)
-    assert all(0 <= value <= 1 for value in logged(trainer, "g2rl/score_mean"))
+    assert all(0 <= value <= 1 for value in logged(trainer, "g2rl/exploration_score_mean"))
     assert all(value > 0 for value in logged(trainer, "g2rl/seconds"))
     assert not logged(trainer, "g2rl/semantic_cosine")
 
@@ -180,7 +180,7 @@ def test_it_agrees_with_the_g2rl_trainer(make: Callable[..., Any], tmp_path: Pat
     args = config(tmp_path / "g2rl", G2RLConfig, max_steps=1, g2rl_shaping="none")
     theirs = G2RLTrainer(model_dir, parity, args, prompts())
     theirs.train()
-    for key in ("cos_mean", "negative_pairs", "accuracy", "score_mean"):
+    for key in ("cos_mean", "negative_pairs", "accuracy", "exploration_score_mean"):
         assert logged(ours, f"g2rl/{key}") == pytest.approx(logged(theirs, f"g2rl/{key}"), abs=1e-5), key
     with pytest.raises(TypeError, match=r"^trainer: G2RLTrainer logs"):
         GeometryCallback(theirs)
@@ -259,10 +259,14 @@ def test_sampled_responses_are_measured(make: Callable[..., Any], monkeypatch: p
     assert asked == [tokenizer(prompt)["input_ids"] for prompt in ASKED for _ in range(4)]
     assert max(map(len, given)) == 5
     signs = torch.tensor([2.0 * (len(text) % 2) - 1 for text in scored[0][1]])
-    geometry = g2.group_geometry(done.features, signs, 4, shaping="none", eps=1e-30)  # cosines as they are
+    geometry = g2.group_geometry(
+        done.features, signs, group_size=4, shaping="none", eps=1e-30
+    )  # cosines as they are
     upper = torch.ones(4, 4).triu(1).bool()
     assert logged(trainer, "g2rl/cos_mean")[0] == pytest.approx(geometry.similarity[:, upper].mean().item())
-    assert logged(trainer, "g2rl/score_mean")[0] == pytest.approx(geometry.score.mean().item())
+    assert logged(trainer, "g2rl/exploration_score_mean")[0] == pytest.approx(
+        geometry.exploration_score.mean().item()
+    )
     assert logged(trainer, "g2rl/accuracy")[0] == pytest.approx((signs > 0).float().mean().item())
     assert logged(trainer, "g2rl/cos_mean")[0] != logged(trainer, "g2rl/cos_mean")[1]  # trained between them
 

@@ -132,7 +132,7 @@ def test_advantages_are_of_the_shaped_rewards(make: Callable[..., Any]) -> None:
     flat = 0
     for seen in trainer.seen:
         raw = seen["rewards"][:, 0]
-        geometry = g2.group_geometry(seen["features"], 2 * raw - 1, 4, lam=0.8)
+        geometry = g2.group_geometry(seen["features"], 2 * raw - 1, group_size=4, lam=0.8)
         shaped = (geometry.shaped_rewards + 1) / 2
         groups = shaped.view(-1, 4)
         expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
@@ -147,7 +147,7 @@ def test_a_response_without_tokens_keeps_its_reward_and_touches_nobody(make: Cal
     seen = trainer.seen[-1]
     ids = (torch.arange(8) // 4).masked_fill(~seen["has_tokens"], -1)
     signs = 2 * seen["rewards"][:, 0] - 1
-    geometry = g2.group_geometry(seen["features"], signs, ids, lam=0.5)
+    geometry = g2.group_geometry(seen["features"], signs, group_ids=ids, lam=0.5)
     bonus = torch.tensor(list(trainer._logs["extra"]["g2rl_bonus"]))
     assert not seen["has_tokens"].all()
     assert (bonus[~seen["has_tokens"]] == 0).all()
@@ -262,10 +262,10 @@ def test_evol_rl_trains_on_its_rewards(make: Callable[..., Any], labels: str) ->
     assert None in answers
     right = seen["rewards"][:, 0] > 0.5
     if labels == "majority":
-        assert not torch.equal(right, majority_labels(answers, 4))
-        right = majority_labels(answers, 4)
+        assert not torch.equal(right, majority_labels(answers, torch.arange(len(answers)) // 4))
+        right = majority_labels(answers, torch.arange(len(answers)) // 4)
     valid = torch.tensor([answer is not None for answer in answers])
-    evolved = evol_rewards(trainer._encoder(texts), right, 4, valid)
+    evolved = evol_rewards(trainer._encoder(texts), right, torch.arange(len(right)) // 4, valid)
     groups = ((evolved + 1) / 2).view(-1, 4)  # the correctness reward is 0 or 1
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-4, atol=1e-5)
@@ -283,7 +283,8 @@ def nothing_known(completions: list[str], **_: Any) -> list[None]:
 def test_majority_labels_need_no_truth(make: Callable[..., Any]) -> None:
     settings = {"g2rl_answer_func": "test_trl.last_letter", "g2rl_labels": "majority", "max_steps": 1}
     trainer = trained(make, Watched, g2rl_algorithm="grpo", reward_funcs=nothing_known, **settings)
-    labels = majority_labels([last_letter(text) for text in completions_of(trainer)], 4).float()
+    answers = [last_letter(text) for text in completions_of(trainer)]
+    labels = majority_labels(answers, torch.arange(len(answers)) // 4).float()
     groups = labels.view(-1, 4)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     assert expected.abs().max() > 0.5
@@ -591,7 +592,9 @@ def test_a_response_that_is_not_scored_takes_no_part(make: Callable[..., Any]) -
     assert logged(trainer, "g2rl/accuracy")[0] == pytest.approx(4 / 6)
     assert logged(trainer, "reward")[0] == pytest.approx(4 / 6)
     scored = torch.tensor([0, 2, 3, 4, 6, 7])
-    alone = g2.group_geometry(seen["features"][scored], 2 * seen["rewards"][scored, 0] - 1, 3, lam=0.5)
+    alone = g2.group_geometry(
+        seen["features"][scored], 2 * seen["rewards"][scored, 0] - 1, group_size=3, lam=0.5
+    )
     assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(alone.shaped_rewards.mean().item())
 
 
@@ -624,14 +627,19 @@ def test_metrics_and_tables_keep_the_raw_rewards(make: Callable[..., Any], tmp_p
         assert logged(trainer, "rewards/parity/mean")[step] == pytest.approx(raw[:, 1].mean().item())
         assert logged(trainer, "reward")[step] == pytest.approx(raw.nansum(1).mean().item())
         signs = 2 * raw[:, 1] - 1
-        shaped = g2.group_geometry(seen["features"], signs, 4, lam=0.5)
+        shaped = g2.group_geometry(seen["features"], signs, group_size=4, lam=0.5)
         torch.testing.assert_close(bonus, (shaped.shaped_rewards - signs) / 2)
         groups = (raw.nansum(1) + bonus).view(-1, 4)
         expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-3, atol=1e-4)
-        assert logged(trainer, "g2rl/score_mean")[step] == pytest.approx(shaped.score.mean().item())
+        assert logged(trainer, "g2rl/exploration_score_mean")[step] == pytest.approx(
+            shaped.exploration_score.mean().item()
+        )
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    names = "score_mean cos_mean negative_pairs accuracy shaped_reward_mean sign_flips feature_seconds"
+    names = (
+        "exploration_score_mean "
+        "cos_mean negative_pairs accuracy shaped_reward_mean sign_flips feature_seconds"
+    )
     assert {key for key in entry if key.startswith("g2rl")} == {f"g2rl/{name}" for name in names.split()}
     assert entry["g2rl/feature_seconds"] > 0
 

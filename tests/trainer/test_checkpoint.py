@@ -155,7 +155,7 @@ def test_a_run_killed_within_a_character_is_rewound(tmp_path: Path) -> None:
 
 
 def test_table_shows_both_ends_of_a_question() -> None:
-    row = {"step": 3, "completion": "a | b\nc", "score": 1.0, "reward": 1.0, "novelty": 0.5}
+    row = {"step": 3, "completion": "a | b\nc", "score": 1.0, "reward": 1.0, "exploration_score": 0.5}
     row |= {
         "question": "What, in all honesty, is the sum of 9 + 4 ?",
         "shaped_reward": 1.25,

@@ -16,7 +16,7 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("lr: 1e-5\ntasks: {kind: reasoning_gym, name: gcd, cfg: {a: 1}}\nscale: none\n")
     config = TrainerConfig.load(
-        path, ["steps=7", "tasks.0.cfg.b=[1, 2]", "tasks.0.name=lcm", "beta=1e-3", "score=sqrt"]
+        path, ["steps=7", "tasks.0.cfg.b=[1, 2]", "tasks.0.name=lcm", "beta=1e-3", "exploration_score=sqrt"]
     )
     assert config.lr == 1e-5  # YAML itself reads 1e-5 as text
     assert config.beta == 1e-3

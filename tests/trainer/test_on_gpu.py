@@ -28,7 +28,9 @@ def test_measures_what_a_cpu_measures(tmp_path: Path, device: str) -> None:
         setattr(rollout, part, getattr(rollout, part).cpu())
     measured = here.measure(rollout, here.verify(rollout))
     torch.testing.assert_close(moved.logprobs.cpu(), measured.logprobs, rtol=0, atol=1e-4)
-    torch.testing.assert_close(moved.geometry.score.cpu(), measured.geometry.score, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        moved.geometry.exploration_score.cpu(), measured.geometry.exploration_score, rtol=0, atol=1e-3
+    )
     assert moved.entropy == pytest.approx(measured.entropy, abs=1e-4)
 
 

@@ -36,7 +36,15 @@ def test_all_start_from_the_same_rollout_and_report_the_same_names(tmp_path: Pat
     runs = {name: make_trainer(tmp_path / name, algorithm=name, steps=2) for name in ALGORITHMS}
     steps = {name: run.train() for name, run in runs.items()}
     first = {name: metrics[0] for name, metrics in steps.items()}
-    shared = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "score_mean")
+    shared = (
+        "reward",
+        "accuracy",
+        "length",
+        "entropy",
+        "cos_mean",
+        "negative_pairs",
+        "exploration_score_mean",
+    )
     for name in ALGORITHMS:
         assert [*first[name]] == [*first["grpo"]]
         for key in shared:

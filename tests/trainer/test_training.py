@@ -651,8 +651,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     metrics = trainer.train()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == metrics
     wanted = (
-        "step reward accuracy shaped_reward length entropy cos_mean negative_pairs score_mean kl loss "
-        "grad_norm lr tokens_per_second seconds feature_seconds"
+        "step reward accuracy shaped_reward length entropy cos_mean negative_pairs "
+        "exploration_score_mean kl loss grad_norm lr tokens_per_second seconds feature_seconds"
     )
     assert set(wanted.split()) <= set(metrics[0])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

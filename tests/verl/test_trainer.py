@@ -10,6 +10,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from g2rl_kernels.group import reference
+from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, is_patched
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync, _with_bonus, group_ids
 
@@ -38,13 +39,7 @@ def test_advantages_are_those_of_grpo_on_shaped_rewards(make_step, model):
             rows.features(model),
             rewards,
             torch.arange(6)[None],
-            lam=0.8,
-            clip=3.0,
-            shaping="intent",
-            score="linear",
-            scale="group",
-            uniform_groups="skip",
-            eps=1e-6,
+            ShapingOptions(lam=0.8, uniform_groups="skip"),
         )[2]
         assert (shaped - rewards).abs().max() > 0.1
         shaped = (shaped + 1) / 2  # in the units of the scores
@@ -68,7 +63,14 @@ def test_reordered_and_padded_batches_give_what_the_plain_one_gives(make_step):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5)
     for key in padding:
         assert not found[key].any()
-    names = ("score_mean", "cos_mean", "negative_pairs", "accuracy", "shaped_reward_mean", "sign_flips")
+    names = (
+        "exploration_score_mean",
+        "cos_mean",
+        "negative_pairs",
+        "accuracy",
+        "shaped_reward_mean",
+        "sign_flips",
+    )
     for name in names:
         name = f"g2rl/{name}"
         assert balanced.metrics[name] == pytest.approx(plain.metrics[name], abs=1e-5)
@@ -241,7 +243,10 @@ def test_settings_default_and_are_read_from_the_command_line():
         ("+algorithm.g2rl.clip=0", "algorithm.g2rl.clip: got 0.0, needs a positive finite number"),
         ("+algorithm.g2rl.correctness_gap=0", "algorithm.g2rl.correctness_gap: got 0.0, needs a positive"),
         ("+algorithm.g2rl.shaping=prose", "algorithm.g2rl.shaping: got 'prose', needs one of none, intent,"),
-        ("+algorithm.g2rl.score=log", "algorithm.g2rl.score: got 'log', needs one of linear, sqrt"),
+        (
+            "+algorithm.g2rl.exploration_score=log",
+            "algorithm.g2rl.exploration_score: got 'log', needs one of 'linear', 'sqrt'",
+        ),
         ("+algorithm.g2rl.uniform_groups=drop", "algorithm.g2rl.uniform_groups: got 'drop', needs one of"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator: got gae, g2rl_sync needs grpo"),
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode: g2rl_sync needs False, for features"),

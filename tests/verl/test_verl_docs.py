@@ -66,9 +66,9 @@ def test_the_recipe_is_the_papers(model):
 
 
 def test_the_recipe_takes_more_options_and_its_variables():
-    options = recipe_options("+algorithm.g2rl.score=sqrt", DATA="/d", GPUS="2")
+    options = recipe_options("+algorithm.g2rl.exploration_score=sqrt", DATA="/d", GPUS="2")
     config = compose_config(*options)
-    assert G2RLSettings.read(config).score == "sqrt"
+    assert G2RLSettings.read(config).exploration_score == "sqrt"
     assert config.data.train_files == "/d/train.parquet"
     assert config.trainer.n_gpus_per_node == 2
 

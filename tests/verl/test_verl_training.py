@@ -69,7 +69,7 @@ def test_two_steps(run):
     for step in steps:
         assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])  # 0 and 1, no padding
         assert step["critic/score/max"] == 1
-        assert 0 < step["g2rl/score_mean"] < 1
+        assert 0 < step["g2rl/exploration_score_mean"] < 1
         assert -1 < step["g2rl/cos_mean"] < 1
         assert 0 <= step["g2rl/negative_pairs"] <= 1
         assert step["g2rl/shaped_reward_mean"] != pytest.approx(2 * step["g2rl/accuracy"] - 1, abs=1e-4)

@@ -25,6 +25,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from ...group.options import ShapingOptions
 from ...group.shaping import check_gap, check_options, shape_scores
 from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
 
@@ -35,11 +36,11 @@ STRATEGIES = ("fsdp", "fsdp2")
 class G2RLSettings:
     """`+algorithm.g2rl.<name>=...` on verl's command line. The same words as in `g2.group_geometry`."""
 
-    lam: float = 0.5  # exploration strength, 0 or more; 0 is verl's GRPO, to the bit
-    clip: float = 3.0  # bound of the shaped reward, where right is +1 and wrong is -1
-    shaping: str = "intent"  # intent | equation | right | none
-    score: str = "linear"  # linear | sqrt
-    uniform_groups: str = "shape"  # groups of all right or all wrong answers: shape | skip
+    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0 is verl's GRPO, to the bit
+    clip: float = ShapingOptions.clip  # bound of the shaped reward, where right is +1 and wrong is -1
+    shaping: str = ShapingOptions.shaping  # intent | equation | right | none
+    exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
+    uniform_groups: str = ShapingOptions.uniform_groups  # all right or all wrong answers: shape | skip
     correctness_threshold: float = 0.5  # answers whose score reaches it are right
     correctness_gap: float = 1.0  # of the scores of right and wrong answers: 1 for 0 and 1, 2 for -1 and +1
 
@@ -75,8 +76,9 @@ class G2RLSettings:
 class G2RLTrainerSync(PPOTrainerSync):
     """verl's `sync` trainer, its GRPO advantages of rewards shaped by G2RL.
 
-    Adds the metrics g2rl/score_mean, cos_mean, negative_pairs, accuracy, shaped_reward_mean, sign_flips (see
-    `g2rl_kernels.integrations.shaping.describe`) and feature_seconds (a step, mean over data-parallel ranks).
+    Adds the metrics g2rl/exploration_score_mean, cos_mean, negative_pairs, accuracy, shaped_reward_mean,
+    sign_flips (see `g2rl_kernels.group.metrics.describe`) and feature_seconds (a step, mean over
+    data-parallel ranks).
 
     Raises:
         ValueError: an option cannot work: see `G2RLSettings`.
@@ -127,16 +129,12 @@ class G2RLTrainerSync(PPOTrainerSync):
         shaped = shape_scores(
             torch.stack(data[FEATURES].unbind()),
             scores,
-            groups,
+            ShapingOptions.of(settings),
+            group_ids=groups,
             keys=torch.stack(data[KEYS].unbind())[:, 0],
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
             gap=settings.correctness_gap,
-            lam=settings.lam,
-            clip=settings.clip,
-            shaping=settings.shaping,
-            score=settings.score,
-            uniform_groups=settings.uniform_groups,
         )
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         seconds = torch.stack(data[SECONDS].unbind()).sum().item() / ranks + time.perf_counter() - start

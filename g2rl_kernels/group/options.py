@@ -1,0 +1,90 @@
+"""The options of `group_geometry`: defaults, choices and checks for every trainer and command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..arguments import check_choice, check_positive
+
+# Choices by their number in the operators' schema.
+SHAPINGS = ("none", "intent", "equation", "right")
+EXPLORATION_SCORES = ("linear", "sqrt")
+SCALES = ("none", "group", "batch")
+UNIFORM_GROUPS = ("shape", "skip")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+
+
+@dataclass(frozen=True)
+class ShapingOptions:
+    """How exploration scores move rewards, and how rewards become advantages: see `group_geometry`."""
+
+    lam: float = _option(0.5, "Exploration strength, 0 or more; 0 leaves every reward as it is.")
+    clip: float = _option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
+    shaping: str = _option(
+        "intent",
+        "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of the paper "
+        "as printed, where a novel wrong answer is punished less; 'right': as 'intent' among right answers, "
+        "wrong ones stay as they are; 'none': rewards stay as they are.",
+        SHAPINGS,
+    )
+    exploration_score: str = _option(
+        "linear", "The exploration score nu: 'linear', or its 'sqrt'.", EXPLORATION_SCORES
+    )
+    scale: str = _option(
+        "group", "Advantages are divided by the deviation of the 'group', the 'batch', or by 'none'.", SCALES
+    )
+    uniform_groups: str = _option(
+        "shape",
+        "Groups of all right or all wrong answers: 'shape' treats them like all others, 'skip' leaves their "
+        "rewards as they are.",
+        UNIFORM_GROUPS,
+    )
+    eps: float = _option(1e-6, "Added to norms, sums of weights and variances.")
+
+    @classmethod
+    def of(cls, settings: Any, prefix: str = "") -> ShapingOptions:
+        """The options among a trainer's settings (an object or a mapping), where they are called `prefix` +
+        their own name; defaults for those that the trainer does not have."""
+        values = settings if isinstance(settings, Mapping) else vars(settings)
+        names = [one.name for one in fields(cls)]
+        return cls(**{name: values[prefix + name] for name in names if prefix + name in values})
+
+    def check(self, prefix: str = "") -> None:
+        """Raises ValueError or TypeError for the first option that cannot work, as `prefix` + its name."""
+        for name in ("clip", "eps"):
+            check_positive(prefix + name, getattr(self, name))
+        if self.lam != 0:
+            check_positive(f"{prefix}lam", self.lam, ", or 0")
+        for one in fields(self):
+            if "choices" in one.metadata:
+                check_choice(prefix + one.name, getattr(self, one.name), one.metadata["choices"])
+
+    def flat(self) -> tuple[float, float, int, int, int, bool, float]:
+        """What the operators take, in the order of their schema. lam = 0 shapes nothing."""
+        return (
+            float(self.lam),
+            float(self.clip),
+            SHAPINGS.index(self.shaping if self.lam != 0 else "none"),
+            EXPLORATION_SCORES.index(self.exploration_score),
+            SCALES.index(self.scale),
+            self.uniform_groups == "skip",
+            float(self.eps),
+        )
+
+    @classmethod
+    def from_flat(
+        cls, lam: float, clip: float, shaping: int, score: int, scale: int, skip_uniform: bool, eps: float
+    ) -> ShapingOptions:
+        names = SHAPINGS[shaping], EXPLORATION_SCORES[score], SCALES[scale], UNIFORM_GROUPS[skip_uniform]
+        return cls(lam, clip, *names, eps)
+
+
+def option_field(name: str, **changes: Any) -> Any:
+    """A field of a trainer's own dataclass for the option `name`: its default, help and choices."""
+    one = next(one for one in fields(ShapingOptions) if one.name == name)
+    return field(default=one.default, metadata={**one.metadata, **changes})
