@@ -22,7 +22,7 @@ import g2rl_kernels as g2
 from ..evaluation.results import check_questions
 from ..group.geometry import row_groups
 from ..head.reference import segment_sum
-from ..models.lm_head import Head, response_hidden
+from ..models.lm_head import LMHead, response_hidden
 
 # Of one problem; None where there is nothing to say it of (no pair, no encoder, no scores).
 STATISTICS = {
@@ -53,7 +53,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    head: Head,
+    head: LMHead,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,

@@ -16,9 +16,9 @@ RESPONSES_SCHEMA = "Tensor cu_seqlens, Tensor? token_weights"
 
 
 class HeadSpec(NamedTuple):
-    """The LM head: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c); p = softmax(z / temperature).
+    """The LM head: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c).
 
-    All backends take it in this form, checked.
+    p = softmax(z / temperature). All backends take it in this form, checked.
     """
 
     weight: Tensor  # [V, d], dtype of hidden

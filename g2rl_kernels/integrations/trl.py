@@ -70,7 +70,7 @@ from ..group.shaping import (
     shape_scores,
 )
 from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
-from ..models.lm_head import Head, find_head
+from ..models.lm_head import LMHead, find_head
 from ..tasks.answers import math_answer
 
 
@@ -292,7 +292,7 @@ class G2RLTrainer(GRPOTrainer):
         model.forward = forward
 
     def _measure(
-        self, measurement: _Measurement, head: Head, hidden: Tensor, labels: Tensor
+        self, measurement: _Measurement, head: LMHead, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds some responses' features to the measurement; log-probs and entropy [N] of their tokens."""
         start = self._clock()
@@ -510,7 +510,7 @@ def _text(completion: Any) -> str:
     return "\n".join(text for text in said if isinstance(text, str))
 
 
-def head_inputs(head: Head, hidden: Tensor, labels: Tensor, args: Any) -> tuple[Any, ...]:
+def head_inputs(head: LMHead, hidden: Tensor, labels: Tensor, args: Any) -> tuple[Any, ...]:
     """Packed hidden [N, d], weight and bias in the dtype that TRL multiplies in; tokens [N], cu_seqlens
     [B + 1] and mask [B, L - 1]. hidden [B, L, d], labels [B, L] with -100 at what is not scored; args: the
     trainer's."""

@@ -21,7 +21,7 @@ from ..head.features import pack_responses
 
 
 @dataclass
-class Head:
+class LMHead:
     """A causal LM as the ops see it: backbone(ids) gives h [B, L, d]; z = softcap(scale (W h + b))."""
 
     backbone: nn.Module
@@ -61,7 +61,7 @@ def _whole(parameter: Any) -> Tensor:
     return whole
 
 
-def find_head(model: Any, compare: bool = True) -> Head:
+def find_head(model: Any, compare: bool = True) -> LMHead:
     """Backbone and head of a transformers causal LM; raises TrainerError where they cannot be told apart.
 
     compare=False leaves out the comparison with the model's own logits, for where its weights are elsewhere.
@@ -89,14 +89,14 @@ def find_head(model: Any, compare: bool = True) -> Head:
     scale = float(getattr(settings, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(settings, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
-    head = Head(backbone, output, scale, float(softcap) if softcap else None)
+    head = LMHead(backbone, output, scale, float(softcap) if softcap else None)
     if compare:
         _compare_logits(inner, head)
     return head
 
 
 @torch.no_grad()
-def _compare_logits(model: Any, head: Head) -> None:
+def _compare_logits(model: Any, head: LMHead) -> None:
     """Some families change logits in ways that no configuration key tells; a few tokens show it."""
     weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
@@ -109,7 +109,7 @@ def _compare_logits(model: Any, head: Head) -> None:
 
 
 def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Raises TrainerError where `Head.logits` of a few tokens, multiplied in `dtype`, are not the model's."""
+    """Raises TrainerError where `LMHead.logits` of a few tokens, in `dtype`, are not the model's."""
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     theirs = theirs.float()
     error = (ours - theirs).abs().max().item()
@@ -121,7 +121,7 @@ def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -
 
 
 def response_hidden(
-    head: Head, ids: Tensor, attention: Tensor, mask: Tensor
+    head: LMHead, ids: Tensor, attention: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden states [N, d] that predict the response tokens [N], and cu_seqlens [B + 1].
 
@@ -134,7 +134,7 @@ def response_hidden(
     return pack_responses(out.last_hidden_state[:, -length - 1 : -1], ids[:, -length:], mask)
 
 
-def frozen_copy(head: Head, autocast: bool) -> Head:
+def frozen_copy(head: LMHead, autocast: bool) -> LMHead:
     """The reference policy. Under bf16 autocast its linear layers are bf16: same numbers, half the memory."""
     backbone, output = copy.deepcopy((head.backbone, head.output))  # one call, so that a tied head stays tied
     backbone.requires_grad_(False).eval()
@@ -149,4 +149,4 @@ def frozen_copy(head: Head, autocast: bool) -> Head:
         for module in [*backbone.modules(), output]:
             if type(module) is nn.Linear and module.weight.data_ptr() not in tied:
                 module.to(torch.bfloat16)
-    return Head(backbone, output, head.logit_scale, head.logit_softcap)
+    return LMHead(backbone, output, head.logit_scale, head.logit_softcap)

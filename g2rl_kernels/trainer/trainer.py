@@ -28,7 +28,7 @@ from ..group.options import ShapingOptions
 from ..group.shaping import response_keys, shape_rewards
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import Head, find_head, frozen_copy, response_hidden
+from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden
 from ..tasks.base import Task, final_answer, item_of, score_completion
 from . import checkpoint
 from .config import TrainerConfig
@@ -250,7 +250,7 @@ class Trainer:
         return config.lr * factors[config.lr_schedule]
 
     def _response_hidden(
-        self, head: Head, rollout: Rollout, rows: slice
+        self, head: LMHead, rollout: Rollout, rows: slice
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The hidden states [N, d] that predict the response tokens [N], cu_seqlens, and the mask [B, L]."""
         ids, attention, mask = rollout.rows(rows)
@@ -258,7 +258,7 @@ class Trainer:
             hidden, tokens, cu_seqlens = response_hidden(head, ids, attention, mask)
         return hidden.to(self.ops_dtype), tokens, cu_seqlens, mask
 
-    def _logprobs(self, head: Head, rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, head: LMHead, rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model."""
         hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
         weight, bias = head.weights(self.ops_dtype)

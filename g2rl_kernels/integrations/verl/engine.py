@@ -17,7 +17,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from ... import head_features
 from ...group.shaping import response_keys
-from ...models.lm_head import Head, check_logits, find_head
+from ...models.lm_head import LMHead, check_logits, find_head
 
 REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to return what follows
 FEATURES = "g2rl_features"  # [B, d] float32
@@ -80,7 +80,7 @@ class Measurement:
         module = engine.module
         self.engine, self.micro_batch = engine, micro_batch
         self.module = module.module if isinstance(module, FullyShardedDataParallel) else module
-        self.head: Head = find_head(self.module, compare=False)
+        self.head: LMHead = find_head(self.module, compare=False)
         self.packed: bool = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
         self.temperature = float(micro_batch["temperature"])
         self.compared = getattr(engine, "g2rl_head_compared", False)
