@@ -23,7 +23,10 @@ from ..arguments import (
     may_read_values,
     sizes,
 )
-from . import logprobs, reference, tiled, vocab_parallel
+from . import cpu, logprobs, reference, tiled, vocab_parallel
+from .backend import FeatureOutputs
+from .certified import certified_features
+from .spec import HeadSpec, Responses
 
 
 class HeadFeatures(NamedTuple):
@@ -191,19 +194,15 @@ def certified_head_features(
     )
     if backend == "triton":
         return CertifiedHeadFeatures(*_head_features_triton(*args, float(max_skipped)))
-    N = hidden.shape[0]
-    alpha = hidden.new_ones(N, dtype=torch.float32) if args.token_weights is None else args.token_weights
-    cu = cu_seqlens.to(torch.int64)
-    _, logprobs, logsumexp, entropy = _head_features(backend, "", args)
-    mass = -alpha * torch.expm1(logprobs)
-    keep, skipped_mass, skipped_tokens = reference.skipped_tokens(mass, cu, max_skipped)
-    kept_args = args._replace(token_weights=torch.where(keep, alpha, 0.0))
-    features = _head_features(backend, "", kept_args).features
-    total, kept = (reference.segment_sum(a, cu, 0, N) for a in (alpha, torch.where(keep, alpha, 0.0)))
-    features *= ((kept + reference.WEIGHT_EPS) / (total + reference.WEIGHT_EPS))[:, None]
-    return CertifiedHeadFeatures(
-        features, logprobs, logsumexp, entropy, skipped_mass / (total + reference.WEIGHT_EPS), skipped_tokens
-    )
+
+    def features(hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses) -> FeatureOutputs:
+        outputs = _head_features(backend, "", args._replace(token_weights=responses.token_weights))
+        return FeatureOutputs(*outputs, outputs.logprobs, outputs.logprobs)  # the last two are replaced
+
+    head = HeadSpec(args.weight, args.bias, args.temperature, args.logit_scale, args.logit_softcap)
+    responses = Responses(args.cu_seqlens, args.token_weights)
+    outputs = certified_features(features, args.hidden, tokens, head, responses, float(max_skipped))
+    return CertifiedHeadFeatures(*outputs)
 
 
 class _HeadArguments(NamedTuple):
@@ -286,7 +285,10 @@ def _head_features(backend: str, group: str, args: _HeadArguments) -> HeadFeatur
     if group:
         return HeadFeatures(*_head_features_over_ranks(*args, backend, group))
     if backend == "cpu":
-        return HeadFeatures(*torch.ops.g2rl.head_features(*args))
+        head = HeadSpec(args.weight, args.bias, args.temperature, args.logit_scale, args.logit_softcap)
+        responses = Responses(args.cu_seqlens, args.token_weights)
+        outputs = cpu.features(args.hidden, args.tokens, head, responses, args.known_logprobs)
+        return HeadFeatures(*outputs[:4])
     if backend == "triton":
         return HeadFeatures(*_head_features_triton(*args, None)[:4])
     with torch.no_grad(), torch.autocast(args.hidden.device.type, enabled=False):
@@ -337,7 +339,6 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("g2rl::head_features")
 def _fake_head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
@@ -377,7 +378,12 @@ def _head_features_over_ranks(
 
 def _features_of_part(backend: str) -> Callable[..., Tensor]:
     if backend == "cpu":
-        return torch.ops.g2rl.head_features_of_part
+
+        def on_cpu(hidden, weight, tokens, cu, bias, alpha, logsumexp, rest, *options):  # type: ignore
+            head = HeadSpec(weight, bias, *options)
+            return cpu.features_of_part(hidden, tokens, head, Responses(cu, alpha), logsumexp, rest)
+
+        return on_cpu
     if backend == "triton":
         from .triton import driver as head
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import DTYPES, check_head, check_token_values, choose_backend, may_read_values
-from . import reference, tiled, vocab_parallel
+from . import cpu, reference, tiled, vocab_parallel
+from .spec import HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; what is more lies in the weight's gradient.
 SUMS = 16 << 20
@@ -102,7 +103,14 @@ def linear_logprobs(
 def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
     """A backend's `statistics` and `sweep`."""
     if backend == "cpu":
-        return torch.ops.g2rl.head_statistics, torch.ops.g2rl.logprobs_sweep
+
+        def on_cpu(hidden, weight, tokens, bias, *options):  # type: ignore
+            return cpu.statistics(hidden, tokens, HeadSpec(weight, bias, *options))
+
+        def sweep_on_cpu(hidden, weight, tokens, bias, normaliser, terms, t, scale, softcap, *rest):  # type: ignore
+            cpu.sweep(hidden, tokens, HeadSpec(weight, bias, t, scale, softcap), normaliser, terms, *rest)
+
+        return on_cpu, sweep_on_cpu
     module = importlib.import_module("g2rl_kernels.head.triton.gradients") if backend == "triton" else tiled
     return module.statistics, module.sweep
 

@@ -19,15 +19,15 @@ def head_args(dtype=torch.float32, **changes):
     case = make_case([3, 0, 5], V=67, d=16, dtype=dtype)
     args = {
         "hidden": case.hidden,
-        "weight": case.weight,
         "tokens": case.tokens,
-        "cu_seqlens": case.cu_seqlens,
+        "weight": case.weight,
         "bias": None,
-        "token_weights": None,
-        "known_logprobs": None,
         "temperature": 1.0,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
+        "cu_seqlens": case.cu_seqlens,
+        "token_weights": None,
+        "known_logprobs": None,
     }
     args.update(changes)
     return tuple(args.values())
