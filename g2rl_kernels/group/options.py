@@ -78,9 +78,21 @@ class ShapingOptions:
 
     @classmethod
     def from_flat(
-        cls, lam: float, clip: float, shaping: int, score: int, scale: int, skip_uniform: bool, eps: float
+        cls,
+        lam: float,
+        clip: float,
+        shaping: int,
+        exploration_score: int,
+        scale: int,
+        skip_uniform: bool,
+        eps: float,
     ) -> ShapingOptions:
-        names = SHAPINGS[shaping], EXPLORATION_SCORES[score], SCALES[scale], UNIFORM_GROUPS[skip_uniform]
+        names = (
+            SHAPINGS[shaping],
+            EXPLORATION_SCORES[exploration_score],
+            SCALES[scale],
+            UNIFORM_GROUPS[skip_uniform],
+        )
         return cls(lam, clip, *names, eps)
 
 
