@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
-from . import logprobs, vocab_parallel
+from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
 from .backend import backend as implementation
 from .backend import choose_backend
 from .spec import HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
