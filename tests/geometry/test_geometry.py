@@ -16,7 +16,6 @@ from tiny import make_model, make_tokenizer, make_trainer
 
 import g2rl_kernels as g2
 from g2rl_kernels.geometry.measure import (
-    STATISTICS,
     difference,
     effective_rank,
     group_statistics,
@@ -24,7 +23,8 @@ from g2rl_kernels.geometry.measure import (
     most,
     overall,
 )
-from g2rl_kernels.group.shaping import describe
+from g2rl_kernels.geometry.rows import STATISTICS
+from g2rl_kernels.group.metrics import describe
 from g2rl_kernels.models.lm_head import find_head
 
 
