@@ -188,7 +188,7 @@ def read_file(path: Path) -> list[Any]:
             try:
                 table: list[Any] = parquet.read_table(path).to_pylist()
             except ArrowException as error:
-                raise ConfigError(f"data: {path} is no Parquet file: {one_line(error, 200)}") from None
+                raise ConfigError(f"data: {path} is not a Parquet file: {one_line(error, 200)}") from None
             return table
         return read_jsonl(str(path))
     except OSError as error:
@@ -196,7 +196,7 @@ def read_file(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"data: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except csv.Error as error:
-        raise ConfigError(f"data: {path} is no CSV file: {error}") from None
+        raise ConfigError(f"data: {path} is not a CSV file: {error}") from None
 
 
 def _from_hub(name: str, dataset: HubDataset) -> list[Any]:

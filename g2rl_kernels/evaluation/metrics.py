@@ -67,7 +67,7 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
         return sum(hits[answer] / sizes[answer] for answer in tied) / len(tied)
     # table[drawn, i]: chance that i of `drawn` samples have this answer, among it and the answers before it
     seen, tables = n - sum(sizes.values()), []
-    none = seen
+    unanswered = seen
     for size in sizes.values():
         tables.append(_hypergeometric(seen, size, k))
         seen += size
@@ -76,7 +76,7 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
         # state[0][drawn, t]: chance that no answer came more than j times among `drawn`, and t came j times;
         # state[1]: the same times the sum of those t answers' shares of right
         state = np.zeros((2, k + 1, k // j + 1))
-        state[0, : min(none, k) + 1, 0] = 1
+        state[0, : min(unanswered, k) + 1, 0] = 1
         for (answer, size), table in zip(sizes.items(), tables):
             new = np.zeros_like(state)
             for i in range(min(size, j - 1, k) + 1):

@@ -63,12 +63,12 @@ def read_line(line: bytes, where: str) -> Sample:
         row: dict[str, Any] = json.loads(line)
         missing = [key for key in NEEDED if key not in row]
     except (ValueError, TypeError):
-        raise TrainerError(f"{where} is no sample of g2rl eval") from None
+        raise TrainerError(f"{where} is not a sample of g2rl eval") from None
     if missing:
-        raise TrainerError(f"{where} is no sample of g2rl eval: it has no {missing[0]!r}")
+        raise TrainerError(f"{where} is not a sample of g2rl eval: it has no {missing[0]!r}")
     for key in CHECKED:
         if key in row and not _fits(key, row[key]):
-            raise TrainerError(f"{where} is no sample of g2rl eval: {key}={short(row[key])}")
+            raise TrainerError(f"{where} is not a sample of g2rl eval: {key}={short(row[key])}")
     return cast(Sample, row)
 
 

@@ -56,7 +56,7 @@ class DataSet:
     name: str
     source: str  # where the problems came from, to show and to record
     task: Task
-    template: str | None = None  # prompt template, used where the configuration sets none
+    template: str | None = None  # prompt template, used unless the configuration has its own
     limit: int | None = None  # only the first `limit` problems; None: all
 
     def __len__(self) -> int:
@@ -228,7 +228,7 @@ def read_samples(path: Path, texts: bool = True) -> list[Sample]:
     """The samples in a samples.jsonl, or in the one of a folder; a half-written last line is left out.
 
     texts=False leaves out prompts and responses (`without_texts`). Raises TrainerError for a file that cannot
-    be read, or has a line that is no `Sample`.
+    be read, or has a line that is not a `Sample`.
     """
     file = path / "samples.jsonl" if path.is_dir() else path
     rows = []

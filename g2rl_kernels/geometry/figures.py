@@ -51,15 +51,18 @@ class _Axes:
             )
 
     def x(self, value: float) -> float:
+        """The horizontal position of a value, in the SVG's units."""
         low, high = self.x_range
         return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
+        """The vertical position of a value."""
         low, high = self.y_range
         bottom = self.height - self.bottom
         return bottom - (value - low) / (high - low) * (bottom - self.top)
 
     def zero(self) -> None:
+        """Draws a vertical line at x = 0."""
         at = self.x(0)
         self.elements.append(
             f'<line class="zero" x1="{at:.1f}" x2="{at:.1f}" y1="{self.top}" '
@@ -67,6 +70,7 @@ class _Axes:
         )
 
     def svg(self, kind: str, label: str) -> str:
+        """The figure, of the class `kind`, with a description for screen readers."""
         return (
             f'<svg class="{kind}" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}">'
             f"{''.join(self.elements)}</svg>"
@@ -74,6 +78,7 @@ class _Axes:
 
 
 def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, at most seven, for the ticks of an axis."""
     step = 10 ** math.floor(math.log10((high - low) / 2))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     first = math.ceil(low / step - 1e-9)
@@ -140,7 +145,7 @@ def negative_bars(models: Sequence[ModelGeometry]) -> str:
     found = [model.overall["negative_pairs"] for model in models]
     top = max([0.05, *(f["high"] or f["mean"] for f in found if f)])
     axes = _Axes((-0.6, len(models) - 0.4), (0, 100 * top * 1.18), "", "% of pairs")
-    # no vertical grid: the place of a bar is no number
+    # no vertical grid: the position of a bar has no meaning
     axes.elements = [
         one for one in axes.elements if 'class="grid" x1' not in one or 'text-anchor="end"' in one
     ]

@@ -262,9 +262,9 @@ def overall(problems: Sequence[GroupStatistics]) -> Overall:
 def difference(problems: Sequence[MeasuredProblem], first: Sequence[MeasuredProblem]) -> Overall:
     """`overall` of the differences between a model and a first one, problem by problem.
 
-    Problems that only one model has are left out. A paired interval is narrower than those of the two means,
-    because what is peculiar to a problem mostly is so for both models. Raises ConfigError where problems of
-    the same name have different questions.
+    Problems that only one model has are left out. Paired intervals are narrower than those of the two means,
+    because a problem that is unusual for one model mostly is unusual for the other too. Raises ConfigError
+    where problems of the same name have different questions.
     """
     check_questions(problems, first, "the model", "the first one")
     known = {problem["problem"]: problem for problem in first}

@@ -48,9 +48,9 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
     """The whole page as HTML. Models on the same problems are compared problem by problem."""
     order = list(dict.fromkeys(problem["problem"] for model in models for problem in model.problems))
     places = [{problem["problem"]: problem for problem in model.problems} for model in models]
-    count = sum(len(pairs(problem)) for model in models for problem in model.problems)
-    counts = sorted({problem["responses"] for model in models for problem in model.problems})
-    sizes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    pair_count = sum(len(pairs(problem)) for model in models for problem in model.problems)
+    sizes = sorted({problem["responses"] for model in models for problem in model.problems})
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     figures = [
         ("Pairs by gradient cosine", "density; a mark shows each model's mean", density(models)),
         ("Negative pairs", "share, with 95 % interval over problems", negative_bars(models)),
@@ -63,8 +63,8 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escaped(title)}</title><style>{STYLE}{colours(len(models))}</style></head><body><main>"
             f"<h1>{escaped(title)}</h1>"
-            f'<p class="lead">{len(order)} problem{"s" * (len(order) != 1)}, {sizes} responses each, '
-            f"{count:,} pairs. Each response is described by the direction in which it would move the "
+            f'<p class="lead">{len(order)} problem{"s" * (len(order) != 1)}, {size} responses each, '
+            f"{pair_count:,} pairs. Each response is described by the direction in which it would move the "
             f"model's last layer: two responses with a cosine of 1 ask for the same update, with a negative "
             f"one they pull against each other.</p>{_legend(models)}"
             '<section class="figures">',
@@ -79,7 +79,7 @@ def page(models: Sequence[ModelGeometry], title: str = "Gradient geometry") -> s
             "For scale: on AIME25 with 8 responses a problem the G2RL paper (arXiv 2512.15687) "
             "reports for Qwen3-1.7B-Base a mean cosine of 0.208 after GRPO and 0.064 after G2RL, and 5.9 % "
             "and 28.1 % negative pairs.</p><h2>The most telling pairs</h2>",
-            '<p class="note">Of all pairs of different texts: the one with the largest and the one with the '
+            '<p class="note">The pair of different texts with the largest and the one with the '
             "smallest gradient cosine.</p>",
             *(_extreme_pairs(model, index) for index, model in enumerate(models)),
             "<h2>Cosines within a problem</h2>",

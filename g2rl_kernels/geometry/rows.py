@@ -67,10 +67,8 @@ class GroupStatistics(PairStatistics, ResponseStatistics):
 
     responses: int  # how many there are
     measured: list[int]  # the k of them whose feature is finite and not zero, as places in the group
-    redundant: (
-        Pair | None
-    )  # the pair of different texts with the largest cosine; None if there is no such pair
-    opposed: Pair | None  # the one with the smallest
+    redundant: Pair | None  # of different texts, the pair with the largest cosine; None without pairs
+    opposed: Pair | None  # the one with the smallest cosine
     cosine: list[list[float]]  # [k, k], of the features
     semantic: list[list[float]] | None  # [k, k], of the embeddings
 

@@ -184,7 +184,7 @@ def response_hidden(
         attention: [B, P + L], 0 on padding.
         mask: [B, L] bool, True for the N response tokens that count.
     """
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token that is no padding
+    positions = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token that is not padding
     out = head.backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
     length = mask.shape[1]
     return pack_responses(out.last_hidden_state[:, -length - 1 : -1], ids[:, -length:], mask)

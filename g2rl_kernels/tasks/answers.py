@@ -11,7 +11,7 @@ from .base import Item, check_rows, import_function
 
 
 def boxed(text: str) -> str:
-    """The content of the last \\boxed{...}, braces balanced; "" if there is none."""
+    """The content of the last \\boxed{...} with balanced braces; "" without one."""
     start = text.rfind("\\boxed{")
     depth = 0
     for end in range(start + 6, len(text)) if start >= 0 else ():
@@ -47,8 +47,8 @@ class AnswerTask:
     Args:
         rows: the items; other fields are passed on to the function.
         source: where they came from, for messages.
-        question, answer: the names of these fields in a row.
         score: the function that verifies, "module:function", called with (completion, item).
+        question, answer: the names of these fields in a row.
         extract: which part of a completion is the answer, a key of EXTRACTORS.
     """
 
@@ -56,9 +56,10 @@ class AnswerTask:
         self,
         rows: Sequence[Item],
         source: str,
+        *,
+        score: str | None = None,
         question: str = "question",
         answer: str = "answer",
-        score: str | None = None,
         extract: str = "all",
     ):
         check_rows(rows, source, (question,) if score else (question, answer))
@@ -105,7 +106,7 @@ class AnswerTask:
 
 
 def math_answer(completion: str) -> str | None:
-    """The final answer as math-verify parses it, as text: the same for 0.5 and 1/2. None if it finds none."""
+    """The final answer as math-verify parses it, as text: the same for 0.5 and 1/2. None without one."""
     from math_verify import parse
 
     parsed = parse(completion)

@@ -18,7 +18,7 @@ _LAST_LINE = re.compile(r"^" + _LETTER + r"(?:[*_)\]}$.,:\s]*$|[).:]\s)")
 
 
 def choice_letter(text: str, count: int) -> str | None:
-    """The letter, A, B, ..., of the option that a completion chooses among `count`; None if it names none.
+    """The letter, A, B, ..., of the option that a completion chooses among `count`; None without a choice.
 
     Looks at the last \\boxed{}, then at the last "answer is (B)" or "Answer: B", then at a last line that is
     a letter or begins as an option does ("B. Paris").
@@ -39,7 +39,7 @@ class ChoiceTask:
     Args:
         rows: the items.
         source: where they came from, for messages.
-        question, choices, answer: the names of these fields in a row. choices holds a list of texts; answer
+        question, answer, choices: the names of these fields in a row. choices holds a list of texts; answer
             holds the right option's letter, its index from 0, or its text.
         extract: which part of a completion is searched for the letter, a key of EXTRACTORS.
     """
@@ -49,8 +49,8 @@ class ChoiceTask:
         rows: Sequence[Item],
         source: str,
         question: str = "question",
-        choices: str = "choices",
         answer: str = "answer",
+        choices: str = "choices",
         extract: str = "all",
     ):
         check_rows(rows, source, (question, answer, choices))

@@ -1,4 +1,4 @@
-"""Data sets in their own formats, multiple choice, and what is said where they cannot be read."""
+"""Data sets in their own formats, multiple choice, and the errors for what cannot be read."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_mmlu_pro(tmp_path):
     assert task.score("The answer is (I).", task[0]) == 0
     assert task[1]["question"].endswith("\n\nA. yes\nB. no")
     assert task.score("\\boxed{B}", task[1]) == 1
-    assert final_answer(task, "\\boxed{C}", task[1]) is None  # there is none
+    assert final_answer(task, "\\boxed{C}", task[1]) is None
 
 
 @pytest.mark.parametrize("answer", ["", "BC", "K", "E", "b"])
@@ -196,7 +196,7 @@ def test_a_file_in_another_encoding(tmp_path, suffix):
 def test_a_damaged_parquet_file(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_bytes(b"hello")
-    with pytest.raises(ConfigError, match=r"x\.parquet is no Parquet file: "):
+    with pytest.raises(ConfigError, match=r"x\.parquet is not a Parquet file: "):
         load_data(f"math500={tmp_path / 'x.parquet'}")
 
 

@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, left):
         file.write_bytes(b"".join(lines) + b'{"problem": "letters/4", "sam\xc3')
     elif left == "half a batch":
         file.write_bytes(b"".join(lines[:13]))
-    torch.manual_seed(99)  # the state of the process has no say
+    torch.manual_seed(99)  # the process's random state has no effect
     rest = killed_after(9)
     rows = sample(data, SETTINGS, out, rest)
     assert file.read_bytes() == once
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(TrainerError, match="not in order"):
         sample([letters(2)], SETTINGS, tmp_path, engine())
     file.write_text('{"step": 1}\n')
-    with pytest.raises(TrainerError, match="line 1 is no sample"):
+    with pytest.raises(TrainerError, match="line 1 is not a sample"):
         read_samples(file)
     with pytest.raises(TrainerError, match="No such file"):
         read_samples(tmp_path / "none.jsonl")
@@ -171,15 +171,15 @@ def test_lines_of_other_kinds_are_refused(tmp_path, change, message):
     file.write_text(2 * f"{json.dumps(row)}\n")
     assert read_samples(file) == [row, row]
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, **change})}\n")
-    with pytest.raises(TrainerError, match=f"line 2 is no sample of g2rl eval: {message}"):
+    with pytest.raises(TrainerError, match=f"line 2 is not a sample of g2rl eval: {message}"):
         read_samples(file)
     for key in row:
         file.write_text(json.dumps({k: v for k, v in row.items() if k != key}) + "\n")
-        with pytest.raises(TrainerError, match=f"line 1 is no sample of g2rl eval: it has no '{key}'"):
+        with pytest.raises(TrainerError, match=f"line 1 is not a sample of g2rl eval: it has no '{key}'"):
             read_samples(file)
     for line in (b"7\n", b"{\n", b"\xff\n"):
         file.write_bytes(line)
-        with pytest.raises(TrainerError, match="line 1 is no sample"):
+        with pytest.raises(TrainerError, match="line 1 is not a sample"):
             read_samples(file)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of groups: against plain numpy in float64, and cases that one knows by heart."""
+"""Statistics of groups: against plain numpy in float64, and cases with known results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from g2rl_kernels.models.lm_head import find_head
 
 
 def by_numpy(features: np.ndarray) -> dict[str, Any]:
-    """Of one group without zero rows."""
+    """The statistics of one group without zero rows."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     pairs = [(i, j) for i in range(len(unit)) for j in range(i + 1, len(unit))]
     cosines = [float(unit[i] @ unit[j]) for i, j in pairs]
