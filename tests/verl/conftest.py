@@ -14,7 +14,7 @@ try:
 except importlib.metadata.PackageNotFoundError:
     collect_ignore_glob = ["*"]
 
-# For this process and those that tests start: verl on a CPU; helpers of this folder, tests/tiny.py, this checkout.
+# For this process and those that tests start: verl on a CPU, this folder, tests/tiny.py, this checkout.
 PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 os.environ |= {
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
