@@ -38,7 +38,7 @@ from ..models.lm_head import find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Sampler
 from .trl import correctness_column  # importing .trl checks TRL's version
-from .trl_head import current_head, head_inputs, innermost
+from .trl_head import current_head, has_weights, head_inputs, innermost
 
 # Metrics of `describe`; those about shaping are left out.
 ALWAYS = ("cos_mean", "negative_pairs")
@@ -147,9 +147,7 @@ class GeometryCallback(TrainerCallback):
         self.correctness = None
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
-        # Compare logits where the weights are: ZeRO-3 has sharded them, FSDP may load them on one process
-        whole = trainer.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
-        head, forward = find_head(model, whole), model.forward
+        head, forward = find_head(model, has_weights(trainer.accelerator)), model.forward
         score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
         seen: list[Any] = []  # rewards and completions of the batch in hand
 

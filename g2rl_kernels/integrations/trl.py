@@ -64,7 +64,7 @@ from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column
-from .trl_head import current_head, head_inputs, innermost, last_hidden_state, pad_like
+from .trl_head import current_head, has_weights, head_inputs, innermost, last_hidden_state, pad_like
 
 
 @dataclass
@@ -136,9 +136,7 @@ class G2RLTrainer(GRPOTrainer):
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
         if fused or self._shapes:
-            # Compare logits where the weights are: ZeRO-3 has sharded them, FSDP may load them on one process
-            whole = self.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
-            self._add_ops(innermost(self.model), fused, compare=whole)
+            self._add_ops(innermost(self.model), fused, compare=has_weights(self.accelerator))
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
 
@@ -47,6 +48,14 @@ def innermost(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def has_weights(accelerator: Any) -> bool:
+    """Whether this process has the model's weights before training, so that `find_head` can compare logits.
+
+    ZeRO-3 has sharded them by then, and FSDP may load them on one process of a node.
+    """
+    return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
 
 
 def current_head(head: LMHead, model: Any) -> LMHead:

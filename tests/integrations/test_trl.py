@@ -23,7 +23,7 @@ from g2rl_kernels.integrations.trl import G2RLTrainer
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
 
-# --- TRL's features around it -------------------------------------------------------------------------------
+# --- evaluation, resuming, conversations --------------------------------------------------------------------
 
 
 def test_evaluation_is_of_the_rewards_as_they_are(make: Callable[..., Any], tmp_path: Path) -> None:

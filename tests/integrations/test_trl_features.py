@@ -1,4 +1,4 @@
-"""G2RLTrainer: features are those of each response alone, for adapters, tools and samplers too."""
+"""G2RLTrainer: features equal those of each response on its own; with adapters, tools and samplers too."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def test_no_forward_is_added_where_trl_has_one(
         trainer._generate_and_score_completions = lambda inputs: (keys.update(out := score(inputs)), out)[1]
         causal = trainer.model
         generate = causal.generate
-        causal.generate = lambda *a, **k: (generate(*a, **k), calls.clear())[0]  # count what comes after
+        causal.generate = lambda *a, **k: (generate(*a, **k), calls.clear())[0]  # counts later calls
         causal.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         trainer.train()
         return sum(not gradients for gradients in calls), keys
 
     (ours, our_keys), (theirs, their_keys) = count(G2RLTrainer), count(GRPOTrainer)
     assert ours == theirs + extra
-    assert our_keys == their_keys  # so the ratio of an update that needs no old log-probs is 1 to the bit
+    assert our_keys == their_keys  # no old log-probs are left: the ratio is 1, to the bit
 
 
 # --- adapters -----------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_head_in_modules_to_save_is_measured_as_trained(make: Callable[..., An
 
 
 def test_a_head_that_is_put_in_later_is_the_one_that_counts(make: Callable[..., Any]) -> None:
-    """As FSDP does when training starts."""
+    """FSDP replaces the head when training starts."""
     trainer = make(Watched, max_steps=1)
     head = torch.nn.Linear(32, trainer.model.config.vocab_size, bias=False)
     trainer.model.lm_head = head
@@ -170,7 +170,7 @@ def test_a_model_with_an_unknown_head_is_refused(make: Callable[..., Any], model
 
 
 def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
-    """Responses of 3 to 5 tokens, the second one a tool's; log-probs that tell rows and positions apart."""
+    """Responses of 3 to 5 tokens, the second one a tool's; log-probs differ by row and position."""
     generator = torch.Generator().manual_seed(trainer.state.global_step)
     tokenizer = trainer.processing_class
     lengths = [3 + row % 3 for row in range(len(batch))]
@@ -214,7 +214,7 @@ def test_tool_tokens_do_not_count_and_the_samplers_log_probs_are_used(
 
 
 class FakeVLLM:
-    """Where TRL talks to vLLM, colocated or a server."""
+    """Stands in for vLLM, colocated or a server."""
 
     made: list[FakeVLLM] = []  # noqa: RUF012
 
@@ -255,7 +255,7 @@ def test_log_probs_of_vllm_reach_the_op(
     )
     trainer.train()
     torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
-    # what the sampler could not score counts as unknown: 0 is far from any log-prob here, so seen to be wrong
+    # a token without a log-prob gets 0, so far from any log-prob here that the op finds it wrong
     expected = [[-2.0 - row / 10] * 3 + [0.0] for row in range(8)]
     torch.testing.assert_close(torch.cat(known), torch.tensor(expected).flatten())
     assert math.isfinite(logged(trainer, "loss")[0])

@@ -1,4 +1,4 @@
-"""G2RLTrainer: log-probs of `linear_logprobs` train as TRL's do."""
+"""G2RLTrainer: training with log-probs of `linear_logprobs` agrees with TRL's."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_whose_head_computes_the_log_probs(
 
 
 def gemma() -> Any:
-    """Its logits are capped."""
+    """A model whose logits are capped."""
     text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     small = {"vocab_size": 40, "num_hidden_layers": 1, "head_dim": 16, "initializer_range": 0.5}
     return Gemma2ForCausalLM(Gemma2Config(**text, **small, final_logit_softcapping=2.0))
 
 
 def llava() -> Any:
-    """It sees: its backbone takes pixels."""
+    """A model whose backbone takes pixels."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
     text = Qwen3Config(**sizes, vocab_size=40, num_key_value_heads=1, head_dim=16, initializer_range=0.3)
@@ -107,12 +107,12 @@ def test_a_mixture_of_experts_keeps_trls_head_and_is_measured(
     moe = Qwen3MoeConfig(
         **sizes, **experts, vocab_size=25, head_dim=16, initializer_range=0.3, pad_token_id=0
     )
-    parts = {"model": Qwen3MoeForCausalLM(moe), "processing_class": make_tokenizer()}
-    trainer = trained(make, Watched, max_steps=1, router_aux_loss_coef=0.1, **parts)
+    given = {"model": Qwen3MoeForCausalLM(moe), "processing_class": make_tokenizer()}
+    trainer = trained(make, Watched, max_steps=1, router_aux_loss_coef=0.1, **given)
     assert logged(trainer, "aux_loss")[0] > 0
     torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="g2rl_fused_logprobs=True: the load-balancing loss"):
-        make(g2rl_fused_logprobs=True, router_aux_loss_coef=0.1, **parts)
+        make(g2rl_fused_logprobs=True, router_aux_loss_coef=0.1, **given)
 
 
 def test_bf16_autocast_computes_in_the_dtype_of_trls_products(

@@ -36,7 +36,7 @@ def test_lam_0_is_grpo_to_the_bit(make: Callable[..., Any], settings: dict[str, 
 def test_unshaped_advantages_are_trls_to_the_bit(
     make: Callable[..., Any], scale: str, aggregation: str
 ) -> None:
-    """With shaping="none" all else is as with shaping: the formula of the advantages is held to TRL's."""
+    """shaping="none" runs everything but shaping, so this compares the advantages' formula with TRL's."""
     settings = {
         "reward_funcs": [length, parity],
         "reward_weights": [0.5, 2.0],

@@ -73,7 +73,8 @@ def test_evol_rl_trains_on_its_rewards(make: Callable[..., Any], labels: str) ->
     bonus = torch.tensor(list(trainer._logs["extra"]["g2rl_bonus"]))
     torch.testing.assert_close(bonus, (evolved - torch.where(right, 1.0, -1.0)) / 2)
     assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(evolved.mean().item())
-    assert logged(trainer, "g2rl/accuracy")[0] == logged(trainer, "reward")[0]  # by the truth, whoever labels
+    # accuracy is by the correctness reward, whatever the labels
+    assert logged(trainer, "g2rl/accuracy")[0] == logged(trainer, "reward")[0]
     torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The recipe and docs/verl.md: every option is known, and defaults are those of the code."""
+"""The recipe and docs/verl.md: every option is known, and defaults match the code."""
 
 from __future__ import annotations
 
