@@ -1,8 +1,9 @@
-"""The tiny model of the trainer's tests as TRL wants it, prompts, rewards, and a trainer that is watched."""
+"""For tests with TRL: the tiny model on disk, prompts, rewards, and a G2RLTrainer that records batches."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # and no telemetry
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import Letters, make_model, make_tokenizer  # noqa: F401
 from torch import Tensor
 
@@ -27,18 +29,18 @@ def save_model(path: Path, **settings: Any) -> str:
 
 
 def prompts(count: int = 16) -> Dataset:
-    """They differ in length, so that they are padded."""
+    """Prompts of different lengths, so that they are padded."""
     return Dataset.from_dict({"prompt": ["abc" + "+1" * (i % 5) + "=" for i in range(count)]})
 
 
 def parity(completions: list[Any], **_: Any) -> list[float]:
-    """A reward that is right half of the time."""
+    """A correctness reward that is 1 for about half of the completions."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [float(sum(map(ord, text)) % 2) for text in texts]
 
 
 def length(completions: list[Any], **_: Any) -> list[float | None]:
-    """A second reward, which does not apply to every response."""
+    """A second reward, None for short completions."""
     return [0.1 * len(c) if len(c) > 2 else None for c in completions]
 
 
@@ -63,6 +65,18 @@ def config(path: Path, kind: type = G2RLConfig, **settings: Any) -> Any:
     )
 
 
+def trained(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Made and trained at once: making a trainer seeds the random numbers."""
+    trainer = make(*args, **settings)
+    trainer.train()
+    return trainer
+
+
+def lora(**settings: Any) -> LoraConfig:
+    targets = {"target_modules": ["q_proj", "v_proj"], **settings}
+    return LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **targets)
+
+
 def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
 
@@ -71,8 +85,17 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def assert_same_run(one: Any, other: Any) -> None:
+    for key in ("loss", "grad_norm", "reward", "entropy"):
+        assert logged(one, key) == logged(other, key), key
+    assert len(logged(one, "loss")) > 0
+    assert weights(one).keys() == weights(other).keys()
+    for name, weight in weights(one).items():
+        assert torch.equal(weight, weights(other)[name]), name
+
+
 class Watched(G2RLTrainer):
-    """Keeps what each generation batch was, and what its features should be."""
+    """Records each generation batch, and the features that it should have."""
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)

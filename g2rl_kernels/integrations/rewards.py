@@ -1,4 +1,4 @@
-"""Reward functions, for trainers that take them by dotted path; 1 for right, 0 for wrong."""
+"""Reward functions that recipes name by dotted path: 1 for a right answer, 0 for a wrong one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..tasks.answers import EXTRACTORS
 
 
 def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Whether the last number in each completion (a text or a conversation) is the data set's `answer`."""
+    """1.0 where the last number in a completion (a text or a conversation) is the data set's `answer`."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     found = map(EXTRACTORS["last_number"], texts)
     return [float(number == str(right).strip()) for number, right in zip(found, answer)]

@@ -1,6 +1,7 @@
-"""Trainers with GeometryCallback on one process, or as one of several, under DDP or FSDP (asked for before).
+"""Trainers with GeometryCallback on one process, or as one of several under DDP or FSDP.
 
-The model is FOLDER/model. What the first process logged goes into FOLDER/geometry-<trainer>-<way>.json.
+The caller sets up FSDP. The model is FOLDER/model. The first process writes the metrics that it logged to
+FOLDER/geometry-<trainer>-<way>.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from trl_ddp_script import RESPONSES, rollout
 
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
 
-# Adam would magnify what is left of rounding
+# SGD, because Adam would magnify rounding
 OPTIONS: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
 
 
@@ -28,7 +29,7 @@ def run(folder: Path, way: str) -> None:
     grpo.add_callback(GeometryCallback(grpo, every=1, answer=lambda text: text[:1] or None))
 
     trainers = {"grpo": grpo}
-    if way != "fsdp2":  # which sampling for the callback refuses
+    if way != "fsdp2":  # where the callback refuses to sample
         trainers["sft"] = sft_trainer(folder, model)
     for name, trainer in trainers.items():
         trainer.train()

@@ -1,4 +1,4 @@
-"""GeometryCallback: what it logs, and that training does not feel it."""
+"""GeometryCallback: what it logs, and that training is the same without it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL call
 
 ROLLOUTS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 ASKED = ["abc=", "abc+1+1=", "1+1="]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def make(tmp_path: Path, model_dir: str) -> Callable[..., Any]:
 
 
 class Draws(TrainerCallback):
-    """Notes where the random generator is after each step."""
+    """Records the state of the random generator after each step."""
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
@@ -208,7 +203,7 @@ def test_answers_texts_and_several_rewards(make: Callable[..., Any], monkeypatch
     first = [[ord(t[:1] or "?") % 8 for t in group] for group in groups]
     alike = [group[i] == group[j] for group in first for i in range(4) for j in range(i)]
     assert logged(trainer, "g2rl/semantic_cosine") == [pytest.approx(sum(alike) / 12)]
-    assert not logged(trainer, "g2rl/accuracy")  # which of the two rewards says it was not told
+    assert not logged(trainer, "g2rl/accuracy")  # correctness_reward is unset, with two rewards
 
     named = make("grpo", reward_funcs=[parity, length], max_steps=1)
     named.add_callback(GeometryCallback(named, correctness_reward="parity", answer=str))

@@ -32,7 +32,7 @@ WRAPPED = {
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test for all ways, since starting the processes takes longer than training in them."""
+    """One test for all ways: starting the processes takes longer than training in them."""
     save_model(tmp_path / "model")
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
     monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it: put it back at the end
@@ -62,7 +62,7 @@ def compare(alone: Path, together: Path) -> None:
     assert first["bonus"] == second["bonus"]  # every process shapes all groups, and sees the same
     assert first["advantages"] == second["advantages"]
     assert first["completion"] == one["completion"]
-    assert any(bonus != 0 for bonus in one["bonus"][4:8])  # the group that lies on both
+    assert any(bonus != 0 for bonus in one["bonus"][4:8])  # the group that straddles the ranks
     for key in ("bonus", "advantages", "loss", "entropy", "grad_norm", "g2rl/cos_mean"):
         assert first[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (together.name, key)
     theirs, ours = (load_file(path / "weights.safetensors") for path in (alone, together))
@@ -75,7 +75,7 @@ def compare(alone: Path, together: Path) -> None:
 
 
 def compare_geometry(folder: Path) -> None:
-    """GeometryCallback: rollouts give the same numbers; responses sampled for it differ from rank to rank."""
+    """GeometryCallback: the same numbers with rollouts; responses that it samples differ between ranks."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("geometry-*.json")}
     one = found["geometry-grpo-alone"]
     for way in ("ddp", "fsdp2"):

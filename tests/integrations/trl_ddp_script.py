@@ -1,10 +1,10 @@
-"""Two steps of G2RLTrainer on responses that only depend on their place in the whole batch; what came of it.
+"""Two steps of G2RLTrainer on responses that depend only on their place in the whole batch.
 
     torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol geometry-ddp fsdp2 geometry-fsdp2 ...
 
-...-evol trains by EVOL-RL on majority labels; geometry-... is GeometryCallback: geometry_ddp.py. The models
-are FOLDER/model and, with a head that is not tied to the embedding and that FSDP shards on its own for
-...-head, FOLDER/model-head. Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
+...-evol trains by EVOL-RL on majority labels; geometry-... runs geometry_ddp.py. The model is FOLDER/model.
+For ...-head it is FOLDER/model-head: its head is not tied to the embedding, and FSDP shards it on its own.
+Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVOL = {
     "g2rl_algorithm": "evol_rl",
     "g2rl_labels": "majority",
     "g2rl_answer_func": "trl_ddp_script.parity_of_length",
-    "entropy_coef": 0.0,  # TRL's is a mean over each process's tokens, which is not that over all
+    "entropy_coef": 0.0,  # TRL averages over each process's tokens, not over all
 }
 RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both
 
@@ -69,9 +69,9 @@ def ask_for_fsdp(version: int, head: bool) -> None:
 def run(folder: Path, way: str) -> None:
     out, head = folder / way, way.endswith("-head")
     share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
-    # Adam would magnify what is left of rounding
     own = EVOL if way.endswith("-evol") else {}
     integration.SentenceEncoder = Letters
+    # SGD, because Adam would magnify rounding
     args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share, **own)
     if way.startswith("fsdp"):
         ask_for_fsdp(int(way[4]), head)

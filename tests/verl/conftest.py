@@ -14,10 +14,11 @@ try:
 except importlib.metadata.PackageNotFoundError:
     collect_ignore_glob = ["*"]
 
-# For this process and those that tests start: verl on a CPU; the tiny model and tokenizer of tests/tiny.py.
+# For this process and those that tests start: verl on a CPU, this folder, tests/tiny.py, this checkout.
+PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 os.environ |= {
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
     "VERL_ENGINE_DEVICE": "cuda",  # the engine that GPUs get
-    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))),
+    "PYTHONPATH": os.pathsep.join(PATHS),
 }
-sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+sys.path[:0] = PATHS

@@ -1,6 +1,6 @@
-"""verl's platform for a machine without accelerators; VERL_USE_EXTERNAL_MODULES names this module.
+"""A platform of verl for machines without accelerators; VERL_USE_EXTERNAL_MODULES names this module.
 
-verl reaches its engines by device; VERL_ENGINE_DEVICE=cuda then picks the FSDP engine that GPUs get.
+verl chooses its engine by device; VERL_ENGINE_DEVICE=cuda makes it the FSDP engine of GPUs.
 """
 
 from __future__ import annotations

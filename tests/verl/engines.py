@@ -1,4 +1,4 @@
-"""verl's real FSDP engine around a tiny random Qwen3 on a CPU, batches for it, and what it should answer."""
+"""verl's real FSDP engine around a tiny random Qwen3 on a CPU, batches for it, and the features expected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ V = 25  # of the tiny model's vocabulary
 
 
 def start_processes() -> None:
-    """The process group: torchrun's, or one of this process alone."""
+    """Initialises the process group: torchrun's, or one of this process alone."""
     if dist.is_initialized():
         return
     if "MASTER_ADDR" in os.environ:
@@ -46,7 +46,7 @@ def save_model(path: Path, **settings: Any) -> Path:
 
 
 class UnsyncedFSDP(transformer_impl.FSDP):
-    """FSDP1 hands out the first rank's weights over GPUs only; on every rank here they are loaded."""
+    """FSDP1 broadcasts the first rank's weights on GPUs only; here every rank loads them."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "sync_module_states": False})
@@ -90,8 +90,8 @@ def make_engine(
 
 
 class Rows:
-    """Prompts and responses of random tokens. Row 1's response has a gap, as a tool's answer leaves; row 3 is
-    what `_balance_batch` pads with: a response of one token that does not count."""
+    """Prompts and responses of random tokens. Row 1's mask has a gap, as around a tool's answer. Row 3 is
+    padding of `_balance_batch`: a response of one token that does not count."""
 
     lengths = ((3, 5), (6, 7), (2, 1), (9, 1), (4, 8), (5, 2))  # of prompt and response
 
@@ -103,7 +103,7 @@ class Rows:
         self.masks[3][:] = 0
 
     def batch(self, rows: list[int], **options: Any) -> TensorDict:
-        """As verl's workers get it; by default every micro-batch has two rows."""
+        """The rows as verl's workers get them; by default two rows a micro-batch."""
 
         def jagged(tensors: list[Tensor]) -> Tensor:
             return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
@@ -121,7 +121,7 @@ class Rows:
         return data
 
     def features(self, path: Path, temperature: float = 1.0) -> Tensor:
-        """[rows, d] float64: the reference, on each row by itself, with all weights in float64."""
+        """[rows, d] float64, by the reference, each row on its own, with all weights in float64."""
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         features = []
         for ids, mask in zip(self.ids, self.masks):
@@ -141,7 +141,7 @@ class Rows:
 
 
 def infer(engine: Any, data: TensorDict) -> dict[str, Tensor]:
-    """What the engine's forward-only pass gives, rows stacked where they are of one length."""
+    """The outputs of the engine's forward-only pass."""
     with engine.eval_mode():
         return engine.infer_batch(data)["model_output"]
 

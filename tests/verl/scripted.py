@@ -1,4 +1,4 @@
-"""A rollout engine that generates nothing: responses are random tokens, right where they hold token 7.
+"""A rollout engine that generates nothing: responses are random tokens, and right if they hold token 7.
 
 verl finds it by `actor_rollout_ref.model.external_lib=scripted actor_rollout_ref.rollout.name=scripted` and
 `...rollout.agent.agent_loop_manager_class=scripted.ScriptedAgentLoopManager`.

@@ -1,5 +1,5 @@
-"""One training step of verl in one process: the trainer's own methods, its real engine as the only worker, a
-dictionary in place of the TransferQueue (which needs Ray: test_training.py has all of that)."""
+"""One training step of verl in one process: the trainer's own methods, its real engine as the only worker,
+and a dictionary in place of the TransferQueue, which needs Ray (test_verl_training.py runs all of it)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compose_config(*overrides: str, config_name: str = "ppo_trainer") -> DictCon
 
 
 class Store:
-    """The part of `transfer_queue` that the step uses."""
+    """The functions of `transfer_queue` that the step calls."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -53,7 +53,7 @@ class Store:
 
 
 class Workers:
-    """A worker group of one: the real engine, reading from the store and writing to it."""
+    """A worker group of one: the real engine, which reads from the store and writes to it."""
 
     def __init__(self, engine: Any, store: Store, ranks: int) -> None:
         self.engine, self.store = engine, store

@@ -1,4 +1,4 @@
-"""How verl loads the plugin: by its entry point, audibly, and without harm to verl where it fails."""
+"""How verl loads the plugin: by its entry point, with a line in the log, harmless to verl where it fails."""
 
 from __future__ import annotations
 

@@ -238,11 +238,14 @@ def test_settings_default_and_are_read_from_the_command_line():
     [
         ("+algorithm.g2rl.lamda=1", "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: lam, clip,"),
         ("+algorithm.g2rl.lam=much", "algorithm.g2rl: Value 'much' of type 'str' could not be convert"),
-        ("+algorithm.g2rl.lam=-1", "algorithm.g2rl.lam: got -1.0, needs a finite number, 0 or more"),
-        ("+algorithm.g2rl.lam=nan", "algorithm.g2rl.lam: got nan, needs a finite number"),
+        ("+algorithm.g2rl.lam=-1", "algorithm.g2rl.lam: got -1.0, needs a positive finite number, or 0"),
+        ("+algorithm.g2rl.lam=nan", "algorithm.g2rl.lam: got nan, needs a positive finite number"),
         ("+algorithm.g2rl.clip=0", "algorithm.g2rl.clip: got 0.0, needs a positive finite number"),
         ("+algorithm.g2rl.correctness_gap=0", "algorithm.g2rl.correctness_gap: got 0.0, needs a positive"),
-        ("+algorithm.g2rl.shaping=prose", "algorithm.g2rl.shaping: got 'prose', needs one of none, intent,"),
+        (
+            "+algorithm.g2rl.shaping=prose",
+            "algorithm.g2rl.shaping: got 'prose', needs one of 'none', 'intent',",
+        ),
         (
             "+algorithm.g2rl.exploration_score=log",
             "algorithm.g2rl.exploration_score: got 'log', needs one of 'linear', 'sqrt'",

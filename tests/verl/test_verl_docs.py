@@ -1,4 +1,4 @@
-"""The recipe and docs/verl.md: their options are verl's and ours, their numbers the package's."""
+"""The recipe and docs/verl.md: every option is known, and defaults match the code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMANDS = [
 
 
 def recipe_options(*more: str, **environment: str) -> list[str]:
-    """What the recipe hands to verl, read by running it with echo for a Python."""
+    """The options that the recipe passes to verl; `echo` stands in for Python."""
     env = os.environ | {"PYTHON": "echo"} | environment
     done = subprocess.run([RECIPE, *more], capture_output=True, text=True, env=env, check=True)
     module, name, *options = shlex.split(done.stdout)

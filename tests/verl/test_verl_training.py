@@ -1,4 +1,4 @@
-"""verl's own command line, workers, queue and loop, two steps on two ranks; only generation is made up."""
+"""verl's own command line, workers, queue and loop: two steps on two ranks. Only generation is scripted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENIZER_TEMPLATE = "{{ messages[0]['content'] }}"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs verl; returns what finished it, and the metrics of its steps."""
+    """run(name, overrides of verl's configuration) -> the finished process, the metrics of each step."""
     folder = tmp_path_factory.mktemp("verl")
     model = save_model(folder / "model")
     tokenizer = make_tokenizer()

@@ -1,5 +1,7 @@
-"""Run by test_engine.py on two ranks, `torchrun --nproc_per_node=2 two_ranks.py MODEL`: features against the
-float64 reference."""
+"""Compares features with the float64 reference on two ranks; test_engine.py runs it.
+
+torchrun --nproc_per_node=2 two_ranks.py MODEL
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def check(ours: torch.Tensor, expected: torch.Tensor) -> None:
     print("same as the reference", flush=True)
 
 
-# Each rank has its share of the rows, and of every weight.
+# Data-parallel: each rank has its share of the rows, and of every weight.
 tied = AutoConfig.from_pretrained(model).tie_word_embeddings  # else verl's FSDP1 loads on the first rank only
 cases = [("fsdp2", True), ("fsdp2", False), *([("fsdp", True)] if tied else [])]
 for strategy, packed in cases:
@@ -36,7 +38,7 @@ for strategy, packed in cases:
     check(stacked(infer(engine, data)[FEATURES]), rows.features(model)[mine])
 
 # Ulysses: both ranks have all rows, and half of the packed tokens each. Without flash attention verl's ranks
-# do not attend to each other's half, so what is compared with has hidden states of the halves.
+# do not attend to each other's half, so the expected hidden states are computed half by half.
 engine, both = make_engine(model, sp=2), [1, 4]
 features = stacked(infer(engine, rows.batch(both, **{REQUEST: True}))[FEATURES])
 ids = torch.cat([rows.ids[row] for row in both])

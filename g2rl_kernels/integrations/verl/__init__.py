@@ -1,11 +1,10 @@
-"""G2RL in verl 0.9: a plugin that verl loads by itself (entry point group `verl.plugins`), in every process.
+"""G2RL in verl 0.9: a plugin that verl loads in every process (entry point group `verl.plugins`).
 
     python -m verl.trainer.main_ppo trainer.v1.trainer_mode=g2rl_sync algorithm.adv_estimator=grpo ...
 
-verl imports this module at the end of its own `__init__`. Nothing heavy happens then: trainer.py, which
-registers the trainer, and engine.py, which teaches the FSDP engine to compute features, run when verl first
-imports the modules that they extend (importing those here would settle verl's platform before other plugins
-had their say). docs/verl.md is for users.
+verl imports this module at the end of its own `__init__`. When verl first imports the two modules that they
+extend, trainer.py registers the trainer and engine.py adds features to the FSDP engine. (Importing those two
+at once would fix verl's platform before other plugins could change it.) docs/verl.md is for users.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ REMEDY = "pip install 'verl>=0.9.1,<0.10'"
 
 
 def check_version(version: str) -> None:
-    """Raises ImportError for a verl other than 0.9: trainer and engine reach into what only it has."""
+    """Raises ImportError for any verl but 0.9, whose internals trainer.py and engine.py use."""
     if not re.match(r"0\.9(\D|$)", version):
         raise ImportError(f"verl {version} is installed, the plugin is for verl 0.9: {REMEDY}")
 
@@ -51,7 +50,7 @@ EXTENDED = {
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs an action once the module that it belongs to has been imported, whoever imports it."""
+    """Runs each module's action once, right after the module's first import."""
 
     def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
         self.actions = dict(actions)
@@ -60,7 +59,7 @@ class _AfterImport(MetaPathFinder):
         if fullname not in self.actions:
             return None
         action = self.actions.pop(fullname)
-        spec = importlib.util.find_spec(fullname)  # by all other finders
+        spec = importlib.util.find_spec(fullname)  # now by the other finders
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -74,7 +73,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def _run(action: Callable[[], None]) -> None:
-    """A plugin that fails must not take verl's own trainers with it, and must not fail in silence."""
+    """Runs an action; logs an error instead of raising it, so that verl's own trainers still work."""
     try:
         action()
     except Exception:
@@ -82,7 +81,10 @@ def _run(action: Callable[[], None]) -> None:
 
 
 def install() -> None:
-    """Arranges for trainer and engine, and says so: verl itself reports a plugin's failure at DEBUG only."""
+    """Registers the two actions and logs that it did; verl itself logs a plugin's failure at DEBUG only.
+
+    Raises ImportError, and logs it, for a verl other than 0.9.
+    """
     try:
         version = importlib.metadata.version("verl")
         check_version(version)

@@ -19,16 +19,16 @@ from ... import head_features
 from ...group.shaping import response_keys
 from ...models.lm_head import LMHead, check_logits, find_head
 
-REQUEST = "g2rl_measure"  # set in a batch's non-tensor data: its forward is to return what follows
+REQUEST = "g2rl_measure"  # true in a batch's non-tensor data: its forward returns the next three too
 FEATURES = "g2rl_features"  # [B, d] float32
 KEYS = "g2rl_keys"  # [B, 1] int64, response_keys of prompt and response: turns may differ in the prompt
-SECONDS = "g2rl_seconds"  # [B, 1] float32, each row's share of the time that its micro-batch's features took
+SECONDS = "g2rl_seconds"  # [B, 1] float32, the time for a micro-batch's features divided by its rows
 
 COMPARED = 8  # tokens whose logits are compared with the model's own, once
 
 
 def patch() -> None:
-    """Wraps `FSDPEngineWithLMHead.forward_step`. A batch without `REQUEST` costs one dictionary look-up."""
+    """Wraps `FSDPEngineWithLMHead.forward_step`. Batches without `REQUEST` pay one dictionary look-up."""
     original = FSDPEngineWithLMHead.forward_step
 
     @functools.wraps(original)
@@ -45,15 +45,16 @@ def patch() -> None:
 
 
 def is_patched() -> bool:
-    """Whether this process's engine computes features; the trainer asks every worker."""
+    """Whether this process's engine computes features. The trainer calls it on every worker."""
     return hasattr(FSDPEngineWithLMHead.forward_step, "__wrapped__")
 
 
 class ResponseTokens:
-    """Where a micro-batch's response tokens are, in its packed sequences (prompt and response of every row).
+    """The N response tokens of a micro-batch that its response mask keeps.
 
-    rows [N]: the position that predicts each token; tokens [N]; owner [N]: its row of the batch, rising;
-    starts [N]: where that row's sequence starts. Only tokens that the response mask keeps.
+    rows [N]: the position that predicts a token, in the packed sequences (prompt and response of every row);
+    tokens [N]; owner [N]: the token's row of the batch, ascending; starts [N]: where that row's packed
+    sequence starts. count: rows of the batch.
     """
 
     def __init__(self, micro_batch: TensorDict, device: torch.device) -> None:
@@ -71,9 +72,10 @@ class ResponseTokens:
 
 
 class Measurement:
-    """Computes a micro-batch's features inside a forward pass of the engine's model.
+    """A context in which a forward pass of the engine's model also computes the micro-batch's features.
 
-    It must be then: FSDP gathers the head's weight for the forward and shards it again right after.
+    Features are computed inside the forward, because FSDP gathers the head's weight for it and shards the
+    weight again right after.
     """
 
     def __init__(self, engine: Any, micro_batch: TensorDict) -> None:
@@ -95,7 +97,7 @@ class Measurement:
         for hook in self.hooks:
             hook.remove()
         if isinstance(self.head.output, FSDPModule):
-            self.head.output.reshard()  # verl's fused kernels never run the head, which would do it
+            self.head.output.reshard()  # the head's own forward would, but verl's fused kernels never run it
 
     def outputs(self) -> dict[str, Tensor]:
         if self.features is None:
@@ -113,8 +115,8 @@ class Measurement:
         device = get_torch_device()
         device.synchronize()
         start = time.perf_counter()
-        if isinstance(self.head.output, FSDPModule):  # an untied head under FSDP2 is a unit of its own, and
-            self.head.output.unshard()  # gathered only when it runs, which is next and then costs nothing
+        if isinstance(self.head.output, FSDPModule):  # under FSDP2 an untied head is a unit of its own
+            self.head.output.unshard()  # the head runs next, and is then gathered already
         weight, bias = self.head.weights(self.head.output.weight.dtype)
         hidden = output[0].to(weight.dtype)
         if not self.compared:
@@ -124,8 +126,11 @@ class Measurement:
         self.seconds = time.perf_counter() - start
 
     def _features(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, d]. hidden: [1, n, d] of all sequences packed, or of this sequence-parallel rank's slice of
-        them; or [B, L, d], padded on the right."""
+        """Features [B, d] of the micro-batch's B rows.
+
+        hidden: [1, n, d], all sequences packed, or this sequence-parallel rank's slice of them; or [B, L, d],
+        padded on the right.
+        """
         at = ResponseTokens(self.micro_batch, hidden.device)
         tokens, owner = at.tokens, at.owner
         group = self.engine.ulysses_parallel_group
@@ -144,7 +149,7 @@ class Measurement:
         features = head_features(hidden, weight, tokens, cu_seqlens, bias=bias, **options).features
         if group is None:
             return features
-        # Each rank's feature is a mean over its tokens: sums add up.
+        # A rank's feature is the mean over its own tokens: add sums, divide by the tokens of all ranks.
         total = at.owner.bincount(minlength=at.count)
         features = features * counts[:, None]
         dist.all_reduce(features, group=group)
@@ -152,6 +157,6 @@ class Measurement:
 
     def _after_model(self, _module: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if logits is not None:  # verl's fused kernels give none; they know plain heads only
+        if logits is not None:  # verl's fused kernels return no logits; they support plain heads only
             check_logits(self.module, self.logits, logits[:1, :COMPARED], self.dtype)
         self.engine.g2rl_head_compared = True

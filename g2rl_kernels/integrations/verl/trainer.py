@@ -1,11 +1,11 @@
 """The trainer `g2rl_sync`: verl's synchronous trainer with GRPO advantages of shaped rewards.
 
-Where it enters, in the order of `PPOTrainer._step_once`:
+`PPOTrainer._step_once` calls, in this order:
 
-    _balance_batch           as it is: rows change places, and padding rows are added
-    _compute_old_log_prob    asks the workers for features, from the same forward pass (engine.py)
-    _compute_advantage       shapes the rewards, lets verl compute its advantages of them, and puts the raw
-                             rewards back: critic/score/* and what is dumped are of those
+    _balance_batch           verl's own: reorders rows, and adds padding rows
+    _compute_old_log_prob    the workers return features too, from the same forward pass (engine.py)
+    _compute_advantage       shapes the rewards, has verl compute advantages from them, and restores the raw
+                             rewards: critic/score/* and dumped rollouts show those
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ STRATEGIES = ("fsdp", "fsdp2")
 
 @dataclass
 class G2RLSettings:
-    """`+algorithm.g2rl.<name>=...` on verl's command line. The same words as in `g2.group_geometry`."""
+    """`+algorithm.g2rl.<name>=...` on verl's command line; names and meanings as in `g2.group_geometry`."""
 
-    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0 is verl's GRPO, to the bit
-    clip: float = ShapingOptions.clip  # bound of the shaped reward, where right is +1 and wrong is -1
+    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: verl's GRPO, to the bit
+    clip: float = ShapingOptions.clip  # bound of the shaped reward, in units of right +1 and wrong -1
     shaping: str = ShapingOptions.shaping  # intent | equation | right | none
     exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
-    uniform_groups: str = ShapingOptions.uniform_groups  # all right or all wrong answers: shape | skip
-    correctness_threshold: float = 0.5  # answers whose score reaches it are right
-    correctness_gap: float = 1.0  # of the scores of right and wrong answers: 1 for 0 and 1, 2 for -1 and +1
+    uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
+    correctness_threshold: float = 0.5  # answers whose score is at least this are right
+    correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
 
     @classmethod
     def read(cls, config: DictConfig) -> G2RLSettings:
-        """The settings in verl's configuration, checked; raises ValueError naming the option.
+        """Reads and checks the settings in verl's configuration.
 
-        So do other options of verl that leave nothing to shape, or no forward pass to take features from.
+        Raises ValueError, naming the option, for a setting that cannot work, and for options of verl that
+        leave no GRPO advantages to shape or no forward pass that gives features.
         """
         try:
             merged = OmegaConf.merge(OmegaConf.structured(cls), config.algorithm.get("g2rl") or {})
@@ -62,8 +63,8 @@ class G2RLSettings:
             raise ValueError(f"algorithm.adv_estimator: got {algorithm.adv_estimator}, g2rl_sync needs grpo")
         if (algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
             raise ValueError(
-                "algorithm.rollout_correction.bypass_mode: g2rl_sync needs False, for features come from the "
-                "forward pass that it leaves out"
+                "algorithm.rollout_correction.bypass_mode: g2rl_sync needs False, because features come from "
+                "the forward pass that bypass_mode leaves out"
             )
         if strategy not in STRATEGIES:
             raise ValueError(
@@ -74,16 +75,16 @@ class G2RLSettings:
 
 @register_trainer("g2rl_sync")
 class G2RLTrainerSync(PPOTrainerSync):
-    """verl's `sync` trainer, its GRPO advantages of rewards shaped by G2RL.
+    """verl's `sync` trainer with GRPO advantages of rewards shaped by G2RL.
 
     Adds the metrics g2rl/exploration_score_mean, cos_mean, negative_pairs, accuracy, shaped_reward_mean,
-    sign_flips (see `g2rl_kernels.group.metrics.describe`) and feature_seconds (a step, mean over
+    sign_flips (see `g2rl_kernels.group.metrics.describe`) and feature_seconds (seconds per step, mean over
     data-parallel ranks).
 
     Raises:
-        ValueError: an option cannot work: see `G2RLSettings`.
+        ValueError: an option cannot work: see `G2RLSettings.read`.
         RuntimeError: a worker runs without the plugin.
-        TrainerError (in a worker): what the model does between hidden states and logits is unknown.
+        TrainerError (in a worker): the model does something unknown between hidden states and logits.
     """
 
     def __init__(self, config: DictConfig):
@@ -91,7 +92,7 @@ class G2RLTrainerSync(PPOTrainerSync):
         super().__init__(config)
 
     def _build_replay_buffer(self) -> Any:
-        self.trainer_mode = "sync"  # the base class goes by the name
+        self.trainer_mode = "sync"  # the base class decides by this name
         return super()._build_replay_buffer()
 
     def _setup(self) -> None:
@@ -99,10 +100,10 @@ class G2RLTrainerSync(PPOTrainerSync):
         self._check_workers()
 
     def _check_workers(self) -> None:
-        """Has every worker load the plugin, if its verl has not: better to fail before the first rollout."""
+        """Loads the plugin on every worker whose verl has not; raises RuntimeError before any rollout."""
         try:
             answers = self.actor_rollout_wg.execute_all_sync("execute_func_rank_zero", is_patched)
-        except Exception as error:  # whatever Ray makes of it: a node without this package, say
+        except Exception as error:  # Ray's, for example on a node without this package
             raise RuntimeError(NO_PLUGIN.format(reason=str(error).strip().splitlines()[-1])) from error
         if not all(answers):
             ranks = [rank for rank, answer in enumerate(answers) if not answer]
@@ -113,7 +114,7 @@ class G2RLTrainerSync(PPOTrainerSync):
         try:
             result = super()._compute_old_log_prob(batch, metrics)
         finally:
-            batch.extra_info.pop(REQUEST, None)  # the reference model's forward is none to measure
+            batch.extra_info.pop(REQUEST, None)  # the reference model's forward is not measured
         result.extra_info.pop(REQUEST, None)
         return result
 
@@ -123,23 +124,24 @@ class G2RLTrainerSync(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
+        features, keys, times = (torch.stack(data[name].unbind()) for name in (FEATURES, KEYS, SECONDS))
         raw, settings, groups = data["rm_scores"], self.g2rl, group_ids(batch.keys, batch.tags)
-        scores = _row_sums(raw).masked_fill(groups < 0, torch.nan)  # padding must not count as wrong
+        scores = _row_sums(raw).masked_fill(groups < 0, torch.nan)  # padding is not scored
         check_gap(scores, settings.correctness_gap, "scores", "algorithm.g2rl.correctness_gap")
         shaped = shape_scores(
-            torch.stack(data[FEATURES].unbind()),
+            features,
             scores,
             ShapingOptions.of(settings),
             group_ids=groups,
-            keys=torch.stack(data[KEYS].unbind())[:, 0],
+            keys=keys[:, 0],
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
             gap=settings.correctness_gap,
         )
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-        seconds = torch.stack(data[SECONDS].unbind()).sum().item() / ranks + time.perf_counter() - start
-        metrics.update({f"g2rl/{name}": value for name, value in shaped.metrics.items()})
-        metrics["g2rl/feature_seconds"] = seconds
+        seconds = times.sum().item() / ranks + time.perf_counter() - start
+        found = {**shaped.metrics, "feature_seconds": seconds}
+        metrics.update({f"g2rl/{name}": value for name, value in found.items()})
         self._put_scores(batch, _with_bonus(raw, shaped.bonus))
         try:
             return super()._compute_advantage(batch, metrics)
@@ -161,8 +163,7 @@ NO_PLUGIN = (
 def group_ids(keys: list[str], tags: list[dict]) -> Tensor:
     """[S] int64: a number for each prompt, -1 for rows that take no part. Keys are {uid}_{session}_{index}.
 
-    Those are padding, and what a session gave before its last output: verl's GRPO, too, compares sessions by
-    their last.
+    Padding takes no part, nor do a session's outputs before its last one, as in verl's GRPO.
     """
     last: dict[str, int] = {}
     for key in keys:
@@ -183,7 +184,7 @@ def _row_sums(nested: Tensor) -> Tensor:
 
 
 def _with_bonus(scores: Tensor, bonus: Tensor) -> Tensor:
-    """Token-level scores [S, jagged] with each row's bonus added at its last token; 0 changes no bit."""
+    """Adds each row's bonus [S] at its last token, to token-level scores [S, jagged]; 0 changes no bit."""
     values, offsets = scores.values().clone(), scores.offsets()  # type: ignore[attr-defined]
     filled = offsets.diff() > 0
     values.index_add_(0, offsets[1:][filled] - 1, bonus[filled])

@@ -1,0 +1,140 @@
+"""G2RLConfig, and what its settings name: a reward function, a function that finds answers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ..group.options import option_field
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
+from ..models.encoder import DEFAULT_ENCODER
+from ..tasks.answers import math_answer
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+
+
+@dataclass
+class G2RLConfig(GRPOConfig):
+    """GRPOConfig with the settings of G2RL, which begin with `g2rl_`.
+
+    `g2rl_lam` to `g2rl_uniform_groups` are options of `g2.group_geometry`. `entropy_coef` and `epsilon_high`
+    are TRL's; where they are unset the algorithm decides.
+
+    Raises:
+        ValueError, TypeError: a setting cannot work; the message starts with its name.
+    """
+
+    g2rl_algorithm: str = _setting(
+        "g2rl",
+        "'g2rl', or a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
+        "entropy_coef), 'evol_rl' (arXiv 2509.15194). All of them log g2rl/*.",
+        ALGORITHMS,
+    )
+    g2rl_lam: float = option_field("lam", help="Exploration strength of g2rl; 0 is GRPOTrainer, to the bit.")
+    g2rl_clip: float = option_field("clip")
+    g2rl_shaping: str = option_field("shaping")
+    g2rl_exploration_score: str = option_field("exploration_score")
+    g2rl_uniform_groups: str = option_field("uniform_groups")
+    g2rl_correctness_reward: str | None = _setting(
+        None,
+        "Name of the reward function that says whether an answer is right; its rewards are shaped, others "
+        "are not. Required where there are several reward functions.",
+    )
+    g2rl_correctness_threshold: float = _setting(
+        0.5, "Answers whose correctness reward is at least this are right."
+    )
+    g2rl_correctness_gap: float = _setting(
+        1.0,
+        "Distance between the correctness rewards of right and wrong answers: 1 for 0 and 1, 2 for -1 and "
+        "+1. With it g2rl_lam means the same in every unit.",
+    )
+    g2rl_labels: str = _setting(
+        "truth",
+        "Which answers are right: by 'truth', the correctness reward; by 'majority', the group's most "
+        "frequent answer. With 'majority' the correctness reward counts in metrics only.",
+        LABELS,
+    )
+    g2rl_answer_func: str | None = _setting(
+        None,
+        "For evol_rl and majority labels: dotted path of a function from a completion's text to its answer, "
+        "or None without an answer. Unset: the last answer that math-verify finds.",
+    )
+    g2rl_encoder: str = _setting(
+        DEFAULT_ENCODER,
+        "evol_rl: the sentence-transformers model that measures novelty: a hub name, a local directory or "
+        "pypi:<package>.",
+    )
+    entropy_coef: float | None = _setting(
+        None,
+        "Coefficient of the mean per-token entropy, which the loss rewards. Unset: 0.003 for entropy_bonus "
+        "and evol_rl, 0 otherwise.",
+    )
+    g2rl_fused_logprobs: bool | None = _setting(
+        None,
+        "Whether g2.linear_logprobs computes log-probs and entropies of policy and reference (float32 "
+        "logits, tile by tile, forward and backward) instead of TRL's chunked head. Unset: yes, except with "
+        "g2rl_lam=0, under ZeRO-3 and with a mixture-of-experts loss, which need TRL's.",
+    )
+
+    def __post_init__(self) -> None:
+        prefix = "g2rl_"
+        ours = {k.removeprefix(prefix): v for k, v in vars(self).items() if k.startswith(prefix)}
+        check_options(ours, prefix)
+        algorithm = self.g2rl_algorithm
+        if self.entropy_coef is None:
+            self.entropy_coef = ENTROPY_COEF[algorithm]
+        bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
+        if (algorithm == "grpo" and bonus) or (algorithm == "entropy_bonus" and not bonus):
+            raise ValueError(
+                f"entropy_coef: got {self.entropy_coef} with g2rl_algorithm={algorithm}: grpo has no entropy "
+                "bonus, and entropy_bonus has one; leave it unset for the algorithm's own"
+            )
+        if self.epsilon_high is None and algorithm == "evol_rl":  # type: ignore[has-type]
+            self.epsilon_high = EVOL_CLIP_HIGH
+        super().__post_init__()
+
+
+def check_prompts(train_dataset: Any, args: G2RLConfig) -> None:
+    """Raises ValueError for fewer prompts than fill a generation batch: TRL would train nothing, silently."""
+    needed = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < needed:
+        raise ValueError(
+            f"train_dataset: {len(train_dataset)} prompts, but a generation batch takes {needed} "
+            f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
+            "so nothing would be trained; give more prompts, or lower per_device_train_batch_size or "
+            "gradient_accumulation_steps"
+        )
+
+
+def correctness_column(names: list[str], asked: str | None) -> int:
+    """Index of the reward function whose rewards are shaped; `asked` is g2rl_correctness_reward."""
+    if asked is None and len(names) == 1:
+        return 0
+    if asked is None or names.count(asked) != 1:
+        raise ValueError(
+            f"g2rl_correctness_reward: got {asked!r}, needs the name of the one reward function that says "
+            f"whether an answer is right: {', '.join(names)}"
+        )
+    return names.index(asked)
+
+
+def answer_function(path: str | None) -> Callable[[str], str | None]:
+    """The function at a dotted path; for None, the one that reads answers with math-verify."""
+    if path is None:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise ValueError("g2rl_answer_func: name a function, or pip install math-verify") from None
+        return math_answer
+    module, _, name = path.rpartition(".")
+    try:
+        function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"g2rl_answer_func: cannot import {path!r} ({error})") from None
+    return function
