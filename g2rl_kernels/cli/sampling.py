@@ -39,7 +39,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="use only the first N problems of each data set")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, short: str, n: str, temperature: str) -> Any:
+def add_options(parser: argparse.ArgumentParser, short: str, n: str, temperature: str) -> Any:
     """How to sample. short: "-n" or "-m", responses a problem; n, temperature: their defaults, for the help.
 
     Returns the argument group.

@@ -31,7 +31,7 @@ def row(problem: str, sample: int, answer: str | None, right: bool, **others: An
 
 
 def rows_of(data: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Problems as texts: a letter is a sample, an upper-case one right, - none."""
+    """Problems as texts: each letter is a sample, upper case is right, - is a sample without an answer."""
     return [
         row(f"{data}/{i}", j, None if letter == "-" else letter, letter.isupper())
         for i, letters in enumerate(problems)
@@ -160,7 +160,7 @@ def test_from_model_to_comparison(tmp_path, capsys):
     assert (out / "pass_at_k.png").read_bytes()[:4] == b"\x89PNG"
 
     before = (out / "samples.jsonl").read_bytes()
-    assert cli.main(words) == 0  # goes on: there is nothing left
+    assert cli.main(words) == 0  # continues: nothing is left to do
     assert (out / "samples.jsonl").read_bytes() == before
     assert cli.main([*words, "--seed", "1"]) == 2
     assert "seed=0 (now 1)" in capsys.readouterr().err
@@ -233,7 +233,7 @@ HEADERS = ("[]", "7", "{}", '{"settings": 3, "data": {}}', '{"settings": {}, "da
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_another_programs_samples_json_is_none(header, tmp_path, capsys):
+def test_another_programs_samples_json_is_ignored(header, tmp_path, capsys):
     write_samples(tmp_path, rows_of("x", ["Ab"]), {})
     (tmp_path / "samples.json").write_text(header)
     assert cli.main(["eval", "--samples", str(tmp_path)]) == 0

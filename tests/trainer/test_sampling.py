@@ -14,8 +14,7 @@ from g2rl_kernels.trainer import ConfigError, TrainerError
 
 
 def test_samples_come_from_the_scored_distribution(tmp_path: Path) -> None:
-    """First tokens of many samples against softmax(z / T), though the model's own settings say top-k 1 and
-    more."""
+    """First tokens follow softmax(z / T), although the model's own settings ask for top-k 1 and more."""
     model = make_model(initializer_range=0.15)
     model.generation_config.update(
         top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=4, do_sample=False
@@ -68,7 +67,7 @@ def test_stop_tokens(tmp_path: Path) -> None:
 
 
 def test_dropped_responses_take_part_in_nothing(tmp_path: Path) -> None:
-    """A group with two cut-off responses gives the others what a group without them would."""
+    """Responses that are not cut off get the advantages of a group without the others."""
     trainer = make_trainer(
         tmp_path, batch_size=64, group_size=8, truncated="drop", temperature=2.0, max_new_tokens=12
     )

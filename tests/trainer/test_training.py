@@ -18,7 +18,7 @@ def test_ratio_is_one_at_the_first_update(tmp_path: Path) -> None:
     """Old log-probs, the policy's, and plain log_softmax of the model's own logits are the same numbers."""
     trainer = make_trainer(tmp_path, temperature=0.7)
     rollout = trainer.sampler.sample()
-    assert rollout.attention[:, 0].min() == 0  # the prompts do differ in length
+    assert rollout.attention[:, 0].min() == 0  # the prompts differ in length
     measured = trainer.measure(rollout, trainer.verify(rollout))
     policy, _ = trainer._logprobs(trainer.head, rollout, slice(0, 8))
     torch.testing.assert_close(policy, measured.logprobs, rtol=0, atol=1e-5)
@@ -33,7 +33,7 @@ def test_ratio_is_one_at_the_first_update(tmp_path: Path) -> None:
 
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:
-    """Log-probs and features of each response alone, without padding, are those of the padded batch."""
+    """Hidden states of each response alone, without padding, equal those in the padded batch."""
     trainer = make_trainer(tmp_path)
     rollout = trainer.sampler.sample()
     prompt = rollout.ids.shape[1] - rollout.mask.shape[1]
@@ -62,7 +62,7 @@ def test_accumulation_is_one_big_batch(tmp_path: Path, loss_mean: str, ratio: st
 def test_copies_of_a_response_are_not_told_apart_by_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in bf16, where the same tokens get other bits in a micro-batch of another width."""
+    """Like bf16 rounding, which depends on the width of the micro-batch."""
     trainer = make_trainer(tmp_path, micro_batch_size=2)
     rollout = trainer.sampler.sample()
     for part in (rollout.ids, rollout.attention, rollout.mask):  # the first group: four copies
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
-    """Generation above all, which in training mode would go without its cache."""
+    """Generation too, which would lose its cache in training mode."""
     keys: dict[str, Any] = {"mini_batch_size": 4, "beta": 0.1}
     runs = []
     for name, on in (("a", False), ("b", True)):
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
-def _gpt2() -> Any:  # its dropouts are modules, in the layer
+def _gpt2() -> Any:  # its dropouts are modules in the layer
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(CHARACTERS) + 3, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1,
@@ -108,7 +108,7 @@ def _gpt2() -> Any:  # its dropouts are modules, in the layer
     )  # fmt: skip
 
 
-def _opt() -> Any:  # its dropouts are functions, which heed the layer's own mode
+def _opt() -> Any:  # its dropouts are functions that follow the layer's mode
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=len(CHARACTERS) + 3, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
@@ -137,13 +137,13 @@ def test_gradient_checkpointing_recomputes_and_switches_no_dropout_on(
         metrics = trainer.step()
         assert (metrics["kl"], metrics["clip_fraction"]) == (0.0, 0.0)
         found.append(gradients_of_a_step(trainer))
-    assert calls == [True] * 4  # two layers in each of the two updates, none of them in a measurement
+    assert calls == [True] * 4  # two layers in each of two updates, not in measurements
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gradient_against_autograd_on_logits(tmp_path: Path) -> None:
-    """The update's gradient is that of -sum w A log pi through the model's own logits."""
+    """The update's gradient equals that of -sum w A log pi through the model's own logits."""
     trainer = make_trainer(tmp_path, max_grad_norm=1e9)
     torch.manual_seed(1)
     rollout = trainer.sampler.sample()
@@ -177,7 +177,7 @@ def test_lam_0_is_grpo_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_kl_starts_at_zero_and_holds_the_policy_back(tmp_path: Path) -> None:
-    keys = {"steps": 6, "lr": 3e-3, "uniform_groups": "skip"}  # right against wrong is all that pulls
+    keys = {"steps": 6, "lr": 3e-3, "uniform_groups": "skip"}  # only right against wrong moves the policy
     free = make_trainer(tmp_path / "free", beta=1e-9, **keys).train()
     held = make_trainer(tmp_path / "held", beta=10.0, **keys).train()
     for run in (free, held):
@@ -188,8 +188,7 @@ def test_kl_starts_at_zero_and_holds_the_policy_back(tmp_path: Path) -> None:
 
 
 def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
-    """In float32 and, with linear weights kept in bf16, under autocast: its log-probs are the policy's first
-    ones."""
+    """Its log-probs are the policy's first ones: in float32, and with bf16 linear weights under autocast."""
     for name, keys in (("f32", {}), ("bf16", {"autocast": "bfloat16"})):
         for tied in (True, False):
             model = make_model(tie_word_embeddings=tied)
