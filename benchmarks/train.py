@@ -21,7 +21,7 @@ from g2rl_kernels.group import reference
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer.sampling import Rollout
-from g2rl_kernels.trainer.trainer import Measured, Trainer, _padded, _slices
+from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, _padded, _slices
 
 from .measure import Turns, markdown, progress, quantiles, spread, synchronize
 
@@ -107,7 +107,7 @@ class Step(Trainer):
         self.update(rollout, self.measure_grpo(rollout, scores))
 
     @torch.no_grad()
-    def measure_grpo(self, rollout: Rollout, scores: Tensor) -> Measured:
+    def measure_grpo(self, rollout: Rollout, scores: Tensor) -> MeasuredRollout:
         """`measure` as a trainer without features would have it: old log-probs, and eq. 2 on raw rewards."""
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
@@ -121,7 +121,7 @@ class Step(Trainer):
         everyone = torch.ones_like(grouped, dtype=torch.bool)
         advantages = reference.group_advantages(grouped, everyone, "group", 1e-6)
         geometry: Any = SimpleNamespace(advantages=advantages.flatten())
-        return Measured(scores, rewards, logprobs, None, 0.0, geometry, 0.0)
+        return MeasuredRollout(scores, rewards, logprobs, None, 0.0, geometry, 0.0)
 
 
 def logprobs_alone(

@@ -1,4 +1,4 @@
-"""The clock of every measurement of time."""
+"""One clock for all timings: it waits for a GPU before it is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, from an arbitrary start, once a GPU has finished what was asked of it."""
+    """time.perf_counter() in seconds, read after a CUDA device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all."""
+"""Atomic writes: a file or directory is replaced whole, or not at all."""
 
 from __future__ import annotations
 
@@ -12,19 +12,47 @@ from typing import Any
 from .errors import TrainerError
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file (UTF-8) in one step."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Replaces a PNG file by a matplotlib figure in one step."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yields a temporary file name; the file written there replaces `target` once it is on the disk."""
+    temporary = temporary_name(target)
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A directory to write in, which becomes `target` only once all of it is on the disk."""
+    """Yields a temporary directory, which replaces `target` once all of its files are on the disk.
+
+    Raises TrainerError if something cannot be written; `target` is then as it was.
+    """
     temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            if path.is_file():  # safetensors leaves files that nobody else may read
+            if path.is_file():  # safetensors makes files that only their owner may read
                 path.chmod(temporary.stat().st_mode & 0o666)
             flush(path)
-        if target.exists():  # rename replaces no directory with files; the new one is on the disk by now
+        if target.exists():  # os.rename cannot replace a directory that holds files
             shutil.rmtree(target)
         os.rename(temporary, target)
         flush(target.parent)
@@ -35,32 +63,17 @@ def whole_directory(target: Path) -> Iterator[Path]:
         remedy = "free some disk space and " if "space" in str(error) else ""
         raise TrainerError(
             f"cannot write {target} ({error}): {remedy}start the same command again; "
-            "the checkpoint before it is whole"
+            "the previous checkpoint is intact"
         ) from error
 
 
-def save_figure(figure: Any, path: Path, dpi: int) -> None:
-    """Replaces a PNG file by a matplotlib figure in one step."""
-    temporary = temporary_name(path)
-    figure.savefig(temporary, dpi=dpi, format="png")
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one go."""
-    temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-
-
 def temporary_name(path: Path) -> Path:
+    """Name of the temporary file or directory beside `path`."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def flush(path: Path) -> None:
-    """Returns when the file or directory is on the disk."""
+    """Returns when the file or directory is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

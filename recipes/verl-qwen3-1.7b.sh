@@ -2,8 +2,8 @@
 # The paper's recipe (Table 3) for Qwen3-1.7B-Base on the MATH training set, in verl 0.9. One node; docs/verl.md explains.
 #
 #     recipes/verl-qwen3-1.7b.sh                                            with 8 GPUs
-#     GPUS=4 DATA=/data/math recipes/verl-qwen3-1.7b.sh                     with 4; train.parquet and test.parquet elsewhere
-#     recipes/verl-qwen3-1.7b.sh +algorithm.g2rl.lam=1                      any option of verl, or of G2RL, on top
+#     GPUS=4 DATA=/data/math recipes/verl-qwen3-1.7b.sh                     with 4; both .parquet files in another folder
+#     recipes/verl-qwen3-1.7b.sh +algorithm.g2rl.lam=1                      set any option of verl or G2RL
 #     recipes/verl-qwen3-1.7b.sh trainer.v1.trainer_mode=sync               the baseline: verl's own trainer, GRPO
 #
 # The data: examples/data_preprocess/math_dataset.py of verl's sources writes both files, with the instruction to think
@@ -17,7 +17,7 @@ options=(
   algorithm.adv_estimator=grpo
   +algorithm.g2rl.lam=0.5                     # not given in the paper; 0 is GRPO to the bit
   +algorithm.g2rl.clip=3.0
-  +algorithm.g2rl.shaping=intent              # what the text after equation 13 describes; "equation" is eq. 12 as printed
+  +algorithm.g2rl.shaping=intent              # as the text after equation 13 describes; equation: eq. 12 as printed
 
   data.train_files="$DATA/train.parquet"
   data.val_files="$DATA/test.parquet"
@@ -43,8 +43,8 @@ options=(
   actor_rollout_ref.actor.ppo_mini_batch_size=2          # "PPO mini-batch 1 (effective 32)": we read 32 responses an update
   actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2
   actor_rollout_ref.actor.optim.lr=5e-7
-  actor_rollout_ref.actor.clip_ratio=0.2                 # not given; the usual one
-  actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean   # every response weighs the same, as in equation 3
+  actor_rollout_ref.actor.clip_ratio=0.2                 # not given; the usual value
+  actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean   # equal weight for every response, as in equation 3
   actor_rollout_ref.actor.use_kl_loss=True
   actor_rollout_ref.actor.kl_loss_coef=0.001
   actor_rollout_ref.actor.entropy_coeff=0
@@ -55,7 +55,7 @@ options=(
   'trainer.logger=[console,tensorboard]'
   trainer.nnodes=1
   trainer.n_gpus_per_node="$GPUS"
-  trainer.total_epochs=1                      # 468 steps; the paper does not say how many passes it made
+  trainer.total_epochs=1                      # 468 steps; the paper does not give the number of passes
   trainer.save_freq=50
   trainer.test_freq=50
 )

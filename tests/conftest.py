@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter. It has to be chosen before they are imported.
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Folders whose tests need the packages of the extra [train]; elsewhere they are not collected.
+# Folders whose tests need the extra [train]; without it they are not collected.
 TRAINS = ("evaluation", "geometry", "models", "tasks", "trainer")
 NEEDED = ("transformers", "safetensors", "yaml", "tqdm", "matplotlib")
 MISSING = [package for package in NEEDED if importlib.util.find_spec(package) is None]
@@ -29,7 +29,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The models of trainers' tests are tiny: more threads only wait for each other."""
+    """One torch thread for tests with tiny models, which more threads slow down."""
     if not {*TRAINS, "cli", "integrations"}.intersection(request.path.parts):
         yield
         return

@@ -1,4 +1,4 @@
-"""A tiny random language model and a character tokenizer, made here: no hub, no files."""
+"""A tiny random language model, a character tokenizer and a trainer for them, made without hub or files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from g2rl_kernels.trainer import Trainer, TrainerConfig
+from g2rl_kernels.trainer.sampling import Rollout
 
 CHARACTERS = "0123456789+-= abcdefgh"
 
@@ -46,7 +47,7 @@ def make_model(seed: int = 0, **settings: Any) -> Qwen3ForCausalLM:
 
 
 class LetterTask:
-    """Right when the completion holds an "a"; the questions differ in length, so that prompts are padded."""
+    """A completion with an "a" is right. Questions differ in length, so prompts are padded."""
 
     def __len__(self) -> int:
         return 16
@@ -86,3 +87,21 @@ def make_trainer(
     )
     task = LetterTask() if task is None else task
     return Trainer(model or make_model(), tokenizer or make_tokenizer(), task, config)
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics but for those that measure time."""
+    times = ("seconds", "tokens_per_second")
+    return {key: value for key, value in metrics.items() if not key.endswith(times)}
+
+
+def gradients_of_a_step(trainer: Any, rollout: Rollout | None = None) -> dict[str, torch.Tensor]:
+    """Gradients that the optimiser would get for one rollout; a high max_grad_norm leaves them unclipped."""
+    torch.manual_seed(1)
+    rollout = rollout or trainer.sampler.sample()
+    found: dict[str, torch.Tensor] = {}
+    trainer.optimizer.step = lambda: found.update(
+        {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    )
+    trainer.update(rollout, trainer.measure(rollout, trainer.verify(rollout)))
+    return found

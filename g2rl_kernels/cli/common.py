@@ -1,11 +1,14 @@
-"""What all commands share: one ladder of errors, and one way to override a key (`key=value`)."""
+"""What all commands share: one error ladder, and one way to override a key (`key=value`)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import CommandError, ConfigError, one_line, out_of_memory
+from ..errors import CommandError, one_line, out_of_memory
+from ..trainer.config import split_override
+
+__all__ = ["FAILED", "INTERRUPTED", "as_options", "run_command", "split_override"]
 
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
@@ -16,13 +19,13 @@ def run_command(
     """Runs `work`; returns its exit code, FAILED after a one-line error, INTERRUPTED after Ctrl-C.
 
     Args:
-        program: the command's name, before each message.
-        work: raises CommandError for what the user can mend. What it raises else is a fault and shows its
-            traceback.
-        interrupted: what becomes of the work on Ctrl-C.
-        memory: which settings need less memory.
-        files: what becomes of the work where a file cannot be written or read.
-        path: what an OSError without a file name is about.
+        program: the command's name; starts each message.
+        work: raises CommandError for problems that the user can solve. Other exceptions are bugs and keep
+            their traceback.
+        interrupted: message after Ctrl-C: what is kept, how to continue.
+        memory: message when memory runs out: which settings to lower.
+        files: end of the message when a file cannot be read or written: what is kept, how to continue.
+        path: named in that message if the OSError names no file.
     """
     try:
         return work()
@@ -41,19 +44,12 @@ def run_command(
     return FAILED
 
 
-def split_override(text: str) -> tuple[str, str]:
-    """key and value of `key=value`; ConfigError where it is none."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {text!r}: expected key=value, e.g. lr=2e-6")
-    return key, value
-
-
 def as_options(words: Sequence[str]) -> list[str]:
-    """`key=value` words as `--key=value` options, for commands whose keys are their options."""
-    return [
-        f"--{word.partition('=')[0].replace('_', '-')}={word.partition('=')[2]}"
-        if "=" in word and not word.startswith("-")
-        else word
-        for word in words
-    ]
+    """`key=value` words as `--key=value`, for commands whose keys are options; other words unchanged."""
+    options = []
+    for word in words:
+        if "=" in word and not word.startswith("-"):
+            key, value = split_override(word)
+            word = f"--{key.replace('_', '-')}={value}"
+        options.append(word)
+    return options

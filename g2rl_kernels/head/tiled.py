@@ -103,10 +103,12 @@ def features(
     if max_skipped is not None:
         return certified_features(features, hidden, tokens, head, responses, max_skipped)
     chunk = max(1, elements(hidden) // len(head.weight))
-    out = reference.head_features(hidden, tokens, head, responses, chunk=chunk)
+    found = reference.head_features(hidden, tokens, head, responses, chunk=chunk)
+    phi, logprobs, logsumexp, entropy = (
+        values.clone() for values in found
+    )  # an op's outputs share no memory
     skipped = hidden.new_zeros(len(responses.cu_seqlens) - 1, dtype=torch.float32)
-    # an operator's outputs must not share memory, as rows of one tensor do
-    return FeatureOutputs(*(values.clone() for values in out), skipped, skipped.long())
+    return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long())
 
 
 def features_of_part(

@@ -1,11 +1,11 @@
-"""A thin trainer: group-relative policy gradients with gradient-guided exploration (G2RL), or without (GRPO).
+"""A small trainer: group-relative policy gradients with gradient-guided exploration (G2RL) or without (GRPO).
 
     from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
 
     config = TrainerConfig.load("recipes/demo.yaml", ["steps=50"])
     Trainer(*load_model(config), load_tasks(config.tasks), config).train()
 
-Start reading at Trainer.step in trainer.py; the other files hold what it calls.
+Start reading at Trainer.step in trainer.py; it calls the other files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # torch and transformers are imported when they are used, not for --help
+def __getattr__(name: str) -> Any:  # so that --help need not import transformers
     if name == "Trainer":
         from .trainer import Trainer
 

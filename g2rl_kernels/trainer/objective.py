@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def token_weights(mask: Tensor, mean: str) -> Tensor:
-    """Each token's share of a mini-batch's loss, [B, L]; the shares sum to 1.
+    """Each token's share of a mini-batch's loss, [B, L] float32 for mask [B, L]; the shares sum to 1.
 
-    mean="response": every response with tokens weighs the same, and its tokens share that (GRPO); "token":
-    every token weighs the same. Micro-batches take their rows of it, so that their gradients add up to that
-    of the whole.
+    mean="response": equal weight for every response with tokens, shared among its tokens (GRPO);
+    mean="token": equal weight for every token. Micro-batches use their rows of the result, so their gradients
+    add up to that of the mini-batch.
     """
     lengths = mask.sum(1, keepdim=True)
     if mean == "token":
@@ -33,14 +33,16 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """-(mean_i min(rho A, clip(rho, 1 - e, 1 + e) A) - beta KL(pi || pi_ref) + c H(pi)), equations 3 and 4.
+    """-(mean min(rho A, clip(rho, 1 - e, 1 + e) A) - beta KL(pi || pi_ref) + c H(pi)), equations 3 and 4.
 
-    logprobs, old_logprobs, reference, entropy [B, L] float32, 0 where mask [B, L] (bool) is False; advantages
-    [B]; weights [B, L] from `token_weights`. rho is pi / pi_old of the token ("token"), of the response
-    ("sequence", as the paper writes it), or the latter's length-th root ("sequence_mean"), which stays near 1
-    for long responses. H is the mean entropy of a token, and c entropy_coef (0 in the paper). KL is the
-    unbiased, never negative estimate exp(d) - d - 1 with d = log pi_ref - log pi. Returns the loss
-    and, with the same weights, `clip_fraction` and (with a reference) `kl`.
+    logprobs, old_logprobs, reference, entropy: [B, L] float32, 0 where mask [B, L] (bool) is False.
+    advantages: A, [B]. weights: [B, L] from `token_weights`; every mean is taken with them.
+    ratio: rho is pi / pi_old of the token ("token"), of the response ("sequence", as in the paper), or the
+    length-th root of the latter ("sequence_mean"), which stays near 1 for long responses.
+    clip: e below and above 1. beta: weight of the KL, estimated by exp(d) - d - 1 with
+    d = log pi_ref - log pi (unbiased, never negative). entropy_coef: c, 0 in the paper; H in nats a token.
+
+    Returns the loss (differentiable) and `clip_fraction`, with a reference also `kl`.
     """
     log_ratio = logprobs - old_logprobs
     if ratio != "token":

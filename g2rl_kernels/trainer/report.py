@@ -1,18 +1,30 @@
-"""What a run leaves to read: metrics.jsonl, samples.jsonl, samples.md and curves.png."""
+"""The files of a run for people: metrics.jsonl, samples.jsonl, samples.md and curves.png."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from .._files import flush, write_whole
+from .._files import flush, save_figure, write_whole
 
 BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
 BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")
+
+
+class SampleRow(TypedDict):
+    """One response: a line of samples.jsonl and a row of samples.md."""
+
+    step: int
+    question: str
+    completion: str
+    score: float  # by the task
+    reward: float  # +1 | -1
+    exploration_score: float
+    shaped_reward: float
+    advantage: float
 
 
 class Report:
@@ -21,38 +33,39 @@ class Report:
     def __init__(self, output_dir: Path, title: str):
         self.dir, self.title = output_dir, title
         self.metrics: list[dict[str, Any]] = []
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[SampleRow] = []
 
     def begin(self, step: int) -> None:
-        """Forgets what a killed run wrote after `step`, its last checkpoint: those steps come again."""
+        """Removes the lines that a killed run wrote after `step`, its last checkpoint."""
         self.metrics = _rewind(self.dir / "metrics.jsonl", step)
-        self.samples = _rewind(self.dir / "samples.jsonl", step)
+        self.samples = cast("list[SampleRow]", _rewind(self.dir / "samples.jsonl", step))
 
     def log(self, metrics: dict[str, Any]) -> None:
+        """Appends the metrics of a step to metrics.jsonl."""
         self.metrics.append(metrics)
         _append(self.dir / "metrics.jsonl", [metrics])
 
-    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+    def log_samples(self, samples: list[SampleRow]) -> None:
         """Appends to samples.jsonl and rewrites samples.md, a table of the newest ones."""
         self.samples += samples
         _append(self.dir / "samples.jsonl", samples)
         write_whole(self.dir / "samples.md", f"# Samples: {self.title}\n\n" + table(samples))
 
     def flush(self) -> None:
-        """Puts the lines on the disk, where a checkpoint will refer to them."""
+        """Returns when all lines are on the disk; called before a checkpoint that counts on them."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.dir / name).exists():
                 flush(self.dir / name)
 
     def draw(self) -> Path:
-        """One picture of all curves so far; returns its path."""
+        """Draws all curves so far; returns the path of the picture."""
         path = self.dir / "curves.png"
         draw(self.metrics, self.title, path)
         return path
 
 
 def bar_text(metrics: dict[str, Any]) -> str:
-    """The numbers one watches, for the progress bar."""
+    """The text of the progress bar."""
     values = (
         f"{name} {metrics[key]:.0f}" if key == "tokens_per_second" else f"{name} {metrics[key]:.2f}"
         for name, key in zip(BAR_NAMES, BAR)
@@ -60,11 +73,11 @@ def bar_text(metrics: dict[str, Any]) -> str:
     return " | ".join(values)
 
 
-def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
-    """Samples as a Markdown table that also reads well in a terminal."""
+def table(samples: Sequence[SampleRow], width: int = 60) -> str:
+    """Samples as a Markdown table with aligned columns."""
 
     def cell(text: Any, limit: int, end: int = 0) -> str:
-        """One line of at most `limit` characters, the last `end` of the text among them."""
+        """The text on one line, shortened to `limit` characters; keeps its last `end` ones."""
         text = " ".join(str(text).split()).replace("|", "\\|")
         return text if len(text) <= limit else text[: limit - 1 - end] + "…" + text[len(text) - end :]
 
@@ -90,7 +103,7 @@ def table(samples: Sequence[dict[str, Any]], width: int = 60) -> str:
     return "\n".join(lines) + "\n"
 
 
-PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Accuracy", "share of right responses", {"accuracy": "accuracy"}),
     ("Reward", "mean over responses", {"reward": "raw", "shaped_reward": "shaped"}),
     ("Response length", "tokens", {"length": "length"}),
@@ -105,14 +118,14 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: float = 0.8) -> None:
-    """Six panels; each curve raw (faint) and as an exponential moving average (bold)."""
+    """Six plots; each curve as measured (faint) and as an exponential moving average (bold)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
-    for axes, (name, unit, curves) in zip(figure.subplots(2, 3).flat, PANELS):
+    for axes, (name, unit, curves) in zip(figure.subplots(2, 3).flat, PLOTS):
         shown = 0
         for color, (key, label) in zip(("#1f6fb4", "#d1603d"), curves.items()):
             points = [
@@ -128,7 +141,7 @@ def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: floa
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
             axes.plot(steps, bold, color=color, linewidth=2.2, label=label)
             shown += 1
-        if shown > 1 or (shown and not unit):  # a panel without a unit says by its legend what it shows
+        if shown > 1 or (shown and not unit):  # without a unit the legend names the curve
             axes.legend(frameon=False, fontsize=9)
         if name == "Accuracy":
             axes.set_ylim(-0.02, 1.02)
@@ -137,26 +150,24 @@ def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: floa
         axes.set_ylabel(unit or "")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    save_figure(figure, path, dpi=110)
 
 
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps whole lines up to `step`; returns them."""
+    """Keeps the complete lines up to `step`, removes the others; returns the rows kept."""
     rows = []
-    # A line ends at \n alone: U+2028 and its like lie raw in JSON texts. The last may end within a character.
+    # Lines end at \n only: JSON texts may hold U+2028. The last line may end within a character.
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
-            break  # the line being written when the run was killed
+            break  # cut off when the run was killed
         if row["step"] <= step:
             rows.append(row)
     if path.exists():

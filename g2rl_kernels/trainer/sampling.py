@@ -1,4 +1,4 @@
-"""Prompts and sampled responses: which prompts come next, as which tokens, and what the policy answers."""
+"""Sampling: chooses the next prompts, tokenises them, and generates responses."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .config import TrainerConfig
 
 @dataclass
 class Rollout:
-    """S responses, `group_size` in a row for each prompt; P, L: longest prompt and response."""
+    """S responses, those to one prompt in consecutive rows; P, L: longest prompt and response, in tokens."""
 
-    ids: Tensor  # [S, P + L] prompts padded on the left, responses on the right
-    attention: Tensor  # [S, P + L] 1 where ids is no padding
-    mask: Tensor  # [S, L] True on response tokens, the one that ends the response included
-    truncated: Tensor  # [S] True where no end token came
+    ids: Tensor  # [S, P + L] int64, prompts padded on the left, responses on the right
+    attention: Tensor  # [S, P + L] int64, 0 on padding, else 1
+    mask: Tensor  # [S, L] bool, True on response tokens, including the end token
+    truncated: Tensor  # [S] bool, True for a response without an end token
     items: list[tuple[Task, Item]]
     completions: list[str]
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, attention and mask of some responses, without the columns that are padding in all of them."""
+        """ids, attention and mask of some responses, without columns of padding alone."""
         prompt = self.ids.shape[1] - self.mask.shape[1]
         length = max(int(self.mask[rows].sum(1).max()), 1)
         first = int(self.attention[rows].argmax(1).min())
@@ -36,18 +36,22 @@ class Rollout:
 
 
 class Sampler:
-    """Draws prompts from `tasks` and samples responses from `model`; all of its state is `position`."""
+    """Draws prompts from `tasks` and samples responses from `model`. Its only state is `position`.
+
+    Raises ConfigError if tokenizer, model and configuration do not fit together.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], config: TrainerConfig):
-        self.model, self.tokenizer, self.tasks, self.config = model, tokenizer, tasks, config.resolved()
+        self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
+        self.config = config.resolved(model.device.type)
         self.position = 0  # prompts drawn so far
-        self._shuffled = -1, torch.empty(0)  # an epoch and its order
+        self._shuffled = -1, torch.empty(0)  # an epoch and the order of its prompts
         prepare_tokenizer(tokenizer, model.config, config)
-        self.own_generation = _savable(model.generation_config)  # put back when the model is saved
+        self.own_generation = _savable(model.generation_config)  # restored when the model is saved
         self.end_tokens = end_tokens(tokenizer, self.own_generation, config)
-        # A response must come from softmax(z / temperature), which the ops score, and from nothing else.
-        # generate() takes what we leave out (top-k, penalties, ...) from the model's own: empty that too.
-        # (Under bf16 autocast generate() rounds its logits to bf16; old log-probs and updates do not.)
+        # Responses must come from softmax(z / temperature), the distribution that the ops score. generate()
+        # takes settings missing here (top-k, penalties ...) from the model's generation_config: empty it.
+        # Under bf16 autocast generate() rounds logits to bf16; log-probs and updates do not.
         from transformers import GenerationConfig
 
         tokens = {"eos_token_id": self.end_tokens, "pad_token_id": tokenizer.pad_token_id}
@@ -62,34 +66,33 @@ class Sampler:
         )
 
     def sample(self) -> Rollout:
-        """The next prompts, with a group of responses for each."""
+        """`group_size` responses to each of the next prompts."""
         size = self.config.group_size
         drawn = self.draw(self.config.batch_size // size)
         return self.respond([prompt for prompt in drawn for _ in range(size)])
 
     @torch.no_grad()
     def respond(self, drawn: Sequence[tuple[Task, Item, list[int]]]) -> Rollout:
-        """One response to each of these prompts."""
+        """One response to each of these (task, item, prompt token ids)."""
         config, pad, device = self.config, self.tokenizer.pad_token_id, self.model.device
         self.model.eval()
         width = max(len(prompt) for _, _, prompt in drawn)
         ids = torch.tensor([[pad] * (width - len(p)) + p for _, _, p in drawn], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, _, p in drawn], device=device)
         responses: list[Tensor] = []
-        for part, seen in zip(
-            ids.split(config.generate_batch_size), attention.split(config.generate_batch_size)
-        ):
+        size = config.generate_batch_size
+        for batch, seen in zip(ids.split(size), attention.split(size)):
             with autocast(config, device):
                 out = self.model.generate(
-                    input_ids=part, attention_mask=seen, generation_config=self.generation
+                    input_ids=batch, attention_mask=seen, generation_config=self.generation
                 )
             responses += out[:, width:]
 
         response = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=pad)
-        sampled = torch.tensor([len(r) for r in responses], device=device)  # parts differ in width
+        sampled = torch.tensor([len(r) for r in responses], device=device)  # batches differ in width
         inside = torch.arange(response.shape[1], device=device) < sampled[:, None]
         ends = torch.isin(response, torch.tensor(self.end_tokens, device=device)) & inside
-        mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to the first end token, which counts
+        mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to and including the first end token
         completions = [self.tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(response, mask)]
         truncated = ~ends.any(1)
         if config.truncated == "drop":
@@ -104,8 +107,11 @@ class Sampler:
         )
 
     def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
-        """The next prompts, in an order set by seed and position alone; those too long are passed over."""
-        total, passed = sum(map(len, self.tasks)), 0
+        """The next `count` prompts, in an order set by seed and position alone, without those too long.
+
+        Raises TrainerError for an empty prompt, and if every prompt is too long.
+        """
+        total, skipped = sum(map(len, self.tasks)), 0
         drawn: list[tuple[Task, Item, list[int]]] = []
         while len(drawn) < count:
             epoch, index = divmod(self.position, total)
@@ -121,21 +127,21 @@ class Sampler:
             prompt = self.encode(item)
             if not prompt:
                 raise TrainerError(
-                    f"task: {type(task).__name__}[{index}] is a prompt without tokens: leave it out, or set "
+                    f"task: {type(task).__name__}[{index}] is a prompt without tokens: remove it, or set "
                     "system_prompt or prompt_template"
                 )
             if len(prompt) <= self.config.max_prompt_tokens:
                 drawn.append((task, item, prompt))
-                passed = 0
+                skipped = 0
             else:
-                passed += 1
-            if passed == total:
+                skipped += 1
+            if skipped == total:
                 limit = self.config.max_prompt_tokens
                 raise TrainerError(f"every prompt is longer than max_prompt_tokens={limit}: raise it")
         return drawn
 
     def encode(self, item: Item) -> list[int]:
-        """A prompt's token ids: through the tokenizer's chat template, or as plain text."""
+        """Token ids of an item's prompt, by the chat template or as plain text."""
         text, special = render(item["question"], self.tokenizer, self.config)
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -147,7 +153,7 @@ class Sampler:
 
 
 def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
-    """A prompt as text, and whether the tokenizer is to add special tokens: a chat template has its own."""
+    """The prompt's text, and whether the tokenizer adds special tokens (a chat template brings its own)."""
     text = config.prompt_template.replace("{question}", question)
     if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
         messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
@@ -160,7 +166,7 @@ def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, b
 
 
 def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) -> None:
-    """Sets the pad token; raises ConfigError where tokenizer, model and configuration do not fit together."""
+    """Sets the pad token; raises ConfigError if tokenizer, model and configuration do not fit together."""
     if config.pad_token is not None:
         if config.pad_token not in tokenizer.get_vocab():
             raise ConfigError(f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary")
@@ -186,7 +192,7 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) -> list[int]:
-    """Tokens that end a response: the model's, the tokenizer's, and the configuration's stop_tokens."""
+    """Ids of the tokens that end a response: the model's, the tokenizer's, and stop_tokens."""
     own = generation_config.eos_token_id
     ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
     for token in config.stop_tokens:
@@ -199,7 +205,7 @@ def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) ->
 
 
 def _savable(generation: Any) -> Any:
-    """The model's generation settings; where transformers would refuse to save them, the end tokens alone."""
+    """The model's generation settings, or only its end tokens if transformers would refuse to save them."""
     try:
         generation.validate(strict=True)
         return generation
@@ -208,6 +214,7 @@ def _savable(generation: Any) -> Any:
 
 
 def autocast(config: TrainerConfig, device: torch.device) -> AbstractContextManager:
-    # One context for each forward: autocast caches its casts of the weights, which must not outlive an
-    # update, and a cast cached without a gradient must not serve where one is needed.
+    """A context for one forward pass, with matrix products in bfloat16 if the (resolved) `config` says so."""
+    # One for each forward pass: autocast caches its casts of the weights. A cast must not outlive an update,
+    # and one made without a gradient must not be used where a gradient is needed.
     return torch.autocast(device.type, torch.bfloat16, enabled=config.autocast == "bfloat16")

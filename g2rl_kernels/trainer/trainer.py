@@ -1,4 +1,4 @@
-"""The training loop: sample, verify, measure, shape, update. `Trainer.step` is the place to start reading."""
+"""The training loop: sample, verify, measure, update. Start reading at `Trainer.step`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import math
 import random
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from .._clock import clock
 from .._files import whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
@@ -33,42 +33,43 @@ from ..tasks.base import Task, final_answer, item_of, score_completion
 from . import checkpoint
 from .config import TrainerConfig
 from .objective import policy_loss, token_weights
-from .report import Report, bar_text
+from .report import Report, SampleRow, bar_text
 from .sampling import Rollout, Sampler, autocast
 
 
 @dataclass
-class Measured:
-    """What the verifier and one forward under the policy that sampled say about a rollout."""
+class MeasuredRollout:
+    """Scores of a rollout, and the results of one forward pass under the policy that sampled it."""
 
-    scores: Tensor  # [S], of the task
+    scores: Tensor  # [S], by the task
     rewards: Tensor  # [S], +1 | -1, by the scores or by the majority
-    logprobs: Tensor  # [S, L]
+    logprobs: Tensor  # [S, L], 0 where there is no response token
     reference: Tensor | None  # [S, L], log-probs under the starting policy
     entropy: float  # nats, mean over tokens
-    geometry: g2.GroupGeometry
-    feature_seconds: float
+    geometry: g2.GroupGeometry  # exploration scores, shaped rewards, advantages
+    feature_seconds: float  # spent in head_features and group_geometry
 
 
 class Trainer:
     """Trains `model` (a transformers causal LM, in place) by group-relative policy gradients, G2RL or GRPO.
 
-    tasks: one task or several (see tasks.py). Whatever can be known to fail is checked here and raises
-    TrainerError, before `train` spends any time.
+    tasks: one or several (tasks/base.py). Raises TrainerError, before any training, for settings, models,
+    tokenizers and tasks that cannot work.
     """
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
         config.check()
         check_packages()
-        self.given, config = config, config.resolved()  # config.yaml is what was given
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.given = config  # config.yaml keeps it
+        self.model, self.tokenizer = model, tokenizer
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device
+        self.output_dir = Path(config.output_dir).expanduser()
+        self.config = config = self._resolved(config)
         try:
             choose_backend(config.backend, self.device)
         except (ValueError, ImportError) as error:
             raise ConfigError(str(error)) from None
-        self.output_dir = Path(config.output_dir).expanduser()
         self.head = find_head(model)
         self.sampler = Sampler(model, tokenizer, self.tasks, config)
         self.ops_dtype: torch.dtype = self.head.output.weight.dtype
@@ -79,7 +80,7 @@ class Trainer:
         if config.algorithm == "evol_rl":
             self.encoder = SentenceEncoder(config.encoder, self.device)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
-        model.eval()  # no dropout: the policy that is updated must be the one that sampled
+        model.eval()  # no dropout: the updated policy must be the one that sampled
         if config.gradient_checkpointing:
             enable_checkpointing(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,16 +101,19 @@ class Trainer:
     # --- one step -------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, Any]:
-        """One step; returns its metrics. What may fail, the task's score above all, precedes the update."""
-        times = [self._clock()]
+        """One step: sample, verify, measure, update. Returns its metrics; times are in seconds.
+
+        Raises RewardError or TrainerError before the model is changed.
+        """
+        times = [clock(self.device)]
         rollout = self.sampler.sample()
-        times.append(self._clock())
+        times.append(clock(self.device))
         scores = self.verify(rollout)
-        times.append(self._clock())
+        times.append(clock(self.device))
         measured = self.measure(rollout, scores)
-        times.append(self._clock())
+        times.append(clock(self.device))
         update = self.update(rollout, measured)
-        times.append(self._clock())
+        times.append(clock(self.device))
         self.step_number += 1
         self.last = rollout, measured
         names = ("generate_seconds", "verify_seconds", "forward_seconds", "update_seconds")
@@ -124,14 +128,17 @@ class Trainer:
         }
 
     def verify(self, rollout: Rollout) -> Tensor:
-        """The task's score of every response, [S] float32."""
+        """The task's score of every response, [S] float32; raises RewardError if a score fails."""
         pairs = zip(rollout.items, rollout.completions)
         scores = [score_completion(task, text, item) for (task, item), text in pairs]
         return torch.tensor(scores, dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
-    def measure(self, rollout: Rollout, scores: Tensor) -> Measured:
-        """Old log-probs, entropy and features from one forward; rewards, their shaping, the advantages."""
+    def measure(self, rollout: Rollout, scores: Tensor) -> MeasuredRollout:
+        """Log-probs, entropy and features from one forward pass; rewards and advantages from those.
+
+        scores: [S], from `verify`.
+        """
         config = self.config
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
@@ -140,12 +147,12 @@ class Trainer:
         weight, bias = self.head.weights(self.ops_dtype)
         for rows in _slices(len(scores), config.micro_batch_size):
             hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
-            start = self._clock()
+            start = clock(self.device)
             options = self.head.options(config.temperature)
             out = g2.head_features(
                 hidden, weight, tokens, cu_seqlens, bias=bias, backend=config.backend, **options
             )
-            seconds += self._clock() - start
+            seconds += clock(self.device) - start
             features.append(out.features)
             keys.append(response_keys(tokens, cu_seqlens))
             logprobs[rows, : mask.shape[1]] = _padded(out.logprobs, mask)
@@ -155,17 +162,17 @@ class Trainer:
         entropy /= max(int(rollout.mask.sum()), 1)
 
         groups = torch.arange(len(scores), device=self.device) // config.group_size
-        if config.truncated == "drop":  # -1: a row that touches nobody
+        if config.truncated == "drop":  # -1: in no group
             groups = groups.masked_fill(rollout.truncated, -1)
-        start = self._clock()
+        start = clock(self.device)
         rewards, geometry = self._shape(torch.cat(features), torch.cat(keys), scores, groups, rollout)
-        seconds += self._clock() - start
-        return Measured(scores, rewards, logprobs, reference, entropy, geometry, seconds)
+        seconds += clock(self.device) - start
+        return MeasuredRollout(scores, rewards, logprobs, reference, entropy, geometry, seconds)
 
     def _shape(
         self, features: Tensor, keys: Tensor, scores: Tensor, groups: Tensor, rollout: Rollout
     ) -> tuple[Tensor, g2.GroupGeometry]:
-        """Rewards [S], +1 and -1, and what the algorithm makes of them."""
+        """Rewards [S], +1 or -1, and the geometry with the rewards and advantages that `algorithm` shapes."""
         config = self.config
         right, answers = scores >= config.score_gate, None
         novelty: dict[str, Any] = {}
@@ -179,7 +186,7 @@ class Trainer:
             novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
             novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
         rewards = torch.where(right, 1.0, -1.0)
-        grouping: dict[str, Any] = {"group_size": config.group_size}  # ids make a GPU wait
+        grouping: dict[str, Any] = {"group_size": config.group_size}  # group_ids would make a GPU wait
         if config.truncated == "drop":
             grouping = {"group_ids": groups}
         return rewards, shape_rewards(
@@ -192,12 +199,12 @@ class Trainer:
             **novelty,
         )
 
-    def update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
-        """`epochs` passes of clipped policy-gradient updates over the rollout; means over the updates."""
+    def update(self, rollout: Rollout, measured: MeasuredRollout) -> dict[str, Any]:
+        """`epochs` passes of clipped policy-gradient updates; returns metrics, means over the updates."""
         with checkpointing(self.model) if self.config.gradient_checkpointing else nullcontext():
             return self._update(rollout, measured)
 
-    def _update(self, rollout: Rollout, measured: Measured) -> dict[str, Any]:
+    def _update(self, rollout: Rollout, measured: MeasuredRollout) -> dict[str, Any]:
         config, lr = self.config, self.learning_rate()
         totals, updates = {"loss": 0.0, "kl": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}, 0
         for group in self.optimizer.param_groups:
@@ -231,7 +238,7 @@ class Trainer:
             if not math.isfinite(norm):
                 raise TrainerError(
                     f"step {self.step_number + 1}: the gradient is not finite; lower lr={lr:g} or use "
-                    "dtype=float32; the last checkpoint is whole"
+                    "dtype=float32; the last checkpoint is intact"
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -241,7 +248,7 @@ class Trainer:
         return {**means, "kl": means["kl"] if self.reference else None, "lr": lr}
 
     def learning_rate(self) -> float:
-        """Of the step to come: linear warm-up, then the schedule."""
+        """Learning rate for the next step: linear warm-up, then the schedule."""
         config, done = self.config, self.step_number
         if done < config.warmup_steps:
             return config.lr * (done + 1) / config.warmup_steps
@@ -252,7 +259,7 @@ class Trainer:
     def _response_hidden(
         self, head: LMHead, rollout: Rollout, rows: slice
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The hidden states [N, d] that predict the response tokens [N], cu_seqlens, and the mask [B, L]."""
+        """Hidden states [N, d] that predict the response tokens [N], cu_seqlens [B + 1], and mask [B, L]."""
         ids, attention, mask = rollout.rows(rows)
         with autocast(self.config, self.device):
             hidden, tokens, cu_seqlens = response_hidden(head, ids, attention, mask)
@@ -266,8 +273,8 @@ class Trainer:
         out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options)
         return _padded(out.logprobs, mask), _padded(out.entropy, mask)
 
-    def _describe(self, rollout: Rollout, measured: Measured) -> dict[str, float]:
-        """Metrics of a rollout. What dropped responses did not take part in is a mean over the others."""
+    def _describe(self, rollout: Rollout, measured: MeasuredRollout) -> dict[str, float]:
+        """Metrics of a rollout; length, entropy and geometry are of the responses that were not dropped."""
         shaping = describe(measured.geometry, measured.rewards)
         return {
             "reward": measured.rewards.mean().item(),
@@ -285,10 +292,10 @@ class Trainer:
     # --- the run --------------------------------------------------------------------------------------------
 
     def train(self) -> list[dict[str, Any]]:
-        """Runs, or goes on, to `config.steps`; leaves checkpoints and reports; returns every step's metrics.
+        """Trains to `config.steps`, from the newest checkpoint if there is one; returns every step's metrics.
 
-        A run that was killed and goes on gives the numbers of one that was not: on a CPU to the bit, with the
-        same number of threads.
+        Writes checkpoints, reports and the trained model to output_dir. A killed run that is started again
+        gives the numbers of an uninterrupted one: on a CPU to the bit, with the same number of threads.
         """
         from tqdm import tqdm
 
@@ -312,9 +319,9 @@ class Trainer:
         return self.report.metrics
 
     def begin(self) -> None:
-        """Starts afresh, or from the newest checkpoint of the same configuration.
+        """Seeds the generators, or restores the newest checkpoint.
 
-        What an earlier run left stays until a step has succeeded: a run that fails at once destroys nothing.
+        Files of an earlier run stay until the first step has succeeded.
         """
         config, start = self.config, self.resume_point()
         for left in self.output_dir.glob(".*.tmp"):
@@ -328,10 +335,10 @@ class Trainer:
             self._begin_files(self.step_number)
 
     def _replace_earlier_run(self) -> None:
-        """Deletes what an earlier run left, with resume=overwrite its checkpoints too, before the first line.
+        """Deletes the files of an earlier run, after the first step of one that starts at step 0.
 
-        Oldest checkpoint first, its metrics last: killed meanwhile, either that run can still go on from its
-        newest checkpoint, with its own metrics, or no checkpoint is left and the new run starts over.
+        Deletes the oldest checkpoint first and the metrics last. If this process is killed meanwhile, the
+        earlier run can continue from its newest checkpoint, or no checkpoint is left.
         """
         for path in checkpoint.find_all(self.output_dir):
             checkpoint.remove(path)
@@ -342,7 +349,10 @@ class Trainer:
         write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
 
     def resume_point(self) -> Path | None:
-        """The checkpoint that `train` will go on from; raises where it was made with other settings."""
+        """The checkpoint that `train` will continue from, or None.
+
+        Raises ConfigError if it was made with other settings, TrainerError if it is damaged.
+        """
         found = checkpoint.find_all(self.output_dir)
         if not found or self.config.resume == "overwrite":
             return None
@@ -351,7 +361,7 @@ class Trainer:
             other = json.loads((path / "state.json").read_text())
             keys = self.config.differences(other["config"])
         except (OSError, ValueError, KeyError):
-            raise TrainerError(f"{path} is damaged: delete it to go on from the one before") from None
+            raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
         if keys:
             now = self.config.to_dict()
             what = ", ".join(f"{key}={other['config'][key]!r} (now {now[key]!r})" for key in keys)
@@ -365,14 +375,14 @@ class Trainer:
         return path
 
     def save_checkpoint(self) -> Path:
-        """Writes checkpoint-<step>, whole or not at all."""
+        """Writes checkpoint-<step>; returns its path."""
         state = {"position": self.sampler.position, "config": self.config.to_dict()}
-        parts = self.model, self.tokenizer, self.optimizer
+        saved = self.model, self.tokenizer, self.optimizer
         self.report.flush()
-        return checkpoint.save(self.output_dir, self.step_number, *parts, state, self.config.keep_checkpoints)
+        return checkpoint.save(self.output_dir, self.step_number, *saved, state, self.config.keep_checkpoints)
 
     def save_model(self) -> Path:
-        """The trained model, for from_pretrained, in output_dir/model; generation_config as it came."""
+        """Writes the trained model to output_dir/model, with its original generation_config."""
         emptied, self.model.generation_config = self.model.generation_config, self.sampler.own_generation
         try:
             with whole_directory(self.output_dir / "model") as directory:
@@ -385,42 +395,52 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step_number == self.config.steps or (every > 0 and self.step_number % every == 0)
 
-    def _samples(self) -> list[dict[str, Any]]:
-        """Rows from the first group that had something to learn from, else from the first."""
+    def _samples(self) -> list[SampleRow]:
+        """Rows from the first group with advantages that are not 0, else from the first group."""
         rollout, measured = self.last
         geometry, size = measured.geometry, self.config.group_size
         first = int((geometry.advantages.abs() > 1e-3).float().argmax()) // size * size
         last = min(first + self.config.samples_shown, len(rollout.completions))
         return [
-            {
-                "step": self.step_number,
-                "question": rollout.items[row][1]["question"],
-                "completion": rollout.completions[row],
-                "score": measured.scores[row].item(),
-                "reward": measured.rewards[row].item(),
-                "exploration_score": geometry.exploration_score[row].item(),
-                "shaped_reward": geometry.shaped_rewards[row].item(),
-                "advantage": geometry.advantages[row].item(),
-            }
+            SampleRow(
+                step=self.step_number,
+                question=rollout.items[row][1]["question"],
+                completion=rollout.completions[row],
+                score=measured.scores[row].item(),
+                reward=measured.rewards[row].item(),
+                exploration_score=geometry.exploration_score[row].item(),
+                shaped_reward=geometry.shaped_rewards[row].item(),
+                advantage=geometry.advantages[row].item(),
+            )
             for row in range(first, last)
         ]
 
     # --- checks ---------------------------------------------------------------------------------------------
 
+    def _resolved(self, config: TrainerConfig) -> TrainerConfig:
+        """`config` with derived values filled in. With autocast=auto, a resumed run keeps its autocast."""
+        used = config.resolved(self.device.type)
+        found = checkpoint.find_all(self.output_dir)
+        if config.autocast == "auto" and config.resume == "auto" and found:
+            with suppress(OSError, ValueError, KeyError):  # resume_point() reports a damaged one
+                saved = json.loads((found[-1] / "state.json").read_text())["config"]
+                used = replace(used, autocast=saved["autocast"])
+        return used
+
     def _check_tasks(self) -> None:
         for task in self.tasks:
             if len(task) == 0:
                 raise ConfigError(f"task: {type(task).__name__} holds no items")
-            item = item_of(task, 0)  # the others are looked at as they are drawn
-            try:  # templates are programs of the model's authors; some refuse a system role
+            item = item_of(task, 0)  # the others are checked when they are drawn
+            try:  # chat templates are programs; some refuse a system role
                 self.sampler.encode(item)
             except Exception as error:
                 what = " ".join(str(error).split())[:200]
                 raise ConfigError(
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"
                 ) from error
-            score_completion(task, "", item)  # legal, and shows a broken function now rather than later
-        self.sampler.draw(1)  # raises where max_prompt_tokens lets no prompt pass
+            score_completion(task, "", item)  # fail early if the function is broken
+        self.sampler.draw(1)  # fail early if every prompt is too long
         self.sampler.position = 0
 
     def _check_disk(self) -> None:
@@ -443,14 +463,9 @@ class Trainer:
                 "choose another output_dir, or lower keep_checkpoints"
             )
 
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
 
 def _padded(packed: Tensor, mask: Tensor) -> Tensor:
-    """[N] values of the response tokens as [B, L], 0 elsewhere; differentiable."""
+    """Packed values [N] of the response tokens as [B, L], 0 where mask is False; differentiable."""
     out = torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device)
     out[mask] = packed
     return out

@@ -1,4 +1,4 @@
-"""The command `g2rl`: what it prints, hands on and refuses."""
+"""The command `g2rl`: its output, the commands it calls, its errors."""
 
 import json
 import os

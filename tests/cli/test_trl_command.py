@@ -242,7 +242,7 @@ def test_data_files_lie_in_the_current_directory_or_beside_the_recipe(
 
 @pytest.fixture
 def packaged(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> list[TrainerConfig]:
-    """What a model by the name of pypi:... is loaded with; no package is needed."""
+    """Configurations with which pypi:... models are loaded; no package is needed."""
     seen: list[TrainerConfig] = []
 
     def load(config: TrainerConfig) -> Any:

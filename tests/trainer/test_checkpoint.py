@@ -118,7 +118,7 @@ def test_each_of_many_gpus_gets_its_own_generator_back() -> None:
 
 
 def test_metrics_are_rewound(tmp_path: Path) -> None:
-    """Lines past the checkpoint go, and so does the one that was being written when the run was killed."""
+    """Removes lines after the checkpoint and a line cut off when the run was killed."""
     lines = [json.dumps({"step": step, "reward": step / 7}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "rew')
     report = Report(tmp_path, "title")
@@ -133,7 +133,7 @@ def test_metrics_are_rewound(tmp_path: Path) -> None:
     ]
 
 
-def test_what_unicode_calls_the_end_of_a_line_is_none(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     rows = [
         {"step": step, "completion": text}
         for step, text in enumerate(["a\u2028b", "a\u2029b", "a\x85b", "a"], 1)

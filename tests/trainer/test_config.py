@@ -35,6 +35,25 @@ def test_sizes_left_at_zero_follow() -> None:
 
 
 @pytest.mark.parametrize(
+    ("isa", "device", "autocast"),
+    [
+        ("avx512bf16", "cpu", "bfloat16"),
+        ("avx512", "cpu", "none"),
+        ("plain", "cpu", "none"),
+        ("avx2", "cuda", "bfloat16"),
+        ("avx512bf16", "mps", "none"),
+        ("avx512bf16", None, "auto"),  # the device is not known yet
+    ],
+)
+def test_autocast_auto(isa: str, device: str | None, autocast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g2rl_kernels._C.best_isa", lambda: isa)
+    config = TrainerConfig.from_dict({"autocast": "auto"})
+    assert config.resolved(device).autocast == autocast
+    assert TrainerConfig.from_dict({"autocast": "none"}).resolved("cuda").autocast == "none"
+    assert TrainerConfig.from_dict({"autocast": "bfloat16"}).resolved("cpu").autocast == "bfloat16"
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"learning_rat": 1}, "unknown config key 'learning_rat'"),

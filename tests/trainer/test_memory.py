@@ -1,4 +1,4 @@
-"""What a training step holds at its peak: never the logits."""
+"""Peak memory of a training step, which never holds the logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ V, PROMPT = 151936, 4
 
 
 def rollout_of(length: int) -> Rollout:
-    """8 responses of so many tokens."""
+    """8 responses of `length` tokens."""
     ids = torch.randint(V, (8, PROMPT + length))
     mask = torch.ones(8, length, dtype=torch.bool)
     return Rollout(ids, torch.ones_like(ids), mask, torch.zeros(8, dtype=torch.bool), [], [])

@@ -20,7 +20,7 @@ def test_token_weights() -> None:
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_mean"])
 @pytest.mark.parametrize("mean", ["token", "response"])
 def test_against_loops(ratio: str, mean: str) -> None:
-    """The objective, written once more as the sentence it is."""
+    """The objective again, token by token."""
     generator = torch.Generator().manual_seed(6)
     new, old, ref = (
         torch.randn(3, 3, generator=generator, dtype=torch.float64) * 0.3 * MASK for _ in range(3)
@@ -64,7 +64,7 @@ def test_gradient_at_the_start_is_reinforce() -> None:
 
 
 def test_clipping_stops_the_gradient() -> None:
-    """Too likely already and still good, or too unlikely already and still bad: no further push."""
+    """No gradient for good tokens already too likely, or bad ones already too unlikely."""
     old, mask = torch.zeros(4, 1), torch.ones(4, 1, dtype=torch.bool)
     new = torch.tensor([[0.5], [-0.5], [0.5], [-0.5]], requires_grad=True)
     loss, stats = policy_loss(
@@ -77,7 +77,7 @@ def test_clipping_stops_the_gradient() -> None:
 
 @pytest.mark.parametrize("mean", ["token", "response"])
 def test_entropy_bonus_against_autograd(mean: str) -> None:
-    """Through plain log_softmax of logits: the gradient is that of -c sum w H; without c there is none."""
+    """The gradient equals that of -c sum w H through log_softmax of logits; it is 0 without c."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     weights = token_weights(MASK, mean)

