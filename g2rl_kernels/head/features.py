@@ -24,6 +24,7 @@ from ..arguments import (
     sizes,
 )
 from . import logprobs, reference, tiled, vocab_parallel
+from .spec import HeadSpec, Responses
 
 
 class HeadFeatures(NamedTuple):
@@ -379,9 +380,13 @@ def _features_of_part(backend: str) -> Callable[..., Tensor]:
     if backend == "cpu":
         return torch.ops.g2rl.head_features_of_part
     if backend == "triton":
-        from .triton import driver as head
+        from .triton import driver
 
-        return head.features_of_part
+        def of_part(hidden, weight, tokens, cu_seqlens, bias, token_weights, logsumexp, rest, *options):  # type: ignore
+            head, responses = HeadSpec(weight, bias, *options), Responses(cu_seqlens, token_weights)
+            return driver.features_of_part(hidden, tokens, head, responses, logsumexp, rest)
+
+        return of_part
     return tiled.features_of_part
 
 
@@ -403,21 +408,11 @@ def _head_features_triton(
     max_skipped: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """head_features and certified_head_features (with max_skipped) by the Triton kernels."""
-    from .triton import driver as head
+    from .triton import driver
 
-    return head.head_features(
-        hidden,
-        weight,
-        tokens,
-        cu_seqlens,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap or None,
-        token_weights=token_weights,
-        known_logprobs=known_logprobs,
-        max_skipped=max_skipped,
-    )
+    head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
+    responses = Responses(cu_seqlens, token_weights)
+    return driver.features(hidden, tokens, head, responses, known_logprobs, max_skipped)
 
 
 @_head_features_triton.register_fake

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..arguments import DTYPES, check_head, check_token_values, choose_backend, may_read_values
 from . import reference, tiled, vocab_parallel
+from .spec import HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; what is more lies in the weight's gradient.
 SUMS = 16 << 20
@@ -103,8 +104,18 @@ def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]],
     """A backend's `statistics` and `sweep`."""
     if backend == "cpu":
         return torch.ops.g2rl.head_statistics, torch.ops.g2rl.logprobs_sweep
-    module = importlib.import_module("g2rl_kernels.head.triton.gradients") if backend == "triton" else tiled
-    return module.statistics, module.sweep
+    if backend != "triton":
+        return tiled.statistics, tiled.sweep
+    driver = importlib.import_module("g2rl_kernels.head.triton.driver")
+
+    def sweep(hidden, weight, tokens, bias, normaliser, terms, temperature, scale, softcap, *rest):  # type: ignore
+        head = HeadSpec(weight, bias, temperature, scale, softcap)
+        driver.sweep(hidden, tokens, head, normaliser, terms, *rest)
+
+    def statistics(hidden, weight, tokens, *others):  # type: ignore
+        return driver.statistics(hidden, tokens, HeadSpec(weight, *others))
+
+    return statistics, sweep
 
 
 # --- forward ------------------------------------------------------------------------------------------------
