@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ def chunks(
         position = torch.arange(rows.stop - rows.start, device=hidden.device)
         response = torch.searchsorted(cu[1:], position, right=True).int()
         yield rows, Chunk(hidden[rows], tokens[rows], None if alpha is None else alpha[rows], response, cu)
+
+
+def response_arguments(cu_seqlens: Tensor, responses: range) -> dict[str, Any]:
+    """Arguments of every kernel that works on a batch of responses."""
+    return {"cu_seqlens": cu_seqlens, "s_begin": responses.start, "n_responses": len(responses)}
 
 
 def pick(wanted: Tensor, cu_seqlens: Tensor) -> TokenList:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk import response_arguments
+
 BC = 1024
 
 
@@ -55,12 +57,10 @@ def head_collect_kernel(
 
 def head_collect(partial: Tensor, cu_seqlens: Tensor, responses: range, n_strips: int, BM: int) -> None:
     """partial [rows, columns] float32, the columns a multiple of 16; cu_seqlens [S + 1] int64."""
-    S, n_columns = len(responses), partial.shape[1]
-    head_collect_kernel[(S, triton.cdiv(n_columns, BC))](
-        partial,
-        cu_seqlens,
-        s_begin=responses.start,
-        n_responses=S,
+    n_columns = partial.shape[1]
+    head_collect_kernel[(len(responses), triton.cdiv(n_columns, BC))](
+        **response_arguments(cu_seqlens, responses),
+        partial=partial,
         n_columns=n_columns,
         n_strips=n_strips,
         BM=BM,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk import response_arguments
 from .tile import programs, weight_arguments
 
 BT, BD = 32, 128
@@ -66,12 +67,10 @@ def head_gather(
     slots = torch.empty(n_strips, S, D, dtype=torch.float32, device=weight.device)
     head_gather_kernel[(S, triton.cdiv(D, BD), n_strips)](
         **weight_arguments(weight),
+        **response_arguments(cu_seqlens, responses),
         tokens=tokens,
         coefficient=coefficient,
-        cu_seqlens=cu_seqlens,
         slots=slots,
-        s_begin=responses.start,
-        n_responses=S,
         n_strips=n_strips,
         BT=BT,
         BD=BD,

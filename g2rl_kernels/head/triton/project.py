@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk import response_arguments
 from .collect import strips_of
 from .tile import UPCAST, HeadOperands, programs, weight_arguments
 
@@ -110,11 +111,9 @@ def head_project(
     slots = torch.empty(n_column_strips, S, D, dtype=torch.float32, device=weight.device)
     head_project_kernel[(triton.cdiv(S, BS), triton.cdiv(D, BD), n_column_strips)](
         **weight_arguments(weight),
+        **response_arguments(cu_seqlens, responses),
         partial=partial,
-        cu_seqlens=cu_seqlens,
         slots=slots,
-        s_begin=responses.start,
-        n_responses=S,
         i_col0=columns.start,
         n_columns=len(columns),
         n_strips=n_strips,

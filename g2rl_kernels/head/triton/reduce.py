@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk import response_arguments
 from .tile import given
 
 BD = 512
@@ -55,12 +56,10 @@ def head_reduce(
     """slots [k, len(responses), d] into features [S, d], in place; kappa [1], 1 or 0, on the device."""
     n_slots, S, D = slots.shape
     head_reduce_kernel[(S, triton.cdiv(D, BD))](
+        **response_arguments(cu_seqlens, responses),
         slots=slots,
         features=features,
-        cu_seqlens=cu_seqlens,
         kappa=kappa,
-        s_begin=responses.start,
-        n_responses=S,
         n_slots=n_slots,
         sign=sign,
         D=D,
