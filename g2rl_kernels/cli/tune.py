@@ -23,21 +23,21 @@ DTYPES = {
 }
 
 ROUNDS = 9
+
 DESCRIPTION = """\
 Find the fastest tiles for a model's LM head on this machine's GPU, and keep them for later runs.
 
-The three large kernels come with tiles that were chosen for each generation of GPUs. This command times some
+The three large kernels come with tiles that were chosen for each generation of GPUs. This command times
 others beside them, for one vocabulary, hidden size and dtype, and stores the fastest in a file that
-head_features, linear_logprobs and the trainer look into. It takes a minute or two. Nothing else ever
-measures: without such a file the shipped tiles are used, everything works, and results are the same up to
-rounding."""
+head_features, linear_logprobs and the trainer read. It takes a minute or two. Without such a file the shipped
+tiles are used; results are the same up to rounding."""
 
 EPILOG = """\
 examples:
   g2rl tune --model Qwen/Qwen3-1.7B                 sizes from its configuration; no weights are read
   g2rl tune --vocab 151936 --hidden 2048            the same, by hand
   g2rl tune --vocab 49152 --hidden 576 --dtype fp16 --tokens 4096
-  g2rl tune --show                                  what is stored, and where
+  g2rl tune --show                                  stored tiles, and their file
   g2rl tune --clear                                 back to the shipped tiles
   g2rl tune vocab=49152 hidden=576                  options as key=value
   G2RL_CACHE=/shared/g2rl g2rl tune --model ...     another folder for the file, here and in training
@@ -130,28 +130,29 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("g2rl tune", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     found.add_argument(
-        "--model", metavar="PATH_OR_NAME", help="take sizes and softcap from its configuration"
+        "--model", metavar="PATH_OR_NAME", help="read sizes and softcap from this model's configuration"
     )
     found.add_argument("--vocab", type=positive, metavar="V", help="rows of the head's weight")
     found.add_argument("--hidden", type=positive, metavar="d", help="columns of the head's weight")
-    found.add_argument(
-        "--softcap", type=float, metavar="c", help="the head has one on its logits (Gemma 2: 30)"
-    )
+    found.add_argument("--softcap", type=float, metavar="c", help="softcap of the logits (Gemma 2: 30)")
     found.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="bf16 (default); fp32 is IEEE, tf32x3 is what torch."
         "set_float32_matmul_precision('high') asks for",
     )  # fmt: skip
-    found.add_argument("--tokens", type=positive, default=16384, help="of a batch (default: 16384)")
+    found.add_argument("--tokens", type=positive, default=16384, help="tokens in a call (default: 16384)")
     found.add_argument(
-        "--rounds", type=positive, default=ROUNDS, help=f"medians of these (default: {ROUNDS})"
+        "--rounds",
+        type=positive,
+        default=ROUNDS,
+        help=f"timed calls; the median counts (default: {ROUNDS})",
     )
     found.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what would be timed, without a GPU on sm_90; time nothing",
+        help="list what would be timed (on sm_90 without a GPU), time nothing",
     )
-    found.add_argument("--show", action="store_true", help="what is stored, and where")
-    found.add_argument("--clear", action="store_true", help="remove what is stored")
+    found.add_argument("--show", action="store_true", help="list stored tiles, and the file")
+    found.add_argument("--clear", action="store_true", help="remove the file")
     return found
 
 

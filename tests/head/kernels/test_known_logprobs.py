@@ -69,7 +69,7 @@ def test_absurd_known_logprobs_cost_time_only(tiny_tiles, value):
 
 
 def test_a_peaked_row_keeps_its_digits_with_known_logprobs():
-    """p = 1 - 1e-7: the realised token's part is (1 - p) W[y] with 1 - p a sum of exponentials."""
+    """p = 1 - 1e-7: the realised token's term is (1 - p) W[y], with 1 - p a sum of exponentials."""
     case = make_case([5, 0, 3], V=67, d=16)
     case.tokens = torch.arange(8)
     case.hidden = torch.nn.functional.pad(torch.eye(8), (0, 8))

@@ -1,5 +1,5 @@
-"""linear_logprobs in Triton: what tests/test_linear_logprobs.py asks of every backend, in chunks, blocks and
-tiles small enough to have many of each, and what is this backend's alone.
+"""linear_logprobs in Triton: what tests/head/test_linear_logprobs.py asks of every backend, in chunks, blocks
+and tiles small enough to have many of each, and what this backend alone promises.
 
 Without a GPU the kernels are interpreted (tests/conftest.py) and torch multiplies in their stead.
 """
@@ -200,7 +200,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
 
 
 def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
-    """All entries masked: no part of any sum. NaN in hidden: in the sum, if the logit lies elsewhere."""
+    """Masked entries add nothing to any sum. NaN in hidden shows in the sum, even with the logit elsewhere."""
     case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
     case.tokens[:2] = -1
     case.hidden[1] = torch.nan
