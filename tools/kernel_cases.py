@@ -329,7 +329,8 @@ def launched_project(
         module.head_project_kernel = kernel
     launched = recorder.launched
     launched |= {flag: value(launched) for flag, value in kernel.values.items()}
-    constants = {p.name: launched[p.name] for p in kernel.fn.params if p.is_constexpr}
+    # D is compiled as the constant 2048, as the committed table has it; launches pass it at run time.
+    constants = {p.name: launched[p.name] for p in kernel.fn.params if p.is_constexpr or p.name == "D"}
     return constants, launched["num_warps"], launched["num_stages"]
 
 

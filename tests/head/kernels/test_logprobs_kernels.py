@@ -200,7 +200,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
 
 
 def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
-    """Masked entries add nothing to any sum. NaN in hidden shows in the sum, even with the logit elsewhere."""
+    """Masked entries add nothing. NaN in hidden shows in the sum, though the logit is elsewhere."""
     case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
     case.tokens[:2] = -1
     case.hidden[1] = torch.nan
