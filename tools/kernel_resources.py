@@ -155,8 +155,8 @@ Written by `python tools/kernel_resources.py`, which compiles without a GPU. Tri
 
 Tiles are tokens x vocabulary x hidden size (head_project: responses x hidden size x columns). Spilled bytes
 are stores and loads, shared memory is of one program. Where the configuration says `2 programs`, two of them
-fit on a multiprocessor. head_project is compiled with the hidden size as a constant, 2048; launches pass it at
-run time.
+fit on a multiprocessor. head_project is compiled with the hidden size as a constant, 2048; launches pass it
+at run time.
 """
 COLUMNS = ("kernel", "variant", "operands", "for", "configuration", "registers", "spilled", "shared KiB",
            "instructions")  # fmt: skip
