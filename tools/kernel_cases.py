@@ -15,7 +15,7 @@ from typing import Any
 # Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
 TRIED_MAY_SPILL = 32
 
-# Types of arguments by name; what is neither here nor a constant is an int32.
+# Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
     "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass numbers out partial "
     "rest seed shift skipped_mass slope slots sums target",
@@ -27,12 +27,12 @@ TYPES = {
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
 OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
-OWN = ("stride_gn", "n_columns")  # of buffers of ours, always multiples of 16
+OWN = ("stride_gn", "n_columns")  # sizes of our own buffers, always multiples of 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as one call has it compiled."""
+    """One kernel, as Triton compiles it for one call."""
 
     kernel: str  # file and function
     variant: str
@@ -99,7 +99,7 @@ def made(
     )  # fmt: skip
 
 
-# Variant -> the kind whose tiles it takes, the kernel, its constants.
+# Variant -> the kernel and its constants.
 NO_GATE = {"gate": None, "GATED": False}
 EXACT = {"index": None, "sums": None, "seed": None, "kappa": None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -141,8 +141,8 @@ def large(
     strided: tuple[str, ...] = (),
     may_spill: int = 0,
 ) -> Case:
-    """head_stats, head_residual or head_gradient. By pointer come all operands on sm_80, and elsewhere those
-    named."""
+    """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
+    descriptor; on sm_80 all do."""
     kernel, constants = VARIANTS[variant]
     if arch < 90:
         by_pointer = (*BOTH, "gradient")
@@ -267,7 +267,7 @@ def small_cases(arch: int, scope: str) -> Iterator[Case]:
 
 
 class Recorder:
-    """Stands in for a kernel: keeps the keyword arguments of its last launch."""
+    """Stands in for a kernel and keeps the keyword arguments of its last launch."""
 
     launched: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What every kernel takes of a GPU: found by compiling for sm_80, sm_90 and sm_100, without a GPU.
+"""Registers, spills and shared memory of every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU.
 
     python tools/kernel_resources.py            all, into benchmarks/results/triton-resources.md; minutes
     python tools/kernel_resources.py --shipped  without what only `g2rl tune` tries; a test does this
@@ -33,8 +33,8 @@ from kernel_cases import Case, all_cases, function  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 
-# Of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on top of
-# its own, and registers in steps of 8 a thread.
+# Limits of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on top
+# of its own, and registers in steps of 8 a thread.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS = 65536
 TENSOR_MEMORY = 512  # columns, on Blackwell
@@ -50,7 +50,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Found:
-    """What one compilation gave."""
+    """The result of one compilation."""
 
     case: Case
     registers: int = 0
@@ -109,7 +109,7 @@ def compiled(case: Case) -> Found:
     try:
         with contextlib.redirect_stdout(said):  # where Triton repeats what ptxas says, and complains
             binary = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    except Exception as error:  # of whatever kind: the other kernels are looked at nevertheless
+    except Exception as error:  # of any kind: the other kernels are still compiled
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Found(case, error=f"does not compile: {type(error).__name__} {lines[-1] if lines else ''}")
     registers = re.findall(r"Used (\d+) registers", said.getvalue())
@@ -128,7 +128,7 @@ def compiled(case: Case) -> Found:
 
 
 def prepare() -> None:
-    """Before Triton is imported: nothing comes from a cache, ptxas talks, nothing is interpreted."""
+    """Before Triton is imported: no cache, no interpreter, and ptxas prints what it found."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_ALWAYS_COMPILE"] = os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
@@ -169,7 +169,7 @@ def table(found: list[Found]) -> str:
 
 
 def cuda_table() -> str:
-    """Of the kernels in csrc/cuda, where there is nvcc."""
+    """Table of the kernels in csrc/cuda; empty without nvcc."""
     import shutil
 
     nvcc = shutil.which("nvcc")
