@@ -33,8 +33,8 @@ from kernel_cases import Case, all_cases, function  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 
-# Limits of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on top
-# of its own, and registers in steps of 8 a thread.
+# Limits of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on
+# top of its own, and registers in steps of 8 a thread.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS = 65536
 TENSOR_MEMORY = 512  # columns, on Blackwell
