@@ -1,9 +1,9 @@
-"""Builds g2rl_kernels._C: a pybind11 module whose import also registers the torch ops (csrc/ops.cpp).
+"""Builds g2rl_kernels._C: a pybind11 module whose import also registers the torch ops (csrc/ops/).
 
 One binary serves torch 2.11 to 2.13, with and without CUDA: the sources use PyTorch's stable ABI at its 2.11
 level, link CUDA's runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
 
-    python setup.py build_ext --inplace      incremental; the way to work on the sources
+    python setup.py build_ext --inplace      incremental, for work on the sources
     pip install .                            with or without --no-build-isolation
 
 Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME
@@ -38,12 +38,9 @@ except ImportError as error:
         f"g2rl-kernels builds beside torch, pybind11 and ninja ({error}): pip install those, or pip install ."
     )
 
-TORCH_TARGET = "0x020b000000000000"  # 2.11: what a later torch keeps, and what 2.11 has
-CUDA_ARCHS = (
-    "80",
-    "90a",
-    "100",
-)  # A100; H100 and H200 (a: wgmma); B200. PTX of the last serves what comes after
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, which later versions keep
+# A100; H100 and H200 (a: wgmma); B200. PTX of the last serves later GPUs.
+CUDA_ARCHS = ("80", "90a", "100")
 
 
 def say(line: str) -> None:
@@ -51,22 +48,22 @@ def say(line: str) -> None:
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc, or None where CUDA is switched off or absent."""
+    """Path of nvcc; None if CUDA is switched off or nvcc is not found."""
     if os.environ.get("G2RL_CUDA", "1") == "0":
         say("G2RL_CUDA=0: CUDA sources left out")
         return None
-    # Not torch's CUDA_HOME, which may name a folder without a compiler.
+    # torch's own CUDA_HOME may name a folder without a compiler.
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin"))):
             return found
     found = shutil.which("nvcc")
     if not found:
-        say("nvcc not found: CUDA sources left out; CPU kernels, PyTorch reference and Triton need none")
+        say("nvcc not found: CUDA sources left out; CPU kernels, PyTorch reference and Triton do not need it")
     return found
 
 
 class Nvcc:
-    """Compiles csrc/cuda/*.cu, free of torch; torch's CUDAExtension refuses beside a CPU-only torch."""
+    """Compiles csrc/cuda/*.cu without torch: torch's CUDAExtension refuses to with a CPU-only torch."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -89,7 +86,7 @@ class Nvcc:
         return found.group(1) if found else "unknown"
 
     def link_args(self) -> list[str]:
-        """Flags for the static CUDA runtime, from the folders that this nvcc itself would link with."""
+        """Flags for the static CUDA runtime, from the folders that this nvcc links with."""
         dryrun = self._output("--dryrun", "-o", "a.out", "-x", "cu", os.devnull)
         line = next(line for line in dryrun.splitlines() if line.startswith("#$ LIBRARIES="))
         folders = [flag[2:] for flag in shlex.split(line.split("=", 1)[1]) if flag.startswith("-L")]
@@ -102,7 +99,7 @@ class Nvcc:
         return [f"-L{folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
     def compile(self, source: str, folder: Path, include: list[str]) -> str:
-        """Object file for `source`; compiled anew only when it, a header or the command changed."""
+        """Object file for `source`, compiled if it, a header or the command changed."""
         out = folder / (Path(source).stem + ".cuda.o")
         command = [
             self.path,
@@ -136,7 +133,7 @@ class build_ext(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.inplace:
-            # pip install -e names a fresh temporary folder, and so would compile everything each time.
+            # pip install -e names a fresh temporary folder: everything would be compiled each time.
             self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
     def build_extensions(self) -> None:
@@ -158,7 +155,7 @@ class build_ext(BuildExtension):
             ]
             say(f"CUDA {nvcc.version()} for sm_{', sm_'.join(nvcc.archs)}")
         extension.extra_compile_args["cxx"] += defines
-        # A build left over with other settings must not pass for a fresh one.
+        # Compile everything again after a build with other settings.
         settings = Path(self.build_temp) / "settings"
         if not settings.exists() or settings.read_text() != repr(vars(extension)):
             self.force = True
@@ -167,10 +164,10 @@ class build_ext(BuildExtension):
         settings.write_text(repr(vars(extension)))
 
 
-# Folders of the checkout that an installed package carries inside itself, for `g2rl bench` and `g2rl train`.
+# Folders of the checkout that are installed inside the package, for `g2rl bench` and `g2rl train`.
 SHIPPED = {f"g2rl_kernels.{name}": name for name in ("benchmarks", "recipes") if os.path.isdir(name)}
 FLAGS = shlex.split(os.environ.get("G2RL_CXXFLAGS", ""))
-# Where the inner loops happen to begin moved the head kernel's time by 6 % from build to build.
+# Without alignment of inner loops the head kernel's time varied by 6 % from build to build.
 ALIGNED = ["-falign-functions=64", "-falign-loops=64"]
 
 setup(
@@ -180,11 +177,11 @@ setup(
     ext_modules=[
         CppExtension(
             "g2rl_kernels._C",
-            sources=["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            sources=[*sorted(glob("csrc/ops/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
             depends=["setup.py", *HEADERS, *glob("csrc/cuda/*.cu")],
-            # pybind11's own headers: torch 2.11 forbids its copy together with the stable ABI.
+            # torch 2.11 forbids its copy of pybind11 together with the stable ABI.
             include_dirs=[str(Path("csrc").absolute()), pybind11.get_include()],
-            # No -march: units under csrc/cpu name their instruction sets, and the best is chosen at run time.
+            # No -march: units under csrc/cpu name their instruction sets; the best is chosen at run time.
             # No -ffast-math: kernels rely on NaN and infinities.
             extra_compile_args={
                 "cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *ALIGNED, *FLAGS]

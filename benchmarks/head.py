@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 
 from .measure import (
     attempts,
@@ -38,9 +39,9 @@ ROUNDS = {"cpu": 15, "cuda": 11}
 def exact(p: Problem) -> tuple[Tensor, ...]:
     """The reference in float64 on the tokens of the first response."""
     n = p.cuts[1]
-    cu = p.cu_seqlens[:2]
-    inputs = p.hidden[:n].double(), p.weight.double(), p.tokens[:n], cu
-    return reference.head_features(*inputs, logit_softcap=p.softcap, chunk=64)
+    head = HeadSpec(p.weight.double(), logit_softcap=p.softcap or 0.0)
+    responses = Responses(p.cu_seqlens[:2])
+    return reference.head_features(p.hidden[:n].double(), p.tokens[:n], head, responses, chunk=64)
 
 
 def errors(out: Outputs, truth: tuple[Tensor, ...]) -> dict[str, float]:

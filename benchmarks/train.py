@@ -133,7 +133,7 @@ def logprobs_alone(
             from g2rl_kernels.head.spec import HeadSpec
             from g2rl_kernels.head.triton.driver import token_statistics
 
-            return token_statistics(hidden, tokens, HeadSpec.of(weight, bias, **options))[0]
+            return token_statistics(hidden, tokens, HeadSpec(weight, bias, **options))[0]
         except ImportError:
             pass
     return g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options).logprobs

@@ -1,6 +1,6 @@
-// Scalar mathematics of the group geometry (PAPER.md eqs. 2, 9-13), shared by the CPU and the CUDA kernel; how sums
-// and extremes run over a group is theirs. Everything is in double: a group is a few rows, and nubar divides small
-// differences of nu by each other.
+// The group geometry's arguments and its scalar mathematics (arXiv 2512.15687, eqs. 2 and 9-13), shared by the CPU and
+// the CUDA kernel. Each kernel runs sums and extremes over a group its own way. Everything is in double: a group is a few
+// rows, and nubar divides small differences of nu by each other.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,21 +14,31 @@
 namespace g2rl {
 
 enum class Shaping : int { none = 0, intent = 1, equation = 2, right = 3 };
-enum class Score : int { linear = 0, sqrt = 1 };
+enum class ExplorationScore : int { linear = 0, sqrt = 1 };
 enum class Scale : int { none = 0, group = 1, batch = 2 };
 
 struct GroupOptions {
   double lam, clip, eps;  // eps > 0
   Shaping shaping;
-  Score score;
+  ExplorationScore exploration_score;
   Scale scale;
   bool skip_uniform;
 };
 
-// Below this spread of nu in a group every nubar is 0.5 (CONTRACT.md).
+// One call: pointers to memory of the CPU, or of one GPU.
+struct GroupArgs {
+  const float* features;   // [S, d], contiguous
+  const float* rewards;    // [S]
+  const int64_t* members;  // [B, M], rows of `features`, or an empty place
+  int64_t S, d, B, M;
+  GroupOptions options;
+  float *similarity, *exploration_scores, *shaped_rewards, *advantages;  // [B, M, M], [S], [S], [S]; written in full
+};
+
+// If nu spreads over no more than this in a group, every nubar is 0.5 (the paper divides by zero there).
 constexpr double kFlatSpread = 1e-5;
 
-// A NaN stays, on either side.
+// A NaN on either side is the result.
 G2RL_HOST_DEVICE inline double smaller(double a, double b) { return a != a || a < b ? a : b; }
 G2RL_HOST_DEVICE inline double larger(double a, double b) { return a != a || a > b ? a : b; }
 
@@ -42,7 +52,7 @@ G2RL_HOST_DEVICE inline double cosine(double inner, double norm_i, double norm_j
 struct ScoreSum {
   double shift, weights, sum;
 
-  // `largest`: of the others' rewards that are no NaN; -INFINITY if there are none. A NaN comes in by `add`.
+  // `largest`: largest reward of the others, ignoring NaN; -INFINITY without any. `add` takes the NaN in.
   G2RL_HOST_DEVICE explicit ScoreSum(double largest)
       : shift(largest == -INFINITY ? 0 : largest), weights(0), sum(0) {}  // then no exponential needs a guard
   G2RL_HOST_DEVICE void add(double reward_j, double similarity_ij) {
@@ -50,20 +60,20 @@ struct ScoreSum {
     weights += exponential;
     sum += exponential * similarity_ij * similarity_ij;
   }
-  G2RL_HOST_DEVICE double score(const GroupOptions& o) const {
+  G2RL_HOST_DEVICE double exploration_score(const GroupOptions& o) const {
     double nu = 1 - sum / (weights + o.eps * exp(-shift));
     if (nu < 0) nu = 0;  // a NaN stays
-    return o.score == Score::sqrt ? ::sqrt(nu) : nu;
+    return o.exploration_score == ExplorationScore::sqrt ? ::sqrt(nu) : nu;
   }
 };
 
-// Whether a member with this reward is shaped: by Shaping::right only right answers are, and compared with no other.
+// Whether a member with this reward is shaped. Shaping::right shapes right answers only, and compares them with each other.
 G2RL_HOST_DEVICE inline bool is_shaped(double reward, const GroupOptions& o) {
   return o.shaping != Shaping::right || reward > 0;
 }
 
-// Extremes of the scores and the rewards of one group; of the scores, those that are compared. One NaN score among them
-// makes every min-max of its group NaN; a group with a NaN reward is not uniform.
+// Extremes of one group's rewards, and of the exploration scores of its shaped members. One NaN score among these makes
+// every nubar of the group NaN; a group with a NaN reward is not uniform.
 struct Extremes {
   double low_nu, high_nu, low_reward, high_reward;
 
@@ -75,7 +85,7 @@ struct Extremes {
   }
 };
 
-// Eqs. 12-13 and the clip of section 2.5, for one member of a group with these extremes; a NaN stays.
+// Eqs. 12-13 and the clip of section 2.5 for one member of a group with these extremes. A NaN score or reward gives NaN.
 G2RL_HOST_DEVICE inline double shaped_reward(double r, double nu, const Extremes& e, const GroupOptions& o) {
   if (o.shaping == Shaping::none || (o.skip_uniform && e.low_reward == e.high_reward)) return r;
   const double spread = e.high_nu - e.low_nu;
@@ -85,7 +95,7 @@ G2RL_HOST_DEVICE inline double shaped_reward(double r, double nu, const Extremes
   return s > o.clip ? o.clip : s < -o.clip ? -o.clip : s;
 }
 
-// Eq. 2: what advantages are divided by, from a sum of squared deviations of n rewards from their mean.
+// Eq. 2: the divisor of advantages, from the sum of squared deviations of n rewards from their mean.
 G2RL_HOST_DEVICE inline double deviation(double squares, int64_t n, double eps) { return ::sqrt(squares / n + eps); }
 
 }  // namespace g2rl

@@ -1,4 +1,4 @@
-"""csrc/ops.cpp. The ops that its import registers are torch.ops.g2rl.*"""
+"""csrc/ops/module.cpp. Its import registers the operators torch.ops.g2rl.* of csrc/ops/."""
 
 from typing import Any
 

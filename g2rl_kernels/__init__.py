@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 import torch  # noqa: F401  (loads the libraries that _C is linked against)
 
@@ -25,6 +26,9 @@ from .head.features import (
 )
 from .head.logprobs import LinearLogprobs, linear_logprobs
 
+if _TYPE_CHECKING:
+    from .models.lm_head import find_head
+
 __all__ = [
     "CertifiedHeadFeatures",
     "GroupGeometry",
@@ -32,8 +36,17 @@ __all__ = [
     "LinearLogprobs",
     "__version__",
     "certified_head_features",
+    "find_head",
     "group_geometry",
     "head_features",
     "linear_logprobs",
     "pack_responses",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "find_head":  # imported at its first use: it loads torch.distributed.fsdp
+        from .models.lm_head import find_head
+
+        return find_head
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

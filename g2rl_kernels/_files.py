@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import TrainerError
 
@@ -36,6 +37,14 @@ def whole_directory(target: Path) -> Iterator[Path]:
             f"cannot write {target} ({error}): {remedy}start the same command again; "
             "the checkpoint before it is whole"
         ) from error
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Replaces a PNG file by a matplotlib figure in one step."""
+    temporary = temporary_name(path)
+    figure.savefig(temporary, dpi=dpi, format="png")
+    flush(temporary)
+    os.replace(temporary, path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, and the choice of a backend."""
+"""Checks of the public functions' arguments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile sees a constant
 
 
@@ -46,37 +44,6 @@ def check_tensor(
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: got shape {sizes(tensor)}, needs {list(shape)}: {meaning}")
-
-
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    check_tensor("hidden", hidden, dtypes)
-    if hidden.dim() != 2 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden: got shape {sizes(hidden)}, needs [N, d] with d > 0; see pack_responses")
-    check_tensor("weight", weight, dtypes, hidden.device)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight: got {weight.dtype}, needs the dtype of hidden, {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {sizes(weight)}, needs [V, {hidden.shape[1]}] with V > 0")
-    check_tensor("tokens", tokens, (torch.int64,), hidden.device)
-    check_shape("tokens", tokens, (hidden.shape[0],), "[N], one for each row of hidden")
-    if bias is not None:
-        check_tensor("bias", bias, dtypes, hidden.device)
-        check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
-    check_scale("temperature", temperature)
-    check_scale("logit_scale", logit_scale)
-    if logit_softcap is not None:
-        check_scale("logit_softcap", logit_softcap, "; None for no softcap")
-    name = "logit_scale" if logit_softcap is None else "logit_softcap"
-    check_scale(f"{name} / temperature", (logit_softcap or logit_scale) / temperature)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -121,23 +88,3 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, N: int) -> None:
         raise ValueError(
             f"cu_seqlens: falls from {int(cu_seqlens[at - 1])} to {int(cu_seqlens[at])} at entry {at}"
         )
-
-
-def choose_backend(backend: str | None, device: torch.device) -> str:
-    if backend is None:
-        if device.type == "cpu":
-            return "cpu"
-        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend: 'triton' needs CUDA tensors, got {device}; use backend=None (for tests, "
-                "TRITON_INTERPRET=1 set before python starts runs the kernels on the CPU, very slowly)"
-            )
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
-    return backend

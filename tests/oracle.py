@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import g2rl_kernels as g2
 from g2rl_kernels import _C, arguments
 from g2rl_kernels.head import logprobs
+from g2rl_kernels.head.spec import HeadSpec, Responses
 
 # (backend, instruction set): all that this machine can run
 CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]
@@ -65,6 +66,16 @@ class Case:
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
         }
+
+    @property
+    def spec(self) -> HeadSpec:
+        """The head as backends take it."""
+        options = self.temperature, self.logit_scale, self.logit_softcap or 0.0
+        return HeadSpec(self.weight, self.bias, *options)
+
+    @property
+    def responses(self) -> Responses:
+        return Responses(self.cu_seqlens, self.token_weights)
 
     @property
     def lengths(self) -> list[int]:
@@ -150,7 +161,7 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def autograd_head(case: Case) -> g2.HeadFeatures:
-    """float64, by autograd: phi_t = temperature * d log p / d h_t. Independent of g2rl_kernels.reference."""
+    """float64, by autograd: phi_t = temperature * d log p / d h_t. Independent of head/reference.py."""
     hidden = case.hidden.detach().double().requires_grad_()
     bias = None if case.bias is None else case.bias.double()
     z = logits(case, hidden, case.weight.double(), bias)
@@ -276,8 +287,8 @@ class Sizes(TorchDispatchMode):
         super().__init__()
         self.made: list[tuple[torch.dtype, int]] = []
         self.inside = {
-            torch.ops.g2rl.linear_logprobs.default: logprobs._linear_logprobs._init_fn,
-            torch.ops.g2rl.linear_logprobs_backward.default: logprobs._linear_logprobs_backward._init_fn,
+            torch.ops.g2rl.linear_logprobs.default: logprobs._logprobs_op._init_fn,
+            torch.ops.g2rl.linear_logprobs_backward.default: logprobs._backward_op._init_fn,
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,6 +14,7 @@ from tiny import Letters, make_model, make_tokenizer  # noqa: F401
 from torch import Tensor
 
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 
 CHAT = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}={% endfor %}"
@@ -111,11 +112,9 @@ class Watched(G2RLTrainer):
             features.append(
                 reference.head_features(
                     hidden[len(prompt) - 1 : -1].double(),
-                    head.weight.double(),
                     ids[0, len(prompt) :],
-                    torch.tensor([0, len(completion)]),
-                    temperature=self.temperature,
-                    token_weights=counts.double(),
+                    HeadSpec(head.weight.double(), temperature=self.temperature),
+                    Responses(torch.tensor([0, len(completion)]), counts.double()),
                 )[0]
             )
         return torch.cat(features).float()

@@ -1,3 +1,4 @@
+// group_geometry on the CPU: one task a row, then one task a group.
 #include "group.h"
 
 #include <cstring>
@@ -30,7 +31,7 @@ struct Work {
     if (!empty(place)) norm[place] = std::sqrt(inner(row(place), row(place), args->d));
   }
 
-  // Row i of one group's similarity (eq. 9) and the score of that member (eqs. 10-11).
+  // Row i of one group's similarity (eq. 9) and the exploration score of that member (eqs. 10-11).
   void find_score(int64_t i) {
     const GroupArgs& a = *args;
     const int64_t group = i / a.M * a.M;
@@ -51,10 +52,10 @@ struct Work {
       }
       similarity[j] = float(s);
     }
-    nu[i] = sum.score(a.options);
+    nu[i] = sum.exploration_score(a.options);
   }
 
-  // Eqs. 12-13 and 2 for group b. Advantages are left undivided where the scale is the batch's.
+  // Eqs. 12-13 and 2 for group b. With Scale::batch, advantages are divided later.
   void finish(int64_t b) {
     const GroupArgs& a = *args;
     Extremes extremes;
@@ -65,7 +66,7 @@ struct Work {
     for (int64_t j = b * a.M; j < (b + 1) * a.M; ++j) {
       if (empty(j)) continue;
       value[j] = shaped_reward(reward(j), nu[j], extremes, a.options);
-      a.score[a.members[j]] = float(nu[j]);
+      a.exploration_scores[a.members[j]] = float(nu[j]);
       a.shaped_rewards[a.members[j]] = float(value[j]);
       mean += value[j], ++n;
     }
@@ -94,7 +95,7 @@ struct Work {
 }  // namespace
 
 void group_geometry(const GroupArgs& args, Parallel parallel) {
-  for (float* out : {args.score, args.shaped_rewards, args.advantages})  // rows of no group stay zero
+  for (float* out : {args.exploration_scores, args.shaped_rewards, args.advantages})  // rows of no group stay zero
     if (args.S > 0) std::memset(out, 0, sizeof(float) * args.S);
   const int64_t places = args.B * args.M;
   if (places == 0) return;

@@ -1,4 +1,4 @@
-// bfloat16 and float16 to float and bfloat16 from it, one number at a time, for any compiler target.
+// Conversions of one number: bfloat16 and float16 to float, float to bfloat16. For any compiler target.
 #pragma once
 #include <cstdint>
 #include <cstring>

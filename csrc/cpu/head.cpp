@@ -1,22 +1,22 @@
-// head_features on the CPU: the dataflow.  The arithmetic is in head_kernels_impl.h, compiled per instruction set.
+// head_features on the CPU: the dataflow.  The arithmetic is in kernels/, compiled per instruction set.
 //
 //   features[s] = sum_t a_t (W[y_t] - sum_v p_tv W[v]) = A[s, :] W   with   A[s, v] = sum_t a_t (1[y_t = v] - p_tv)
 //
-// so the second matrix product runs over responses, not tokens.  p_tv = exp(z_tv - lse_t) needs lse_t,
-// which is known only once a token has seen the whole vocabulary.  Hence, for a chunk of 16 to 64 tokens at a time:
+// so the second matrix product runs over responses, not tokens.  p_tv = exp(z_tv - lse_t) needs lse_t, which takes a pass
+// over the whole vocabulary.  Hence, for a chunk of 16 to 64 tokens at a time:
 //
-//   pack      hidden^T into panels whose vector lanes are tokens
+//   pack      hidden^T into tiles whose vector lanes are tokens
 //   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 bits
 //   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
 //   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
-//   project   rows of A whose response is complete, several at a time, times W
+//   project   rows of A of complete responses, several at a time, times W
 //
 // W is read once a chunk and once a projection.  Every number is summed in an order fixed by the shapes alone, so the
 // result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
-// vocabulary too large for it is cut into spans whose logits are computed twice (first for lse, then for A).
+// vocabulary too large for it is cut into slabs whose logits are computed twice (first for lse, then for A).
 //
-// Of a vocabulary that is spread over several processes, each calls this twice: for the statistics of its part alone
-// (HeadArgs::partial), and, when all parts are merged, for its part's share of the features (HeadArgs::lse).
+// A process that holds some rows of a larger vocabulary calls this twice: for the statistics of these rows
+// (HeadArgs::partial), and, once all processes' statistics are merged, for their share of the features (HeadArgs::lse).
 //
 // The target's logit is taken out of its block and merged last: 1 - p(target) is then a sum over the other entries and
 // does not cancel, however sure the policy is (p = 1 - 1e-12 keeps all its digits).
@@ -35,8 +35,8 @@ namespace g2rl {
 namespace {
 
 constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
-constexpr int64_t kPanelBytes = 640 << 10; // a packed panel should stay in L2
-constexpr int64_t kMaxRows = 64;           // rows of A held before they are projected
+constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
+constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
 
 // Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
 thread_local Workspace workspace;
@@ -44,21 +44,21 @@ thread_local Workspace workspace;
 // How the workspace is shared out.
 struct Plan {
   int64_t width;  // tokens in flight
-  int64_t span;   // vocabulary entries in flight; a multiple of kBlock unless it is V
+  int64_t slab;   // vocabulary entries in flight; a multiple of kBlock unless it is V
   int64_t rows;   // rows of A
-  int64_t spans(int64_t V) const { return ceil_div(V, span); }
+  int64_t slabs(int64_t V) const { return ceil_div(V, slab); }
 };
 
 Plan make_plan(const HeadArgs& a, int64_t units) {
   // The more tokens in flight, the less often W is read; the more rows of A, the less often it is read to project them.
   const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
-    if (width > 16 && (width >= 2 * a.N || width * units * 4 > kPanelBytes)) continue;
+    if (width > 16 && (width >= 2 * a.N || width * units * 4 > kTileBytes)) continue;
     const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * blocks + 4 * units);
     const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
     if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows})};
   }
-  // A vocabulary for spans: one block of it takes the codes of 16 tokens, their statistics and its part of the rows of A.
+  // Too large for one slab. A block takes the codes of 16 tokens, their statistics and its columns of A.
   const int64_t rows = std::min<int64_t>(a.S, 4), block_bytes = kBlock * (16 * 2 + 4 * rows) + 16 * 12;
   const int64_t fit = std::max<int64_t>((kWorkspace - 16 * 4 * units) / block_bytes, 1);
   return {16, std::min(fit * kBlock, a.V), rows};
@@ -72,13 +72,13 @@ class Head {
     c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
     plan = make_plan(args, c.units);
     const int64_t width = plan.width;
-    const int64_t blocks = ceil_div(plan.span, kBlock);
-    // the codes are dead while rows are projected: the same memory holds the partial projections
+    const int64_t blocks = ceil_div(plan.slab, kBlock);
+    // codes and partial projections share memory: codes are dead while rows are projected
     code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
     code_bytes = std::max(code_bytes, 4 * row_stride(args.d));
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
-    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.span);
+    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
     char* memory = workspace.reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
@@ -106,12 +106,12 @@ class Head {
   }
 
  private:
-  // The next tokens that fit, cut into segments; each response gets a row of A.
+  // The next tokens that fit, by response; each response gets a row of A.
   void take_chunk(int64_t n) {
     c.first_token = n;
     c.tokens = 0;
-    segments.clear();
-    // two chunks of nearly one size at the end, not a full one and a rest that W would be read for in vain
+    responses.clear();
+    // Two chunks of nearly one size at the end: a small last one would cost as much reading of W as a full one.
     const int64_t left = a.N - n, limit = left > plan.width && left < 2 * plan.width ? fitting((left + 1) / 2) : plan.width;
     while (c.tokens < limit && c.tokens < left) {
       const int64_t at = n + c.tokens;
@@ -121,49 +121,49 @@ class Head {
       if (fresh) {
         row = std::find(row_response.begin(), row_response.end(), -1);
         if (row == row_response.end()) {
-          if (complete.empty()) break;  // every row belongs to this chunk: a shorter chunk, then
+          if (complete.empty()) break;  // this chunk's responses take every row: make it shorter
           project_complete();
           continue;
         }
         *row = response;
       }
       const int64_t count = std::min(limit - c.tokens, a.cu_seqlens[response + 1] - at);
-      segments.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
+      responses.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
       c.tokens += count;
     }
-    c.segments = segments.data();
-    c.segment_count = segments.size();
-    c.panel = k.panel_for(fitting(c.tokens));
-    c.panels = ceil_div(c.tokens, c.panel);
+    c.responses = responses.data();
+    c.response_count = responses.size();
+    c.tile_width = k.tile_width_for(fitting(c.tokens));
+    c.tiles = ceil_div(c.tokens, c.tile_width);
   }
 
   int64_t fitting(int64_t tokens) const { return std::min(plan.width, fitting_width(tokens)); }
 
   void pack() {
-    const int64_t step = 256, pieces = ceil_div(c.units, step);
-    run(parallel, c.panels * pieces, [&](int64_t i) {
-      const int64_t begin = i % pieces * step;
-      k.pack(c, i / pieces, begin, std::min(begin + step, c.units));
+    const int64_t step = 256, blocks = ceil_div(c.units, step);
+    run(parallel, c.tiles * blocks, [&](int64_t i) {
+      const int64_t begin = i % blocks * step;
+      k.pack(c, i / blocks, begin, std::min(begin + step, c.units));
     });
   }
 
-  void set_span(int64_t i) {
-    c.span_begin = i * plan.span;
-    c.span_end = std::min(c.span_begin + plan.span, a.V);
+  void set_slab(int64_t i) {
+    c.slab_begin = i * plan.slab;
+    c.slab_end = std::min(c.slab_begin + plan.slab, a.V);
   }
 
   void forward(bool keep_codes) {
     c.codes = keep_codes ? reinterpret_cast<uint16_t*>(codes) : nullptr;
-    run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
+    run(parallel, ceil_div(c.slab_end - c.slab_begin, kBlock), [&](int64_t b) { k.forward(c, b); });
   }
 
   void statistics_of_chunk() {
     for (auto* v : {&run_max, &target}) std::fill(v->begin(), v->end(), -INFINITY);
     for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
-    const int64_t spans = plan.spans(a.V);
-    for (int64_t i = 0; i < spans; i++) {
-      set_span(i);
-      forward(a.features && spans == 1);
+    const int64_t slabs = plan.slabs(a.V);
+    for (int64_t i = 0; i < slabs; i++) {
+      set_slab(i);
+      forward(a.features && slabs == 1);
       k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
     }
   }
@@ -176,7 +176,7 @@ class Head {
       if (a.partial) write_partial(t, n);
       else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(a.temperature) - a.lse[n]), a.rest[n]);
       else merge_target(t, n);
-      if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // nothing but the target is possible: any finite reference
+      if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // only the target is possible: any finite reference
     }
   }
 
@@ -213,28 +213,28 @@ class Head {
   }
 
   void residuals_of_chunk() {
-    const int64_t spans = plan.spans(a.V);
-    for (int64_t i = 0; i < spans; i++) {
-      set_span(i);
-      if (spans > 1) forward(true);
-      run(parallel, ceil_div(c.span_end - c.span_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
-      for (const Segment& s : segments)
+    const int64_t slabs = plan.slabs(a.V);
+    for (int64_t i = 0; i < slabs; i++) {
+      set_slab(i);
+      if (slabs > 1) forward(true);
+      run(parallel, ceil_div(c.slab_end - c.slab_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
+      for (const ResponseTokens& s : responses)
         for (int64_t t = s.begin; t < s.end; t++) {
           const int64_t v = a.tokens[c.first_token + t];
-          if (v >= c.span_begin && v < c.span_end) c.residual[s.row * (c.span_end - c.span_begin) + v - c.span_begin] += target_residual[t];
+          if (v >= c.slab_begin && v < c.slab_end) c.residual[s.row * (c.slab_end - c.slab_begin) + v - c.slab_begin] += target_residual[t];
         }
-      if (spans > 1) project(all_rows());
+      if (slabs > 1) project(all_rows());
     }
-    for (const Segment& s : segments) {
+    for (const ResponseTokens& s : responses) {
       const int64_t end = a.cu_seqlens[row_response[s.row] + 1];
-      if (spans > 1) row_response[s.row] = -1;
+      if (slabs > 1) row_response[s.row] = -1;
       else if (c.first_token + s.end == end) complete.push_back(s.row);
     }
   }
 
   std::vector<int64_t> all_rows() const {
     std::vector<int64_t> rows;
-    for (const Segment& s : segments) rows.push_back(s.row);
+    for (const ResponseTokens& s : responses) rows.push_back(s.row);
     return rows;
   }
 
@@ -244,23 +244,23 @@ class Head {
     complete.clear();
   }
 
-  // features[response of row] += A[row, :] W / (sum of its weights), over fixed slabs of the span
+  // features[response of row] += A[row, :] W / (sum of its weights), in strips of the slab that depend on shapes alone
   void project(const std::vector<int64_t>& rows) {
-    const int64_t stride = row_stride(a.d), fit = code_bytes / (4 * stride), span = c.span_end - c.span_begin;
+    const int64_t stride = row_stride(a.d), fit = code_bytes / (4 * stride), slab = c.slab_end - c.slab_begin;
     for (size_t first = 0; first < rows.size(); first += fit) {
       const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * stride;
-      const int64_t slabs = std::min({int64_t(64), ceil_div(span, kBlock), fit / count});
+      const int64_t strips = std::min({int64_t(64), ceil_div(slab, kBlock), fit / count});
       float* partial = reinterpret_cast<float*>(codes);
-      run(parallel, slabs, [&](int64_t x) {
-        const int64_t i = slabs - 1 - x;  // the last rows of W are still in cache
-        k.project(c, rows.data() + first, count, c.span_begin + span * i / slabs, c.span_begin + span * (i + 1) / slabs, partial + i * size);
+      run(parallel, strips, [&](int64_t x) {
+        const int64_t i = strips - 1 - x;  // the last rows of W are still in cache
+        k.project(c, rows.data() + first, count, c.slab_begin + slab * i / strips, c.slab_begin + slab * (i + 1) / strips, partial + i * size);
       });
       run(parallel, count, [&](int64_t j) {
         const int64_t s = row_response[rows[first + j]];
         const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
         for (int64_t x = 0; x < a.d; x++) {
           float sum = 0;
-          for (int64_t i = 0; i < slabs; i++) sum += partial[i * size + j * stride + x];
+          for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
           a.features[s * a.d + x] += sum * scale;
         }
       });
@@ -282,7 +282,7 @@ class Head {
   char* codes;
   std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
-  std::vector<Segment> segments;
+  std::vector<ResponseTokens> responses;
 };
 
 }  // namespace

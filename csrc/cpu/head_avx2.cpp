@@ -3,9 +3,9 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define G2RL_ISA avx2
-#include "vec_avx2.h"
+#include "kernels/vec_avx2.h"
 // after the vector type
-#include "head_narrow_tiles.h"
+#include "kernels/tiles_narrow.h"
 
 namespace g2rl {
 const HeadKernels& head_kernels_avx2() { return avx2::kKernels; }

@@ -3,7 +3,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define G2RL_ISA avx512
-#include "head_avx512_tiles.h"
+#include "kernels/tiles_avx512.h"
 
 namespace g2rl {
 const HeadKernels& head_kernels_avx512() { return avx512::kKernels; }

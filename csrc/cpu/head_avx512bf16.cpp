@@ -4,7 +4,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #define G2RL_ISA avx512bf16
 #define G2RL_HAS_BF16_DOT
-#include "head_avx512_tiles.h"
+#include "kernels/tiles_avx512.h"
 
 namespace g2rl {
 const HeadKernels& head_kernels_avx512bf16() { return avx512bf16::kKernels; }

@@ -1,4 +1,4 @@
-// What head.cpp (the dataflow) asks of the per-instruction-set kernels (head_kernels_impl.h).
+// What the dataflow (head.cpp, logprobs.cpp) asks of the kernels of each instruction set (kernels/).
 #pragma once
 #include <cstdint>
 
@@ -7,8 +7,8 @@
 namespace g2rl {
 
 constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
-constexpr int64_t kMaxWidth = 64;  // most tokens in flight
-constexpr int64_t kWidths[] = {64, 48, 32, 16};  // of a chunk of tokens: whole register tiles
+constexpr int64_t kMaxWidth = 64;   // most tokens in flight
+constexpr int64_t kWidths[] = {64, 48, 32, 16};  // widths of a chunk of tokens: whole register tiles
 
 // The least width that holds so many tokens
 constexpr int64_t fitting_width(int64_t tokens) {
@@ -18,69 +18,69 @@ constexpr int64_t fitting_width(int64_t tokens) {
   return best;
 }
 
-// Of the partial projections.  Rows some multiple of 4 KiB apart would compete for the same few lines of L1.
+// Stride of partial projections.  Rows a multiple of 4 KiB apart would compete for the same few lines of L1.
 constexpr int64_t row_stride(int64_t d) { return d + 16; }
 
-// Tokens of one response inside the chunk; they add to row `row` of the residual matrix A.
-struct Segment {
+// Tokens of one response inside a chunk; they add to row `row` of the residual matrix A.
+struct ResponseTokens {
   int64_t begin, end;  // columns of the chunk
   int64_t row;
-  bool fresh;  // nothing was added to the row yet: store instead of adding
+  bool fresh;  // first addition to the row: store instead of adding
 };
 
-// A chunk of tokens, and the vocabulary span [span_begin, span_end) that its buffers describe.
+// A chunk of tokens, and the slab [slab_begin, slab_end) of the vocabulary that its buffers hold.
 struct HeadChunk {
   const HeadArgs* args;
   int64_t first_token, tokens;  // rows of hidden
-  int64_t panel;                // tokens side by side in one panel (a multiple of the vector length)
-  int64_t panels;
+  int64_t tile_width;           // tokens side by side in one register tile (a multiple of the vector length)
+  int64_t tiles;                // register tiles that hold the chunk
   int64_t units;                // length of a row of weight in units of four bytes: d floats, or d / 2 pairs of bf16
   bool bf16_pairs;
-  int64_t span_begin, span_end;
-  float* packed;                // [panels][units][panel]: hidden, transposed, so that tokens are vector lanes
-  uint16_t* codes;              // [block][panels][kBlock][panel]: exp(z - block max), see softmax_columns(); null: statistics only
-  float *block_max, *block_sum, *block_moment;  // [block][panels * panel]
-  float* target_logit;          // [panels * panel]
+  int64_t slab_begin, slab_end;
+  float* packed;                // [tiles][units][tile_width]: hidden, transposed, so that tokens are vector lanes
+  uint16_t* codes;              // [block][tiles][kBlock][tile_width]: exp(z - block max), see softmax_columns(); null: statistics only
+  float *block_max, *block_sum, *block_moment;  // [block][tiles * tile_width]
+  float* target_logit;          // [tiles * tile_width]
   // for collect():
-  const float *max, *weight;    // [panels * panel]: reference maximum and factor of each token
-  const Segment* segments;
-  int64_t segment_count;
-  float* residual;              // A: [rows][span_end - span_begin]
+  const float *max, *weight;    // [tiles * tile_width]: reference maximum and factor of each token
+  const ResponseTokens* responses;
+  int64_t response_count;
+  float* residual;              // A: [rows][slab_end - slab_begin]
 };
 
 // One block of vocabulary rows against one chunk of tokens, for gradients (logprobs.cpp).
 struct GradientBlock {
   const HeadChunk* chunk;
-  const float *top, *log_total, *a, *e, *own;  // [panels * panel]: the normaliser and the terms of each token
+  const float *top, *log_total, *a, *e, *own;  // [tiles * tile_width]: the normaliser and the terms of each token
   float factor;                                // from d / d(z / temperature) to d / d(W h + b), without the softcap's slope
-  char *by_entry, *by_token;                   // dz as rows of vocabulary entries, and of tokens (null: not wanted)
+  char *by_entry, *by_token;                   // dz as rows of vocabulary entries, and of tokens (or null)
   int64_t entry_bytes, token_bytes;            // from row to row
-  float* sum_entries;                          // [count], sums over the chunk's tokens; null: not wanted
+  float* sum_entries;                          // [count], sums over the chunk's tokens; or null
 };
 
 struct HeadKernels {
   bool bf16_dot;                        // bf16 weights are multiplied as pairs, without conversion
-  int64_t (*panel_for)(int64_t width);  // panel width for a chunk of up to `width` tokens
-  void (*pack)(const HeadChunk&, int64_t panel, int64_t unit_begin, int64_t unit_end);
+  int64_t (*tile_width_for)(int64_t width);  // HeadChunk::tile_width for a chunk of up to `width` tokens
+  void (*pack)(const HeadChunk&, int64_t tile, int64_t unit_begin, int64_t unit_end);
   // logits of one block, its softmax statistics and codes, its target logits
   void (*forward)(const HeadChunk&, int64_t block);
   // running max [W], sum [W], compensation [W], moment [W] over blocks, in order
   void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
   // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v
   void (*collect)(const HeadChunk&, int64_t block);
-  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - span_begin] weight[v, :]; rows of out are row_stride(d) apart
+  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] weight[v, :]; rows of out are row_stride(d) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
   // dz of vocabulary rows [v0, v0 + count)
   void (*gradient)(const GradientBlock&, int64_t v0, int64_t count);
-  // rows of a matrix as the packed operand of product(); slices have panel_for(kMaxWidth) columns
-  void (*pack_rows)(const HeadChunk&, const Matrix&, int64_t row, int64_t count, float* out, int64_t slice_stride);
+  // rows of a matrix as the packed operand of product(), in blocks of tile_width_for(kMaxWidth) columns
+  void (*pack_rows)(const HeadChunk&, const Matrix&, int64_t row, int64_t count, float* out, int64_t block_stride);
   // out[r, :] (+)= rows[r, :] . packed
   void (*product)(const HeadChunk&, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units, float* out,
                   int64_t out_stride, int64_t columns, bool accumulate);
   void (*round_to)(DType, const float* x, int64_t n, void* out);
 };
 
-constexpr int64_t kProductRows = 6;  // product() reads whole tiles of so many rows
+constexpr int64_t kProductRows = 6;  // product() reads whole tiles of this many rows
 
 const HeadKernels& head_kernels_plain();
 const HeadKernels& head_kernels_avx2();

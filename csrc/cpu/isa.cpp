@@ -1,3 +1,4 @@
+// Detection of the instruction set, and the choice by G2RL_CPU_ISA.
 #include "isa.h"
 
 #include <cstdlib>
@@ -17,7 +18,7 @@ Isa detect() {
   // __builtin_cpu_supports asks the operating system too (XGETBV: are the wide registers saved?).
   __builtin_cpu_init();
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  // Not every compiler's builtin knows f16c; its registers are those of AVX, asked for below.
+  // Some compilers' builtin does not know f16c. Its registers are those of AVX, checked below.
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
   if (!(f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Isa::plain;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels run with.
+// The instruction set that the CPU kernels run with.
 #pragma once
 
 namespace g2rl {
@@ -16,7 +16,7 @@ constexpr int kIsaCount = 4;
 Isa best_isa();
 
 // best_isa(), lowered by the environment variable G2RL_CPU_ISA, read at each call.
-// Throws std::invalid_argument for an unknown name or a level this CPU lacks.
+// Throws std::invalid_argument for an unknown name or a level that this CPU lacks.
 Isa chosen_isa();
 
 const char* isa_name(Isa);

@@ -1,4 +1,4 @@
-// The kernels' scratch memory, in huge pages where the system has them.
+// The kernels' scratch memory, in huge pages if the system has them.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -11,7 +11,7 @@ namespace g2rl {
 
 class Workspace {
  public:
-  // Memory for at least `bytes`, on a page boundary; what an earlier call left there may still be in it.
+  // Memory for at least `bytes`, on a page boundary. Its contents are undefined.
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
       std::free(data_);
@@ -33,7 +33,7 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// Hands out the parts of a workspace, each on a cache line: sizes first, then addresses.
+// Offsets of several arrays in a workspace, each on a cache line.
 class Layout {
  public:
   int64_t place(int64_t bytes) {  // -> offset

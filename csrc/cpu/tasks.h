@@ -1,4 +1,4 @@
-// For the dataflow files: loops over tasks on any number of threads.
+// Loops over tasks on any number of threads, for head.cpp and logprobs.cpp.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -9,8 +9,8 @@ namespace g2rl {
 
 template <class Body>
 void run(Parallel parallel, int64_t n, const Body& body) {
-  // A thread that falls behind must not hold up the others: each call takes the next few indices until none are left.
-  // Which thread computes an index does not matter to its result.
+  // Each thread takes the next few indices until all are taken, so that a slow thread does not hold up the others.
+  // Results do not depend on which thread computes an index.
   struct Work {
     const Body& body;
     const int64_t n, grain;

@@ -1,19 +1,19 @@
-// One launch, one block a group; further blocks write the zeros of rows that no group names. A second, small kernel
-// runs only where advantages are divided by the batch's deviation.
+// One launch, one CUDA block a group; further CUDA blocks write the zeros of rows that no group names. A second, small
+// kernel runs only with Scale::batch.
 //
 //   1. Inner products, by the tensor cores' double-precision product of 8 x 4 and 4 x 8. Lane l of a warp holds column
 //      l % 4 of row l / 4 of the left factor, and the same place of the right factor's transpose, so for a Gram matrix
-//      one register serves as both. Sixteen rows (a panel) cost two loads and three products (of the four blocks of
+//      one register serves as both. A tile of sixteen rows costs two loads and three products (of its four quarters of
 //      8 x 8, one mirrors another). Which four columns a product sums over is free: each lane reads four consecutive
 //      ones at once and uses them in four products.
 //   2. The 16 warps share out the columns; their partial sums are added in the order of warps.
-//   3. One warp a member: cosines, weights, score (eqs. 9-11). One warp a group: eqs. 12-13 and 2.
+//   3. One warp a member: cosines, weights, exploration score (eqs. 9-11). One warp a group: eqs. 12-13 and 2.
 //
 // Exact: products of floats are exact in double, and all sums are double, in an order that depends on d alone. Groups
-// of more than 16 rows take their panels two by two and keep the inner products in the workspace instead of shared
+// of more than 16 rows take their tiles two by two and keep the inner products in the workspace instead of shared
 // memory.
 //
-// Estimate for 64 groups of 16, d = 4096, on one H100 (64 of 132 SMs at 1.7 GHz; not measured): a block reads 262 KB,
+// Estimate for 64 groups of 16, d = 4096, on one H100 (64 of 132 SMs at 1.7 GHz; not measured): a group reads 262 KB,
 // 3 us at 50 bytes a cycle (the machine code has four to five loads of each warp in flight, 40 KB); 3072 products are
 // 3.6 us at 128 multiply-adds a cycle, 7.2 us should this shape reach half of that; 65536 conversions to double are
 // 2.4 us at 16 a cycle. The three overlap: 4 to 8 us.
@@ -27,17 +27,12 @@ namespace g2rl {
 namespace {
 
 constexpr int kWarp = 32, kWarps = 16, kThreads = kWarp * kWarps;
-constexpr int kTile = 16;     // rows of a panel
-constexpr int kColumns = 16;  // that a warp takes at a time: four of each lane
+constexpr int kTile = 16;     // rows
+constexpr int kColumns = 16;  // columns that a warp takes at a time: four of each lane
 constexpr unsigned kAll = 0xffffffffu;
 
-struct Device {
-  const float *features, *rewards;
-  const int64_t* members;
-  int64_t S, d, B, M;
-  GroupOptions options;
+struct Device : GroupArgs {
   double* workspace;  // shaped rewards [B, M]; then, for groups beyond kTile, inner products, rewards and scores
-  float *similarity, *score, *shaped_rewards, *advantages;
 
   __device__ bool empty(int64_t member) const { return uint64_t(member) >= uint64_t(S); }
 };
@@ -47,7 +42,7 @@ struct Shared {
     double partial[kWarps][kTile * kTile];
     unsigned named[kWarps * kTile * kTile * 2];  // one bit a row
   };
-  // Of a group that fits one panel.
+  // Used for groups of one tile.
   double inner[kTile * kTile], reward[kTile], nu[kTile], value[kTile];
   int64_t member[kTile];
 };
@@ -87,10 +82,10 @@ __device__ float4 four(const float* row, int64_t k, int64_t d) {
   return x;
 }
 
-// This warp's part of the inner products between panels I and J: into `partial`, [16, 16], without its lower left
+// This warp's share of the inner products between tiles I and J: into `partial`, [16, 16], without its lower left
 // quarter if I is J.
 template <bool kVectors, bool kSame>
-__device__ void multiply_panels(const Device& a, const int64_t* members, int64_t I, int64_t J, double* partial) {
+__device__ void multiply_tiles(const Device& a, const int64_t* members, int64_t I, int64_t J, double* partial) {
   constexpr int kEights = kSame ? 2 : 4;  // of rows
   constexpr int kSteps = 16 / kEights;    // free of each other, for the compiler to load ahead
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -134,13 +129,13 @@ __device__ void multiply_panels(const Device& a, const int64_t* members, int64_t
 template <bool kVectors>
 __device__ void inner_products(const Device& a, const int64_t* members, Shared& shared, double* inner) {
   const int warp = threadIdx.x / kWarp;
-  const int64_t panels = (a.M + kTile - 1) / kTile;
-  for (int64_t I = 0; I < panels; ++I)
-    for (int64_t J = I; J < panels; ++J) {
+  const int64_t tiles = (a.M + kTile - 1) / kTile;
+  for (int64_t I = 0; I < tiles; ++I)
+    for (int64_t J = I; J < tiles; ++J) {
       if (I == J)
-        multiply_panels<kVectors, true>(a, members, I, J, shared.partial[warp]);
+        multiply_tiles<kVectors, true>(a, members, I, J, shared.partial[warp]);
       else
-        multiply_panels<kVectors, false>(a, members, I, J, shared.partial[warp]);
+        multiply_tiles<kVectors, false>(a, members, I, J, shared.partial[warp]);
       __syncthreads();
       const int place = threadIdx.x;
       const int64_t i = I * kTile + place / kTile, j = J * kTile + place % kTile;
@@ -153,7 +148,7 @@ __device__ void inner_products(const Device& a, const int64_t* members, Shared& 
     }
 }
 
-// Step 3 for member i, by one warp: its row of similarity, its score.
+// Step 3 for member i, by one warp: its row of similarity, its exploration score.
 __device__ void score_member(const Device& a, const int64_t* members, const double* inner, const double* reward,
                              int64_t i, float* similarity, double* nu) {
   const int lane = threadIdx.x % kWarp;
@@ -174,7 +169,7 @@ __device__ void score_member(const Device& a, const int64_t* members, const doub
   }
   sum.weights = sum_across_warp(sum.weights);
   sum.sum = sum_across_warp(sum.sum);
-  if (lane == 0) *nu = sum.score(a.options);
+  if (lane == 0) *nu = sum.exploration_score(a.options);
 }
 
 // Step 3 for the group, by one warp: each lane looks after its own members throughout.
@@ -192,7 +187,7 @@ __device__ void finish_group(const Device& a, const int64_t* members, const doub
   for (int64_t j = lane; j < a.M; j += kWarp) {
     if (a.empty(members[j])) continue;
     value[j] = shaped_reward(reward[j], nu[j], e, a.options);
-    a.score[members[j]] = float(nu[j]);
+    a.exploration_scores[members[j]] = float(nu[j]);
     a.shaped_rewards[members[j]] = float(value[j]);
     total += value[j];
     n += 1;
@@ -220,7 +215,7 @@ __device__ void zero_unnamed(const Device& a, Shared& shared, int64_t first) {
   __syncthreads();
   for (int64_t row = threadIdx.x; row < rows; row += kThreads)
     if (!(shared.named[row / 32] >> row % 32 & 1))
-      a.score[first + row] = a.shaped_rewards[first + row] = a.advantages[first + row] = 0;
+      a.exploration_scores[first + row] = a.shaped_rewards[first + row] = a.advantages[first + row] = 0;
 }
 
 template <bool kVectors>
@@ -255,14 +250,14 @@ __global__ void __launch_bounds__(kThreads) group_kernel(Device a) {
 
 // One block. The shaped rewards of all groups lie at the head of the workspace.
 __global__ void __launch_bounds__(kThreads) batch_scale_kernel(Device a) {
-  __shared__ double part[kWarps];
+  __shared__ double partial[kWarps];
   auto sum_across_block = [&](double x) {
     x = sum_across_warp(x);
     __syncthreads();  // the last sum has been read
-    if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
     __syncthreads();
     double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += part[w];
+    for (int w = 0; w < kWarps; ++w) sum += partial[w];
     return sum;
   };
   const double* value = a.workspace;
@@ -296,22 +291,16 @@ extern "C" int64_t g2rl_cuda_group_workspace(int64_t B, int64_t M, int scale) {
   return B * M * (large ? M + 3 : 1);
 }
 
-extern "C" int g2rl_cuda_group_geometry(const float* features, const float* rewards, const int64_t* members,
-                                        int64_t S, int64_t d, int64_t B, int64_t M, double lam, double clip,
-                                        int shaping, int score, int scale, int skip_uniform, double eps,
-                                        double* workspace, float* similarity, float* out_score,
-                                        float* shaped_rewards, float* advantages, void* stream) {
+extern "C" int g2rl_cuda_group_geometry(const g2rl::GroupArgs* given, double* workspace, void* stream) {
   using namespace g2rl;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  const GroupOptions options{lam,          clip,         eps, Shaping(shaping), Score(score), Scale(scale),
-                             skip_uniform != 0};
-  const Device args{features,  rewards,    members,   S,              d,         M ? B : 0, M, options,
-                    workspace, similarity, out_score, shaped_rewards, advantages};
-  const int64_t blocks = args.B + (S + kNamedRows - 1) / kNamedRows;
+  Device args{*given, workspace};
+  if (args.M == 0) args.B = 0;
+  const int64_t blocks = args.B + (args.S + kNamedRows - 1) / kNamedRows;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const bool vectors = d % 4 == 0 && uintptr_t(features) % sizeof(float4) == 0;
+  const bool vectors = args.d % 4 == 0 && uintptr_t(args.features) % sizeof(float4) == 0;
   const cudaError_t failed = launch(vectors ? group_kernel<true> : group_kernel<false>, blocks, on, args);
-  if (failed != cudaSuccess || options.scale != Scale::batch || args.B == 0) return failed;
+  if (failed != cudaSuccess || args.options.scale != Scale::batch || args.B == 0) return failed;
   return launch(batch_scale_kernel, 1, on, args);
 }

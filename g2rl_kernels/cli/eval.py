@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, TrainerError, out_of_memory
 from ..evaluation.engines import Decoding, choose_engine
+from ..evaluation.rows import Sample
 from ..evaluation.samples import SAMPLING_KEYS, DataSet, Settings
 from ..trainer.config import TrainerConfig
 
@@ -221,7 +222,7 @@ def _stored(args: argparse.Namespace) -> int:
 
 
 def _finish(
-    args: argparse.Namespace, rows: list[dict[str, Any]], header: dict[str, Any], out: Path, samples: Path
+    args: argparse.Namespace, rows: list[Sample], header: dict[str, Any], out: Path, samples: Path
 ) -> int:
     from ..evaluation.results import draw, summarise, table, write_results
 
@@ -235,7 +236,7 @@ def _finish(
     return 0
 
 
-def warn_unfinished(program: str, path: Path, rows: list[dict[str, Any]]) -> None:
+def warn_unfinished(program: str, path: Path, rows: list[Sample]) -> None:
     """Of the samples of a run that was killed, numbers are of a part of its problems."""
     from ..evaluation.samples import read_settings, unfinished
 

@@ -27,8 +27,9 @@ from ..trainer.config import TrainerConfig
 from .eval import check_gate, goes_on, load_sets, make_config, make_settings, warn_unfinished
 
 if TYPE_CHECKING:
+    from ..evaluation.rows import Sample
     from ..evaluation.samples import DataSet
-    from ..geometry.report import ModelGeometry
+    from ..geometry.rows import MeasuredLine, MeasuredProblem, ModelGeometry, ShownSample
 
 DESCRIPTION = """\
 How a model's responses to a problem lie to each other in gradient space: do they ask for the same update,
@@ -216,14 +217,14 @@ def _one(
     name: str,
     config: TrainerConfig,
     data: Sequence[DataSet],
-    stored: tuple[Path, list[dict[str, Any]]] | None,
+    stored: tuple[Path, list[Sample]] | None,
     encoder: SentenceEncoder | None,
     args: argparse.Namespace,
 ) -> ModelGeometry:
     """Samples, if they are not stored, and measures one model."""
     from ..evaluation.samples import read_settings
     from ..geometry.measure import overall
-    from ..geometry.report import ModelGeometry
+    from ..geometry.rows import ModelGeometry
 
     folder, temperature = args.out / name, args.temperature
     if temperature is None:
@@ -238,7 +239,7 @@ def _one(
         source = folder / "samples.jsonl"
     else:
         source, rows = stored
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Sample]] = {}
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)
     groups = {problem: group[: args.m] for problem, group in [*groups.items()][: args.limit]}
@@ -251,7 +252,7 @@ def _one(
         "score_gate": config.score_gate,
     }
     problems = _measure(name, groups, source, config, settings, encoder, folder / "measured.jsonl", args)
-    samples = {
+    samples: dict[tuple[str, int], ShownSample] = {
         (problem, place): {
             "completion": row["completion"],
             "score": row["score"],
@@ -271,7 +272,7 @@ def _sample(
     folder: Path,
     temperature: float,
     args: argparse.Namespace,
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     from ..evaluation.engines import Decoding
     from ..evaluation.samples import sample
 
@@ -281,19 +282,20 @@ def _sample(
 
 def _measure(
     name: str,
-    groups: dict[str, list[dict[str, Any]]],
+    groups: dict[str, list[Sample]],
     source: Path,
     config: TrainerConfig,
     settings: dict[str, Any],
     encoder: SentenceEncoder | None,
     file: Path,
     args: argparse.Namespace,
-) -> list[dict[str, Any]]:
+) -> list[MeasuredProblem]:
     """`group_statistics` of every problem, with "problem" and "question"; from `file` where it has them."""
     from tqdm import tqdm
 
     from ..evaluation.samples import MODEL_FILES, model_files, prompt_tokens
     from ..geometry.measure import group_statistics, measure
+    from ..geometry.rows import without_digest
 
     header = {"model": config.model, MODEL_FILES: model_files(config.model), **settings}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -332,11 +334,11 @@ def _measure(
                 autocast=config.autocast == "bfloat16",
                 advance=bar.update,
             )
-            scores = [row["score"] for row in group]
+            scores = [row["score"] for row in group if row["score"] is not None]
             (found,) = group_statistics(
                 done.features,
                 group_ids=torch.zeros(len(group), dtype=torch.int64),
-                scores=None if None in scores else scores,
+                scores=scores if len(scores) == len(group) else None,
                 score_gate=config.score_gate,
                 texts=texts,
                 answers=[row["answer"] for row in group],
@@ -344,15 +346,20 @@ def _measure(
                 entropy=done.entropy,
                 lengths=done.lengths,
             )
-            line = {"problem": problem, "question": group[0]["question"], "digest": digests[problem], **found}
+            line: MeasuredLine = {
+                "problem": problem,
+                "question": group[0]["question"],
+                "digest": digests[problem],
+                **found,
+            }
             out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             out.flush()
             known[problem] = json.loads(json.dumps(line))
         flush(file)
-    return [{key: known[problem][key] for key in known[problem] if key != "digest"} for problem in groups]
+    return [without_digest(known[problem]) for problem in groups]
 
 
-def _read_measured(file: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_measured(file: Path, header: dict[str, Any]) -> dict[str, MeasuredLine]:
     """The whole lines of an earlier run with the same settings, by problem."""
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
@@ -365,13 +372,13 @@ def _read_measured(file: Path, header: dict[str, Any]) -> dict[str, dict[str, An
     return {line["problem"]: line for line in found[1:]}
 
 
-def _digest(group: Sequence[dict[str, Any]]) -> str:
+def _digest(group: Sequence[Sample]) -> str:
     keys = ("question", "prompt", "tokens", "completion", "score", "answer")
     text = json.dumps([[row.get(key) for key in keys] for row in group])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_tokens(group: Sequence[dict[str, Any]], tokenizer: Any, source: Path, model: str) -> None:
+def _check_tokens(group: Sequence[Sample], tokenizer: Any, source: Path, model: str) -> None:
     """A response is the tokens sampled: another model can be asked about those, if they are its own."""
     for row in group:
         where = f"samples: {source}, problem {row['problem']}, sample {row['sample']}"

@@ -1,10 +1,10 @@
-"""The data sets that reasoning models are measured on, by name: from the hub or from a file in its format.
+"""Data sets that reasoning models are measured on, by name: read from the hub, or from a file in its format.
 
-`--data` takes
+`load_data` reads what `--data` is given:
     math500                              from the hub
-    math500=path.jsonl                   the data set's own format: .jsonl, .json, .csv, .parquet
-    reasoning_gym:chain_sum              200 problems, not those that the trainer's default seed makes
-    sums={kind: reasoning_gym, ...}      any task of a training recipe, under a name
+    math500=path.jsonl                   a file in the data set's own format: .jsonl, .json, .csv, .parquet
+    reasoning_gym:chain_sum              200 problems, other ones than the trainer's default seed makes
+    sums={kind: reasoning_gym, ...}      any task of a training recipe, here under the name sums
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, TrainerError, need
+from ..errors import ConfigError, TrainerError, need, one_line
 from ..tasks.answers import AnswerTask
 from ..tasks.base import Item
 from ..tasks.choices import ChoiceTask
@@ -31,7 +31,10 @@ CHOICE = "{question}\n\nPlease reason step by step, and put the letter of your a
 
 
 def _answered(question: Sequence[str], answer: Sequence[str]) -> Callable[[Item], Item]:
-    """Rows of {question, answer}: the first of these fields that is there (copies rename them)."""
+    """A reader of rows as {question, answer}, each from the first of these fields that the row has.
+
+    Copies of a data set name their fields differently.
+    """
 
     def read(row: Item) -> Item:
         return {"question": _first(row, question), "answer": _first(row, answer)}
@@ -40,13 +43,13 @@ def _answered(question: Sequence[str], answer: Sequence[str]) -> Callable[[Item]
 
 
 def _gsm8k(row: Item) -> Item:
-    """A worked solution that ends in "#### 1,234"."""
+    """The answer is what follows "####" at the end of a worked solution."""
     solution = str(_first(row, ("answer",)))
     return {"question": _first(row, ("question",)), "answer": solution.rpartition("####")[2].strip()}
 
 
 def _gpqa(row: Item) -> Item:
-    """The right answer comes first in the file: shuffled here, by the question alone."""
+    """The file lists the right answer first; the options are shuffled with the question as the seed."""
     right = str(_first(row, ("Correct Answer",))).strip()
     options = [right, *(str(_first(row, (f"Incorrect Answer {i}",))).strip() for i in (1, 2, 3))]
     order = list(range(4))
@@ -56,13 +59,13 @@ def _gpqa(row: Item) -> Item:
 
 
 def _mmlu_pro(row: Item) -> Item:
-    """Up to ten options; earlier copies fill up with "N/A"."""
+    """Up to ten options; earlier copies of the data set fill them up with "N/A", which is dropped."""
     options = _first(row, ("options",))
     if isinstance(options, str):  # as a CSV file holds them
         options = json.loads(options)
     letter, letters = str(_first(row, ("answer",))).strip(), "ABCDEFGHIJ"[: len(options)]
     if letter not in tuple(letters):
-        raise ValueError(f"answer={letter!r} is none of the letters of its {len(options)} options")
+        raise ValueError(f"answer={letter!r} is not a letter of its {len(options)} options")
     right = letters.index(letter)
     kept = [(at, option) for at, option in enumerate(options) if option != "N/A" or at == right]
     places = [at for at, _ in kept]
@@ -81,34 +84,38 @@ def _first(row: Item, names: Sequence[str]) -> Any:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class HubDataset:
     """A data set on the hub, and how its rows become {question, answer} or {question, choices, answer}."""
 
-    hub: str
+    hub: str  # its name there, owner/name
     split: str
     read: Callable[[Item], Item]
     config: str | None = None
-    choice: bool = False
+    choice: bool = False  # multiple choice
 
     @property
     def template(self) -> str:
+        """The prompt template: asks for steps, then for an answer in a box."""
         return CHOICE if self.choice else MATH
 
 
 _COMPETITION = _answered(("problem", "Problem", "question"), ("answer", "Answer", "solution"))
-BENCHMARKS = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", _COMPETITION),
-    "amc23": Benchmark("math-ai/amc23", "test", _COMPETITION),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", _COMPETITION),
-    "aime25": Benchmark("math-ai/aime25", "test", _COMPETITION),
-    "gsm8k": Benchmark("openai/gsm8k", "test", _gsm8k, config="main"),
-    "gpqa": Benchmark("Idavidrein/gpqa", "train", _gpqa, config="gpqa_diamond", choice=True),
-    "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "test", _mmlu_pro, choice=True),
+HUB_DATASETS = {
+    "math500": HubDataset("HuggingFaceH4/MATH-500", "test", _COMPETITION),
+    "amc23": HubDataset("math-ai/amc23", "test", _COMPETITION),
+    "aime24": HubDataset("HuggingFaceH4/aime_2024", "train", _COMPETITION),
+    "aime25": HubDataset("math-ai/aime25", "test", _COMPETITION),
+    "gsm8k": HubDataset("openai/gsm8k", "test", _gsm8k, config="main"),
+    "gpqa": HubDataset("Idavidrein/gpqa", "train", _gpqa, config="gpqa_diamond", choice=True),
+    "mmlu_pro": HubDataset("TIGER-Lab/MMLU-Pro", "test", _mmlu_pro, choice=True),
 }
 
 
 def load_data(spec: str, limit: int | None = None) -> DataSet:
-    """One data set from what `--data` was given; ConfigError says what is wrong with it, and the remedy."""
+    """One data set from a text as in `--data` (top of this file), cut to its first `limit` problems.
+
+    Raises ConfigError for an unknown name, a file or hub that cannot be read, a row without its fields.
+    """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: must be at least 1, the number of problems")
     name, equals, rest = spec.partition("=")
@@ -119,33 +126,33 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
         task = load_task({"kind": "reasoning_gym", "name": kind, "size": limit or 200, "seed": 1_000_000})
         return DataSet(kind, name, task, limit=limit)
     key = re.sub(r"[^a-z0-9]", "", name.lower())
-    found = {re.sub(r"[^a-z0-9]", "", known): known for known in BENCHMARKS}.get(key)
+    found = {re.sub(r"[^a-z0-9]", "", known): known for known in HUB_DATASETS}.get(key)
     if found is None:
-        near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(BENCHMARKS)},"
+        near = difflib.get_close_matches(name.lower(), HUB_DATASETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(HUB_DATASETS)},"
         raise ConfigError(
             f"data {name!r}: {hint} or give reasoning_gym:<task>, or a task as "
             f"{name.partition(':')[0] or 'name'}='{{kind: jsonl, path: file.jsonl}}'"
         )
-    benchmark = BENCHMARKS[found]
-    source = rest if equals else benchmark.hub
-    raw = read_file(Path(rest)) if equals else _from_hub(found, benchmark)
+    dataset = HUB_DATASETS[found]
+    source = rest if equals else dataset.hub
+    raw = read_file(Path(rest)) if equals else _from_hub(found, dataset)
     rows = []
     for number, row in enumerate(raw, 1):
         try:
-            rows.append(benchmark.read(row))
+            rows.append(dataset.read(row))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             missing = f"no field {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
             fields = f", only {', '.join(map(str, row))}" if isinstance(row, dict) else ""
             raise ConfigError(
-                f"data {found}: {source}, item {number}: {missing}{fields}: expected rows of {benchmark.hub}"
+                f"data {found}: {source}, item {number}: {missing}{fields}: expected rows of {dataset.hub}"
             ) from None
-    task = ChoiceTask(rows, source) if benchmark.choice else AnswerTask(rows, source)
-    return DataSet(found, source, task, benchmark.template, limit)
+    task = ChoiceTask(rows, source) if dataset.choice else AnswerTask(rows, source)
+    return DataSet(found, source, task, dataset.template, limit)
 
 
 def load_specs(specs: Iterable[dict[str, Any]], limit: int | None = None) -> list[DataSet]:
-    """The tasks of a training recipe, each under its own name."""
+    """The tasks of a training recipe as data sets, each under its own name."""
     found: list[DataSet] = []
     for spec in specs:
         task = load_task(spec)
@@ -157,15 +164,15 @@ def load_specs(specs: Iterable[dict[str, Any]], limit: int | None = None) -> lis
 
 
 def read_file(path: Path) -> list[Any]:
-    """The rows of a .jsonl, .json (a list), .csv or .parquet file; ConfigError for one that is damaged."""
+    """The rows of a .jsonl, .json (a list), .csv or .parquet file; ConfigError if it cannot be read."""
     kind = path.suffix.lower()
-    csv.field_size_limit(2**31 - 1)  # a field may be a long text
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is too small for long texts
     try:
         if kind == ".json":
             text = path.read_text(encoding="utf-8-sig")
             try:
                 rows = json.loads(text)
-            except ValueError:  # one object a line, by another name
+            except ValueError:  # JSON lines under the name .json
                 return read_jsonl(str(path))
             if not isinstance(rows, list):
                 raise ConfigError(f"data: {path}: expected a list of objects, got a {type(rows).__name__}")
@@ -181,7 +188,7 @@ def read_file(path: Path) -> list[Any]:
             try:
                 table: list[Any] = parquet.read_table(path).to_pylist()
             except ArrowException as error:
-                raise ConfigError(f"data: {path} is no Parquet file: {_one_line(error)}") from None
+                raise ConfigError(f"data: {path} is not a Parquet file: {one_line(error, 200)}") from None
             return table
         return read_jsonl(str(path))
     except OSError as error:
@@ -189,26 +196,22 @@ def read_file(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"data: {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except csv.Error as error:
-        raise ConfigError(f"data: {path} is no CSV file: {error}") from None
+        raise ConfigError(f"data: {path} is not a CSV file: {error}") from None
 
 
-def _from_hub(name: str, benchmark: Benchmark) -> list[Any]:
+def _from_hub(name: str, dataset: HubDataset) -> list[Any]:
     try:
-        return read_hub(benchmark.hub, benchmark.split, benchmark.config)
+        return read_hub(dataset.hub, dataset.split, dataset.config)
     except TrainerError as error:
         raise ConfigError(
-            f"data {name}: cannot read {benchmark.hub} from the hub: give a file in its format, "
+            f"data {name}: cannot read {dataset.hub} from the hub: give a file in its format, "
             f"--data {name}=FILE.jsonl ({error})"
         ) from None
-    except Exception as error:  # the hub's client has many of its own
+    except Exception as error:  # the hub's client raises many types of its own
         raise ConfigError(
-            f"data {name}: cannot read {benchmark.hub} from the hub: give a file in its format, "
-            f"--data {name}=FILE.jsonl ({type(error).__name__}: {_one_line(error)})"
+            f"data {name}: cannot read {dataset.hub} from the hub: give a file in its format, "
+            f"--data {name}=FILE.jsonl ({type(error).__name__}: {one_line(error, 200)})"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _mapping(text: str) -> dict[str, Any]:

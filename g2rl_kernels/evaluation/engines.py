@@ -1,4 +1,4 @@
-"""Engines that sample responses: transformers, anywhere; vLLM where it is installed, much faster on a GPU."""
+"""Engines that sample responses: transformers runs anywhere; vLLM, if installed, is much faster on a GPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are drawn from softmax(z / temperature): from the top_k likeliest tokens, then from the
-    fewest of them whose probabilities reach top_p. temperature 0: the likeliest token; top_k 0: all."""
+    """How tokens are drawn: from softmax(logits / temperature), cut by top_k, then by top_p."""
 
-    n: int = 8  # responses a prompt
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    n: int = 8  # responses for each prompt
+    temperature: float = 1.0  # 0: greedy, always the likeliest token
+    top_p: float = 1.0  # keeps the fewest likeliest tokens whose probabilities add up to top_p; 1.0: all
+    top_k: int = 0  # keeps the top_k likeliest tokens; 0: all
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot work."""
@@ -42,7 +41,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Response:
-    tokens: list[int]  # up to the first end token, which is the last of them
+    """One sampled response to a prompt."""
+
+    tokens: list[int]  # up to the first end token, inclusive
     text: str  # without special tokens
     truncated: bool  # no end token came
 
@@ -53,17 +54,20 @@ class Engine(Protocol):
     tokenizer: Any
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        """n responses to each prompt (token ids), the same for the same prompts and seeds."""
+        """n responses to each prompt. The same prompts and seeds give the same responses.
+
+        prompts: token ids; seeds: one for each prompt.
+        """
         ...
 
 
 class TransformersEngine:
-    """The trainer's sampler. A call's responses depend on its prompts and on the first seed."""
+    """Samples with the trainer's sampler. Responses depend on all prompts of a call and its first seed."""
 
     def __init__(self, model: Any, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
         self.model, self.tokenizer, self.n = model.eval(), tokenizer, decoding.n
         self.sampler = Sampler(model, tokenizer, [], config)
-        generation = self.sampler.generation  # the trainer's: the whole softmax
+        generation = self.sampler.generation  # the trainer samples from the whole softmax
         generation.top_p, generation.top_k = decoding.top_p, decoding.top_k
         if decoding.temperature == 0:
             generation.do_sample, generation.temperature, generation.top_p = False, None, None
@@ -73,7 +77,7 @@ class TransformersEngine:
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seeds[0])
-            nothing: Any = None  # neither task nor item is looked at
+            nothing: Any = None  # the sampler uses neither task nor item
             rollout = self.sampler.respond([(nothing, {}, p) for p in prompts for _ in range(self.n)])
         ids = rollout.ids[:, -rollout.mask.shape[1] :]
         responses = [
@@ -84,7 +88,7 @@ class TransformersEngine:
 
 
 class VllmEngine:
-    """vLLM's offline `LLM`; each prompt has its own seed, so that batches may differ from run to run."""
+    """Samples with vLLM's offline `LLM`. Each prompt has its own seed, whatever is in a batch with it."""
 
     def __init__(self, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
         try:
@@ -100,7 +104,7 @@ class VllmEngine:
         model_config = AutoConfig.from_pretrained(config.model)
         try:
             generation = GenerationConfig.from_pretrained(config.model)
-        except OSError:  # a model need not have one
+        except OSError:  # the model has no generation_config.json
             generation = GenerationConfig.from_model_config(model_config)
         prepare_tokenizer(tokenizer, model_config, config)
         self.tokenizer, self.end_tokens = tokenizer, end_tokens(tokenizer, generation, config)
@@ -108,13 +112,13 @@ class VllmEngine:
             "n": decoding.n,
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
-            "top_k": decoding.top_k or -1,  # -1 is all tokens in every version
+            "top_k": decoding.top_k or -1,  # -1 means all tokens in every version of vLLM
             "max_tokens": config.max_new_tokens,
             "stop_token_ids": self.end_tokens,
-            "detokenize": False,  # done here, as for the other engine
+            "detokenize": False,  # `_response` decodes, as for the other engine
         }
         self.make_params = vllm.SamplingParams
-        # Nothing from the model's generation_config beside what is asked for above
+        # generation_config="vllm": nothing of the model's own generation_config.json is used
         self.llm = vllm.LLM(
             model=config.model,
             dtype=config.dtype,
@@ -139,7 +143,8 @@ class VllmEngine:
 
 
 def choose_engine(name: str, model: str) -> str:
-    """`name`; for "auto" vllm where it is installed, reads the model and finds a GPU, else transformers."""
+    """`name`; for "auto": "vllm" if it is installed, a GPU is there and it can read the model, else
+    "transformers". ConfigError for another name."""
     if name not in ("auto", "transformers", "vllm"):
         raise ConfigError(f"engine={name!r}: choose one of auto, transformers, vllm")
     if name != "auto":

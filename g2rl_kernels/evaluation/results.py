@@ -1,22 +1,44 @@
-"""From samples to numbers: tables, results.json, a picture of pass@k, and paired differences between runs."""
+"""Turns samples into numbers: tables, results.json, a picture of pass@k, paired differences between runs."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from .._files import write_whole
+from .._files import save_figure, write_whole
 from ..errors import ConfigError, TrainerError
-from .metrics import bootstrap_interval, distinct_right, maj_at_k, pass_at_k
+from .metrics import Estimate, distinct_right, estimate, excludes_zero, maj_at_k, pass_at_k
+from .rows import Asked, Sample, is_right
 
-Row = dict[str, Any]
 VOTES = 16  # maj@16 is what is usually reported
-MOST_VOTES = 64  # of the k chosen here: an exact maj@k costs some k^2, about a second where k is 128 of 1024
+MOST_VOTES = 64  # largest default k of maj@k, whose cost grows as k^2: about a second for 128 of 1024 samples
+
+
+class Summary(TypedDict):
+    """The numbers of one data set."""
+
+    problems: int
+    samples: int  # of each problem
+    metrics: dict[str, Estimate]  # by name: pass@k, maj@k, distinct_right, truncated, length
+
+
+class Difference(Estimate):
+    """The mean of value - base over problems, with its interval, and the means of both."""
+
+    base: float
+    value: float
+
+
+class Comparison(TypedDict):
+    """The differences of one run to the first, on one data set."""
+
+    problems: int  # those that both runs have
+    samples: int  # of each problem, in the run that has fewer
+    metrics: dict[str, Difference]
 
 
 def powers(n: int) -> list[int]:
@@ -25,7 +47,7 @@ def powers(n: int) -> list[int]:
 
 
 def check_ks(ks: Sequence[int] | None, n: int) -> list[int]:
-    """The k asked for, 1 among them; by default all powers of two. ConfigError unless all are in [1, n]."""
+    """The k of pass@k in order: `ks` and 1, or all powers of two. ConfigError unless all are in [1, n]."""
     chosen = sorted({1, *(powers(n) if ks is None else ks)})
     for k in chosen:
         if not 1 <= k <= n:
@@ -33,10 +55,12 @@ def check_ks(ks: Sequence[int] | None, n: int) -> list[int]:
     return chosen
 
 
-def by_problem(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """{data set: {problem: its samples}}; TrainerError where problems differ in their number of samples, or a
-    sample has no score."""
-    found: dict[str, dict[str, list[Row]]] = {}
+def by_problem(rows: Sequence[Sample]) -> dict[str, dict[str, list[Sample]]]:
+    """{data set: {problem: its samples}}.
+
+    Raises TrainerError where a sample has no score, or problems differ in their number of samples.
+    """
+    found: dict[str, dict[str, list[Sample]]] = {}
     for row in rows:
         if row["score"] is None:
             raise TrainerError(
@@ -55,18 +79,21 @@ def by_problem(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
 
 
 def vote_ks(ks: Sequence[int] | None, n: int) -> list[int]:
-    """The k of maj@k: all those asked for; by default powers of two up to n, but not above MOST_VOTES."""
+    """The k of maj@k in order: `ks`, or the powers of two up to min(n, MOST_VOTES); and min(VOTES, n)."""
     chosen = check_ks(ks, n) if ks is not None else powers(min(n, MOST_VOTES))
     return sorted({*chosen, min(VOTES, n)})
 
 
 def per_problem(
-    problems: dict[str, list[Row]], ks: Sequence[int], votes: Sequence[int], gate: float
+    problems: dict[str, list[Sample]], ks: Sequence[int], votes: Sequence[int], gate: float
 ) -> dict[str, list[float]]:
-    """Each metric's value for every problem, in order: pass@k for ks, maj@k for votes, distinct right ..."""
+    """{metric: its value for every problem, in order}.
+
+    The metrics are pass@k for k in `ks`, maj@k for k in `votes`, distinct_right, truncated and length.
+    """
     values: dict[str, list[float]] = {}
     for samples in problems.values():
-        right = [row["score"] >= gate for row in samples]
+        right = [is_right(row, gate) for row in samples]
         answers = [row["answer"] for row in samples]
         for k in ks:
             values.setdefault(f"pass@{k}", []).append(pass_at_k(len(right), sum(right), k))
@@ -79,27 +106,33 @@ def per_problem(
     return values
 
 
-def summarise(rows: Sequence[Row], ks: Sequence[int] | None = None, gate: float = 0.99) -> dict[str, Any]:
-    """{data set: {"problems", "samples", "metrics": {name: {"mean", "low", "high"}}}}.
+def summarise(
+    rows: Sequence[Sample], ks: Sequence[int] | None = None, gate: float = 0.99
+) -> dict[str, Summary]:
+    """The numbers of each data set: means over problems, with 95 % bootstrap intervals over problems.
 
-    Means over problems, with 95 % bootstrap intervals over them (None for a single one). A response is right
-    if score >= gate.
+    Args:
+        rows: all samples, those of a problem with one question; every problem of a data set with as many.
+        ks: the k of pass@k and maj@k; None: `check_ks` and `vote_ks` choose.
+        gate: a response is right if its score is at least this.
+
+    Raises:
+        ConfigError: there are no samples, or a k is above their number.
+        TrainerError: a sample has no score, or problems differ in their number of samples.
     """
     if not rows:
-        raise ConfigError("samples: there are none")
-    summary = {}
+        raise ConfigError("samples: the file is empty")
+    summary: dict[str, Summary] = {}
     for name, problems in by_problem(rows).items():
         n = len(next(iter(problems.values())))
-        metrics = {}
-        for metric, values in per_problem(problems, check_ks(ks, n), vote_ks(ks, n), gate).items():
-            low, high = bootstrap_interval(values)
-            metrics[metric] = {"mean": _mean(values), "low": low, "high": high}
+        values = per_problem(problems, check_ks(ks, n), vote_ks(ks, n), gate)
+        metrics = {metric: estimate(of_metric) for metric, of_metric in values.items()}
         summary[name] = {"problems": len(problems), "samples": n, "metrics": metrics}
     return summary
 
 
-def table(summary: dict[str, Any]) -> str:
-    """A Markdown table, one column a data set: percent, with the 95 % interval."""
+def table(summary: Mapping[str, Summary]) -> str:
+    """A Markdown table with a column for each data set: percent, with the 95 % interval."""
     metrics = _shown(summary.values())
     rows = [["", *summary]]
     rows.append(["problems x responses", *(f"{s['problems']} x {s['samples']}" for s in summary.values())])
@@ -114,8 +147,8 @@ LABELS = {"distinct_right": "distinct right answers", "truncated": "cut off", "l
 COUNTS = ("distinct_right", "length")  # all others are shares
 
 
-def _shown(summaries: Any) -> list[str]:
-    """The metrics of a table: of the votes the usual one, or the largest there is."""
+def _shown(summaries: Iterable[Summary | Comparison]) -> list[str]:
+    """The metrics of a table, in order; among maj@k only maj@16, or that of the largest k below 16."""
     names: dict[str, None] = {}
     for one in summaries:
         names.update(dict.fromkeys(one["metrics"]))
@@ -126,14 +159,19 @@ def _shown(summaries: Any) -> list[str]:
     return [passes[0], *(f"maj@{k}" for k in votes[:1]), *passes[1:], "distinct_right", "truncated", "length"]
 
 
-def _cell(value: dict[str, Any] | None, metric: str, sign: str = "") -> str:
+def _written(value: float, metric: str, sign: str = "") -> str:
+    """The value of a metric as text: a share in percent; sign "+" writes one for positive values too."""
+    factor, digits = (1, 2) if metric == "distinct_right" else (1, 1) if metric in COUNTS else (100, 1)
+    return f"{factor * value:{sign}.{digits}f}"
+
+
+def _cell(value: Estimate | None, metric: str, sign: str = "") -> str:
     if value is None:
         return ""
-    factor, digits = (1, 2) if metric == "distinct_right" else (1, 1) if metric in COUNTS else (100, 1)
-    mean, *interval = (
-        f"{factor * value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high") if value[key] is not None
-    )
-    return f"{mean} ({' to '.join(interval)})" if interval else mean
+    mean = _written(value["mean"], metric, sign)
+    if value["low"] is None or value["high"] is None:
+        return mean
+    return f"{mean} ({_written(value['low'], metric, sign)} to {_written(value['high'], metric, sign)})"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -144,19 +182,17 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def compare(
-    runs: Mapping[str, Sequence[Row]], ks: Sequence[int] | None = None, gate: float = 0.99
-) -> dict[str, dict[str, Any]]:
-    """Paired differences of every run to the first, over the problems that both have.
+    runs: Mapping[str, Sequence[Sample]], ks: Sequence[int] | None = None, gate: float = 0.99
+) -> dict[str, dict[str, Comparison]]:
+    """{run: {data set: paired differences to the first run}}, over the problems that both runs have.
 
-    {run: {data set: {"problems", "samples", "metrics": {name: {"base", "value", "mean", "low", "high"}}}}}:
-    mean is that of value - base, its 95 % interval a bootstrap over problems, each with both of its values;
-    None for a single problem.
-    Without ks: the powers of two up to the smaller n. ConfigError where nothing is shared, or where a problem
-    of the same name is another one.
+    A difference is taken problem by problem; its 95 % interval is a bootstrap over problems. ks: as for
+    `summarise`; None: powers of two up to the smaller n. Raises ConfigError where two runs share no problem,
+    or where problems of the same name have other questions.
     """
     (base, base_rows), *others = runs.items()
     first = by_problem(base_rows)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Comparison]] = {}
     for name, rows in others:
         check_questions(rows, base_rows, name, base)
         found[name] = {}
@@ -168,35 +204,35 @@ def compare(
             used, votes = check_ks(ks, n), vote_ks(ks, n)
             ours = per_problem({p: problems[p] for p in shared}, used, votes, gate)
             theirs = per_problem({p: first[data][p] for p in shared}, used, votes, gate)
-            metrics = {}
-            for metric in ours:
-                difference = np.subtract(ours[metric], theirs[metric])
-                low, high = bootstrap_interval(difference)
-                metrics[metric] = {
+            metrics: dict[str, Difference] = {
+                metric: {
                     "base": _mean(theirs[metric]),
                     "value": _mean(ours[metric]),
-                    "mean": float(difference.mean()),
-                    "low": low,
-                    "high": high,
+                    **estimate(np.subtract(ours[metric], theirs[metric])),
                 }
+                for metric in ours
+            }
             if len(problems[shared[0]]) != len(first[data][shared[0]]):
-                metrics.pop("distinct_right", None)  # more samples have more of them
+                metrics.pop("distinct_right", None)  # it grows with the number of samples
             found[name][data] = {"problems": len(shared), "samples": n, "metrics": metrics}
         if not found[name]:
             raise ConfigError(f"compare: {name} and {base} share no problem")
     return found
 
 
-def check_questions(ours: Sequence[Row], theirs: Sequence[Row], name: str, base: str) -> None:
-    """Raises ConfigError where problems of the same name have other questions; rows hold both."""
+def check_questions(ours: Sequence[Asked], theirs: Sequence[Asked], name: str, base: str) -> None:
+    """Raises ConfigError where problems of the same name have different questions.
+
+    name, base: what the message calls `ours` and `theirs`.
+    """
     asked = {row["problem"]: row.get("question") for row in theirs}
     for row in ours:
         if row["problem"] in asked and row.get("question") != asked[row["problem"]]:
             raise ConfigError(f"compare: {row['problem']} is another problem in {name} than in {base}")
 
 
-def comparison_table(base: str, compared: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of all differences; those whose interval leaves out 0 are bold."""
+def comparison_table(base: str, compared: Mapping[str, Mapping[str, Comparison]]) -> str:
+    """A Markdown table of all differences to the run `base`, bold where the interval excludes 0."""
     rows = [["data", "problems", "metric", base, "other", "value", "difference"]]
     for run, data in compared.items():
         for name, one in data.items():
@@ -204,20 +240,16 @@ def comparison_table(base: str, compared: dict[str, dict[str, Any]]) -> str:
                 value = one["metrics"].get(metric)
                 if value is None:
                     continue
-                factor, digits = (
-                    (1, 2) if metric == "distinct_right" else (1, 1) if metric in COUNTS else (100, 1)
-                )
                 cell = _cell(value, metric, "+")
-                clear = value["low"] is not None and (value["low"] > 0 or value["high"] < 0)
                 rows.append(
                     [
                         name,
                         str(one["problems"]),
                         LABELS.get(metric, metric),
-                        f"{factor * value['base']:.{digits}f}",
+                        _written(value["base"], metric),
                         run,
-                        f"{factor * value['value']:.{digits}f}",
-                        f"**{cell}**" if clear else cell,
+                        _written(value["value"], metric),
+                        f"**{cell}**" if excludes_zero(value) else cell,
                     ]
                 )
     return _markdown(rows)
@@ -230,8 +262,11 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
 COLORS = ("#1f6fb4", "#d1603d", "#3a8f5c", "#8b5fb0", "#b08a1f", "#5b6570", "#c2417f")
 
 
-def draw(curves: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    """pass@k over k, one line a data set (or run) with its 95 % interval, and maj@k dashed beside it."""
+def draw(curves: Mapping[str, Mapping[str, Estimate]], title: str, path: Path) -> None:
+    """Saves a picture (PNG): pass@k over k with its 95 % interval, and maj@k dashed.
+
+    curves: {label: metrics of a `Summary`}, a colour each.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -255,8 +290,13 @@ def draw(curves: dict[str, dict[str, Any]], title: str, path: Path) -> None:
                 markersize=4,
                 label=label if kind == "pass" else None,
             )
-            if kind == "pass" and values[0]["low"] is not None:
-                lows, highs = ([value[key] for value in values] for key in ("low", "high"))
+            intervals = [
+                (value["low"], value["high"])
+                for value in values
+                if value["low"] is not None and value["high"] is not None
+            ]
+            if kind == "pass" and intervals:
+                lows, highs = zip(*intervals)
                 axes.fill_between(ks, lows, highs, color=color, alpha=0.15, linewidth=0)
             largest = max(largest, *ks)
     axes.set_xscale("log", base=2)
@@ -271,9 +311,7 @@ def draw(curves: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     handles += [Line2D([], [], color="#5b6570", linestyle=style) for style in ("-", "--")]
     axes.legend(handles, [*labels, "pass@k", "maj@k"], frameon=False, fontsize=9)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    save_figure(figure, path, dpi=110)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,14 +1,10 @@
-"""Sampling n responses to every problem into a file, from which all numbers are computed.
+"""Samples n responses to every problem into a file, from which all numbers are computed.
 
     out/samples.json     the settings: model, data, prompts, decoding, seed
-    out/samples.jsonl    one response a line, n in a row for each problem:
+    out/samples.jsonl    one response a line (`rows.Sample`), n consecutive lines for each problem
 
-    {"problem": "math500/12", "sample": 0, "data": "math500", "question": ..., "prompt": what the model saw,
-     "add_special_tokens": false, "completion": ..., "tokens": [ids, the end token too], "truncated": false,
-     "score": 1.0, "answer": "7"}
-
-Lines are written a chunk of whole problems at a time. A killed run goes on after its last whole chunk; each
-chunk has a seed of its own, so that the file will be that of a run that was never killed.
+Lines are written a batch of whole problems at a time. A killed run resumes after its last whole batch. Each
+batch has its own seed, so the file is the same as that of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -16,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError
+from ..errors import ConfigError, TrainerError, one_line
 from ..models.loading import load_tokenizer
 from ..tasks.base import Item, Task, final_answer, item_of, score_completion
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
 from .engines import Decoding, Engine, Response, load_engine
+from .rows import Sample, Verdict, is_right, read_line, short, without_texts, write_line
 
-# Keys of the trainer's configuration that decide what a model answers; the others have no say here.
+# Keys of the trainer's configuration that change what a model answers; the others are ignored here.
 SAMPLING_KEYS = (
     "model",
     "dtype",
@@ -59,10 +54,10 @@ class DataSet:
     """Problems with a verifier, under a name that is unique in a run."""
 
     name: str
-    source: str  # where they came from, for people
+    source: str  # where the problems came from, to show and to record
     task: Task
-    template: str | None = None  # of its prompts, where the configuration has none of its own
-    limit: int | None = None  # the first so many problems; None: all
+    template: str | None = None  # prompt template, used unless the configuration has its own
+    limit: int | None = None  # only the first `limit` problems; None: all
 
     def __len__(self) -> int:
         return len(self.task) if self.limit is None else min(self.limit, len(self.task))
@@ -73,7 +68,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample: prompts and model as the trainer's configuration has them, and how to decode."""
+    """How to sample: model and prompts (the trainer's configuration), decoding, engine."""
 
     config: TrainerConfig
     decoding: Decoding
@@ -81,7 +76,10 @@ class Settings:
     batch_size: int = 64  # responses generated at once
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the responses depend on, but for the data; looks at the model's directory."""
+        """Everything but the data that the responses depend on, for samples.json.
+
+        Reads the files in the model's directory (`model_files`).
+        """
         mine = {key: getattr(self.config, key) for key in SAMPLING_KEYS}
         mine[MODEL_FILES] = model_files(self.config.model)
         return {**mine, **asdict(self.decoding), "engine": self.engine, "batch_size": self.batch_size}
@@ -89,11 +87,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Problem:
+    """One item of a data set, with its prompt for one model."""
+
     id: str  # <data set>/<index>
     data: DataSet
     item: Item
-    prompt: str  # as the model sees it
-    tokens: list[int]  # the same
+    prompt: str  # the text that the model sees
+    tokens: list[int]  # the token ids of `prompt`
     special: bool  # whether the tokenizer added special tokens to the text
 
 
@@ -103,13 +103,24 @@ def sample(
     out: Path,
     engine: Engine | None = None,
     overwrite: bool = False,
-) -> list[dict[str, Any]]:
-    """Samples and verifies n responses to every problem, or goes on with it; returns the lines of the file.
+) -> list[Sample]:
+    """Samples and verifies n responses to every problem into `out`; resumes a run that was killed.
 
-    engine: a model that is loaded already, e.g. TransformersEngine(model, tokenizer, config, decoding); else
-    settings.config.model is loaded, if there is anything left to sample. Raises ConfigError for an `out` made
-    with other settings and for wrong settings, TrainerError for a damaged file. overwrite=True starts over:
-    what is in `out` goes when the first chunk is there to take its place.
+    Args:
+        data: the data sets, under different names.
+        settings: model, prompts and decoding; n is settings.decoding.n.
+        out: folder of samples.json and samples.jsonl, made where it is missing.
+        engine: a loaded model, e.g. TransformersEngine(model, tokenizer, config, decoding). None: loads
+            settings.config.model, unless every problem has been sampled.
+        overwrite: start over. Old files are removed once the first new batch has been sampled.
+
+    Returns:
+        All lines of samples.jsonl, those of an earlier run included.
+
+    Raises:
+        ConfigError: a setting is wrong, or `out` holds samples of other settings.
+        TrainerError: samples.jsonl in `out` is damaged.
+        RewardError: a task's score raised, or was not a finite number.
     """
     from tqdm import tqdm
 
@@ -124,15 +135,16 @@ def sample(
     header = {"data": describe(data), "settings": settings.to_dict()}
     if not overwrite:
         _check_header(out, header)
-    # Whole problems of one data set: neither other data nor where a run was killed has a say in a chunk.
+    # A batch holds whole problems of one data set, so that it depends neither on other data sets nor on
+    # where a run was killed.
     size = max(settings.batch_size // n, 1)
-    chunks = [mine[at : at + size] for mine in problems for at in range(0, len(mine), size)]
-    rows = [] if overwrite else _rewind(file, chunks, n)
+    batches = [mine[at : at + size] for mine in problems for at in range(0, len(mine), size)]
+    rows = [] if overwrite else _rewind(file, batches, n)
     total = sum(map(len, problems))
     with tqdm(total=total, initial=len(rows) // n, desc="problems", dynamic_ncols=True) as bar:
         start = 0
-        for chunk in chunks:
-            start += len(chunk)
+        for batch in batches:
+            start += len(batch)
             if start * n <= len(rows):
                 continue
             if engine is None:
@@ -140,31 +152,31 @@ def sample(
                 engine = load_engine(
                     settings.engine, tokenizer, _engine_config(settings, longest), settings.decoding
                 )
-            seeds = [_seed(config.seed, problem.id) for problem in chunk]
-            answers = engine.sample([problem.tokens for problem in chunk], seeds)
+            seeds = [_seed(config.seed, problem.id) for problem in batch]
+            answers = engine.sample([problem.tokens for problem in batch], seeds)
             new = [
                 _row(problem, index, response)
-                for problem, responses in zip(chunk, answers)
+                for problem, responses in zip(batch, answers)
                 for index, response in enumerate(responses)
             ]
-            if overwrite and not rows:  # not before: the model may not load, or run out of memory
+            if overwrite and not rows:  # only now: the model may fail to load, or run out of memory
                 for name in ("samples.jsonl", "results.json"):
                     (out / name).unlink(missing_ok=True)
                 _check_header(out, header)
             with file.open("a", encoding="utf-8") as lines:
-                lines.writelines(_line(row) for row in new)
+                lines.writelines(write_line(row) for row in new)
             flush(file)
             rows += new
-            right = sum(row["score"] >= config.score_gate for row in rows)
+            right = sum(is_right(row, config.score_gate) for row in rows)
             bar.set_postfix_str(f"pass@1 {right / len(rows):.3f}", refresh=False)
-            bar.update(len(chunk))
+            bar.update(len(batch))
     return rows
 
 
 def model_files(model: str) -> str | None:
-    """A digest of a local model directory, which another training into it changes; None for other models.
+    """A digest of a local model directory that changes when another model is saved there; None for hub names.
 
-    Of weights, which are large: name, size and time of the last change; of what else decides answers: bytes.
+    It covers name, size and modification time of the weights, and the bytes of configuration and tokenizer.
     """
     folder = Path(model).expanduser()
     if not model or not folder.is_dir():
@@ -181,8 +193,8 @@ def _globbed(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
-def unfinished(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
-    """What a run's file lacks by its samples.json, as "2 of 4 problems of aime25, ..."; "" for nothing."""
+def unfinished(rows: Sequence[Sample], header: dict[str, Any]) -> str:
+    """The incomplete data sets of samples.json, as "2 of 4 problems of aime25, ..."; "" for a whole run."""
     n = header.get("settings", {}).get("n", 1)
     samples = Counter(row["problem"] for row in rows)
     there = Counter(problem.rpartition("/")[0] for problem, count in samples.items() if count >= n)
@@ -191,9 +203,12 @@ def unfinished(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
     return ", ".join(f"{there[name]} of {wanted[name]} problems of {name}" for name in lacking)
 
 
-def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict[str, Any]]:
-    """Stored samples with score and answer by these tasks; ConfigError where the problems are others."""
-    named, verified = {d.name: d for d in data}, []
+def verify(rows: Sequence[Sample], data: Sequence[DataSet]) -> list[Sample]:
+    """The samples with score and answer computed again by these tasks.
+
+    Raises ConfigError for a sample whose problem is not in `data`, or has another question there.
+    """
+    named, verified = {d.name: d for d in data}, list[Sample]()
     for row in rows:
         name, _, index = row["problem"].rpartition("/")
         number = index.isascii() and index.isdigit()
@@ -209,11 +224,11 @@ def verify(rows: Sequence[dict[str, Any]], data: Sequence[DataSet]) -> list[dict
     return verified
 
 
-def read_samples(path: Path, texts: bool = True) -> list[dict[str, Any]]:
-    """The lines of a samples.jsonl, or of the one in a folder; a half-written last line is left out.
+def read_samples(path: Path, texts: bool = True) -> list[Sample]:
+    """The samples in a samples.jsonl, or in the one of a folder; a half-written last line is left out.
 
-    texts=False: what numbers are made of, in a fraction of the memory: neither prompts nor responses, but
-    "length", a response's tokens. Raises TrainerError for a file that is none, or has a line of other fields.
+    texts=False leaves out prompts and responses (`without_texts`). Raises TrainerError for a file that cannot
+    be read, or has a line that is not a `Sample`.
     """
     file = path / "samples.jsonl" if path.is_dir() else path
     rows = []
@@ -221,71 +236,33 @@ def read_samples(path: Path, texts: bool = True) -> list[dict[str, Any]]:
         with file.open("rb") as lines:  # line by line: files of long responses are large
             for number, line in enumerate(lines, 1):
                 if line.endswith(b"\n"):
-                    row = _read_line(line, f"samples: {file}, line {number}")
-                    rows.append(row if texts else _numbers(row))
+                    row = read_line(line, f"samples: {file}, line {number}")
+                    rows.append(row if texts else without_texts(row))
     except OSError as error:
         raise TrainerError(f"samples: {file}: {error.strerror}") from None
     return rows
 
 
-# What a line must hold, and may; a score of null: not verified yet.
-NEEDED = {
-    "problem": (str,),
-    "sample": (int,),
-    "question": (str,),
-    "completion": (str,),
-    "score": (int, float, type(None)),
-    "answer": (str, type(None)),
-}
-KNOWN = {**NEEDED, "data": (str,), "prompt": (str,), "tokens": (list,)}
-
-
-def _read_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = json.loads(line)
-        missing = [key for key in NEEDED if key not in row]
-    except (ValueError, TypeError):
-        raise TrainerError(f"{where} is no sample of g2rl eval") from None
-    if missing:
-        raise TrainerError(f"{where} is no sample of g2rl eval: it has no {missing[0]!r}")
-    for key in KNOWN:
-        if key in row and not _fits(key, row[key]):
-            raise TrainerError(f"{where} is no sample of g2rl eval: {key}={_short(row[key])}")
-    return row
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in row.items() if key not in ("prompt", "completion", "tokens")}
-    # n samples have one question
-    return {**kept, "question": sys.intern(row["question"]), "length": len(row.get("tokens", ()))}
-
-
-def _fits(key: str, value: Any) -> bool:
-    if isinstance(value, list) and not {int}.issuperset(map(type, value)):
-        return False
-    return isinstance(value, KNOWN[key]) and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def write_samples(out: Path, rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
-    """Both files of a run, in place of what is there."""
+def write_samples(out: Path, rows: Sequence[Sample], header: dict[str, Any]) -> None:
+    """Writes samples.json and samples.jsonl, over any files of these names in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "samples.json", json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-    write_whole(out / "samples.jsonl", "".join(map(_line, rows)))
+    write_whole(out / "samples.jsonl", "".join(map(write_line, rows)))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if none is there."""
+    """samples.json in a folder or beside a file: {"data": ..., "settings": ...}; {} if it cannot be read."""
     folder = path if path.is_dir() else path.parent
     try:
         found: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        parts = found.get("settings", {}), *found.get("data", {}).values()
+        mappings = found.get("settings", {}), *found.get("data", {}).values()
     except (OSError, ValueError, AttributeError):
         return {}
-    return found if all(isinstance(part, dict) for part in parts) else {}
+    return found if all(isinstance(one, dict) for one in mappings) else {}
 
 
-def prompt_tokens(row: dict[str, Any], tokenizer: Any) -> list[int]:
-    """The prompt of a stored sample as the token ids that the model saw."""
+def prompt_tokens(row: Sample, tokenizer: Any) -> list[int]:
+    """The prompt's token ids, as the model saw them."""
     special = bool(row.get("add_special_tokens"))
     ids: list[int] = tokenizer(row["prompt"], add_special_tokens=special)["input_ids"]
     return ids
@@ -296,12 +273,11 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
         config = replace(config, prompt_template=data.template)
     found = []
     for index, item in enumerate(data.items()):
-        try:  # templates are programs of the model's authors; some refuse a system role
+        try:  # chat templates are programs that come with the model; some refuse a system role
             text, special = render(item["question"], tokenizer, config)
         except Exception as error:
-            what = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"chat template: {what}: drop system_prompt, or set chat_template: never"
+                f"chat template: {one_line(error, 200)}: drop system_prompt, or set chat_template: never"
             ) from error
         tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not tokens:
@@ -313,17 +289,17 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
 
 
 def _engine_config(settings: Settings, longest: int) -> TrainerConfig:
-    """What an engine is loaded with: its batch size, and room for the longest prompt."""
+    """The configuration that an engine is loaded with: its batch size, and room for the longest prompt."""
     return replace(
         settings.config,
         max_prompt_tokens=longest,
-        temperature=settings.decoding.temperature or 1.0,  # 0, greedy, is the engine's business
+        temperature=settings.decoding.temperature or 1.0,  # the engine itself handles 0, greedy decoding
         generate_batch_size=settings.batch_size,
-        truncated="keep",  # recipes may drop such responses from training; here each of them counts
+        truncated="keep",  # a recipe may drop truncated responses from training; here each one counts
     )
 
 
-def _row(problem: Problem, index: int, response: Response) -> dict[str, Any]:
+def _row(problem: Problem, index: int, response: Response) -> Sample:
     return {
         "problem": problem.id,
         "sample": index,
@@ -338,24 +314,20 @@ def _row(problem: Problem, index: int, response: Response) -> dict[str, Any]:
     }
 
 
-def _verdict(task: Task, completion: str, item: Item) -> dict[str, Any]:
+def _verdict(task: Task, completion: str, item: Item) -> Verdict:
     return {
         "score": score_completion(task, completion, item),
         "answer": final_answer(task, completion, item),
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def _seed(seed: int, problem: str) -> int:
-    """31 bits that differ from problem to problem, the same on every machine."""
+    """A seed of 31 bits for each problem, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed} {problem}".encode()).digest()[:4], "big") >> 1
 
 
 def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
-    """What must not change under a run: where the problems came from, how many, and a digest of them."""
+    """{data set: source, number of problems, template, digest}: what must be the same to resume a run."""
     found = {}
     for one in data:
         text = json.dumps(one.items(), sort_keys=True, default=str)
@@ -366,45 +338,40 @@ def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
 
 
 def _check_header(out: Path, header: dict[str, Any]) -> None:
-    """Writes samples.json, or compares: ConfigError names the settings in which an earlier run differs."""
-    header = json.loads(json.dumps(header))  # as it will be read
+    """Writes samples.json for a new run; ConfigError names the settings that differ from an earlier one's."""
+    header = json.loads(json.dumps(header))  # as a later run will read it
     if not (out / "samples.jsonl").exists():
         write_whole(out / "samples.json", json.dumps(header, indent=2, ensure_ascii=False) + "\n")
         return
     old = read_settings(out)
     changed = [
-        (key, old.get(part, {}).get(key), header[part].get(key))
-        for part in ("settings", "data")
-        for key in {**header[part], **old.get(part, {})}
-        if old.get(part, {}).get(key) != header[part].get(key)
+        (key, old.get(section, {}).get(key), header[section].get(key))
+        for section in ("settings", "data")
+        for key in {**header[section], **old.get(section, {})}
+        if old.get(section, {}).get(key) != header[section].get(key)
     ]
     if not changed:
         return
     if [key for key, _, _ in changed] == [MODEL_FILES]:
         what = f"of another model: the files in {header['settings']['model']} have changed since"
     else:
-        what = "with " + ", ".join(f"{key}={_short(was)} (now {_short(now)})" for key, was, now in changed)
+        what = "with " + ", ".join(f"{key}={short(was)} (now {short(now)})" for key, was, now in changed)
     raise ConfigError(f"{out} has samples {what}: choose another --out, or --overwrite to start over")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def _rewind(file: Path, chunks: Sequence[Sequence[Problem]], n: int) -> list[dict[str, Any]]:
-    """Cuts the file after its last whole chunk, where a killed run left more; returns its lines."""
+def _rewind(file: Path, batches: Sequence[Sequence[Problem]], n: int) -> list[Sample]:
+    """Cuts the file after its last whole batch; returns the samples before it."""
     if not file.exists():
         return []
     rows = read_samples(file)
-    expected = [(problem.id, index) for chunk in chunks for problem in chunk for index in range(n)]
+    expected = [(problem.id, index) for batch in batches for problem in batch for index in range(n)]
     if [(row["problem"], row["sample"]) for row in rows] != expected[: len(rows)]:
         raise TrainerError(f"samples: {file} is damaged: its lines are not in order; --overwrite starts over")
     whole = 0
-    for chunk in chunks:
-        if whole + len(chunk) * n > len(rows):
+    for batch in batches:
+        if whole + len(batch) * n > len(rows):
             break
-        whole += len(chunk) * n
+        whole += len(batch) * n
     with file.open("rb") as lines:
         os.truncate(file, sum(map(len, itertools.islice(lines, whole))))
     return rows[:whole]

@@ -1,16 +1,17 @@
-"""How the responses to one problem lie to each other in gradient space, and what else tells them apart.
+"""Measures how similar the responses to a problem are in gradient space.
 
-Everything is of *groups*, the responses to one problem, and of *pairs* within them. A response's feature Phi
-is the direction in which it would move the LM head's input (`head_features`); S_ij is the cosine of two
-(`group_geometry`, equation 9). `STATISTICS` says what is made of that. Overall numbers are means over
-problems: each problem counts the same, however many pairs it has. (`g2rl/*` while training averages over all
-pairs; with groups of one size the two agree.)
+A *group* is the responses to one problem; a *pair* is two of them. A response's feature Phi is the direction
+in which it would move the LM head's input (`head_features`), and S_ij is the cosine of two features
+(`group_geometry`, equation 9). `rows.STATISTICS` lists the numbers of a group.
+
+Overall numbers are means over problems: each problem counts the same, however many pairs it has. (`g2rl/*` in
+training averages over all pairs; with groups of one size the two agree.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,32 +20,29 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import check_questions
 from ..group.geometry import row_groups
 from ..head.reference import segment_sum
 from ..models.lm_head import LMHead, response_hidden
+from .rows import (
+    STATISTICS,
+    Extreme,
+    GroupStatistics,
+    MeasuredProblem,
+    Overall,
+    Pair,
+    PairStatistics,
+    ResponseStatistics,
+    Statistic,
+)
 
-# Of one problem; None where there is nothing to say it of (no pair, no encoder, no scores).
-STATISTICS = {
-    "cos_mean": "mean gradient cosine over pairs",
-    "negative_pairs": "share of pairs with a negative gradient cosine",
-    "effective_rank": "directions in the group: effective rank of its matrix of cosines, from 1 to its size",
-    "semantic_cosine": "mean cosine over pairs of the texts' sentence embeddings",
-    "distinct_answers": "different final answers",
-    "distinct_right": "different right answers",
-    "accuracy": "share of right responses",
-    "entropy": "nats a token, mean over all tokens",
-    "length": "tokens a response",
-}
-
-# Of `group_geometry`, where cosines are only described: the default shrinks those of features not far longer
-# than it.
-EPS = 1e-30
+EPS = 1e-30  # for `group_geometry`: its default would shrink the cosines of features about as short as it
 
 
 @dataclass
 class Measured:
-    """What one forward under the model says about S responses; on the CPU."""
+    """The measurements of S responses under a model, on the CPU: what `measure` returns."""
 
     features: Tensor  # [S, d] float32
     entropy: Tensor  # [S] float32, nats, summed over the response's tokens
@@ -62,16 +60,22 @@ def measure(
     autocast: bool = False,
     advance: Callable[[int], Any] | None = None,
 ) -> Measured:
-    """Features and entropies of S responses, given as token ids, each to its own prompt.
+    """Features and entropies of S responses, by one forward of the backbone for each batch.
 
-    head: of `find_head`, its model in eval mode; batch_size: responses a forward, a matter of memory;
-    autocast: products in bf16; advance: called with the number of responses done. A response without tokens
-    has the feature zero.
+    Args:
+        head: of `find_head`, its model in evaluation mode.
+        prompts: S lists of token ids.
+        responses: S lists of token ids, each the answer to the prompt in its place. A response without tokens
+            gets the feature zero.
+        temperature: of sampling.
+        batch_size: responses in a forward; bounds the memory.
+        autocast: run the backbone and the head in bf16.
+        advance: called after each batch with the number of its responses.
     """
     device, dtype = head.output.weight.device, head.output.weight.dtype
     if autocast:
         dtype = torch.bfloat16
-    weight, bias = head.weights(dtype)
+    arguments = head.arguments(temperature, dtype)
     lengths = torch.tensor([len(response) for response in responses], dtype=torch.int64)
     features, entropy = [], []
     for start in range(0, len(lengths), batch_size):
@@ -79,11 +83,9 @@ def measure(
         ids, attention, mask = (t.to(device) for t in _padded(prompts[rows], responses[rows]))
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             hidden, tokens, cu_seqlens = response_hidden(head, ids, attention, mask)
-        out = g2.head_features(
-            hidden.to(dtype), weight, tokens, cu_seqlens, bias=bias, **head.options(temperature)
-        )
+        out = g2.head_features(hidden.to(dtype), tokens=tokens, cu_seqlens=cu_seqlens, **arguments)
         features.append(out.features.cpu())
-        # not index_add, which on a GPU adds in any order
+        # not index_add: on a GPU it adds in an order that changes from run to run
         entropy.append(segment_sum(out.entropy, cu_seqlens, 0, len(out.entropy)).cpu())
         if advance is not None:
             advance(len(mask))
@@ -105,11 +107,11 @@ def _padded(
 
 
 def effective_rank(similarity: Tensor) -> float:
-    """exp of the entropy of the eigenvalues of a matrix of cosines [k, k], as shares of their sum.
+    """exp of the entropy of the eigenvalues, as shares of their sum, of a matrix of cosines [k, k].
 
-    1 where all k features point the same (or the opposite) way, k where they are orthogonal. Roy and
-    Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, with the matrix of
-    cosines as their A: it is positive semi-definite, so its singular values are its eigenvalues.
+    It is 1 where all k features are parallel or antiparallel, and k where they are orthogonal. From Roy and
+    Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. They take singular
+    values; those of a matrix of cosines, which is positive semi-definite, are its eigenvalues.
     """
     values = torch.linalg.eigvalsh(similarity.double()).clamp(min=0)
     shares = values / values.sum()
@@ -128,24 +130,22 @@ def group_statistics(
     embeddings: Tensor | None = None,
     entropy: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> list[dict[str, Any]]:
-    """`STATISTICS` of every group, with its matrices of cosines and its most telling pairs.
+) -> list[GroupStatistics]:
+    """The statistics of every group, in order of first appearance.
+
+    A statistic is None where its input is not given, or the group has no pair.
 
     Args:
-        features: [S, d], of `head_features`. A feature that is zero (no tokens) or not finite takes no part
-            in what is about pairs, effective rank and semantic cosine.
-        group_size, group_ids: exactly one, as in `group_geometry`; ids of any kind of groups.
-        scores: [S], right from `score_gate` on.
-        texts: [S], so that pairs of equal texts, whose cosine is 1, are not called the most redundant.
-        answers: [S], equal texts for equal answers, None for no answer.
+        features: [S, d], of `head_features`. A response whose feature is zero (no tokens) or not finite is
+            left out of pairs, effective rank and semantic cosine.
+        group_size, group_ids: exactly one, as in `group_geometry`.
+        scores: [S]; a response is right if its score is at least score_gate.
+        score_gate: see scores.
+        texts: [S]. `redundant` and `opposed` are then pairs of different texts: equal texts have cosine 1.
+        answers: [S], equal texts for equal answers; None for no answer.
         embeddings: [S, e], rows of unit norm (`SentenceEncoder`).
-        entropy, lengths: [S], as in `Measured`. Responses whose entropy is not finite do not count.
-
-    Returns:
-        A dict a group, in order of first appearance, ready for JSON: `STATISTICS`; responses, how many;
-        measured, which of them took part (places in the group, k of them); cosine [k, k] and semantic [k, k];
-        redundant and opposed, the pairs of different texts with the largest and the smallest cosine:
-        {"samples": two places in the group, "cosine", "semantic"}, None where there is no such pair.
+        entropy: [S], nats, summed over tokens; a value that is not finite is left out of the mean.
+        lengths: [S], tokens.
 
     Raises:
         TypeError, ValueError: as `group_geometry`.
@@ -155,16 +155,16 @@ def group_statistics(
         len(features), features.device, group_size, None if group_ids is None else group_ids.cpu()
     )
     norms = features.norm(dim=1)
-    part = ids.masked_fill(~((norms > 0) & norms.isfinite()), -1)
+    usable = ids.masked_fill(~((norms > 0) & norms.isfinite()), -1)
     geometry = g2.group_geometry(
-        features, torch.zeros(len(features)), group_ids=part, shaping="none", eps=EPS
+        features, torch.zeros(len(features)), group_ids=usable, shaping="none", eps=EPS
     )
     found = {}
     for members, similarity in zip(geometry.members, geometry.similarity):
         rows = members[members >= 0]
         found[int(ids[rows[0]])] = rows, similarity[: len(rows), : len(rows)].double()
 
-    result = []
+    result: list[GroupStatistics] = []
     for group in dict.fromkeys(ids[ids >= 0].tolist()):
         everyone = (ids == group).nonzero()[:, 0].tolist()
         rows, cosine = found.get(group, (torch.empty(0, dtype=torch.int64), torch.empty(0, 0).double()))
@@ -183,9 +183,9 @@ def group_statistics(
                 "responses": len(everyone),
                 "measured": places,
                 **_pair_statistics(cosine, semantic, pairs),
-                **_row_statistics(everyone, scores, score_gate, answers, entropy, lengths),
-                "redundant": _telling(max, different, cosine, semantic, places),
-                "opposed": _telling(min, different, cosine, semantic, places),
+                **_response_statistics(everyone, scores, score_gate, answers, entropy, lengths),
+                "redundant": _extreme(max, different, cosine, semantic, places),
+                "opposed": _extreme(min, different, cosine, semantic, places),
                 "cosine": cosine.tolist(),
                 "semantic": None if semantic is None else semantic.tolist(),
             }
@@ -193,9 +193,7 @@ def group_statistics(
     return result
 
 
-def _pair_statistics(
-    cosine: Tensor, semantic: Tensor | None, pairs: list[tuple[int, int]]
-) -> dict[str, float | None]:
+def _pair_statistics(cosine: Tensor, semantic: Tensor | None, pairs: list[tuple[int, int]]) -> PairStatistics:
     upper = tuple(torch.triu_indices(len(cosine), len(cosine), 1))
     values = cosine[upper]
     return {
@@ -206,14 +204,14 @@ def _pair_statistics(
     }
 
 
-def _row_statistics(
+def _response_statistics(
     rows: list[int],
     scores: Sequence[float] | None,
     gate: float,
     answers: Sequence[str | None] | None,
     entropy: Tensor | None,
     lengths: Tensor | None,
-) -> dict[str, float | None]:
+) -> ResponseStatistics:
     right = None if scores is None else [scores[row] >= gate for row in rows]
     given = None if answers is None else [answers[row] for row in rows]
     tokens = None if lengths is None else int(lengths[rows].sum())
@@ -233,13 +231,14 @@ def _row_statistics(
     }
 
 
-def _telling(
+def _extreme(
     choose: Callable[..., tuple[int, int]],
     pairs: list[tuple[int, int]],
     cosine: Tensor,
     semantic: Tensor | None,
     places: list[int],
-) -> dict[str, Any] | None:
+) -> Pair | None:
+    """The pair whose cosine `choose` (max or min) prefers; None without pairs."""
     if not pairs:
         return None
     i, j = choose(pairs, key=lambda pair: cosine[pair].item())
@@ -250,47 +249,56 @@ def _telling(
     }
 
 
-def overall(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of `STATISTICS` over problems, with 95 % bootstrap intervals over problems, ready for JSON.
+def overall(problems: Sequence[GroupStatistics]) -> Overall:
+    """{statistic: its mean over problems}, with 95 % bootstrap intervals over problems; ready for JSON.
 
-    {statistic: {"mean", "low", "high", "problems": how many have it}}; None where none has it, and no
-    interval (low, high None) for a single problem.
+    Problems that lack a statistic do not count in its mean.
     """
-    from ..evaluation.metrics import bootstrap_interval
-
-    result: dict[str, Any] = {}
-    for name in STATISTICS:
-        values = [problem[name] for problem in problems if problem[name] is not None]
-        low, high = bootstrap_interval(values) if values else (None, None)
-        mean = sum(values) / len(values) if values else None
-        result[name] = mean is not None and {"mean": mean, "low": low, "high": high, "problems": len(values)}
-        result[name] = result[name] or None
-    return result
+    return _means(
+        {name: [value for problem in problems if (value := problem[name]) is not None] for name in STATISTICS}
+    )
 
 
-def difference(problems: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`overall` of the differences, problem by problem, of a model to a first one on the same problems.
+def difference(problems: Sequence[MeasuredProblem], first: Sequence[MeasuredProblem]) -> Overall:
+    """`overall` of the differences between a model and a first one, problem by problem.
 
-    Problems ("problem", their id) that only one of them has are left out. Paired, an interval is narrower
-    than those of the two means: what makes a problem unlike others mostly makes it so for both models.
-    ConfigError where a problem of the same name is another one.
+    Problems that only one model has are left out. Paired intervals are narrower than those of the two means,
+    because a problem that is unusual for one model mostly is unusual for the other too. Raises ConfigError
+    where problems of the same name have different questions.
     """
     check_questions(problems, first, "the model", "the first one")
     known = {problem["problem"]: problem for problem in first}
     both = [(problem, known[problem["problem"]]) for problem in problems if problem["problem"] in known]
-    return overall(
-        [
-            {
-                name: None if None in (mine[name], theirs[name]) else mine[name] - theirs[name]
-                for name in STATISTICS
-            }
-            for mine, theirs in both
-        ]
+    return _means(
+        {
+            name: [
+                ours - theirs
+                for mine, others in both
+                if (ours := mine[name]) is not None and (theirs := others[name]) is not None
+            ]
+            for name in STATISTICS
+        }
     )
 
 
-def most(which: str, problems: Sequence[dict[str, Any]]) -> int | None:
-    """The place of the problem with the most "redundant" or most "opposed" pair of all."""
+def _means(values: Mapping[Statistic, Sequence[float]]) -> Overall:
+    """Means of each statistic's values over problems, with their intervals; None for one without values."""
+    found: Overall = {}
+    for name, known in values.items():
+        found[name] = None
+        if known:
+            low, high = bootstrap_interval(known)
+            mean = sum(known) / len(known)
+            found[name] = {"mean": mean, "low": low, "high": high, "problems": len(known)}
+    return found
+
+
+def most(which: Extreme, problems: Sequence[GroupStatistics]) -> int | None:
+    """The place of the problem whose pair is the most "redundant" or "opposed" of all; None without pairs."""
     sign = {"redundant": 1, "opposed": -1}[which]
-    having = [place for place, problem in enumerate(problems) if problem[which] is not None]
-    return max(having, key=lambda place: sign * problems[place][which]["cosine"], default=None)
+    cosines = {
+        place: sign * pair["cosine"]
+        for place, problem in enumerate(problems)
+        if (pair := problem[which]) is not None
+    }
+    return max(cosines, key=lambda place: cosines[place], default=None)

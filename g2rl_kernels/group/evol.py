@@ -1,20 +1,26 @@
-"""What G2RL is compared with: novelty in a sentence encoder's eyes, and EVOL-RL's rewards (arXiv 2509.15194).
+"""EVOL-RL's rewards (arXiv 2509.15194), a baseline for G2RL: novelty is measured by a sentence encoder.
 
-EVOL-RL rewards a response by two things: whether it is right (or, without labels, whether it agrees with the
-majority), and how unlike the group's other responses its text is. Right answers always earn more than wrong
-ones; novelty decides within each:
+A response is rewarded for being right (without labels: for agreeing with the majority), and for a text unlike
+the others of its group. A right response always earns more than a wrong one; novelty u decides within each
+label, right or wrong:
 
-    s_ij = cos(e_i, e_j), at least 0
-    u_i  = 1 - (a mean_j s_ij + (1 - a) max_k s_ik)     j: same label, k: whole group, both not i; a = 1/2
-    u~   = u scaled to [0, 1] between the extremes of its group's right, or wrong, responses
-    r_i  = 0.5 + 0.5 u~_i where right,  -1 + 0.5 u~_i where wrong,  -1 where there is no answer at all
+    s_ij = max(cos(e_i, e_j), 0)                        e: the embedding of the text
+    u_i  = 1 - (mean_j s_ij + max_k s_ik) / 2           j: same label, k: whole group, both not i
+    u~_i = u_i scaled to [0, 1] between the extremes of its label in its group
+    r_i  = 0.5 + 0.5 u~_i if right,  -1 + 0.5 u~_i if wrong,  -1 without an answer
 
-What the paper leaves open is as in its authors' code (github.com/YujunZhou/EVOL-RL): negative cosines count
-as 0; the only response of its label has u~ = 1, and its mean is over the whole group; where all u of a label
-are alike, u~ is 1/2; a response without an answer touches nobody; what comes before </think> is not looked
-at; a text too long for the encoder loses its beginning. Two things differ. The code takes any difference of u
-for one; here u are alike up to 1e-5, as in G2RL's scores: equal texts must not differ by rounding. And the
-code gives a group's only answer -1, be it right; here the rule above holds for it too, with u~ = 1.
+Where the paper is silent, the rules are those of its authors' code
+(github.com/YujunZhou/EVOL-RL):
+
+- Negative cosines count as 0.
+- The only response of its label has u~ = 1, and its mean is over the whole group.
+- Where all u of a label are equal, u~ = 1/2.
+- A response without an answer does not change the rewards of others.
+- The text up to </think> is left out; a text too long for the encoder loses its beginning.
+
+Two rules differ from that code. Values of u within 1e-5 count as equal, as in G2RL's scores, so that rounding
+makes no difference between equal texts. The only answer of a group gets the reward above with u~ = 1; the
+code gives it -1 even if it is right.
 """
 
 from __future__ import annotations
@@ -29,22 +35,22 @@ from .reference import FLAT_SPREAD
 
 
 def compared_text(completion: str) -> str:
-    """The part of a response that EVOL-RL compares: what follows </think>, all of it without one."""
+    """The text of a response that EVOL-RL compares: what follows </think>, or all of it without that tag."""
     _, thought, rest = completion.partition("</think>")
     return rest.strip() if thought else completion
 
 
 def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Tensor | None = None) -> Tensor:
-    """EVOL-RL's rewards, the equations on top of this file.
+    """EVOL-RL's rewards r, by the equations on top of this file.
 
     Args:
         embeddings: [S, e], rows of unit norm.
-        right: [S] bool, by the verifier or by `majority_labels`.
-        group_ids: [S] int64, negative: takes no part.
-        valid: [S] bool, False for a response without an answer.
+        right: [S] bool, from the verifier or from `majority_labels`.
+        group_ids: [S] int64, the group of each row; negative for a padding row.
+        valid: [S] bool, False for a response without an answer; None: all have one.
 
     Returns:
-        [S] float32; 0 for rows that take no part.
+        [S] float32, from -1 to 1; 0 in padding rows.
     """
     S = len(right)
     ids = group_ids
@@ -71,10 +77,13 @@ def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Te
 
 
 def majority_labels(answers: Sequence[str | None], group_ids: Tensor) -> Tensor:
-    """[S] bool: whose answer is the most frequent of its group; of equally frequent ones, the first given.
+    """Labels by a vote: [S] bool, True where the answer is the most frequent one of its group.
 
-    None, no answer, does not vote and is never right. group_ids [S]: as in `evol_rewards`; rows that take no
-    part do not vote either.
+    Among equally frequent answers the one that came first wins.
+
+    Args:
+        answers: S texts; None for no answer, which does not vote and is never right.
+        group_ids: [S] int64, as in `evol_rewards`; padding rows do not vote.
     """
     ids = group_ids.tolist()
     votes: dict[int, Counter[str]] = {}

@@ -12,7 +12,7 @@ from ..arguments import HAS_TRITON, check_shape, check_tensor, sizes
 from . import reference
 from .options import ShapingOptions
 
-# Devices that the C++ operator was built for.
+# Devices that the compiled operator was built for.
 COMPILED_FOR = tuple(
     device
     for device in ("cpu", "cuda")
@@ -21,7 +21,7 @@ COMPILED_FOR = tuple(
 
 
 class GroupGeometry(NamedTuple):
-    """What `group_geometry` returns; all float32 but members (int64). B groups of at most M rows each."""
+    """What `group_geometry` returns, for B groups of at most M rows each; float32, members int64."""
 
     similarity: Tensor  # [B, M, M], cosines
     members: Tensor  # [B, M], row of the inputs, -1 at empty places
@@ -52,9 +52,10 @@ def group_geometry(
         r~_i   = r_i (1 + lam (2 nubar_i - 1)), clipped to [-clip, clip]                          (12-13)
         A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
 
+    Phi are the features, r the rewards, nu the exploration score: how little a response resembles its group.
     nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
-    The paper's eq. 12 as printed contradicts the text around it; `shaping` offers both, and a third that
-    leaves wrong answers alone. With lam = 0.5:
+    The paper's eq. 12 as printed contradicts the text around it: `shaping` offers both, and a third form that
+    leaves wrong answers as they are. Shaped rewards with lam = 0.5:
 
         reward  nubar           "intent"  "equation"  "right"
           +1      0  (alike)       0.5        1.0        0.5
@@ -63,36 +64,40 @@ def group_geometry(
           -1      1  (novel)      -1.5       -0.5       -1.0
 
     Args:
-        features: [S, d], any float dtype (computed on in float32): see `head_features`.
+        features: [S, d], of `head_features`, any float dtype; computed on in float32.
         rewards: [S], any float dtype; the paper's are +1 and -1.
-        group_size: m, where rows are consecutive blocks of m responses. Exactly one of group_size and
-            group_ids is given.
-        group_ids: [S] int64, an id for each row: groups may differ in size and be interleaved; negative for
-            a padding row. Ids on a GPU make the call wait for the device.
+        group_size: m, where each m consecutive rows are a group. Give either group_size or group_ids.
+        group_ids: [S] int64, the group of each row; groups may differ in size and be interleaved. Negative
+            ids are padding rows. Ids on a GPU make the call wait for the device.
         lam: exploration strength, >= 0. 0 leaves every reward as it is, unclipped.
         clip: bound of the shaped rewards, positive.
-        shaping: "intent", as above: a novel correct answer gains and a novel wrong one loses; "equation":
-            the paper's eq. 12 as printed, r (1 + lam r nubar), where a novel wrong answer is punished less;
-            "right": right answers (a reward above 0) as by "intent", with nubar between the extremes of the
-            right ones alone, and wrong ones as they are but clipped; "none": rewards as they are, unclipped.
-        exploration_score: "linear", as above, or "sqrt": the square root of nu.
-        scale: what advantages are divided by: the "group"'s standard deviation, as above, the whole
-            "batch"'s (about the batch's mean), or "none".
-        uniform_groups: groups in which all rewards are equal: "shape" treats them like all others, "skip"
-            leaves their rewards as they are.
-        eps: positive.
+        shaping: how nubar moves rewards.
+            "intent": as above; a novel right answer gains, a novel wrong one loses.
+            "equation": r (1 + lam r nubar), eq. 12 as printed; a novel wrong answer is punished less.
+            "right": as "intent" for rewards above 0, with nubar between the extremes of these alone; other
+            rewards are only clipped.
+            "none": rewards as they are, unclipped.
+        exploration_score: "linear": nu as above; "sqrt": its square root.
+        scale: what advantages are divided by. "group": the group's standard deviation, as above; "batch":
+            that of the whole batch, about the batch's mean; "none": nothing.
+        uniform_groups: groups in which all rewards are equal. "shape": treated like all others; "skip": their
+            rewards stay as they are.
+        eps: positive, in the equations above.
 
     Returns:
-        similarity [B, M, M], members [B, M], exploration_score [S], shaped_rewards [S], advantages [S], with
-        M the size of the largest group, groups in order of first appearance and rows in theirs; no gradient.
-        Padding rows get zeros and touch nobody. A group of one has exploration score 1. A response without
-        tokens (a zero feature) is orthogonal to all. NaN in a feature makes its similarities NaN and so,
-        through eqs. 11-13, the scores, and where they are shaped the rewards, and the advantages, of its own
-        group; with scale="batch" it reaches the batch's standard deviation. Every other group is left alone.
+        `GroupGeometry`, without gradients; M is the size of the largest group. Groups are in order of first
+        appearance, and the rows of a group in order.
+
+        - Padding rows get zeros and change nothing for other rows.
+        - A group of one has exploration score 1.
+        - A response without tokens (feature zero) has similarity 0 to all others.
+        - NaN in a feature makes its similarities NaN, and with them the scores, the rewards that are shaped
+          and the advantages of its own group. Other groups do not change, except that with scale="batch" the
+          advantages of all groups are NaN.
 
     Raises:
-        TypeError: a dtype is wrong, or an argument is no tensor.
-        ValueError: shapes or devices do not fit, m does not divide S, an option or a scalar is out of range.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device, option or number is wrong, or group_size does not divide S.
     """
     check_tensor("features", features, None)
     if features.dim() != 2:
@@ -109,7 +114,7 @@ def group_geometry(
 
 
 def check_grouping(count: int, device: torch.device, group_size: Any, group_ids: Any) -> None:
-    """Exactly one is given: a size that divides `count`, or int64 ids, one for each of `count` rows."""
+    """Raises TypeError or ValueError unless exactly one is given: a divisor of `count`, or ids [count]."""
     if (group_size is None) == (group_ids is None):
         given = "neither" if group_size is None else "both"
         raise ValueError(f"group_size, group_ids: got {given}, needs exactly one of them")
@@ -125,7 +130,7 @@ def check_grouping(count: int, device: torch.device, group_size: Any, group_ids:
 def row_groups(
     count: int, device: torch.device, group_size: int | None = None, group_ids: Tensor | None = None
 ) -> Tensor:
-    """[count] int64, the group of each row, whichever way it is given."""
+    """[count] int64, the group of each row, from either argument; checked by `check_grouping`."""
     check_grouping(count, device, group_size, group_ids)
     if group_ids is not None:
         return group_ids
@@ -144,12 +149,12 @@ def _members(features: Tensor, group_size: int | None, group_ids: Tensor | None)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
-# All take contiguous features [S, d] and rewards [S] in float32, members [B, M], and ShapingOptions.flat().
+# Each takes contiguous features [S, d] and rewards [S] in float32, members [B, M], and ShapingOptions.flat().
 
 
 def _implementation(device: str) -> str:
-    """On a GPU the C++ kernel goes before the Triton one until the two have been measured on one."""
-    if device in COMPILED_FOR:
+    """The key in IMPLEMENTATIONS for a type of device."""
+    if device in COMPILED_FOR:  # on a GPU too: it has not been measured against Triton there
         return "compiled"
     return "triton" if device == "cuda" and HAS_TRITON else "reference"
 

@@ -1,4 +1,4 @@
-"""What to report of a batch of groups: the `g2rl/*` metrics of docs/metrics.md."""
+"""The `g2rl/*` metrics of a batch of groups (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from .geometry import GroupGeometry
 
 
 def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
-    """The metrics of a batch of groups; rewards [S] are the +1, -1 (or NaN) that went into `geometry`.
+    """The metrics of a batch of groups.
 
-    accuracy: share of right ones among all scored responses. The others are of the responses that took part:
-    exploration_score_mean, the mean of nu; cos_mean, the mean cosine over pairs in a group, and
-    negative_pairs, the share of pairs where it is negative; shaped_reward_mean, in the paper's units, +1 and
-    -1; sign_flips, the share of rewards whose sign shaping turned. 0 where there is nothing to average.
+        accuracy                  share of +1 among all rewards that are not NaN
+        exploration_score_mean    mean of nu
+        cos_mean                  mean cosine over pairs of responses of a group
+        negative_pairs            share of pairs with a negative cosine
+        shaped_reward_mean        mean shaped reward, where right is +1 and wrong is -1
+        sign_flips                share of rewards whose sign shaping changed
+
+    All but accuracy are over the rows in `geometry.members`. A mean over nothing is 0.
+
+    Args:
+        geometry: of `group_geometry`.
+        rewards: [S], the +1 and -1 that went into it; NaN in padding rows only.
     """
     real = geometry.members >= 0
     rows = geometry.members[real]
@@ -35,5 +43,5 @@ def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
 
 
 def accuracy(rewards: Tensor) -> float:
-    """Share of +1 among those that are not NaN."""
+    """Share of +1 among rewards [S] that are not NaN; 0 if all are."""
     return (rewards > 0).sum().item() / max(int((~rewards.isnan()).sum()), 1)

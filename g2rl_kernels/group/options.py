@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arguments import check_choice, check_positive
 
-# Choices by their number in the operators' schema.
+# The operators' schema takes each choice as its place in these tuples.
 SHAPINGS = ("none", "intent", "equation", "right")
 EXPLORATION_SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
@@ -21,7 +21,10 @@ def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class ShapingOptions:
-    """How exploration scores move rewards, and how rewards become advantages: see `group_geometry`."""
+    """How exploration scores shape rewards, and how rewards become advantages, as in `group_geometry`.
+
+    A trainer's own configuration takes defaults, help and choices from here, by `option_field`.
+    """
 
     lam: float = _option(0.5, "Exploration strength, 0 or more; 0 leaves every reward as it is.")
     clip: float = _option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
@@ -48,14 +51,16 @@ class ShapingOptions:
 
     @classmethod
     def of(cls, settings: Any, prefix: str = "") -> ShapingOptions:
-        """The options among a trainer's settings (an object or a mapping), where they are called `prefix` +
-        their own name; defaults for those that the trainer does not have."""
+        """The options in a trainer's settings (an object or a mapping), which calls them `prefix` + name.
+
+        An option that the settings lack has its default.
+        """
         values = settings if isinstance(settings, Mapping) else vars(settings)
         names = [one.name for one in fields(cls)]
         return cls(**{name: values[prefix + name] for name in names if prefix + name in values})
 
     def check(self, prefix: str = "") -> None:
-        """Raises ValueError or TypeError for the first option that cannot work, as `prefix` + its name."""
+        """Raises ValueError or TypeError for the first wrong option; the message calls it `prefix` + name."""
         for name in ("clip", "eps"):
             check_positive(prefix + name, getattr(self, name))
         if self.lam != 0:
@@ -65,7 +70,7 @@ class ShapingOptions:
                 check_choice(prefix + one.name, getattr(self, one.name), one.metadata["choices"])
 
     def flat(self) -> tuple[float, float, int, int, int, bool, float]:
-        """What the operators take, in the order of their schema. lam = 0 shapes nothing."""
+        """The options in the order of the operators' schema; choices as numbers, lam=0 as shaping "none"."""
         return (
             float(self.lam),
             float(self.clip),
@@ -80,11 +85,15 @@ class ShapingOptions:
     def from_flat(
         cls, lam: float, clip: float, shaping: int, score: int, scale: int, skip_uniform: bool, eps: float
     ) -> ShapingOptions:
+        """The inverse of `flat`."""
         names = SHAPINGS[shaping], EXPLORATION_SCORES[score], SCALES[scale], UNIFORM_GROUPS[skip_uniform]
         return cls(lam, clip, *names, eps)
 
 
 def option_field(name: str, **changes: Any) -> Any:
-    """A field of a trainer's own dataclass for the option `name`: its default, help and choices."""
+    """A field for a trainer's own dataclass with the default, help and choices of the option `name`.
+
+    changes: metadata to replace.
+    """
     one = next(one for one in fields(ShapingOptions) if one.name == name)
     return field(default=one.default, metadata={**one.metadata, **changes})

@@ -1,10 +1,10 @@
-"""Group geometry in plain PyTorch, one function an equation, to be read beside the paper (arXiv 2512.15687).
+"""Group geometry in plain PyTorch, one function for each equation of the paper (arXiv 2512.15687).
 
-float64 in, float64 throughout, which makes it the oracle of the tests. It runs on any device and never
-synchronises with it, except for `group_members`.
+With float64 inputs it computes in float64; the tests compare the kernels with that. It runs on any device;
+only `group_members` waits for the device.
 
-Notation: S responses, d hidden size; B groups of at most M responses each. Rows of one group lie along a
-dimension of size M, with `present` [B, M] false at empty places.
+Notation: S responses, d hidden size; B groups of at most M responses each. The rows of a group lie along a
+dimension of size M; `present` [B, M] is False at empty places.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULTS = ShapingOptions()
 def group_members(ids: Tensor) -> Tensor:
     """Row indices [B, M] int64 of each group, -1 at empty places, from ids [S] (negative: padding row).
 
-    Groups come in order of first appearance, rows of a group in their own order.
+    Groups are in order of first appearance, the rows of a group in order.
     """
     rows = torch.nonzero(ids >= 0).squeeze(1)
     _, inverse, size = torch.unique(ids[rows], return_inverse=True, return_counts=True)
@@ -73,11 +73,12 @@ def min_max(nu: Tensor, present: Tensor) -> Tensor:
 
 
 def shaped_rewards(rewards: Tensor, nubar: Tensor, lam: float, clip: float, shaping: str) -> Tensor:
-    """Eqs. 12-13, then the clip of section 2.5.
+    """Eqs. 12-13, then the clip of section 2.5. [B, M].
 
-    "equation": r (1 + lam r nubar), as printed. "intent": r (1 + lam (2 nubar - 1)), as the text below it
-    demands: a novel wrong answer is punished more, not less. "right": as "intent" where r > 0, with nubar
-    over these alone; r elsewhere, whatever nubar is there. "none": r, unclipped.
+    "equation"   r (1 + lam r nubar), eq. 12 as printed
+    "intent"     r (1 + lam (2 nubar - 1)), as the text below eq. 12 demands: a novel wrong answer loses
+    "right"      as "intent" where r > 0, with nubar computed over these rows alone; r elsewhere
+    "none"       r, without the clip
     """
     if shaping == "none":
         return rewards
@@ -88,7 +89,7 @@ def shaped_rewards(rewards: Tensor, nubar: Tensor, lam: float, clip: float, shap
 
 
 def is_uniform(rewards: Tensor, present: Tensor) -> Tensor:
-    """Whether all rewards of each group are equal: [B, M] -> [B, 1]."""
+    """Whether all rewards of a group are equal: [B, M] -> [B, 1]."""
     if rewards.shape[1] == 0:
         return present.any(dim=1, keepdim=True)
     low = rewards.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
@@ -97,14 +98,15 @@ def is_uniform(rewards: Tensor, present: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, present: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The mean of the present values over `dim`, which stays with size 1; 0 if no value is present."""
     count = present.sum(dim=dim, keepdim=True).clamp(min=1)
     return values.masked_fill(~present, 0.0).sum(dim=dim, keepdim=True) / count
 
 
 def group_advantages(rewards: Tensor, present: Tensor, scale: str, eps: float) -> Tensor:
-    """Eq. 2: A_i = (r_i - mean r) / s_r, s_r = sqrt(mean (r_i - mean r)^2 + eps), over each group [B, M].
+    """Eq. 2: A_i = (r_i - mean r) / s_r, s_r = sqrt(mean (r_i - mean r)^2 + eps), in each group. [B, M].
 
-    scale="batch" takes s_r over all groups together, about their common mean; "none" does not divide.
+    scale="batch" computes s_r over all groups, about their common mean; scale="none" does not divide.
     """
     centred = rewards - masked_mean(rewards, present, 1)
     if scale == "none":
@@ -120,9 +122,9 @@ def group_geometry(
     members: Tensor,
     options: ShapingOptions = DEFAULTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (negative: empty).
+    """Eqs. 9-13 and 2 on each group: features [S, d], rewards [S], members [B, M] (negative: empty place).
 
-    Returns similarity [B, M, M], nu, shaped rewards, advantages [S]; zeros for rows of no group.
+    Returns similarity [B, M, M], nu [S], shaped rewards [S] and advantages [S]; rows without a group get 0.
     """
     dtype = accumulation_dtype(features, rewards)
     present = members >= 0
@@ -140,7 +142,7 @@ def group_geometry(
         shaped = torch.where(is_uniform(group_rewards, present), group_rewards, shaped)
     advantages = group_advantages(shaped, present, options.scale, options.eps)
 
-    # Empty places write to a row beyond the last, which is then dropped.
+    # Empty places are written to an extra last row, which is then dropped.
     target = torch.where(present, members, features.shape[0]).flatten()
     out = features.new_zeros(3, features.shape[0] + 1, dtype=dtype)
     out = out.index_copy(1, target, torch.stack([nu, shaped, advantages]).flatten(1))[:, :-1]

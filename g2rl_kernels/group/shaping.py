@@ -1,12 +1,11 @@
-"""What every trainer needs around `group_geometry`: from its scores to shaped ones, and what to report.
+"""Shapes a trainer's scores (`shape_scores`), or rewards of +1 and -1 (`shape_rewards`).
 
-The paper's rewards are +1 and -1. Trainers have scores: 0 and 1 mostly, anything at times, NaN where a
-reward function does not apply. A threshold says which are right, and a gap how far apart a right and a wrong
-one lie, so that shaping means the same in every unit: it moves a score by gap / 2 for each 1 that it moves
-the paper's reward.
+The paper's rewards are +1 and -1. A trainer's scores are mostly 0 and 1, sometimes other numbers, and NaN
+where a reward function does not apply. `threshold` says which scores are right, and `gap` how far apart the
+scores of a right and a wrong response are. A change of 1 in the paper's reward changes the score by gap / 2,
+so that shaping has the same strength in all units.
 
-The systems that the paper compares differ in what they make of those +1 and -1: see `shape_rewards`, and
-docs/baselines.md.
+docs/baselines.md describes the systems that the paper compares (`ALGORITHMS`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,9 +24,12 @@ from .geometry import GroupGeometry, group_geometry, row_groups
 from .metrics import accuracy, describe
 from .options import ShapingOptions
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ALGORITHMS = ("grpo", "entropy_bonus", "evol_rl", "g2rl")
-LABELS = ("truth", "majority")
-# Weight of the mean entropy in the loss, and the upper clip of the ratio, where they are left unset. Both are
+LABELS = ("truth", "majority")  # which responses are right: by their scores, or by a vote
+# Defaults of the weight of the mean entropy in the loss, and of the upper clip of the ratio. Both are
 # EVOL-RL's; the paper does not give the coefficient of its entropy bonus.
 ENTROPY_COEF = {"grpo": 0.0, "entropy_bonus": 0.003, "evol_rl": 0.003, "g2rl": 0.0}
 EVOL_CLIP_HIGH = 0.28
@@ -36,22 +38,34 @@ EVOL_CLIP_HIGH = 0.28
 class ShapedScores(NamedTuple):
     """What `shape_scores` returns."""
 
-    scores: Tensor  # [S] float32, shaped; as they were in rows that take no part
-    bonus: Tensor  # [S] float32, what shaping added; 0 in rows that take no part
+    scores: Tensor  # [S] float32, shaped; unchanged in rows that are left out
+    bonus: Tensor  # [S] float32, what shaping added; 0 in rows that are left out
     geometry: GroupGeometry
-    metrics: dict[str, float]  # see `describe`
+    metrics: dict[str, float]  # of `describe`
+
+
+class SystemInputs(TypedDict, total=False):
+    """The optional arguments of `shape_rewards` that `shape_scores` passes on."""
+
+    keys: Tensor | None
+    algorithm: str
+    embeddings: Tensor | None
+    answered: Tensor | None
 
 
 def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
-    """[S] float32: +1 where a score reaches `threshold`, -1 below it, NaN where it is NaN."""
+    """[S] float32: +1 for scores of at least `threshold`, -1 below it, NaN for NaN."""
     signs = torch.where(scores >= threshold, 1.0, -1.0)
     return signs.masked_fill(scores.isnan(), torch.nan)
 
 
 def check_options(values: Mapping[str, Any], prefix: str) -> None:
-    """Raises ValueError or TypeError for a trainer's first setting that cannot work.
+    """Raises ValueError or TypeError for the first wrong setting of a trainer.
 
-    values: those of `ShapingOptions` and correctness_gap, algorithm and labels, where the trainer has them.
+    Args:
+        values: the trainer's settings by their names here: options of `ShapingOptions`, correctness_gap,
+            algorithm, labels. Those that are missing are not checked.
+        prefix: of the trainer's own names, for messages.
     """
     ShapingOptions.of(values).check(prefix)
     for name, allowed in {"algorithm": ALGORITHMS, "labels": LABELS}.items():
@@ -62,7 +76,10 @@ def check_options(values: Mapping[str, Any], prefix: str) -> None:
 
 
 def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
-    """Warns where scores (NaN: not scored) lie further apart than the gap of `shape_scores` allows for."""
+    """Warns if scores are further apart than `gap`, as if the trainer's gap is not that of its rewards.
+
+    scores: [S], NaN for responses without a score. name, option: what the message calls scores and gap.
+    """
     scored = scores[~scores.isnan()]
     if len(scored) and scored.max() - scored.min() > 1.01 * gap:
         warnings.warn(
@@ -76,10 +93,14 @@ _MULTIPLIER = 6364136223846793005  # odd, of a full-period generator modulo 2^64
 
 
 def response_keys(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """A number for each packed response, [S] int64, that tells whether two are the same tokens.
+    """A hash of each response's tokens, [S] int64: equal for the same tokens, on every device.
 
-    tokens [N], cu_seqlens [S + 1]. It is a polynomial modulo 2^64, so that others share it by an accident of
-    one in 2^60, and the sum of integers, so that it is the same on every device.
+    It is a polynomial in the tokens modulo 2^64: different responses share a key with a chance of about one
+    in 2^60. A sum of integers does not depend on the order in which a device adds.
+
+    Args:
+        tokens: [N], packed.
+        cu_seqlens: [S + 1], response s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]].
     """
     start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     owner = torch.arange(len(start), device=tokens.device).repeat_interleave(lengths)
@@ -90,7 +111,7 @@ def response_keys(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _one_feature_each(features: Tensor, keys: Tensor, group_ids: Tensor) -> Tensor:
-    """Features [S, d] where responses of a group with the same key have that of the first of them."""
+    """Features [S, d] where responses of a group with the same key have the feature of the first of them."""
     row = torch.arange(len(keys), device=keys.device)
     _, which = torch.unique(torch.stack([group_ids.to(keys.device), keys], 1), dim=0, return_inverse=True)
     first = torch.full_like(row, len(row)).scatter_reduce_(0, which, row, "amin")
@@ -109,22 +130,26 @@ def shape_rewards(
     embeddings: Tensor | None = None,
     answered: Tensor | None = None,
 ) -> GroupGeometry:
-    """The groups' geometry, with the shaped rewards and advantages of one of the paper's systems.
+    """The groups' geometry, with the shaped rewards and the advantages of one of the paper's systems.
 
         "g2rl"                    the rewards shaped by `group_geometry`
-        "evol_rl"                 `evol_rewards` of the responses' texts
-        "grpo", "entropy_bonus"   the rewards as they are (the bonus is part of the loss)
+        "evol_rl"                 the rewards of `evol_rewards`
+        "grpo", "entropy_bonus"   the rewards as they are; the entropy bonus is part of the loss
 
     Args:
-        features: [S, d], of `head_features`; the geometry is measured whatever the algorithm.
-        rewards: [S], +1 and -1; NaN only in rows that take no part.
-        options: only g2rl heeds lam, clip, exploration_score and uniform_groups.
+        features: [S, d], of `head_features`. Every algorithm measures their geometry.
+        rewards: [S], +1 and -1; NaN only in padding rows.
+        options: g2rl uses all; for the others' rewards shaping, lam, clip and uniform_groups are ignored.
         group_size, group_ids: exactly one, as in `group_geometry`.
-        keys: [S], of `response_keys`. The same tokens give other bits in another micro-batch, or with another
-            sampler's log-probs, and where all of a group are alike, min-max would make such rounding the
-            whole difference between them: with keys they have one feature.
-        embeddings: [S, e], rows of unit norm, needed by evol_rl.
-        answered: [S] bool, evol_rl: whether a response has an answer at all. None: all have.
+        keys: [S], of `response_keys`. With them, responses of a group with the same tokens have one feature.
+            Otherwise their features differ by rounding (micro-batches, the sampler's log-probs), and where
+            all responses of a group are the same, nubar would stretch that rounding to [0, 1].
+        algorithm: one of ALGORITHMS.
+        embeddings: [S, e], rows of unit norm; needed by evol_rl.
+        answered: [S] bool, for evol_rl: False for a response without an answer. None: all have one.
+
+    Raises:
+        TypeError, ValueError: as `group_geometry`.
     """
     if algorithm != "g2rl":
         options = replace(options, shaping="none")
@@ -137,7 +162,7 @@ def shape_rewards(
         return geometry
     assert embeddings is not None
     evolved = evol_rewards(embeddings, rewards > 0, ids, answered)
-    other = group_geometry(features[:, :1], evolved, **groups, **vars(options))  # for its advantages alone
+    other = group_geometry(features[:, :1], evolved, **groups, **vars(options))  # only for the advantages
     return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
 
 
@@ -152,26 +177,25 @@ def shape_scores(
     threshold: float = 0.5,
     gap: float = 1.0,
     votes: Sequence[str | None] | None = None,
-    **system: Any,
+    **system: Unpack[SystemInputs],
 ) -> ShapedScores:
-    """Scores moved by how novel each response is within its group.
+    """A trainer's scores, shaped by how novel each response is within its group.
+
+    Rows that are padding, without a score (NaN) or without tokens are left out: they keep their scores, and
+    change nothing for other rows.
 
     Args:
         features: [S, d], of `head_features`, in the order of scores.
-        scores: [S], any float dtype, in the trainer's units; NaN: not scored.
-        options: how they are moved.
+        scores: [S], any float dtype, in the trainer's units; NaN: no score.
+        options: how rewards are shaped.
         group_size, group_ids: exactly one, as in `group_geometry`.
-        has_tokens: [S] bool: False for a response without any token that counts (a masked one, say). Its
-            feature is zero, which would pass for perfectly novel.
-        threshold: scores from here on are right.
-        gap: how far apart the scores of a right and a wrong answer are: 1 for 0 and 1, 2 for -1 and +1.
-        votes: S answers, None for no answer. With them scores say nothing, nor does NaN among them: right is
-            what `majority_labels` says, and scores are put at threshold +- gap / 2 before they are moved.
-        system: keys, algorithm, embeddings and answered of `shape_rewards`.
-
-    Returns:
-        scores, bonus, geometry and metrics. Rows that are padding, not scored or without tokens take no part:
-        they touch nobody, and keep their scores.
+        has_tokens: [S] bool, False for a response without a token that counts, e.g. a masked one. Its feature
+            is zero, which would make it look perfectly novel.
+        threshold: a score of at least this is right.
+        gap: how far apart the scores of a right and a wrong response are: 1 for 0 and 1, 2 for -1 and +1.
+        votes: S answers, None for no answer. With them `majority_labels` decides which responses are right,
+            not scores (NaN is ignored too), and scores become threshold +- gap / 2 before they are shaped.
+        system: keys, algorithm, embeddings and answered, as in `shape_rewards`.
 
     Raises:
         TypeError, ValueError: as `group_geometry`; gap is not positive.

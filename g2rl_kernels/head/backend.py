@@ -1,7 +1,7 @@
 """What a backend of the head provides, and the one table that chooses.
 
 `head_features` and `linear_logprobs` are written against this protocol. hidden is [N, d], tokens [N] int64;
-tokens outside [0, V) belong to other ranks, or to nobody. Notation: z the logits over temperature, y the
+tokens outside [0, V) belong to other ranks, or to no rank. Notation: z the logits over temperature, y the
 realised token.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..arguments import HAS_TRITON
+from .. import arguments
 from .spec import HeadSpec, Responses
 
 # Name of a backend -> its module in this package, imported when it is first used.
@@ -38,7 +38,7 @@ class FeatureOutputs(NamedTuple):
 
 class Backend(Protocol):
     def statistics(self, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
-        """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R parts
+        """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
         of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better."""
 
     def features(
@@ -79,7 +79,7 @@ class Backend(Protocol):
     ) -> None:
         """What the vocabulary entries [begin, end) give to the gradients: see logprobs.py.
 
-        normaliser [2, N]: the logsumexp in two parts; terms [3, N]: a, e, and dz at y. sum_hidden [N, d]
+        normaliser [2, N]: the logsumexp as a sum of two; terms [3, N]: a, e, and dz at y. sum_hidden [N, d]
         float32 and grad_bias [V] float32 are added to, rows begin:end of grad_weight [V, d] are written.
         """
 
@@ -99,11 +99,11 @@ def choose_backend(name: str | None, device: torch.device) -> str:
     if name is None:
         if device.type == "cpu":
             return "cpu"
-        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
+        return "triton" if device.type == "cuda" and arguments.HAS_TRITON else "reference"
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
     if name == "triton":
-        if not HAS_TRITON:
+        if not arguments.HAS_TRITON:
             raise ImportError("backend='triton' needs the package triton (Linux): pip install triton")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(

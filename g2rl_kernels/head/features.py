@@ -1,34 +1,26 @@
-"""The LM head, without ever holding its logits: `head_features` and `pack_responses`.
+"""The LM head, without ever holding its logits: `head_features`, `certified_head_features`, `pack_responses`.
 
-Each public function checks its arguments, picks a backend and calls one operator. Those in C++ are in csrc/,
-those in Triton in kernels/. `linear_logprobs` has a file of its own, logprobs.py.
+Each public function puts its arguments into a `HeadSpec` and `Responses` (spec.py), checks them, chooses a
+backend (backend.py) and calls one operator, which hands them to that backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import (
-    DTYPES,
-    check_cu_seqlens_values,
-    check_head,
-    check_shape,
-    check_tensor,
-    check_token_values,
-    choose_backend,
-    may_read_values,
-    sizes,
-)
-from . import logprobs, reference, tiled, vocab_parallel
-from .spec import HeadSpec, Responses
+from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
+from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
+from .backend import backend as implementation
+from .backend import choose_backend
+from .spec import HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
 
 
 class HeadFeatures(NamedTuple):
-    """What `head_features` returns; all float32, none carries a gradient."""
+    """What `head_features` returns; all float32, without gradients."""
 
     features: Tensor  # [S, d]
     logprobs: Tensor  # [N], nats
@@ -44,7 +36,7 @@ class CertifiedHeadFeatures(NamedTuple):
     logsumexp: Tensor  # [N], nats, of z / temperature
     entropy: Tensor  # [N], nats
     skipped_mass: Tensor  # [S], sum of a_t (1 - p(tokens[t])) over skipped tokens
-    skipped_tokens: Tensor  # [S], how many tokens were left out
+    skipped_tokens: Tensor  # [S], number of tokens left out
 
 
 def head_features(
@@ -81,52 +73,44 @@ def head_features(
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
         temperature, logit_scale: positive, from 1e-8 to 1e8.
-        logit_softcap: c above, within the same bounds; None for none.
+        logit_softcap: c above, within the same bounds; None: no softcap.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) as the sampler reported it, any float dtype. On a GPU one pass
             over the logits then does the work of two; other backends ignore it. It need not be exact:
             outputs are computed afresh, and a token whose known probability is off by a factor l within 1 %
             goes into its response's feature with weight l alpha_t, all others with alpha_t.
-        process_group: a torch.distributed process group whose ranks share the vocabulary: weight and bias
-            are this rank's rows [V_r, d] and [V_r], those of rank r following those of rank r - 1, of any
-            number each. Everything else is the same on all ranks, tokens count over all rows, and all ranks
-            get the same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
+        process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
+            are then this rank's rows, [V_r, d] and [V_r]; the rows of rank r follow those of rank r - 1, and
+            V_r may differ. All else is the same on all ranks, and tokens are global ids. All ranks get the
+            same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
         backend: "triton" (GPUs), "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU
             tensors; for others "triton" where it is installed, else "reference". float32 products on a GPU
             follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are 3xTF32.
 
     Returns:
-        features [S, d], logprobs [N], logsumexp [N] and entropy [N] in nats, the latter three of z /
-        temperature; all float32. They carry no gradient: for one, use `linear_logprobs`. NaN or Inf in a row
-        of hidden makes that token's outputs and its response's feature NaN, and no other.
+        features [S, d]; logprobs [N], logsumexp [N] and entropy [N] of z / temperature, in nats; all float32,
+        without gradients (`linear_logprobs` has them). NaN or Inf in a row of hidden makes that token's
+        outputs and its response's feature NaN; no other response is affected.
 
     Raises:
-        TypeError: a dtype is wrong, or an argument is no tensor.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
-            [0, V), a token weight is negative or NaN, a scalar is out of range. Values of tensors are
-            checked on the CPU only (elsewhere this would wait for the device; G2RL_CHECK=1 in the
-            environment asks for it) and not while compiling; unchecked, they make results meaningless (a
-            token outside [0, V): NaN) but read nothing out of bounds.
-            With a process_group, where values are checked: an error on any rank is raised on all, and so is
-            a difference between ranks. Elsewhere a rank that raises, or never calls, leaves the others
-            waiting until the group's timeout (NCCL: 10 minutes by default, then its watchdog ends them).
-        ImportError: backend="triton" without triton.
+            [0, V), a token weight is negative or NaN, or a scalar is out of range.
+
+    Values of tensors are checked on the CPU. On other devices that would wait for the device: set
+    G2RL_CHECK=1 in the environment to ask for it. While compiling, values are not checked. Wrong values that
+    are not checked give meaningless results (NaN for a token outside [0, V)) but read nothing out of bounds.
+
+    With a process_group, where values are checked, an error or a difference on one rank is raised on all
+    ranks. Where they are not, a rank that raises, or never calls, leaves the others waiting until the group's
+    timeout (NCCL: 10 minutes by default, then its watchdog ends them).
     """
-    backend, group, args = _head_arguments(
-        hidden,
-        weight,
-        tokens,
-        cu_seqlens,
-        bias,
-        temperature,
-        logit_scale,
-        logit_softcap,
-        token_weights,
-        known_logprobs,
-        process_group,
-        backend,
+    head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
+    responses = Responses(cu_seqlens, token_weights)
+    out = _call(
+        "head_features", hidden, tokens, head, responses, known_logprobs, None, process_group, backend
     )
-    return _head_features(backend, group, args)
+    return HeadFeatures(*out[:4])
 
 
 def certified_head_features(
@@ -144,22 +128,21 @@ def certified_head_features(
     process_group: Any = None,
     backend: str | None = None,
 ) -> CertifiedHeadFeatures:
-    """`head_features` that leaves confident tokens out of the features, and says how much that is at most.
+    """`head_features` without the confident tokens, with a bound on the error this makes.
 
-    A token's feature is bounded by what the policy is unsure of: ||phi_t|| <= m_t diameter, with m_t = 1 -
-    p(tokens[t]) and diameter = logit_scale max_v,w ||W[v] - W[w]||, or 2 logit_scale max_v ||W[v]|| behind a
-    softcap. A token is left out of its response's feature if the tokens of this response whose alpha m is not
-    larger than its own carry together at most the share `max_skipped` of the response's sum of alpha m. Then
+    A confident token contributes little: ||phi_t|| <= m_t diameter, with m_t = 1 - p(tokens[t]) and diameter
+    = logit_scale max_v,w ||W[v] - W[w]||, or 2 logit_scale max_v ||W[v]|| behind a softcap. Sort a response's
+    tokens by alpha m: the smallest are left out as long as they carry together at most the share
+    `max_skipped` of the response's sum of alpha m (equal ones stay or go together). Then
 
         ||features[s] - exact[s]|| <= skipped_mass[s] diameter,    skipped_mass[s] = sum_skipped a_t m_t
                                    <= max_skipped (sum_t a_t m_t) diameter,      a_t = alpha_t / sum alpha.
 
-    On a GPU the second of two passes over the logits is spared for these tokens: most of them for a model
-    that is sure of most tokens (0.1 to 0.2 nats), next to none for a flat one. Other backends gain nothing.
+    On a GPU the second pass over the logits leaves these tokens out: most tokens for a model that is sure of
+    most (0.1 to 0.2 nats), almost no token for a flat one. Other backends gain nothing.
 
     Args:
-        max_skipped: the share, in [0, 1).
-        The others are those of `head_features`.
+        max_skipped: the share, in [0, 1). All other arguments are those of `head_features`.
 
     Returns:
         features, logprobs, logsumexp, entropy: see `head_features`; skipped_mass [S]; skipped_tokens [S].
@@ -176,135 +159,56 @@ def certified_head_features(
         raise NotImplementedError(
             "process_group: certified_head_features needs the whole weight; head_features takes a shard of it"
         )
-    backend, _, args = _head_arguments(
-        hidden,
-        weight,
-        tokens,
-        cu_seqlens,
-        bias,
-        temperature,
-        logit_scale,
-        logit_softcap,
-        token_weights,
-        None,
-        process_group,
-        backend,
-    )
-    if backend == "triton":
-        return CertifiedHeadFeatures(*_head_features_triton(*args, float(max_skipped)))
-    N = hidden.shape[0]
-    alpha = hidden.new_ones(N, dtype=torch.float32) if args.token_weights is None else args.token_weights
-    cu = cu_seqlens.to(torch.int64)
-    _, logprobs, logsumexp, entropy = _head_features(backend, "", args)
-    mass = -alpha * torch.expm1(logprobs)
-    keep, skipped_mass, skipped_tokens = reference.skipped_tokens(mass, cu, max_skipped)
-    kept_args = args._replace(token_weights=torch.where(keep, alpha, 0.0))
-    features = _head_features(backend, "", kept_args).features
-    total, kept = (reference.segment_sum(a, cu, 0, N) for a in (alpha, torch.where(keep, alpha, 0.0)))
-    features *= ((kept + reference.WEIGHT_EPS) / (total + reference.WEIGHT_EPS))[:, None]
-    return CertifiedHeadFeatures(
-        features, logprobs, logsumexp, entropy, skipped_mass / (total + reference.WEIGHT_EPS), skipped_tokens
-    )
+    head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
+    responses = Responses(cu_seqlens, token_weights)
+    out = _call("", hidden, tokens, head, responses, None, float(max_skipped), None, backend)
+    return CertifiedHeadFeatures(*out)
 
 
-class _HeadArguments(NamedTuple):
-    """Checked, in the order of the operators."""
-
-    hidden: Tensor
-    weight: Tensor
-    tokens: Tensor
-    cu_seqlens: Tensor
-    bias: Tensor | None
-    token_weights: Tensor | None
-    known_logprobs: Tensor | None
-    temperature: float
-    logit_scale: float
-    logit_softcap: float  # 0: none
-
-
-def _head_arguments(
+def _call(
+    function: str,
     hidden: Tensor,
-    weight: Tensor,
     tokens: Tensor,
-    cu_seqlens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    token_weights: Tensor | None,
+    head: HeadSpec,
+    responses: Responses,
     known_logprobs: Tensor | None,
+    max_skipped: float | None,
     process_group: Any,
     backend: str | None,
-) -> tuple[str, str, _HeadArguments]:
-    """Backend, name of the group ("" for none), and arguments for them."""
-
-    def check() -> str:
-        check_head(hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, DTYPES)
-        N = hidden.shape[0]
-        check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens: got shape {sizes(cu_seqlens)}, needs [S + 1], starting with 0")
-        for name, values in (("token_weights", token_weights), ("known_logprobs", known_logprobs)):
-            if values is not None:
-                check_tensor(name, values, None, hidden.device)
-                check_shape(name, values, (N,), "[N], one for each row of hidden")
-        if may_read_values(hidden):
-            if process_group is None:
-                check_token_values(tokens, weight.shape[0])
-            check_cu_seqlens_values(cu_seqlens, N)
-            if token_weights is not None and not bool((token_weights >= 0).all()):
-                at = int((~(token_weights >= 0)).nonzero()[0])
-                raise ValueError(
-                    f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
-                )
-        return choose_backend(backend, hidden.device)
-
-    chosen = vocab_parallel.checked(
-        check, process_group, hidden, weight, tokens, function="head_features", cu_seqlens=cu_seqlens,
-        bias=bias, temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap,
-        token_weights=token_weights, backend=backend,
-    )  # fmt: skip
-    group = "" if process_group is None else process_group.group_name
-    if group:
-        tokens = vocab_parallel.local_tokens(tokens, weight.shape[0], group)
-    bias, alpha, known = (t if t is None else t.detach() for t in (bias, token_weights, known_logprobs))
-    args = _HeadArguments(
-        hidden.detach(),
-        weight.detach(),
-        tokens,
-        cu_seqlens,
-        bias,
-        None if alpha is None else alpha.float(),
-        known,
-        float(temperature),
-        float(logit_scale),
-        float(logit_softcap or 0.0),
-    )
-    return chosen, group, args
+) -> tuple[Tensor, ...]:
+    """Checks everything, on all ranks of a group together, and calls the operator."""
+    check = partial(_check, hidden, tokens, head, responses, known_logprobs, backend)
+    group = ""
+    if process_group is None:
+        head, responses, backend = check(whole=True)
+    else:
+        facts = {"function": function, "backend": backend, **responses._asdict()}
+        head, responses, backend = vocab_parallel.agree(check, process_group, hidden, tokens, head, facts)
+        group = process_group.group_name
+        tokens = vocab_parallel.local_tokens(tokens, head.weight.shape[0], group)
+    known = None if known_logprobs is None else known_logprobs.detach()
+    operands = hidden.detach(), tokens, *head.detached(), *responses
+    return _features_op(*operands, known, max_skipped, backend, group)
 
 
-def _head_features(backend: str, group: str, args: _HeadArguments) -> HeadFeatures:
-    if group:
-        return HeadFeatures(*_head_features_over_ranks(*args, backend, group))
-    if backend == "cpu":
-        return HeadFeatures(*torch.ops.g2rl.head_features(*args))
-    if backend == "triton":
-        return HeadFeatures(*_head_features_triton(*args, None)[:4])
-    with torch.no_grad(), torch.autocast(args.hidden.device.type, enabled=False):
-        return HeadFeatures(
-            *reference.head_features(
-                args.hidden,
-                args.weight,
-                args.tokens,
-                args.cu_seqlens,
-                bias=args.bias,
-                temperature=args.temperature,
-                logit_scale=args.logit_scale,
-                logit_softcap=args.logit_softcap or None,
-                token_weights=args.token_weights,
-                chunk=max(1, tiled.elements(args.hidden) // args.weight.shape[0]),
-            )
-        )
+def _check(
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    known_logprobs: Tensor | None,
+    backend: str | None,
+    whole: bool = False,
+) -> tuple[HeadSpec, Responses, str]:
+    """Head and responses in the form that backends take, and the backend's name.
+
+    whole: weight holds the whole vocabulary, so that tokens must lie in it.
+    """
+    head = head.checked(hidden, tokens)
+    check_per_token("known_logprobs", known_logprobs, hidden)
+    if whole and may_read_values(hidden):
+        check_token_values(tokens, head.weight.shape[0])
+    return head, responses.checked(hidden), choose_backend(backend, hidden.device)
 
 
 def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,90 +239,41 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
     return hidden.flatten(0, 1)[rows], tokens.flatten()[rows], cu_seqlens
 
 
-# --- operators ----------------------------------------------------------------------------------------------
+# --- the operator -------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("g2rl::head_features")
-def _fake_head_features(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    N, S = hidden.shape[0], cu_seqlens.shape[0] - 1
-    features = hidden.new_empty((S, hidden.shape[1]), dtype=torch.float32)
-    return features, *(hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
-
-
-@torch.library.custom_op("g2rl::head_features_over_ranks", mutates_args=())
-def _head_features_over_ranks(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    bias: Tensor | None,
-    token_weights: Tensor | None,
-    known_logprobs: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-    backend: str,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """head_features of a vocabulary shard, with local tokens (vocab_parallel.py): the normaliser over all
-    ranks first, then this rank's part of the features, summed over all ranks."""
-    options = temperature, logit_scale, logit_softcap
-    found, entropy, normaliser = logprobs._linear_logprobs(
-        hidden, weight, tokens, bias, *options, backend, group
-    )
-    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
-    responses = cu_seqlens, bias, token_weights
+@torch.library.custom_op(
+    "g2rl::features",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, {RESPONSES_SCHEMA}, Tensor? known_logprobs, "
+    "float? max_skipped, str backend, str group) -> (Tensor features, Tensor logprobs, Tensor logsumexp, "
+    "Tensor entropy, Tensor skipped_mass, Tensor skipped_tokens)",
+)
+def _features_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
+    head, responses = HeadSpec(*flat[:5]), Responses(*flat[5:7])
+    known_logprobs, max_skipped, name, group = flat[7:]
     with torch.autocast(hidden.device.type, enabled=False):
-        features = _features_of_part(backend)(hidden, weight, tokens, *responses, logsumexp, rest, *options)
-        vocab_parallel.all_reduce(features, group)
-    return features, found, logsumexp.float(), entropy
+        if group:
+            return _over_ranks(name, group, hidden, tokens, head, responses)
+        return implementation(name).features(hidden, tokens, head, responses, known_logprobs, max_skipped)
 
 
-def _features_of_part(backend: str) -> Callable[..., Tensor]:
-    if backend == "cpu":
-        return torch.ops.g2rl.head_features_of_part
-    if backend == "triton":
-        from .triton import driver
-
-        def of_part(hidden, weight, tokens, cu_seqlens, bias, token_weights, logsumexp, rest, *options):  # type: ignore
-            head, responses = HeadSpec(weight, bias, *options), Responses(cu_seqlens, token_weights)
-            return driver.features_of_part(hidden, tokens, head, responses, logsumexp, rest)
-
-        return of_part
-    return tiled.features_of_part
-
-
-torch.library.register_fake("g2rl::head_features_over_ranks", _fake_head_features)
-
-
-@torch.library.custom_op("g2rl::head_features_triton", mutates_args=())
-def _head_features_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    bias: Tensor | None,
-    token_weights: Tensor | None,
-    known_logprobs: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-    max_skipped: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """head_features and certified_head_features (with max_skipped) by the Triton kernels."""
-    from .triton import driver
-
-    head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    responses = Responses(cu_seqlens, token_weights)
-    return driver.features(hidden, tokens, head, responses, known_logprobs, max_skipped)
-
-
-@_head_features_triton.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
+@_features_op.register_fake
+def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    N, d, S = *hidden.shape, flat[5].shape[0] - 1
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
-    return *floats, hidden.new_empty((S,), dtype=torch.int64)
+    return *floats, hidden.new_empty(S, dtype=torch.int64)
+
+
+def _over_ranks(
+    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses
+) -> tuple[Tensor, ...]:
+    """Features of a head whose vocabulary is spread over ranks (vocab_parallel.py): the normaliser over all
+    ranks first, then the share of this rank's vocabulary in the features, summed over all ranks."""
+    found, entropy, normaliser = logprobs.forward(name, group, hidden, tokens, head)
+    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
+    features = implementation(name).features_of_part(hidden, tokens, head, responses, logsumexp, rest)
+    vocab_parallel.all_reduce(features, group)
+    skipped = features.new_zeros(len(features))
+    return features, found, logsumexp.float(), entropy, skipped, skipped.long()

@@ -13,23 +13,25 @@ bias and softcap) is, up to the factor logit_scale / temperature x the softcap's
     dz_v = -p_v (g + e (log p_v + H)),    and at y    g (1 - p_y) - p_y e (log p_y + H).
 
 A backend's `sweep` recomputes z block by block and multiplies: dhidden += dz W, dW = dz^T hidden. With the
-forward pass that is four products of N x V x d; `_gradients` says in which order they need least memory.
+forward pass that is four products of N x V x d; `_gradients` orders them so that they need little memory.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import DTYPES, check_head, check_token_values, choose_backend, may_read_values
+from ..arguments import check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .spec import HeadSpec
+from .backend import backend as implementation
+from .backend import choose_backend
+from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
-# Bytes of float32 sums for the gradient of a 16-bit hidden; what is more lies in the weight's gradient.
+# Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
 
 
@@ -55,18 +57,18 @@ def linear_logprobs(
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
     Neither forward nor backward makes a tensor of N x V; beside the gradients they need less than 64 MiB.
-    Sums are in float32 or better, those of the gradients too, which are rounded to the dtype of their input
-    once. 1 - p does not cancel for near-certain tokens. A frozen weight costs no weight gradient.
+    Sums are in float32 or better; gradients are rounded once, to the dtype of their input. 1 - p does not
+    cancel for near-certain tokens. A frozen weight costs no weight gradient.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16, or float64 (for gradient checks: float64 throughout, in
             PyTorch).
         weight: [V, d], dtype of hidden.
         tokens: [N] int64 in [0, V).
-        bias, temperature, logit_scale, logit_softcap, process_group, backend: as for `head_features`. With a
-            process_group each rank goes on to the same loss and calls backward, with the same incoming
-            gradients: hidden's gradient is then whole, and the same, on all ranks (summing it over them once
-            more would be wrong), those of weight and bias are of this rank's rows.
+        bias, temperature, logit_scale, logit_softcap, backend: see `head_features`.
+        process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
+            incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
+            over them again. The gradients of weight and bias are those of this rank's rows.
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight
@@ -76,88 +78,75 @@ def linear_logprobs(
         TypeError, ValueError, ImportError: as for `head_features`.
     """
 
-    def check() -> str:
-        check_head(
-            hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap, (*DTYPES, torch.float64)
-        )
-        if process_group is None and may_read_values(hidden):
-            check_token_values(tokens, weight.shape[0])
-        if hidden.dtype != torch.float64:
-            return choose_backend(backend, hidden.device)
-        if backend not in (None, "reference"):
-            raise TypeError(f"hidden: got torch.float64, which backend {backend!r} does not take; use None")
-        return "reference"
-
-    chosen = vocab_parallel.checked(
-        check, process_group, hidden, weight, tokens, function="linear_logprobs", bias=bias,
-        temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap, backend=backend,
-    )  # fmt: skip
-    group = "" if process_group is None else process_group.group_name
-    if group:
-        tokens = vocab_parallel.local_tokens(tokens, weight.shape[0], group)
-    options = float(temperature), float(logit_scale), float(logit_softcap or 0.0)
-    logprobs, entropy, _ = _linear_logprobs(hidden, weight, tokens, bias, *options, chosen, group)
+    head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
+    check = partial(_check, hidden, tokens, head, backend)
+    group = ""
+    if process_group is None:
+        head, backend = check(whole=True)
+    else:
+        facts = {"function": "linear_logprobs", "backend": backend}
+        head, backend = vocab_parallel.agree(check, process_group, hidden, tokens, head, facts)
+        group = process_group.group_name
+        tokens = vocab_parallel.local_tokens(tokens, head.weight.shape[0], group)
+    logprobs, entropy, _ = _logprobs_op(hidden, tokens, *head, backend, group)
     return LinearLogprobs(logprobs, entropy)
 
 
-def _implementation(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
-    """A backend's `statistics` and `sweep`."""
-    if backend == "cpu":
-        return torch.ops.g2rl.head_statistics, torch.ops.g2rl.logprobs_sweep
-    if backend != "triton":
-        return tiled.statistics, tiled.sweep
-    driver = importlib.import_module("g2rl_kernels.head.triton.driver")
-
-    def sweep(hidden, weight, tokens, bias, normaliser, terms, temperature, scale, softcap, *rest):  # type: ignore
-        head = HeadSpec(weight, bias, temperature, scale, softcap)
-        driver.sweep(hidden, tokens, head, normaliser, terms, *rest)
-
-    def statistics(hidden, weight, tokens, *others):  # type: ignore
-        return driver.statistics(hidden, tokens, HeadSpec(weight, *others))
-
-    return statistics, sweep
+def _check(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, backend: str | None, whole: bool = False
+) -> tuple[HeadSpec, str]:
+    """The head in the form that backends take, and the backend's name; whole: as in features.py."""
+    head = head.checked(hidden, tokens, (*DTYPES, torch.float64))
+    if whole and may_read_values(hidden):
+        check_token_values(tokens, head.weight.shape[0])
+    if hidden.dtype != torch.float64:
+        return head, choose_backend(backend, hidden.device)
+    if backend not in (None, "reference"):
+        raise TypeError(f"hidden: got torch.float64, which backend {backend!r} does not take; use None")
+    return head, "reference"
 
 
 # --- forward ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("g2rl::linear_logprobs", mutates_args=())
-def _linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-    backend: str,
-    group: str,
+def forward(
+    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [N], entropy [N] and the normaliser [2, N]: top and log_total, the logsumexp in two parts, as
+    """logprobs [N], entropy [N] and the normaliser [2, N]: top and log_total, the logsumexp in two terms, as
     their sum would be rounded to the size of the logits. With a group (vocab_parallel.py), of all ranks."""
-    head = hidden, weight, tokens, bias, temperature, logit_scale, logit_softcap
+    partial_sums, target = implementation(name).statistics(hidden, tokens, head)
+    if group:
+        partial_sums, target = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
+    logprobs, entropy, normaliser = merge(partial_sums, target, reference.accumulation_dtype(hidden))
+    if not group:  # over_ranks does it for all ranks together
+        outside = (tokens < 0) | (tokens >= head.weight.shape[0])
+        for values in (logprobs, entropy):
+            values.masked_fill_(outside, torch.nan)
+    return logprobs, entropy, normaliser
+
+
+@torch.library.custom_op(
+    "g2rl::linear_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+)
+def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
-        partial, target = _implementation(backend)[0](*head)
-        if group:
-            partial, target = vocab_parallel.over_ranks(partial, target, tokens, group)
-        logprobs, entropy, normaliser = merge(partial, target, reference.accumulation_dtype(hidden))
-        if not group:  # over_ranks has seen to it
-            outside = (tokens < 0) | (tokens >= weight.shape[0])
-            for values in (logprobs, entropy):
-                values.masked_fill_(outside, torch.nan)
-        return logprobs, entropy, normaliser
+        name, group = flat[5:]
+        return forward(name, group, hidden, tokens, HeadSpec(*flat[:5]))
 
 
-@_linear_logprobs.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_logprobs_op.register_fake
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
-    return tuple(hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))  # type: ignore
+    return tuple(hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
 
 
-def merge(partial: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """From m, s, u of each part of the vocabulary [R, 3, N] and the realised logits [N]: log-probs [N],
+def merge(sums: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """From m, s, u of each strip of the vocabulary [R, 3, N] and the realised logits [N]: log-probs [N],
     entropy [N] and normaliser [2, N]."""
-    m, s, u = tiled.joined(partial)
+    m, s, u = tiled.joined(sums)
     top = torch.maximum(m, target)
     s, u = tiled.shifted(m, s, u, top)
     e_y = torch.exp(target - top)
@@ -173,70 +162,74 @@ def merge(partial: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 # --- backward -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("g2rl::linear_logprobs_backward", mutates_args=())
-def _linear_logprobs_backward(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    normaliser: Tensor,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-    backend: str,
-    group: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+@torch.library.custom_op(
+    "g2rl::linear_logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
+    "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "
+    "bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+)
+def _backward_op(
+    grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
+    head, name, group, (logprobs, entropy, normaliser), needs = (
+        HeadSpec(*flat[:5]),
+        *flat[5:7],
+        flat[7:10],
+        flat[10:],
+    )
     g, e, p_y = grad_logprobs.to(logprobs), grad_entropy.to(logprobs), logprobs.exp()
     own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
     terms = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
-    # A token that is none, where values are not checked, does no harm if nothing is made of its NaN.
+    # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
     terms.masked_fill_((g == 0) & (e == 0), 0.0)
 
-    _, add = _implementation(backend)
-
     def sweep(rows: slice, begin: int, end: int, *sums: Tensor | None) -> None:
-        add(
-            hidden[rows], weight, tokens[rows], bias, normaliser[:, rows], terms[:, rows],
-            temperature, logit_scale, logit_softcap, begin, end, *sums,
-        )  # fmt: skip
+        operands = hidden[rows], tokens[rows], head, normaliser[:, rows], terms[:, rows]
+        implementation(name).sweep(*operands, begin, end, *sums)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        return _gradients(sweep, hidden, weight, bias, group, need_hidden, need_weight, need_bias)
+        return _gradients(sweep, hidden, head, group, *needs)
+
+
+@_backward_op.register_fake
+def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    weight, bias = flat[1:3]
+    need_hidden, need_weight, need_bias = flat[-3:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
+    )
 
 
 def _gradients(
     sweep: Callable[..., None],
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadSpec,
     group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls sweep(rows, begin, end, sum_hidden, grad_weight, grad_bias), with None for what is not wanted.
+    """Calls sweep(rows, begin, end, sum_hidden, grad_weight, grad_bias), with None for gradients not needed.
 
-    A sweep adds to float32 sums of hidden's gradient, and finishes rows begin:end of the weight's; so the
-    one needs float32 for all tokens at once, the other all tokens at once for a block of the vocabulary.
-    Where the former takes more than SUMS bytes, it borrows the weight's gradient: its last 2 N rows, which
-    are then written last, by a sweep that computes the logits there once more (2 N / V of a product).
+    A sweep adds to float32 sums of hidden's gradient and completes rows begin:end of the weight's gradient.
+    So the sums are needed for all tokens of a sweep at once. Sums of more than SUMS bytes borrow the last 2 N
+    rows of the weight's gradient; those rows are written last, by a sweep that computes the logits there
+    once more (2 N / V of a product).
 
-    With a group, hidden's gradient is summed over ranks before it is rounded, piece by piece. All ranks must
-    cut the same pieces, whatever the size of their shards: none borrows, and where there are several pieces
-    the weight's gradient is a sweep of its own, a fifth product.
+    With a group, hidden's gradient is summed over ranks before it is rounded, chunk by chunk. All ranks must
+    cut the same chunks whatever the size of their shards, so no rank borrows; with several chunks the
+    weight's gradient takes a sweep of its own, a fifth product.
     """
+    weight, bias = head.weight, head.bias
     (N, d), V = hidden.shape, weight.shape[0]
     everything = slice(0, N)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    # contiguous, whatever weight is
+    # contiguous, even if weight is not
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     sum_bias = weight.new_zeros(V, dtype=reference.accumulation_dtype(weight)) if need_bias else None
     gw = grad_weight if need_weight else None
@@ -248,13 +241,13 @@ def _gradients(
         vocab_parallel.all_reduce(grad_hidden, group)
     elif group or not need_weight or 4 * N * d <= SUMS:
         step = max(1, SUMS // (4 * d))
-        one_piece = 0 < N <= step
+        one_chunk = 0 < N <= step
         for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
-            sweep(rows, 0, V, sums, gw if one_piece else None, sum_bias)
+            sweep(rows, 0, V, sums, gw if one_chunk else None, sum_bias)
             vocab_parallel.all_reduce(sums, group)
             grad_hidden[rows] = sums
-        if need_weight and not one_piece:
+        if need_weight and not one_chunk:
             sweep(everything, 0, V, None, gw, None)
     else:
         start = max(0, (V - 2 * N) // 2 * 2)  # even: on a whole float32
@@ -270,42 +263,23 @@ def _gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-@_linear_logprobs_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = args[2], args[3], args[5]
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, tokens, bias, *options = inputs
+    hidden, tokens, weight, bias, *options = inputs
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(hidden, weight, tokens, bias, *output)
+    ctx.save_for_backward(hidden, tokens, weight, bias, *output)
     ctx.options = options
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, tokens, bias, *outputs = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    incoming = [
-        torch.zeros_like(outputs[0]) if grad is None else grad for grad in (grad_logprobs, grad_entropy)
-    ]
-    grad_hidden, grad_weight, grad_bias = (
-        grad if need else None
-        for grad, need in zip(
-            _linear_logprobs_backward(
-                *incoming, hidden, weight, tokens, bias, *outputs, *ctx.options, *needed
-            ),
-            needed,
-        )
-    )
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * len(ctx.options)
+    *operands, logprobs, entropy, normaliser = ctx.saved_tensors
+    outputs = logprobs, entropy, normaliser
+    incoming = [torch.zeros_like(logprobs) if g is None else g for g in (grad_logprobs, grad_entropy)]
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+    grads = _backward_op(*incoming, *operands, *ctx.options, *outputs, *needs)
+    grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs))
+    return grad_hidden, None, grad_weight, grad_bias, *[None] * len(ctx.options)
 
 
-_linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
+_logprobs_op.register_autograd(_backward, setup_context=_setup_context)

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .spec import HeadSpec, Responses
+
 WEIGHT_EPS = 1e-8  # eq. 8
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """float64 if any tensor is float64, else float32."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
 
@@ -30,19 +32,13 @@ def _vocabulary_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[sli
         yield block, weight[block].to(dtype)
 
 
-def logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     """Eq. 5: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), divided by the temperature.
 
     Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
     -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
+    weight, bias, temperature, logit_scale, logit_softcap = head
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
     x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)
@@ -52,7 +48,7 @@ def logits(
         masked = bias == -torch.inf
     x = x * logit_scale
     slope = None
-    if logit_softcap is not None:
+    if logit_softcap:
         slope = softcap_slope(x, logit_softcap)
         x = logit_softcap * torch.tanh(x / logit_softcap)
         if masked is not None:
@@ -114,26 +110,17 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, start: int, stop: int) -> Te
 
 
 def head_features(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    chunk: int | None = None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 8: Phi_s = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8) over the tokens of each response.
 
-    hidden [N, d], weight [V, d], tokens [N] int64, cu_seqlens [S + 1], bias [V], token_weights alpha [N].
-    Returns features [S, d], logprobs [N], logsumexp [N] and entropy [N], the last three of z / temperature.
+    hidden [N, d], tokens [N] int64. Returns features [S, d], logprobs [N], logsumexp [N] and entropy [N], the
+    last three of z / temperature.
     `chunk` tokens are worked on at a time (all when None): the tensors made are [chunk, V].
     """
+    cu_seqlens, token_weights = responses
     N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
-    dtype = accumulation_dtype(hidden, weight)
+    dtype = accumulation_dtype(hidden, head.weight)
     alpha = hidden.new_ones(N, dtype=dtype) if token_weights is None else token_weights.to(dtype)
     features = hidden.new_zeros(S, d, dtype=dtype)
     alpha_sum = hidden.new_zeros(S, dtype=dtype)
@@ -142,9 +129,9 @@ def head_features(
     for start in range(0, N, step):
         stop = min(start + step, N)
         rows = slice(start, stop)
-        z, slope = logits(hidden[rows], weight, bias, temperature, logit_scale, logit_softcap)
+        z, slope = logits(hidden[rows], head)
         logprobs, logsumexp, entropy, residual = token_statistics(z, tokens[rows])
-        phi = token_features(residual, weight, slope, logit_scale)
+        phi = token_features(residual, head.weight, slope, head.logit_scale)
         features = features + segment_sum(alpha[rows, None] * phi, cu_seqlens, start, stop)
         alpha_sum = alpha_sum + segment_sum(alpha[rows], cu_seqlens, start, stop)
         columns.append(torch.stack([logprobs, logsumexp, entropy]))

@@ -1,51 +1,111 @@
 """What a head is, and which tokens make up a response: two small objects that cross the Python code whole.
 
 Operators cannot take them. At an operator's boundary they are flattened once, in the order of the schemas
-below, by `flat`, and put together again by `HeadSpec(*...)`. A new option of the head touches this file, the
-C++ schemas (csrc/ops/head.cpp) and the kernels, nothing else.
+below (`*head`, `*responses`), and put together again (`HeadSpec(*...)`). A new option of the head touches
+this file, the C++ schemas (csrc/ops/head.cpp) and the kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..arguments import (
+    check_cu_seqlens_values,
+    check_scale,
+    check_shape,
+    check_tensor,
+    may_read_values,
+    sizes,
+)
 
 HEAD_SCHEMA = "Tensor weight, Tensor? bias, float temperature, float logit_scale, float logit_softcap"
 RESPONSES_SCHEMA = "Tensor cu_seqlens, Tensor? token_weights"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadSpec(NamedTuple):
     """The LM head: z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c).
 
-    p = softmax(z / temperature). All backends take it in this form, checked.
+    p = softmax(z / temperature). Public functions build it from their arguments; `checked` gives the form
+    that operators and backends take.
     """
 
     weight: Tensor  # [V, d], dtype of hidden
-    bias: Tensor | None = None  # [V]
+    bias: Tensor | None = None  # [V]; -inf takes an entry out of the vocabulary
     temperature: float = 1.0
     logit_scale: float = 1.0
-    logit_softcap: float = 0.0  # c; 0: no softcap
+    logit_softcap: float | None = 0.0  # c; 0: no softcap (a public function's None, before `checked`)
 
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        logit_scale: float,
-        logit_softcap: float | None,
-    ) -> HeadSpec:
-        """From a public function's arguments, where no softcap is None."""
-        return cls(weight, bias, float(temperature), float(logit_scale), float(logit_softcap or 0.0))
+    def checked(self, hidden: Tensor, tokens: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> HeadSpec:
+        """The same with plain numbers, if hidden [N, d], tokens [N] and the head fit together.
 
-    def flat(self) -> tuple[Any, ...]:
-        """In the order of HEAD_SCHEMA."""
-        return tuple(self)
+        Raises TypeError or ValueError naming the argument; values of tensors are not read.
+        """
+        weight, bias, temperature, logit_scale, logit_softcap = self
+        check_tensor("hidden", hidden, dtypes)
+        if hidden.dim() != 2 or hidden.shape[1] == 0:
+            raise ValueError(
+                f"hidden: got shape {sizes(hidden)}, needs [N, d] with d > 0; see pack_responses"
+            )
+        check_tensor("weight", weight, dtypes, hidden.device)
+        if weight.dtype != hidden.dtype:
+            raise TypeError(f"weight: got {weight.dtype}, needs the dtype of hidden, {hidden.dtype}")
+        if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+            raise ValueError(f"weight: got shape {sizes(weight)}, needs [V, {hidden.shape[1]}] with V > 0")
+        check_tensor("tokens", tokens, (torch.int64,), hidden.device)
+        check_shape("tokens", tokens, (hidden.shape[0],), "[N], one for each row of hidden")
+        if bias is not None:
+            check_tensor("bias", bias, dtypes, hidden.device)
+            check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
+        check_scale("temperature", temperature)
+        check_scale("logit_scale", logit_scale)
+        if logit_softcap is not None:
+            check_scale("logit_softcap", logit_softcap, "; None for no softcap")
+        name = "logit_scale" if logit_softcap is None else "logit_softcap"
+        check_scale(f"{name} / temperature", (logit_softcap or logit_scale) / temperature)
+        return HeadSpec(weight, bias, float(temperature), float(logit_scale), float(logit_softcap or 0.0))
+
+    def detached(self) -> HeadSpec:
+        """The same without gradients."""
+        return self._replace(
+            weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach()
+        )
 
 
 class Responses(NamedTuple):
-    """Which rows of hidden belong to which response, and their weights."""
+    """Which rows of hidden belong to which response, and how much each token counts."""
 
     cu_seqlens: Tensor  # [S + 1]; response s owns rows cu_seqlens[s]:cu_seqlens[s + 1]
-    token_weights: Tensor | None = None  # [N] float32, alpha_t; None: all 1
+    token_weights: Tensor | None = None  # [N] alpha_t >= 0; None: all 1
+
+    def checked(self, hidden: Tensor) -> Responses:
+        """The same with float32 weights, if it fits hidden [N, d].
+
+        Raises TypeError or ValueError naming the argument. Values are checked where they may be read.
+        """
+        cu_seqlens, token_weights = self
+        N = hidden.shape[0]
+        check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32), hidden.device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens: got shape {sizes(cu_seqlens)}, needs [S + 1], starting with 0")
+        check_per_token("token_weights", token_weights, hidden)
+        if may_read_values(hidden):
+            check_cu_seqlens_values(cu_seqlens, N)
+            if token_weights is not None and not bool((token_weights >= 0).all()):
+                at = int((~(token_weights >= 0)).nonzero()[0])
+                raise ValueError(
+                    f"token_weights: entry {at} is {float(token_weights[at])}, needs to be 0 or more"
+                )
+        weights = None if token_weights is None else token_weights.detach().float()
+        return Responses(cu_seqlens, weights)
+
+
+def check_per_token(name: str, values: Tensor | None, hidden: Tensor) -> None:
+    """[N] of any float dtype, or None."""
+    if values is not None:
+        check_tensor(name, values, None, hidden.device)
+        check_shape(name, values, (hidden.shape[0],), "[N], one for each row of hidden")

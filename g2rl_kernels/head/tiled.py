@@ -1,8 +1,7 @@
-"""`linear_logprobs` in PyTorch, tile by tile: backend "reference", on any device and in float64 too.
+"""Backend "reference": the head in PyTorch, tile by tile, on any device and in float64 too.
 
-A tile is a block of tokens x a block of vocabulary, of bounded size, in the dtype that is accumulated in: no
-tensor of N x V is made, and 16-bit weights are never copied whole. The functions are those that each backend
-has; `logprobs.py` says what they compute.
+A tile is a chunk of tokens x a block of the vocabulary, of bounded size, in the dtype of the sums. No tensor
+of N x V is made, and a 16-bit weight is never copied whole. backend.py says what each function returns.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .backend import FeatureOutputs
+from .certified import certified_features
+from .spec import HeadSpec, Responses
 
-TOKENS = 512  # of a tile
+TOKENS = 512  # tokens of a tile
 
 
 def elements(tensor: Tensor) -> int:
-    """Of a tile: few on the CPU, for its memory; many elsewhere, for full matrix products."""
+    """Most elements of a tile: few on a CPU, to save memory; many elsewhere, for full products."""
     return 2**20 if tensor.device.type == "cpu" else 2**25
 
 
@@ -28,35 +30,31 @@ def slices(begin: int, end: int, step: int) -> Iterator[slice]:
 
 
 def _blocks(hidden: Tensor, begin: int, end: int) -> list[slice]:
-    """Of the vocabulary, such that neither a tile nor the block's weight has more elements than it may."""
+    """Blocks of the vocabulary small enough that neither a tile nor a block's weight exceeds `elements`."""
     return [*slices(begin, end, max(1, elements(hidden) // max(TOKENS, hidden.shape[1])))]
 
 
+def _entries(head: HeadSpec, block: slice) -> HeadSpec:
+    """The head restricted to a block of the vocabulary."""
+    return head._replace(weight=head.weight[block], bias=None if head.bias is None else head.bias[block])
+
+
 def _index(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Column [n, 1] of each token in the block, any if it is elsewhere; and whether it lies in the block."""
+    """Each token's column in the block [n, 1], any for a token outside; and whether it lies inside."""
     inside = (tokens >= block.start) & (tokens < block.stop)
     return (tokens - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
 
 
-def statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """m, s and u [1, 3, N] of each token, and the logit of the realised token [N]."""
+def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+    """m, s and u [1, 3, N] of each token, and the realised token's logit [N]."""
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     partial, target = hidden.new_empty((1, 3, N), dtype=dtype), hidden.new_empty(N, dtype=dtype)
     for rows in slices(0, N, TOKENS):
         h, y = hidden[rows].to(dtype), tokens[rows]
         m = h.new_full((h.shape[0], 1), -torch.inf)
         s, u, z_y = torch.zeros_like(m), torch.zeros_like(m), m.clone()
-        for block in _blocks(hidden, 0, weight.shape[0]):
-            b = None if bias is None else bias[block]
-            z, _ = reference.logits(h, weight[block], b, temperature, logit_scale, logit_softcap or None)
+        for block in _blocks(hidden, 0, len(head.weight)):
+            z, _ = reference.logits(h, _entries(head, block))
             index, inside = _index(y, block)
             z_index = z.gather(1, index)
             z_y = torch.where(inside, z_index, z_y)
@@ -75,43 +73,53 @@ def statistics(
 
 
 def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Tensor]:
-    """The two sums relative to new_m >= m instead of m."""
+    """The sums s and u relative to new_m >= m instead of m."""
     delta = (m - new_m).masked_fill(m == -torch.inf, 0.0)  # nothing seen yet: s = u = 0
     factor = delta.exp()
     return s * factor, factor * (u + s * delta)
 
 
-def joined(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, s and u [N] of all parts of the vocabulary [R, 3, N], added in order: the same bits every time."""
-    m = partial[0, 0]
-    for other in partial[1:, 0]:
+def joined(strips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, s and u [N] of all strips of the vocabulary [R, 3, N], added in order: the same bits every time."""
+    m = strips[0, 0]
+    for other in strips[1:, 0]:
         m = torch.maximum(m, other)
     s, u = torch.zeros_like(m), torch.zeros_like(m)
-    for part in partial:
-        part_s, part_u = shifted(part[0], part[1], part[2], m)
-        s, u = s + part_s, u + part_u
+    for strip in strips:
+        strip_s, strip_u = shifted(strip[0], strip[1], strip[2], m)
+        s, u = s + strip_s, u + strip_u
     return m, s, u
+
+
+def features(
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    known_logprobs: Tensor | None = None,
+    max_skipped: float | None = None,
+) -> FeatureOutputs:
+    """The reference's features, some tokens at a time; known_logprobs are not used."""
+    if max_skipped is not None:
+        return certified_features(features, hidden, tokens, head, responses, max_skipped)
+    chunk = max(1, elements(hidden) // len(head.weight))
+    out = reference.head_features(hidden, tokens, head, responses, chunk=chunk)
+    skipped = hidden.new_zeros(len(responses.cu_seqlens) - 1, dtype=torch.float32)
+    # an operator's outputs must not share memory, as rows of one tensor do
+    return FeatureOutputs(*(values.clone() for values in out), skipped, skipped.long())
 
 
 def features_of_part(
     hidden: Tensor,
-    weight: Tensor,
     tokens: Tensor,
-    cu_seqlens: Tensor,
-    bias: Tensor | None,
-    token_weights: Tensor | None,
+    head: HeadSpec,
+    responses: Responses,
     logsumexp: Tensor,
     rest: Tensor,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
 ) -> Tensor:
-    """[S, d], eq. 8 with the sums of eq. 7 over these rows of the vocabulary alone.
-
-    logsumexp [N] float64 and rest = 1 - p(tokens[t]) [N] are those of the whole vocabulary. A token that
-    lies elsewhere has its rest added there.
-    """
-    (N, d), V, dtype = hidden.shape, weight.shape[0], reference.accumulation_dtype(hidden)
+    """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone."""
+    cu_seqlens, token_weights = responses
+    (N, d), V, dtype = hidden.shape, len(head.weight), reference.accumulation_dtype(hidden)
     top, rest = logsumexp.to(dtype), rest.to(dtype)
     normaliser = torch.stack([top, (logsumexp - top).to(dtype)])
     terms = torch.stack([torch.ones_like(rest), torch.zeros_like(rest), rest])
@@ -119,42 +127,36 @@ def features_of_part(
     sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d, dtype=dtype)
     for rows in slices(0, N, TOKENS):
         gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p; phi / temperature
-        sweep(
-            hidden[rows], weight, tokens[rows], bias, normaliser[:, rows], terms[:, rows],
-            temperature, logit_scale, logit_softcap, 0, V, gradient, None, None,
-        )  # fmt: skip
+        operands = hidden[rows], tokens[rows], head, normaliser[:, rows], terms[:, rows]
+        sweep(*operands, 0, V, gradient, None, None)
         sums += reference.segment_sum(alpha[rows, None] * gradient, cu_seqlens, rows.start, rows.stop)
     total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
-    return sums * (temperature / total)[:, None]
+    return sums * (head.temperature / total)[:, None]
 
 
 def sweep(
     hidden: Tensor,
-    weight: Tensor,
     tokens: Tensor,
-    bias: Tensor | None,
+    head: HeadSpec,
     normaliser: Tensor,
     terms: Tensor,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float,
     begin: int,
     end: int,
     sum_hidden: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """What the vocabulary entries [begin, end) give to the gradients: see `logprobs.py`."""
+    """Adds the share of vocabulary entries [begin, end) to the gradients; logprobs.py has the equations."""
     dtype = normaliser.dtype
     top, log_total = normaliser[:, :, None]
     a, g_entropy, at_token = terms[:, :, None]
     for block in _blocks(hidden, begin, end):
-        w = weight[block].to(dtype)
-        b = None if bias is None else bias[block]
+        entries = _entries(head, block)
+        w = entries.weight.to(dtype)
         sum_weight = None if grad_weight is None else torch.zeros_like(w)
         for rows in slices(0, hidden.shape[0], TOKENS):
             h = hidden[rows].to(dtype)
-            z, slope = reference.logits(h, w, b, temperature, logit_scale, logit_softcap or None)
+            z, slope = reference.logits(h, entries._replace(weight=w))
             log_p = z.sub_(top[rows]).sub_(log_total[rows])
             p = log_p.exp()
             grad_z = -p * (a[rows] + g_entropy[rows] * log_p.masked_fill_(p == 0, 0.0))
@@ -162,7 +164,7 @@ def sweep(
             grad_z.scatter_(1, index, torch.where(inside, at_token[rows], grad_z.gather(1, index)))
             if slope is not None:
                 grad_z *= slope
-            grad_z *= logit_scale / temperature
+            grad_z *= head.logit_scale / head.temperature
             if sum_hidden is not None:
                 sum_hidden[rows] += grad_z @ w
             if sum_weight is not None:

@@ -3,16 +3,17 @@
 All ranks have the same hidden, tokens and options, and end with the same bits. Over the network go, for N
 tokens, S responses and hidden size d,
 
-    int64   [world]         how many rows each rank has               local_tokens
+    int64   [world]         number of rows of each rank               local_tokens
     float   [world, 4, N]   m, s, u and z_y of each token             over_ranks
-    float32 [S, d]          features, summed over ranks               head._head_features_over_ranks
+    float32 [S, d]          features, summed over ranks               features._over_ranks
     float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
 
-A rank's statistics are one more part for `logprobs.merge`, taken in rank order. The realised token is left
+A rank's statistics are one more strip for `logprobs.merge`, taken in rank order. The realised token is left
 out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients are
 sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
 
-Operators take the group's name, "" for none, which torch.compile can keep. Nothing waits for the device.
+Operators take the group's name, which torch.compile can keep, and "" where there is no group. Nothing waits
+for the device.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch.distributed import distributed_c10d
 
 from ..arguments import check_token_values, may_read_values, sizes
 from . import tiled
+from .spec import HeadSpec
 
-ELSEWHERE, NOWHERE = -1, -2  # tokens of other ranks' rows, and of no rank's
-PIECE = 2**20  # numbers of each kind that are gathered at a time
+ELSEWHERE, NOWHERE = -1, -2  # a token in another rank's rows; in no rank's
+CHUNK = 2**20  # tokens times ranks whose statistics are gathered at a time
 MESSAGE = 4096  # bytes that each rank sends before it begins
 
 Result = TypeVar("Result")
@@ -40,22 +42,29 @@ Result = TypeVar("Result")
 # --- before: all ranks go on, or all raise ------------------------------------------------------------------
 
 
-def checked(
-    check: Callable[[], Result], process_group: Any, hidden: Any, weight: Any, tokens: Any, **same: Any
+def agree(
+    check: Callable[[], Result],
+    process_group: Any,
+    hidden: Any,
+    tokens: Any,
+    head: HeadSpec,
+    facts: dict[str, Any],
 ) -> Result:
-    """check(), which looks at this rank's arguments; with a group, at those of all ranks together.
+    """Runs `check` on this rank; raises the same error on every rank of the group.
 
     Where values may be read, each rank sends what it found: an error on one rank is then raised by all, and
     so is a difference between ranks in what has to be the same, which is everything but the rows of weight
-    and bias (of hidden, no values are compared). Elsewhere a rank that raises leaves the others waiting for
-    it, up to the group's timeout.
+    and bias (the values of hidden are not compared). Elsewhere a rank that raises leaves the others waiting
+    for it, up to the group's timeout.
+
+    Args:
+        check: looks at this rank's arguments.
+        facts: what else has to be the same, by name.
 
     Raises:
-        TypeError, ValueError, ImportError: check() raised it, on any rank; ranks differ; process_group is no
-            group, or none that this process is a member of; a token lies outside the vocabulary of all ranks.
+        TypeError, ValueError, ImportError: `check` raised it, on any rank; ranks differ; process_group is not
+            a group, or not one of this process's; a token lies outside the vocabulary of all ranks.
     """
-    if process_group is None:
-        return check()
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: this process is no member of it; call on its members only")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -63,14 +72,14 @@ def checked(
             f"process_group: got {type(process_group).__name__}, needs a "
             "torch.distributed.ProcessGroup; a DeviceMesh has get_group()"
         )
-    tensors = [t for t in (hidden, weight, tokens) if isinstance(t, Tensor)]
+    tensors = [t for t in (hidden, head.weight, tokens) if isinstance(t, Tensor)]
     if tensors and not may_read_values(tensors[0]):
         return check()
     problem: Exception | None = None
     try:
         result = check()
-        facts = {"hidden": hidden, "weight": weight, "tokens": tokens, **same}
-        message = {"rows": weight.shape[0], **{name: _fact(name, value) for name, value in facts.items()}}
+        facts = {"hidden": hidden, "tokens": tokens, **head._asdict(), **facts}
+        message = {"rows": len(head.weight), **{name: _fact(name, value) for name, value in facts.items()}}
     except (TypeError, ValueError, ImportError) as error:
         problem, message = error, {"error": type(error).__name__, "text": str(error)[:500]}
     messages = _exchange(message, process_group, tensors[0].device if tensors else torch.device("cpu"))
@@ -125,14 +134,14 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(values: Tensor, group: str) -> None:
-    """The sum over all ranks, in place; nothing without a group."""
+    """Replaces values by their sum over all ranks; does nothing without a group."""
     if group and values.numel():
         dist.all_reduce(values, group=_members(group))
 
 
 @torch.library.custom_op("g2rl::local_tokens", mutates_args=())
 def local_tokens(tokens: Tensor, V: int, group: str) -> Tensor:
-    """tokens [N], counted over the rows of all ranks -> counted over the V rows of this one, or ELSEWHERE, or
+    """From tokens [N] counted over the rows of all ranks to the index among this rank's V rows, ELSEWHERE or
     NOWHERE."""
     members = _members(group)
     end = _gathered(tokens.new_full((1,), V), members).flatten().cumsum(0)
@@ -147,15 +156,15 @@ def _(tokens: Tensor, V: int, group: str) -> Tensor:
 
 
 def over_ranks(partial: Tensor, target: Tensor, tokens: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """What `statistics` gave on this rank, [R, 3, N] and [N], to that of all ranks, [1, 3, N] and [N].
+    """From this rank's `statistics`, [R, 3, N] and [N], to those of all ranks, [1, 3, N] and [N].
 
-    tokens [N] are local; a token that is NOWHERE gets NaN for its logit.
+    tokens [N] are local; a token in no rank's rows gets NaN for its logit.
     """
     members = _members(group)
     mine = torch.cat([torch.stack(tiled.joined(partial)), target[None]])
     mine[3].masked_fill_(tokens == NOWHERE, torch.nan)
     found = torch.empty_like(mine)
-    for rows in tiled.slices(0, len(tokens), PIECE // members.size()):
+    for rows in tiled.slices(0, len(tokens), CHUNK // members.size()):
         everyone = _gathered(mine[:, rows].contiguous(), members)
         found[:3, rows] = torch.stack(tiled.joined(everyone[:, :3]))
         found[3, rows] = everyone[:, 3].amax(0)  # -inf on all ranks but one

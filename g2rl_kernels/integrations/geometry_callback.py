@@ -33,6 +33,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 import g2rl_kernels as g2
 
 from ..geometry.measure import EPS, group_statistics, measure
+from ..geometry.rows import Statistic
 from ..group.options import ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
@@ -46,7 +47,7 @@ WITH_REWARDS = (
     "exploration_score_mean",
     "accuracy",
 )  # of `describe`, too; what it says about shaping is left out
-OF_GROUPS = (
+OF_GROUPS: tuple[Statistic, ...] = (
     "effective_rank",
     "semantic_cosine",
     "distinct_answers",
@@ -333,7 +334,7 @@ class GeometryCallback(TrainerCallback):
             embeddings=self.encoder(everyone) if everyone and self.encoder else None,
         )
         for name in OF_GROUPS:
-            values = [problem[name] for problem in found if problem[name] is not None]
+            values = [value for problem in found if (value := problem[name]) is not None]
             if values:
                 metrics[name] = sum(values) / len(values)
         return metrics

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that leaves the policy as it sampled: no dropout, and a cache while generating."""
+"""Gradient checkpointing without training mode: no dropout in updates, and a cache while generating."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Activations are recomputed in the backward pass, within `checkpointing(model)`; nothing else changes.
+    """Recomputes activations in the backward pass within `checkpointing(model)`; changes nothing else.
 
-    transformers recomputes a layer in training mode only. That mode must not reach what is in the layer: the
-    policy that is updated must be the one that sampled, without dropout.
+    transformers recomputes a layer only where its `training` is True. The layer still computes in evaluation
+    mode (`_recomputed`): dropout would make the updated policy another one than that which sampled.
     """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -24,8 +24,10 @@ def enable_checkpointing(model: Any) -> None:
 
 @contextmanager
 def checkpointing(model: Any) -> Iterator[None]:
-    """The modules that `enable_checkpointing` found are in training mode, and none else. Generation must stay
-    outside: in that mode layers take no cache."""
+    """Puts the modules that `enable_checkpointing` found in training mode, all others in evaluation mode.
+
+    Generate outside of it: within, layers take no cache.
+    """
     layers = _checkpointed(model)
     model.eval()
     for layer in layers:
@@ -43,7 +45,7 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 def _recomputed(
     layer: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """checkpoint(function, ...), with the layer itself in evaluation mode while it computes."""
+    """checkpoint(function, ...), with the layer in evaluation mode while `function` runs."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
         layer.training = False

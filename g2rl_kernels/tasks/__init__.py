@@ -1,16 +1,16 @@
-"""Tasks: where prompts come from and how completions are verified.
+"""Tasks: prompts, and the verification of completions. base.py has the protocol, sources.py reads recipes.
 
-A task is any object with three methods; nothing needs to be inherited:
+A task is any object with three methods; it inherits from nothing:
 
     len(task)                    -> int    how many items there are
-    task[i]                      -> dict   with "question" (text); everything else is the task's own
+    task[i]                      -> dict   with "question" (text), and whatever its score needs
     task.score(completion, item) -> float  1 for a right completion, less for others; `score_gate` decides
 
-and, for votes (labels=majority, maj@k), optionally a fourth:
+For votes (labels=majority, maj@k) it may have a fourth:
 
     task.answer(completion, item) -> str | None   the final answer, the same text for equal ones
 
-In a configuration a task is one mapping, and `tasks` is a list of them (their items are joined):
+A configuration lists tasks under `tasks`, each as one of these mappings; their items are joined:
 
     kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number
     kind: jsonl,  path: train.jsonl, question: problem, answer: solution       # checked by math-verify

@@ -1,4 +1,4 @@
-"""Questions with a known answer: which part of a completion is the answer, and whether it is right."""
+"""Questions with a known answer: finds the answer in a completion, and verifies it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, need
-from .base import Item, import_function
+from .base import Item, check_rows, import_function
 
 
 def boxed(text: str) -> str:
-    """The content of the last \\boxed{...}, braces balanced; "" if there is none."""
+    """The content of the last \\boxed{...} with balanced braces; "" without one."""
     start = text.rfind("\\boxed{")
     depth = 0
     for end in range(start + 6, len(text)) if start >= 0 else ():
@@ -35,35 +35,34 @@ EXTRACTORS: dict[str, Callable[[str], str]] = {
 
 
 def extractor(name: str) -> Callable[[str], str]:
+    """The function EXTRACTORS[name]; ConfigError for an unknown name."""
     if name not in EXTRACTORS:
         raise ConfigError(f"task: extract={name!r}: choose one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name]
 
 
 class AnswerTask:
-    """Questions with a known answer, checked by math-verify or by a function of yours."""
+    """Questions with a known answer, verified by math-verify or by a function.
+
+    Args:
+        rows: the items; other fields are passed on to the function.
+        source: where they came from, for messages.
+        score: the function that verifies, "module:function", called with (completion, item).
+        question, answer: the names of these fields in a row.
+        extract: which part of a completion is the answer, a key of EXTRACTORS.
+    """
 
     def __init__(
         self,
         rows: Sequence[Item],
         source: str,
+        *,
+        score: str | None = None,
         question: str = "question",
         answer: str = "answer",
-        score: str | None = None,
         extract: str = "all",
     ):
-        if not rows:
-            raise ConfigError(f"task: {source} holds no items")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise ConfigError(
-                    f"task: {source}, item {number}: expected an object, got a {type(row).__name__}"
-                )
-            for key in (question, *(() if score else (answer,))):
-                if key not in row:
-                    raise ConfigError(
-                        f"task: {source}, item {number}: no field {key!r}, only {', '.join(row)}"
-                    )
+        check_rows(rows, source, (question,) if score else (question, answer))
         self.rows, self.question_key, self.answer_key = rows, question, answer
         self.extract = extractor(extract)
         self.function = import_function(score) if score else None
@@ -92,22 +91,22 @@ class AnswerTask:
         return float(verify(gold, parse(completion)))
 
     def answer(self, completion: str, item: Item) -> str | None:
-        """What the extractor finds; where math-verify judges, its reading, so that 0.5 and 1/2 are one."""
+        """The extracted answer; written by `math_answer` where math-verify judges, so that 0.5 is 1/2."""
         completion = self.extract(completion)
         by_text = self.function is not None or not self._parsed_gold(item)
         return completion if by_text else math_answer(completion)
 
     def _parsed_gold(self, item: Item) -> list[Any]:
-        """Empty, where math-verify finds no mathematics in it: then texts are compared."""
+        """The known answer, parsed by math-verify; [] if it finds no mathematics: then texts are compared."""
         from math_verify import parse
 
-        # A bare answer (3/4, 1,024, (0, 2]) is parsed as mathematics, a worked solution as text with a \boxed
+        # A bare answer such as 3/4 or (0, 2] is put into a box; a worked solution has one already
         gold = str(item[self.answer_key])
         return parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
 
 
 def math_answer(completion: str) -> str | None:
-    """math-verify's reading of a response's final answer, the same text for 0.5 and 1/2; None without one."""
+    """The final answer as math-verify parses it, as text: the same for 0.5 and 1/2. None without one."""
     from math_verify import parse
 
     parsed = parse(completion)
@@ -115,7 +114,7 @@ def math_answer(completion: str) -> str | None:
 
 
 def _exact(expression: Any) -> Any:
-    """A number as a fraction where it is one, anything else as it is."""
+    """A rational number as a fraction; any other expression unchanged."""
     if not getattr(expression, "is_number", False):
         return expression
     import sympy

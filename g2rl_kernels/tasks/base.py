@@ -1,31 +1,33 @@
-"""What a task is, and how one is asked for items, scores and answers."""
+"""The `Task` protocol, and checked access to a task's items, scores and answers."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..errors import ConfigError, RewardError
+from ..errors import ConfigError, RewardError, one_line
 
-Item = dict[str, Any]
+Item = dict[str, Any]  # "question" (text), and whatever the task's score needs
 
 
 class Task(Protocol):
+    """Prompts and their verifier; the package's docstring explains the methods."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Item: ...
     def score(self, completion: str, item: Item) -> float: ...
 
 
 def item_of(task: Task, index: int) -> Item:
-    """task[index]; ConfigError where that raises or is no mapping with a text "question"."""
+    """task[index]. Raises ConfigError if that fails, or is not a dict with a text "question"."""
     where = f"task: {type(task).__name__}[{index}]"
     try:
         item = task[index]
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        what = f"{type(error).__name__}: {one_line(error, 200)}"
         raise ConfigError(f"{where} raised {what}: check the task's keys") from error
     if not isinstance(item, dict) or not isinstance(item.get("question"), str):
         raise ConfigError(f"{where} must be a dict with a text 'question', got {str(item)[:80]!r}")
@@ -33,7 +35,7 @@ def item_of(task: Task, index: int) -> Item:
 
 
 def score_completion(task: Task, completion: str, item: Item) -> float:
-    """task.score, or RewardError naming the prompt where it raises or is no finite number."""
+    """task.score(completion, item). Raises RewardError, with the prompt, if that fails or is not finite."""
     where = f"{type(task).__name__} on the prompt {item['question'][:200]!r}, completion {completion[:200]!r}"
     try:
         value = float(task.score(completion, item))
@@ -45,14 +47,30 @@ def score_completion(task: Task, completion: str, item: Item) -> float:
 
 
 def final_answer(task: Task, completion: str, item: Item) -> str | None:
-    """task.answer, which a task need not have: then the completion as it stands. None for no answer."""
+    """task.answer(completion, item), or the completion for a task without that method; None for no answer."""
     answer = getattr(task, "answer", None)
     text = completion if answer is None else answer(completion, item)
     return None if text is None else text.strip() or None
 
 
+def check_rows(rows: Sequence[Any], source: str, fields: Sequence[str]) -> None:
+    """Raises ConfigError unless there are rows, and each is a dict with these fields."""
+    if not rows:
+        raise ConfigError(f"task: {source} holds no items")
+    for number, row in enumerate(rows, 1):
+        where = f"task: {source}, item {number}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: expected an object, got a {type(row).__name__}")
+        for field in fields:
+            if field not in row:
+                raise ConfigError(f"{where}: no field {field!r}, only {', '.join(row)}")
+
+
 def import_function(dotted: str) -> Callable[..., Any]:
-    """`package.module:function`, looked up from the current directory too."""
+    """The function named `package.module:function`; the current directory is searched too.
+
+    Raises ConfigError if it cannot be imported, or is not callable.
+    """
     module, colon, name = dotted.partition(":")
     if not colon:
         raise ConfigError(f"task: {dotted!r}: expected module:function")

@@ -1,4 +1,4 @@
-"""Multiple choice: lettered options, and the letter that a completion chooses."""
+"""Multiple choice: letters the options, and finds the letter that a completion chooses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from .answers import boxed, extractor
-from .base import Item
+from .base import Item, check_rows
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = r"[*_(\[{$\s]*(?:\\(?:text|textbf|mathrm|mathbf)\{)?[*_(\[\s]*([A-Z])(?![A-Za-z0-9'’])"
@@ -18,10 +18,10 @@ _LAST_LINE = re.compile(r"^" + _LETTER + r"(?:[*_)\]}$.,:\s]*$|[).:]\s)")
 
 
 def choice_letter(text: str, count: int) -> str | None:
-    """Which of `count` options a completion chooses: A, B, ..., or None.
+    """The letter, A, B, ..., of the option that a completion chooses among `count`; None without a choice.
 
-    In this order: the last \\boxed{}, the last "answer is (B)" or "Answer: B", a last line that is a letter
-    or begins as an option does ("B. Paris").
+    Looks at the last \\boxed{}, then at the last "answer is (B)" or "Answer: B", then at a last line that is
+    a letter or begins as an option does ("B. Paris").
     """
     lines = [line for line in text.splitlines() if line.strip()]
     in_box = re.match(_LETTER, boxed(text))
@@ -34,9 +34,14 @@ def choice_letter(text: str, count: int) -> str | None:
 
 
 class ChoiceTask:
-    """Multiple choice: the options are lettered below the question, and the answer is a letter.
+    """Multiple choice: the options stand below the question with letters, and the answer is a letter.
 
-    The field `answer` holds the letter, the option's index from 0, or its text.
+    Args:
+        rows: the items.
+        source: where they came from, for messages.
+        question, answer, choices: the names of these fields in a row. choices holds a list of texts; answer
+            holds the right option's letter, its index from 0, or its text.
+        extract: which part of a completion is searched for the letter, a key of EXTRACTORS.
     """
 
     def __init__(
@@ -48,16 +53,9 @@ class ChoiceTask:
         choices: str = "choices",
         extract: str = "all",
     ):
-        self.extract, self.items = extractor(extract), []
-        if not rows:
-            raise ConfigError(f"task: {source} holds no items")
+        check_rows(rows, source, (question, answer, choices))
+        self.extract, self.items = extractor(extract), list[Item]()
         for number, row in enumerate(rows, 1):
-            where = f"task: {source}, item {number}"
-            for key in (question, answer, choices):
-                if not isinstance(row, dict) or key not in row:
-                    raise ConfigError(
-                        f"{where}: no field {key!r}" + (f", only {', '.join(row)}" if row else "")
-                    )
             options, gold = [str(option) for option in row[choices]], row[answer]
             known = LETTERS[: len(options)]
             if isinstance(gold, int) and 0 <= gold < len(known):
@@ -67,7 +65,8 @@ class ChoiceTask:
             elif str(gold) in options:
                 letter = known[options.index(str(gold))]
             else:
-                raise ConfigError(f"{where}: {answer}={gold!r} is none of its {len(options)} {choices}")
+                what = f"{answer}={gold!r} is not one of its {len(options)} {choices}"
+                raise ConfigError(f"task: {source}, item {number}: {what}")
             listed = "\n".join(f"{name}. {option}" for name, option in zip(known, options))
             text = f"{str(row[question]).strip()}\n\n{listed}"
             self.items.append({"question": text, "choices": options, "letter": letter})

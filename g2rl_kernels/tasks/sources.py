@@ -1,4 +1,4 @@
-"""Tasks from what a configuration says: reasoning-gym, JSONL files, hub data sets, Python functions."""
+"""Builds tasks from a configuration: reasoning-gym, JSONL files, hub data sets, Python functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, TrainerError
+from ..errors import ConfigError, TrainerError, one_line
 from .answers import AnswerTask
 from .base import Item, Task, import_function
 from .choices import ChoiceTask
@@ -17,7 +17,7 @@ from .procedural import ReasoningGymTask
 
 
 def rows_task(rows: Sequence[Item], source: str, **keys: Any) -> AnswerTask | ChoiceTask:
-    """Multiple choice where a field of choices is named, else questions with a known answer."""
+    """A `ChoiceTask` if keys name a field of choices, else an `AnswerTask`."""
     return ChoiceTask(rows, source, **keys) if "choices" in keys else AnswerTask(rows, source, **keys)
 
 
@@ -26,9 +26,9 @@ def jsonl_task(path: str, **keys: Any) -> AnswerTask | ChoiceTask:
 
 
 def read_jsonl(path: str) -> list[Any]:
-    """The values in a file of one JSON text a line, but for empty lines; ConfigError names a wrong line.
+    """The JSON values of a file, one a line; empty lines are skipped, ConfigError names a wrong line.
 
-    A line ends at \\n or \\r\\n and nowhere else: JSON texts may hold U+2028 and other line separators.
+    Lines end at \\n or \\r\\n only: JSON texts may hold U+2028 and other line separators.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
@@ -62,7 +62,7 @@ def read_hub(path: str, split: str, name: str | None) -> list[Any]:
     try:
         return list(datasets.load_dataset(path, name, split=split))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"task: data set {path}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"task: data set {path}: {one_line(error, 300)}") from None
 
 
 def python_task(function: str, args: dict | None = None) -> Task:
@@ -82,7 +82,7 @@ KINDS: dict[str, Callable[..., Task]] = {
 
 
 def load_task(spec: dict[str, Any]) -> Task:
-    """One task from its mapping in the configuration."""
+    """The task that a mapping of the configuration describes; ConfigError names a wrong key or value."""
     if not isinstance(spec, dict) or spec.get("kind") not in KINDS:
         raise ConfigError(f"task {spec!r}: needs kind: one of {', '.join(KINDS)}")
     build, keys = KINDS[spec["kind"]], {key: value for key, value in spec.items() if key != "kind"}

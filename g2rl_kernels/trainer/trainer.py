@@ -20,12 +20,12 @@ from torch import Tensor
 import g2rl_kernels as g2
 
 from .._files import whole_directory, write_whole
-from ..arguments import choose_backend
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
 from ..group.options import ShapingOptions
 from ..group.shaping import response_keys, shape_rewards
+from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden

@@ -1,6 +1,6 @@
 // csrc/cuda/group.cu, run on the CPU by cuda_on_host.h, against the CPU kernel: ragged and degenerate groups, every
-// option, rows of no group. tests/test_group_on_host.py builds and runs it under the sanitizers. Inputs and outputs are
-// allocated to the element.
+// option, rows of no group. tests/packaging/test_group_on_host.py builds and runs it under the sanitizers. Inputs and
+// outputs have no spare elements.
 #include "cuda_on_host.h"
 // after it
 #include "../../csrc/cpu/group.h"
@@ -14,8 +14,8 @@
 
 namespace {
 
+using g2rl::ExplorationScore;
 using g2rl::Scale;
-using g2rl::Score;
 using g2rl::Shaping;
 
 int failures = 0;
@@ -46,26 +46,29 @@ struct Case {
   g2rl::GroupOptions options;
   std::string name() const {
     char text[200];
-    std::snprintf(text, sizeof text, "S=%lld d=%lld B=%lld M=%lld shaping=%d score=%d scale=%d skip=%d", (long long)S,
-                  (long long)d, (long long)B, (long long)M, int(options.shaping), int(options.score),
+    std::snprintf(text, sizeof text, "S=%lld d=%lld B=%lld M=%lld shaping=%d exploration_score=%d scale=%d skip=%d", (long long)S,
+                  (long long)d, (long long)B, (long long)M, int(options.shaping), int(options.exploration_score),
                   int(options.scale), int(options.skip_uniform));
     return text;
   }
 };
 
 struct Outputs {
-  std::vector<float> similarity, score, shaped, advantages;
-  explicit Outputs(const Case& c) : similarity(c.B * c.M * c.M, 77), score(c.S, 77), shaped(c.S, 77), advantages(c.S, 77) {}
+  std::vector<float> similarity, scores, shaped, advantages;
+  explicit Outputs(const Case& c) : similarity(c.B * c.M * c.M, 77), scores(c.S, 77), shaped(c.S, 77), advantages(c.S, 77) {}
 };
+
+g2rl::GroupArgs arguments(const Case& c, const float* features, const int64_t* members, Outputs& out) {
+  return {features, c.rewards.data(), members, c.S, c.d, c.B, c.M, c.options,
+          out.similarity.data(), out.scores.data(), out.shaped.data(), out.advantages.data()};
+}
 
 Outputs on_cpu(const Case& c) {
   Outputs out(c);
   std::vector<int64_t> members = c.members;
   for (int64_t& m : members)
     if (m >= c.S) m = -1;  // on the GPU just another empty place
-  g2rl::GroupArgs args{c.features.data(), c.rewards.data(), members.data(), c.S, c.d, c.B, c.M, c.options,
-                       out.similarity.data(), out.score.data(), out.shaped.data(), out.advantages.data()};
-  g2rl::group_geometry(args, [](int64_t n, void* ctx, void (*body)(void*, int64_t)) {
+  g2rl::group_geometry(arguments(c, c.features.data(), members.data(), out), [](int64_t n, void* ctx, void (*body)(void*, int64_t)) {
     for (int64_t i = 0; i < n; ++i) body(ctx, i);
   });
   return out;
@@ -74,12 +77,9 @@ Outputs on_cpu(const Case& c) {
 Outputs on_gpu(const Case& c, size_t skew) {
   Outputs out(c);
   const Rows features(c.features, skew);
-  const g2rl::GroupOptions& o = c.options;
-  std::vector<double> workspace(g2rl_cuda_group_workspace(c.B, c.M, int(o.scale)), NAN);
-  const int error = g2rl_cuda_group_geometry(
-      features.data, c.rewards.data(), c.members.data(), c.S, c.d, c.B, c.M, o.lam, o.clip, int(o.shaping), int(o.score),
-      int(o.scale), o.skip_uniform, o.eps, workspace.data(), out.similarity.data(), out.score.data(), out.shaped.data(),
-      out.advantages.data(), nullptr);
+  std::vector<double> workspace(g2rl_cuda_group_workspace(c.B, c.M, int(c.options.scale)), NAN);
+  const g2rl::GroupArgs args = arguments(c, features.data, c.members.data(), out);
+  const int error = g2rl_cuda_group_geometry(&args, workspace.data(), nullptr);
   if (error) failures++, std::printf("FAIL %s: error %d\n", c.name().c_str(), error);
   return out;
 }
@@ -87,7 +87,7 @@ Outputs on_gpu(const Case& c, size_t skew) {
 void compare(const Case& c, const char* what, const std::vector<float>& ours, const std::vector<float>& theirs, bool exact) {
   for (size_t i = 0; i < ours.size(); ++i) {
     const float a = ours[i], b = theirs[i];
-    // Both are double until the last rounding; as in tests/test_group.py.
+    // Both are double until the last rounding; tolerances of tests/group/test_group.py.
     const bool same = std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b)) || a == b;
     if (same || (!exact && std::abs(double(a) - b) <= 2e-7 + 1e-6 * std::abs(double(b)))) continue;
     if (failures++ < 20) std::printf("FAIL %s: %s[%zu] = %.9g, needs %.9g\n", c.name().c_str(), what, i, a, b);
@@ -97,7 +97,7 @@ void compare(const Case& c, const char* what, const std::vector<float>& ours, co
 
 void compare(const Case& c, const Outputs& ours, const Outputs& theirs, bool exact) {
   compare(c, "similarity", ours.similarity, theirs.similarity, exact);
-  compare(c, "score", ours.score, theirs.score, exact);
+  compare(c, "exploration_scores", ours.scores, theirs.scores, exact);
   compare(c, "shaped", ours.shaped, theirs.shaped, exact);
   compare(c, "advantages", ours.advantages, theirs.advantages, exact);
 }
@@ -125,7 +125,7 @@ Case make(int64_t B, int64_t M, int64_t d, int64_t spare, bool ragged) {
   const float values[4][4] = {{1, -1, 1, -1}, {1, 1, 1, 1}, {-2.5f, 0.3f, 7, 200}, {1, -INFINITY, NAN, -1}};
   const int which = int(below(4));
   for (int64_t row = 0; row < c.S; ++row) c.rewards.push_back(values[which][below(4)]);
-  c.options = {below(4) ? 0.5 : 0.3, 3, below(4) ? 1e-6 : 1e-9, Shaping(below(4)), Score(below(2)), Scale(below(3)), below(2) == 0};
+  c.options = {below(4) ? 0.5 : 0.3, 3, below(4) ? 1e-6 : 1e-9, Shaping(below(4)), ExplorationScore(below(2)), Scale(below(3)), below(2) == 0};
   return c;
 }
 

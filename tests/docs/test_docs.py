@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import g2rl_kernels as g2
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -40,11 +42,12 @@ def test_own_loop():
     names: dict = {}
     exec(compile(source, "own-loop.md", "exec"), names)
     model = tiny_model()
+    head = g2.find_head(model)
     ids = torch.randint(300, (6, 12))
     response = torch.arange(12)[None] >= torch.tensor([4, 4, 4, 6, 6, 6])[:, None]
     batch = ids, torch.ones_like(ids), response
     rewards = torch.tensor([1.0, -1, 1, 1, 1, -1])
-    old, advantages = names["measure"](model, batch, rewards, 3)
+    old, advantages = names["measure"](head, batch, rewards, 3)
     assert old.shape == advantages.shape == (int(response.sum()),)
 
     def plain_loss():  # as one would write it with logits
@@ -52,7 +55,7 @@ def test_own_loop():
         ratio = (log_p[response[:, 1:]] - old).exp()
         return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
-    ours = names["policy_loss"](model, batch, old, advantages)
+    ours = names["policy_loss"](head, batch, old, advantages)
     torch.testing.assert_close(ours, plain_loss())
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(plain_loss(), parameters)):
@@ -133,8 +136,8 @@ def test_geometry_in_python():
 
 
 def test_the_geometry_page_names_every_statistic():
-    from g2rl_kernels.geometry.measure import STATISTICS
     from g2rl_kernels.geometry.report import SHORT
+    from g2rl_kernels.geometry.rows import STATISTICS
 
     text = (ROOT / "docs" / "geometry.md").read_text(encoding="utf-8")
     for name in STATISTICS:

@@ -1,4 +1,4 @@
-"""Data sets in their own formats, multiple choice, and what is said where they cannot be read."""
+"""Data sets in their own formats, multiple choice, and the errors for what cannot be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from g2rl_kernels.evaluation.datasets import BENCHMARKS, load_data, load_specs
+from g2rl_kernels.evaluation.datasets import HUB_DATASETS, load_data, load_specs
 from g2rl_kernels.tasks.base import final_answer
 from g2rl_kernels.tasks.choices import ChoiceTask, choice_letter
 from g2rl_kernels.trainer import ConfigError, load_tasks
@@ -170,13 +170,13 @@ def test_mmlu_pro(tmp_path):
     assert task.score("The answer is (I).", task[0]) == 0
     assert task[1]["question"].endswith("\n\nA. yes\nB. no")
     assert task.score("\\boxed{B}", task[1]) == 1
-    assert final_answer(task, "\\boxed{C}", task[1]) is None  # there is none
+    assert final_answer(task, "\\boxed{C}", task[1]) is None
 
 
 @pytest.mark.parametrize("answer", ["", "BC", "K", "E", "b"])
 def test_mmlu_pro_wants_one_of_its_letters(tmp_path, answer):
     row = {**MMLU_PRO, "options": ["w", "x", "y", "z"], "answer": answer}
-    with pytest.raises(ConfigError, match=f"item 1: answer='{answer}' is none of the letters of its 4 opt"):
+    with pytest.raises(ConfigError, match=f"item 1: answer='{answer}' is not a letter of its 4 opt"):
         load_data(f"mmlu_pro={write(tmp_path / 'x.jsonl', [row])}")
 
 
@@ -196,7 +196,7 @@ def test_a_file_in_another_encoding(tmp_path, suffix):
 def test_a_damaged_parquet_file(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_bytes(b"hello")
-    with pytest.raises(ConfigError, match=r"x\.parquet is no Parquet file: "):
+    with pytest.raises(ConfigError, match=r"x\.parquet is not a Parquet file: "):
         load_data(f"math500={tmp_path / 'x.parquet'}")
 
 
@@ -245,7 +245,7 @@ def test_the_trainer_takes_multiple_choice_too(tmp_path):
     (task,) = load_tasks([{**spec, "choices": "options"}])
     assert isinstance(task, ChoiceTask)
     assert [task[i]["letter"] for i in range(3)] == ["B", "A", "B"]
-    with pytest.raises(ConfigError, match=r"item 1: gold='C' is none of its 2 options"):
+    with pytest.raises(ConfigError, match=r"item 1: gold='C' is not one of its 2 options"):
         ChoiceTask([{**rows[0], "gold": "C"}], "here", "q", "gold", "options")
     with pytest.raises(ConfigError, match="no field 'choices'"):
         ChoiceTask(rows, "here", "q", "gold")
@@ -287,7 +287,7 @@ def test_without_a_hub(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for name in BENCHMARKS:
+    for name in HUB_DATASETS:
         with pytest.raises(ConfigError, match=f"--data {name}=FILE.jsonl"):
             load_data(name)
 

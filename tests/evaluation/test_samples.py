@@ -28,7 +28,7 @@ from g2rl_kernels.evaluation.samples import (
 from g2rl_kernels.trainer import ConfigError, TrainerConfig, TrainerError
 
 CONFIG = TrainerConfig.from_dict({"max_new_tokens": 6, "max_prompt_tokens": 32})
-SETTINGS = Settings(CONFIG, Decoding(n=4), batch_size=8)  # two problems a chunk
+SETTINGS = Settings(CONFIG, Decoding(n=4), batch_size=8)  # two problems a batch
 
 
 def letters(limit: int | None = None, name: str = "letters") -> DataSet:
@@ -65,11 +65,11 @@ class Killed(Exception):
     pass
 
 
-def killed_after(chunks: int) -> Any:
+def killed_after(batches: int) -> Any:
     model, calls = engine(), []
 
     def answer(*args: Any) -> Any:
-        if len(calls) == chunks:
+        if len(calls) == batches:
             raise Killed
         calls.append(args)
         return model.sample(*args)
@@ -77,7 +77,7 @@ def killed_after(chunks: int) -> Any:
     return SimpleNamespace(tokenizer=model.tokenizer, sample=answer, calls=calls)
 
 
-@pytest.mark.parametrize("left", ["whole", "half a line", "half a chunk"])
+@pytest.mark.parametrize("left", ["whole", "half a line", "half a batch"])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, left):
     data = [letters(5), letters(3, "more")]
     sample(data, SETTINGS, tmp_path / "once", engine())
@@ -90,13 +90,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, left):
     assert len(lines) == 16
     if left == "half a line":
         file.write_bytes(b"".join(lines) + b'{"problem": "letters/4", "sam\xc3')
-    elif left == "half a chunk":
+    elif left == "half a batch":
         file.write_bytes(b"".join(lines[:13]))
-    torch.manual_seed(99)  # the state of the process has no say
+    torch.manual_seed(99)  # the process's random state has no effect
     rest = killed_after(9)
     rows = sample(data, SETTINGS, out, rest)
     assert file.read_bytes() == once
-    assert len(rest.calls) == (4 if left == "half a chunk" else 3)  # what was finished is not sampled again
+    assert len(rest.calls) == (4 if left == "half a batch" else 3)  # what was finished is not sampled again
     assert sample(data, SETTINGS, out, killed_after(0)) == rows  # nothing is left to do
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(TrainerError, match="not in order"):
         sample([letters(2)], SETTINGS, tmp_path, engine())
     file.write_text('{"step": 1}\n')
-    with pytest.raises(TrainerError, match="line 1 is no sample"):
+    with pytest.raises(TrainerError, match="line 1 is not a sample"):
         read_samples(file)
     with pytest.raises(TrainerError, match="No such file"):
         read_samples(tmp_path / "none.jsonl")
@@ -171,15 +171,15 @@ def test_lines_of_other_kinds_are_refused(tmp_path, change, message):
     file.write_text(2 * f"{json.dumps(row)}\n")
     assert read_samples(file) == [row, row]
     file.write_text(f"{json.dumps(row)}\n{json.dumps({**row, **change})}\n")
-    with pytest.raises(TrainerError, match=f"line 2 is no sample of g2rl eval: {message}"):
+    with pytest.raises(TrainerError, match=f"line 2 is not a sample of g2rl eval: {message}"):
         read_samples(file)
     for key in row:
         file.write_text(json.dumps({k: v for k, v in row.items() if k != key}) + "\n")
-        with pytest.raises(TrainerError, match=f"line 1 is no sample of g2rl eval: it has no '{key}'"):
+        with pytest.raises(TrainerError, match=f"line 1 is not a sample of g2rl eval: it has no '{key}'"):
             read_samples(file)
     for line in (b"7\n", b"{\n", b"\xff\n"):
         file.write_bytes(line)
-        with pytest.raises(TrainerError, match="line 1 is no sample"):
+        with pytest.raises(TrainerError, match="line 1 is not a sample"):
             read_samples(file)
 
 

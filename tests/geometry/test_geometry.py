@@ -1,4 +1,4 @@
-"""Statistics of groups: against plain numpy in float64, and cases that one knows by heart."""
+"""Statistics of groups: against plain numpy in float64, and cases with known results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tiny import make_model, make_tokenizer, make_trainer
 
 import g2rl_kernels as g2
 from g2rl_kernels.geometry.measure import (
-    STATISTICS,
     difference,
     effective_rank,
     group_statistics,
@@ -24,12 +23,13 @@ from g2rl_kernels.geometry.measure import (
     most,
     overall,
 )
-from g2rl_kernels.group.shaping import describe
+from g2rl_kernels.geometry.rows import STATISTICS
+from g2rl_kernels.group.metrics import describe
 from g2rl_kernels.models.lm_head import find_head
 
 
 def by_numpy(features: np.ndarray) -> dict[str, Any]:
-    """Of one group without zero rows."""
+    """The statistics of one group without zero rows."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     pairs = [(i, j) for i in range(len(unit)) for j in range(i + 1, len(unit))]
     cosines = [float(unit[i] @ unit[j]) for i, j in pairs]

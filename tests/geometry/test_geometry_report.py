@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'")
 
-from g2rl_kernels.geometry.measure import STATISTICS, difference, group_statistics, overall
-from g2rl_kernels.geometry.report import MAPS, SHORT, ModelGeometry, number, page
+from g2rl_kernels.geometry.measure import difference, group_statistics, overall
+from g2rl_kernels.geometry.report import MAPS, SHORT, number, page
+from g2rl_kernels.geometry.rows import STATISTICS, ModelGeometry
 
 EVIL = '</pre><script>alert("x")</script><img src=http://example.org/x.png> & so on'
 

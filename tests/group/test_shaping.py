@@ -32,7 +32,7 @@ def test_shaping_means_the_same_in_every_unit() -> None:
 
 
 def test_wrong_answers_keep_their_scores_by_right() -> None:
-    """Of the two right ones the first is the more novel by a little, which nubar stretches to 1."""
+    """The first of the two right ones is slightly more novel; nubar stretches that to 1."""
     shaped = shape_scores(FEATURES, (SIGNS + 1) / 2, ShapingOptions(shaping="right", lam=0.5), group_size=4)
     assert shaped.bonus.tolist() == [0.25, -0.25, 0.0, 0.0]
     assert shaped.scores.tolist() == [1.25, 0.75, 0.0, 0.0]
@@ -53,7 +53,7 @@ def test_keys_tell_the_tokens_apart_and_nothing_else() -> None:
 
 
 def test_rounding_makes_no_difference_between_the_same_tokens() -> None:
-    """Of two groups with the same features but for noise, one holds copies of a response, the other none."""
+    """Two groups have the same features up to noise; the first holds copies of one response."""
     noise = 0.1 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     features, scores = torch.cat([torch.ones(4, 2) + noise] * 2), torch.ones(8)
     keys = torch.tensor([3, 3, 3, 3, 0, 1, 2, 3])

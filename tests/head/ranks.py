@@ -162,11 +162,11 @@ def everything(group: Any) -> dict[str, Any]:
         found["all options, triton"] = run(case, mine, group, backend="triton")
     found["hidden alone"] = run(case, mine, group, ("hidden",))
     found["weight alone"] = run(case, mine, group, ("weight",))
-    sums, piece = logprobs.SUMS, vocab_parallel.PIECE
+    sums, chunk = logprobs.SUMS, vocab_parallel.CHUNK
     logprobs.SUMS = 4 * 24 * 10  # bytes: of 10 tokens
-    vocab_parallel.PIECE = 7 * world  # 7 tokens
-    found["in pieces"] = run(cases(world)["bf16"], mine, group)
-    logprobs.SUMS, vocab_parallel.PIECE = sums, piece
+    vocab_parallel.CHUNK = 7 * world  # 7 tokens
+    found["in chunks"] = run(cases(world)["bf16"], mine, group)
+    logprobs.SUMS, vocab_parallel.CHUNK = sums, chunk
 
     bad = case.replace(tokens=case.tokens.clone())
     bad.tokens[0], bad.tokens[1] = len(case.weight), -1

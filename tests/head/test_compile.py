@@ -19,15 +19,10 @@ def head_args(dtype=torch.float32, **changes):
     case = make_case([3, 0, 5], V=67, d=16, dtype=dtype)
     args = {
         "hidden": case.hidden,
-        "weight": case.weight,
         "tokens": case.tokens,
-        "cu_seqlens": case.cu_seqlens,
-        "bias": None,
-        "token_weights": None,
+        **case.spec._asdict(),
+        **case.responses._asdict(),
         "known_logprobs": None,
-        "temperature": 1.0,
-        "logit_scale": 1.0,
-        "logit_softcap": 0.0,
     }
     args.update(changes)
     return tuple(args.values())
@@ -45,6 +40,7 @@ def test_opcheck_head_features(dtype):
         logit_softcap=5.0,
     )
     torch.library.opcheck(torch.ops.g2rl.head_features, full)
+    torch.library.opcheck(torch.ops.g2rl.features, (*full, None, "cpu", ""))
     torch.library.opcheck(
         torch.ops.g2rl.head_features, head_args(dtype, hidden=torch.randn(16, 8).to(dtype).T)
     )
@@ -62,10 +58,10 @@ def test_opcheck_group_members():
 
 
 @backends
-@pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1, 3)], ids=str)
+@pytest.mark.parametrize("trained", [(), (0,), (2,), (0, 2, 3)], ids=str)
 def test_opcheck_linear_logprobs(trained, backend):
     case = make_case([8], V=67, d=16)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67), 0.7, 1.3, 4.0, backend, ""]
+    args = [case.hidden, case.tokens, case.weight, torch.randn(67), 0.7, 1.3, 4.0, backend, ""]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
@@ -74,11 +70,10 @@ def test_opcheck_linear_logprobs(trained, backend):
 @backends
 def test_opcheck_linear_logprobs_backward(backend):
     case = make_case([8], V=67, d=16)
-    options = (1.0, 1.0, 0.0, backend, "")
-    inputs = (case.hidden, case.weight, case.tokens, None)
-    outputs = torch.ops.g2rl.linear_logprobs(*inputs, *options)
+    inputs = (case.hidden, case.tokens, *case.spec, backend, "")
+    outputs = torch.ops.g2rl.linear_logprobs(*inputs)
     for needs in ((True, True, False), (False, True, False), (True, False, False)):
-        args = (*torch.randn(2, 8), *inputs, *outputs, *options, *needs)
+        args = (*torch.randn(2, 8), *inputs, *outputs, *needs)
         torch.library.opcheck(torch.ops.g2rl.linear_logprobs_backward, args)
 
 

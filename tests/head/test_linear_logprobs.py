@@ -130,7 +130,7 @@ def test_sums_over_a_large_vocabulary(backend):
 @pytest.mark.parametrize("N", [150, 700], ids="N={}".format)
 def test_sums_in_borrowed_memory(monkeypatch, dtype, backend, N):
     """float32 sums of hidden's gradient in the last rows of the weight's: in a part of them, or in all and in
-    several pieces."""
+    several chunks."""
     monkeypatch.setattr(logprobs, "SUMS", 1000)
     check(make_case([N], V=513, d=21, dtype=dtype, bias=torch.randn(513)), backend)
     check(make_case([N], V=1, d=21, dtype=dtype), backend)

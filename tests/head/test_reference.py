@@ -8,19 +8,14 @@ from strategies import cases
 
 from g2rl_kernels.group import reference as group_reference
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec
 
 
 @given(cases())
 def test_head_equals_autograd(case):
     exact = autograd_head(case)
-    actual = reference.head_features(
-        case.hidden.double(),
-        case.weight.double(),
-        case.tokens,
-        case.cu_seqlens,
-        token_weights=case.token_weights,
-        **case.head,
-    )
+    head = case.spec._replace(weight=case.weight.double())
+    actual = reference.head_features(case.hidden.double(), case.tokens, head, case.responses)
     for ours, theirs in zip(actual, exact):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -29,7 +24,7 @@ def test_head_equals_autograd(case):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 13, 100])
 def test_chunks_change_nothing(chunk):
     case = make_case([4, 0, 5, 4], V=17, d=6, dtype=torch.float64)
-    args = (case.hidden, case.weight, case.tokens, case.cu_seqlens)
+    args = (case.hidden, case.tokens, case.spec, case.responses)
     for whole, chunked in zip(reference.head_features(*args), reference.head_features(*args, chunk=chunk)):
         torch.testing.assert_close(whole, chunked, rtol=1e-14, atol=1e-14)
 
@@ -60,7 +55,7 @@ def test_blocks_of_16_bit_weights():
     """bf16 weights are converted block by block; the values are those of the whole."""
     weight = torch.randn(3000, 2048).bfloat16()  # 2**22 / 2048 = 2048 rows a block
     hidden = torch.randn(2, 2048).bfloat16()
-    z, slope = reference.logits(hidden, weight)
+    z, slope = reference.logits(hidden, HeadSpec(weight))
     assert slope is None
     assert z.dtype == torch.float32
     torch.testing.assert_close(z, hidden.float() @ weight.float().T)

@@ -18,7 +18,8 @@ import g2rl_kernels as g2
 from benchmarks import scaling
 from g2rl_kernels import arguments
 from g2rl_kernels.head import logprobs, reference, vocab_parallel
-from g2rl_kernels.head.features import _features_of_part, _head_features_over_ranks
+from g2rl_kernels.head.backend import backend as implementation
+from g2rl_kernels.head.spec import HeadSpec, Responses
 
 TESTS = Path(__file__).resolve().parent
 worlds = pytest.mark.parametrize("world", [2, 4])
@@ -117,7 +118,8 @@ def test_near_certain_tokens_keep_their_digits(found, world):
     case = ranks.cases(world)["near-certain tokens"]
     linear, head = split(joined([results["near-certain tokens"] for results in found[world]]))
     alone, _ = split(ranks.run(case, slice(None), None))
-    doubles = case.hidden.double(), case.weight.double(), case.tokens, case.cu_seqlens
+    head = HeadSpec(case.weight.double())
+    doubles = case.hidden.double(), case.tokens, head, Responses(case.cu_seqlens)
     exact = g2.HeadFeatures(*reference.head_features(*doubles))
     for name, value in {**linear, "features": head.features, "head": head.logprobs}.items():
         expected = {**alone, "features": exact.features, "head": exact.logprobs}[name]
@@ -145,14 +147,14 @@ def test_same_bits_again(found, world, other):
 
 
 @worlds
-def test_pieces_change_only_the_rounding_of_sums(found, world):
+def test_chunks_change_only_the_rounding_of_sums(found, world):
     case = ranks.cases(world)["bf16"]
-    pieces = joined([results["in pieces"] for results in found[world]])
-    linear, _ = split(pieces)
+    chunks = joined([results["in chunks"] for results in found[world]])
+    linear, _ = split(chunks)
     assert_as_exact_as_torch(case, oracle.BEST, tuple(ranks.gradients(len(case.tokens))), linear)
     for name, value in joined([results["bf16"] for results in found[world]]).items():
-        if name != "bias":  # a sum over all tokens, piece by piece
-            assert torch.equal(value, pieces[name]), name
+        if name != "bias":  # a sum over all tokens, chunk by chunk
+            assert torch.equal(value, chunks[name]), name
 
 
 @worlds
@@ -229,12 +231,11 @@ def test_features_of_parts_add_up(backend, name):
             (rows.start <= case.tokens) & (case.tokens < rows.stop), case.tokens - rows.start, -1
         )
         bias = None if case.bias is None else case.bias[rows]
-        options = case.temperature, case.logit_scale, case.logit_softcap or 0.0
+        head = case.spec._replace(weight=case.weight[rows], bias=bias)
         with oracle.environment("G2RL_CPU_ISA", backend[1]):
-            features += _features_of_part(backend[0])(
-                case.hidden, case.weight[rows], local, case.cu_seqlens, bias, case.token_weights,
-                logsumexp, rest, *options,
-            )  # fmt: skip
+            features += implementation(backend[0]).features_of_part(
+                case.hidden, local, head, case.responses, logsumexp, rest
+            )
     assert features.dtype == torch.float32
     oracle.assert_as_exact_as_torch(whole, exact._replace(features=features.cpu()), backend)
 
@@ -258,19 +259,18 @@ def test_opcheck(alone, trained):
     inputs = {"hidden": case.hidden.clone(), "weight": case.weight.clone(), "bias": case.bias.clone()}
     for name in trained:
         inputs[name].requires_grad_()
-    args = (inputs["hidden"], inputs["weight"], tokens, inputs["bias"], 0.7, 1.3, 4.0, "reference", group)
+    head = inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0
+    args = (inputs["hidden"], tokens, *head, "reference", group)
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, args)
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
-        responses = case.cu_seqlens, case.bias, case.token_weights, None
-        torch.library.opcheck(
-            _head_features_over_ranks, (case.hidden, case.weight, tokens, *responses, *args[4:])
-        )
-        outputs = logprobs._linear_logprobs(*args)
+        features_args = (*args[:7], *case.responses, None, None, *args[7:])
+        torch.library.opcheck(torch.ops.g2rl.features, features_args)
+        outputs = torch.ops.g2rl.linear_logprobs(*args)
         needs = (True, True, True)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,
-            (*torch.randn(2, 33), *args[:4], *outputs, *args[4:], *needs),
+            (*torch.randn(2, 33), *args, *outputs, *needs),
         )
 
 
@@ -337,5 +337,5 @@ def test_messages_are_those_of_the_cost_model(alone, monkeypatch, dtype):
     monkeypatch.setattr(logprobs, "SUMS", 4 * 24 * 20)
     hidden = case.hidden.requires_grad_()
     g2.linear_logprobs(hidden, case.weight, case.tokens, **options).logprobs.sum().backward()
-    pieces = [33] if dtype == torch.float32 else [20, 13]
-    assert sent == [*before, *[("all_reduce", scaling.gradient_bytes(n, 24)) for n in pieces]]
+    chunks = [33] if dtype == torch.float32 else [20, 13]
+    assert sent == [*before, *[("all_reduce", scaling.gradient_bytes(n, 24)) for n in chunks]]

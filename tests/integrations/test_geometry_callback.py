@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFT
 
 import g2rl_kernels as g2
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 
@@ -126,13 +127,10 @@ def expected(trainer: Any, generated: Any, rewards: torch.Tensor) -> dict[str, f
         for prompt, completion in zip(*generated[:2]):
             ids = torch.tensor([prompt + completion])
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            ends = torch.tensor([0, len(completion)])
-            arguments = hidden[len(prompt) - 1 : -1].double(), model.lm_head.weight.double()
-            features.append(
-                reference.head_features(
-                    *arguments, ids[0, len(prompt) :], ends, temperature=trainer.temperature
-                )[0][0]
-            )
+            head = HeadSpec(model.lm_head.weight.double(), temperature=trainer.temperature)
+            responses = Responses(torch.tensor([0, len(completion)]))
+            states, tokens = hidden[len(prompt) - 1 : -1].double(), ids[0, len(prompt) :]
+            features.append(reference.head_features(states, tokens, head, responses)[0][0])
     model.train()
     cosines, ranks = [], []
     for group in torch.stack(features).view(-1, 4, features[0].shape[0]):

@@ -16,6 +16,7 @@ import torch
 
 import g2rl_kernels
 from g2rl_kernels import _C
+from g2rl_kernels.head.spec import HEAD_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 ISA_UNITS = ("head_avx2", "head_avx512", "head_avx512bf16")
@@ -112,23 +113,29 @@ def test_not_built_is_one_line_with_the_remedy(tmp_path, checkout):
         assert last.endswith("pip install --force-reinstall g2rl-kernels")
 
 
-# The glue: what could read out of bounds never reaches a kernel
+# The operators: what could read out of bounds never reaches a kernel
+
+
+@pytest.mark.parametrize("name", ["statistics", "features", "features_of_part", "sweep"])
+def test_operators_of_the_head_begin_alike(name):
+    schema = str(getattr(torch.ops.g2rl, f"head_{name}").default._schema)
+    assert re.match(rf"g2rl::head_{name}\(Tensor hidden, Tensor tokens, {re.escape(HEAD_SCHEMA)}[,)]", schema)
 
 
 def head(**changes):
     arguments = {
         "hidden": torch.randn(4, 3),
-        "weight": torch.randn(5, 3),
         "tokens": torch.tensor([0, 4, 2, 1]),
-        "cu_seqlens": torch.tensor([0, 1, 4]),
+        "weight": torch.randn(5, 3),
         "bias": None,
-        "token_weights": None,
-        "known_logprobs": None,
         "temperature": 1.0,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
+        "cu_seqlens": torch.tensor([0, 1, 4]),
+        "token_weights": None,
+        "known_logprobs": None,
     }
-    return torch.ops.g2rl.head_features(*(arguments | changes).values())
+    return torch.ops.g2rl.head_features(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -203,12 +210,12 @@ def group(**changes):
         "lam": 0.5,
         "clip": 3.0,
         "shaping": 1,
-        "score": 0,
+        "exploration_score": 0,
         "scale": 1,
         "skip_uniform": False,
         "eps": 1e-6,
     }
-    return torch.ops.g2rl.group_geometry(*(arguments | changes).values())
+    return torch.ops.g2rl.group_geometry(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def group(**changes):
         ({"members": torch.tensor([[0, 1], [2, 1]])}, r"members\[1, 1\] = 1 .*second time"),
         ({"members": torch.ones(2, 2)}, "members has to be int64 or int32"),
         ({"shaping": 4}, "shaping = 4"),
-        ({"score": 2}, "score = 2"),
+        ({"exploration_score": 2}, "exploration_score = 2"),
         ({"scale": -1}, "scale = -1"),
         ({"eps": 0.0}, "eps = 0"),
     ],

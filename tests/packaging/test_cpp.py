@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# test_kernels.cpp includes head.cpp
+# test_head.cpp includes head.cpp
 SOURCES = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if path.name != "head.cpp"]
-SOURCES.append(ROOT / "tests/cpp/test_kernels.cpp")
+SOURCES += [ROOT / f"tests/cpp/{name}.cpp" for name in ("main", "test_head", "test_gradients", "test_group")]
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 OPTIMIZE = "-O3 -ffp-contract=fast"  # as in setup.py
 

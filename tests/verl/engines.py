@@ -22,6 +22,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 
 V = 25  # of the tiny model's vocabulary
 
@@ -131,10 +132,9 @@ class Rows:
             rows = hidden[start - 1 : -1][kept]
             out = reference.head_features(
                 rows,
-                model.lm_head.weight.detach(),
                 ids[start:][kept],
-                torch.tensor([0, len(rows)]),
-                temperature=temperature,
+                HeadSpec(model.lm_head.weight.detach(), temperature=temperature),
+                Responses(torch.tensor([0, len(rows)])),
             )
             features.append(out[0][0])
         return torch.stack(features)

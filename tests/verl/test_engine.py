@@ -15,6 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from g2rl_kernels.errors import TrainerError
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.integrations.verl.engine import FEATURES, KEYS, REQUEST, SECONDS
 
 ROWS = Rows()
@@ -70,7 +71,9 @@ def test_in_bfloat16_features_are_exact_for_the_hidden_states_that_the_engine_ha
         start = len(ids) - len(mask)
         states = states[start - 1 : -1][mask].double()
         cu_seqlens = torch.tensor([0, len(states)])
-        ((expected,), *_) = reference.head_features(states, weight, ids[start:][mask], cu_seqlens)
+        ((expected,), *_) = reference.head_features(
+            states, ids[start:][mask], HeadSpec(weight), Responses(cu_seqlens)
+        )
         assert (feature - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -12,6 +12,7 @@ from engines import Rows, infer, make_engine, stacked, start_processes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from g2rl_kernels.head import reference
+from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST
 
 model, rows = Path(sys.argv[1]), Rows()
@@ -54,7 +55,8 @@ for row in both:
     states = hidden[start:stop][-len(mask) - 1 : -1][mask]
     tokens = rows.ids[row][-len(mask) :][mask]
     cu_seqlens = torch.tensor([0, len(tokens)])
-    expected.append(reference.head_features(states, plain.lm_head.weight.detach(), tokens, cu_seqlens)[0][0])
+    head = HeadSpec(plain.lm_head.weight.detach())
+    expected.append(reference.head_features(states, tokens, head, Responses(cu_seqlens))[0][0])
     start = stop
 check(features, torch.stack(expected))
 dist.destroy_process_group()

@@ -16,7 +16,6 @@ import g2rl_kernels as g2
 pytest.importorskip("triton", reason="pip install triton")
 
 from g2rl_kernels.head.backend import FeatureOutputs
-from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.head.triton import driver, tuning
 
 HAS_GPU = GPU.type == "cuda"
@@ -29,10 +28,8 @@ TINY = tuning.Config(16, 16, 16, 4, 2)
 
 
 def plain_features(case: Case, **options: Any) -> FeatureOutputs:
-    """By the backend itself, of a head without options: on a GPU values are not checked."""
-    return driver.features(
-        case.hidden, case.tokens, HeadSpec(case.weight), Responses(case.cu_seqlens), **options
-    )
+    """By the backend itself, which checks no values."""
+    return driver.features(case.hidden, case.tokens, case.spec, case.responses, **options)
 
 
 def mode_options(mode: str, known: torch.Tensor) -> dict[str, Any]:

@@ -115,12 +115,11 @@ def test_small_strip_of_masked_entries_counts_nothing(tiny_tiles, temperature):
 def test_statistics_alone(tiny_tiles, softcap):
     case = make_case([33, 8], V=100, d=20, bias=torch.randn(100), temperature=0.7, logit_softcap=softcap)
     there = case.to(GPU)
-    head = HeadSpec.of(there.weight, **there.head)
-    out = driver.token_statistics(there.hidden, there.tokens, head)
+    out = driver.token_statistics(there.hidden, there.tokens, there.spec)
     whole = run_head(case, TRITON)
     for alone, column in zip(out, whole[1:]):
         assert torch.equal(alone.cpu(), column)
-    assert all(len(t) == 0 for t in driver.token_statistics(there.hidden[:0], there.tokens[:0], head))
+    assert all(len(t) == 0 for t in driver.token_statistics(there.hidden[:0], there.tokens[:0], there.spec))
 
 
 def test_float32_products_follow_torchs_setting(tiny_tiles):
@@ -165,19 +164,20 @@ def test_wrong_cu_seqlens_end_without_harm(tiny_tiles, cu_seqlens):
 def operator_arguments(known: bool, max_skipped: float | None) -> tuple:
     case = make_case([8, 0, 5], V=67, d=16, bias=torch.randn(67), token_weights=torch.rand(13)).to(GPU)
     seeds = torch.full((13,), -4.0, device=GPU) if known else None
-    inputs = (case.hidden, case.weight, case.tokens, case.cu_seqlens, case.bias, case.token_weights, seeds)
-    return (*inputs, 0.7, 1.3, 4.0, max_skipped)
+    spec = case.replace(temperature=0.7, logit_scale=1.3, logit_softcap=4.0).spec
+    return (case.hidden, case.tokens, *spec, *case.responses, seeds, max_skipped, "triton", "")
 
 
 @modes
 def test_opcheck(mode):
     arguments = operator_arguments(mode == "one pass", 0.1 if mode == "certificate" else None)
-    torch.library.opcheck(torch.ops.g2rl.head_features_triton, arguments)
+    torch.library.opcheck(torch.ops.g2rl.features, arguments)
 
 
 @modes
 def test_compiles_in_one_graph_to_the_same_bits(mode):
-    inputs = operator_arguments(mode == "one pass", None)[:7]
+    hidden, tokens, weight, bias, *_ = arguments = operator_arguments(mode == "one pass", None)
+    inputs = (hidden, weight, tokens, arguments[7], bias, *arguments[8:10])
 
     def function(hidden, weight, tokens, cu_seqlens, bias, alpha, known):
         if mode == "certificate":

@@ -29,7 +29,6 @@ on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 TINY = tuning.Config(16, 32, 32, 4, 2)
-NO_OPTIONS = (1.0, 1.0, 0.0)  # temperature, logit_scale, logit_softcap
 BACKEND = ("triton", "")  # as the operators take it, without a process group
 
 
@@ -359,10 +358,9 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
     tokens, grad = torch.zeros(N, dtype=torch.int64, device=GPU), torch.ones(N, device=GPU)
 
     def run():
-        out = logprobs._linear_logprobs._init_fn(hidden, weight, tokens, None, *NO_OPTIONS, *BACKEND)
-        return out, logprobs._linear_logprobs_backward._init_fn(
-            grad, grad, hidden, weight, tokens, None, *out, *NO_OPTIONS, *BACKEND, True, not frozen, False
-        )
+        inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
+        out = logprobs._logprobs_op._init_fn(*inputs)
+        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
 
     if HAS_GPU:
         run()  # cuBLAS' own workspace is in place
@@ -399,10 +397,10 @@ def test_products_are_rounded_once_and_torchs_setting_comes_back():
 # --- the operator -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [(), (0,), (0, 1, 3)], ids=str)
+@pytest.mark.parametrize("trained", [(), (0,), (0, 2, 3)], ids=str)
 def test_opcheck(trained):
     case = make_case([8], V=67, d=16).to(GPU)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
+    args = [case.hidden, case.tokens, case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
@@ -460,11 +458,9 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
     grad = torch.randn(5000, device=GPU)
 
     def run():
-        inputs = (case.hidden, case.weight, case.tokens, None)
-        out = torch.ops.g2rl.linear_logprobs(*inputs, *NO_OPTIONS, *BACKEND)
-        return torch.ops.g2rl.linear_logprobs_backward(
-            grad, grad, *inputs, *out, *NO_OPTIONS, *BACKEND, True, True, False
-        )
+        inputs = (case.hidden, case.tokens, *HeadSpec(case.weight), *BACKEND)
+        out = torch.ops.g2rl.linear_logprobs(*inputs)
+        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, True, True, False)
 
     expected = run()  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "../half.h"
 
 #define G2RL_INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,163 @@
+// The backward pass (logprobs.cpp): logits to their gradient dz, and dz times weight and hidden.
+#pragma once
+#include "project.h"
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+// One number of dz or of a packed operand: a float, or bf16 where products take pairs of it.
+template <bool kPairs>
+G2RL_INLINE void store_factor(char* p, vf x) {
+#ifdef G2RL_HAS_BF16_DOT
+  if (kPairs) return store_bf16((uint16_t*)p, x);
+#endif
+  store((float*)p, x);
+}
+
+// logits -> dz, in place; add_realised then writes the realised tokens' own terms
+template <bool kCapped>
+static void differentiate(const GradientBlock& g, int64_t count, float* logits) {
+  const HeadChunk& c = *g.chunk;
+  const vf per_temperature = splat(1.0f / c.args->temperature), log2e = splat(kLog2e), ln2 = splat(0.6931471805599453f);
+  const vf least = splat(-100.0f), zero = splat(0.0f), one = splat(1.0f), factor = splat(-g.factor);
+  const float uncap = kCapped ? 1.0f / c.args->logit_softcap : 0.0f;
+  for (int64_t p = 0; p < c.tiles; p++)
+    for (int64_t t = 0; t < c.tile_width; t += kLanes) {
+      const int64_t token = p * c.tile_width + t;
+      const vf top = load(g.top + token), log_total = load(g.log_total + token);
+      const vf a = load(g.a + token) * factor, e = load(g.e + token) * factor * ln2;
+      float* column = logits + p * kBlock * c.tile_width + t;
+      for (int64_t r = 0; r < count; r++) {
+        const vf z = load(column + r * c.tile_width);
+        const vf x = ((z * per_temperature - top) - log_total) * log2e;  // log2 p
+        const vf y = at_least(least, x), prob = less(x, least, zero, exp2_negative(y));
+        vf dz = prob * fma(e, y, a);
+        if (kCapped) dz *= at_least(zero, one - (z * splat(uncap)) * (z * splat(uncap)));
+        store(column + r * c.tile_width, dz);
+      }
+    }
+}
+
+static void add_realised(const GradientBlock& g, int64_t v0, int64_t count, float* logits, const float* slope) {
+  const HeadChunk& c = *g.chunk;
+  for (int64_t t = 0; t < c.tokens; t++) {
+    const int64_t r = c.args->tokens[c.first_token + t] - v0;
+    if (r >= 0 && r < count) logits[((t / c.tile_width) * kBlock + r) * c.tile_width + t % c.tile_width] = g.own[t] * g.factor * slope[t];
+  }
+}
+
+// The softcap's slope at the realised tokens' logits, before they are overwritten
+static void slopes(const GradientBlock& g, int64_t v0, int64_t count, const float* logits, float* slope) {
+  const HeadChunk& c = *g.chunk;
+  for (int64_t t = 0; t < c.tokens; t++) {
+    const int64_t r = c.args->tokens[c.first_token + t] - v0;
+    slope[t] = 1.0f;
+    if (c.args->logit_softcap == 0.0f || r < 0 || r >= count) continue;
+    const float capped = logits[((t / c.tile_width) * kBlock + r) * c.tile_width + t % c.tile_width] / c.args->logit_softcap;
+    slope[t] = capped * capped < 1.0f ? 1.0f - capped * capped : capped == capped ? 0.0f : capped;
+  }
+}
+
+// dz by vocabulary entry and by token; zeros beyond `count`, up to whole vectors
+template <bool kPairs>
+static void store_gradient(const GradientBlock& g, int64_t count, const float* logits) {
+  const HeadChunk& c = *g.chunk;
+  constexpr int64_t size = kPairs ? 2 : 4;
+  for (int64_t p = 0; p < c.tiles; p++)
+    for (int64_t t = 0; t < c.tile_width; t += kLanes)
+      for (int64_t r = 0; r < count; r += kLanes) {
+        vf x[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) {
+          x[i] = r + i < count ? load(logits + (p * kBlock + r + i) * c.tile_width + t) : splat(0.0f);
+          store_factor<kPairs>(g.by_entry + (r + i) * g.entry_bytes + (p * c.tile_width + t) * size, x[i]);
+        }
+        if (!g.by_token) continue;
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) store_factor<kPairs>(g.by_token + (p * c.tile_width + t + i) * g.token_bytes + r * size, x[i]);
+      }
+}
+
+static void gradient(const GradientBlock& g, int64_t v0, int64_t count) {
+  const HeadChunk& c = *g.chunk;
+  alignas(64) float logits[kBlock * kMaxWidth], slope[kMaxWidth];
+  logits_block_for(c)(c, v0, count, logits);
+  finish_logits(c, v0, count, logits);
+  slopes(g, v0, count, logits, slope);
+  (c.args->logit_softcap != 0.0f ? differentiate<true> : differentiate<false>)(g, count, logits);
+  add_realised(g, v0, count, logits, slope);
+  if (g.sum_entries)
+    for (int64_t r = 0; r < count; r++) {
+      vf total = splat(0.0f);
+      for (int64_t p = 0; p < c.tiles; p++)
+        for (int64_t t = 0; t < c.tile_width; t += kLanes) total += load(logits + (p * kBlock + r) * c.tile_width + t);
+      g.sum_entries[r] = sum(total);
+    }
+  (c.bf16_pairs ? store_gradient<true> : store_gradient<false>)(g, count, logits);
+}
+
+// Two rows of 16-bit numbers, side by side in pairs
+static void interleave(const uint16_t* first, const uint16_t* second, int64_t n, uint16_t* out) {
+  for (int64_t j = 0; j < n; j++) out[2 * j] = first[j], out[2 * j + 1] = second[j];
+}
+
+// Rows [row, row + count) of a matrix as the packed operand of a product over them: [units][columns] for each block of its
+// columns, blocks block_stride floats apart. A unit is a row, or a pair of rows; zeros beyond the edges.
+static void pack_rows(const HeadChunk& c, const Matrix& m, int64_t row, int64_t count, float* out, int64_t block_stride) {
+  const int64_t d = c.args->d, columns = tile_width_for(kMaxWidth), step = c.bf16_pairs ? 2 : 1;
+  for (int64_t i = 0; i < count; i += step)
+    for (int64_t k = 0; k < d; k += columns) {
+      const int64_t n = smaller(columns, d - k);
+      float* unit = out + k / columns * block_stride + i / step * columns;
+      if (!c.bf16_pairs) {
+        unpack_floats(c.args->dtype, m, row + i, k, n, unit);
+      } else {
+        const uint16_t* first = (const uint16_t*)m.data + (row + i) * m.stride0 + k * m.stride1;
+        const uint16_t* second = first + m.stride0;
+        uint16_t* pairs = (uint16_t*)unit;
+        if (m.stride1 == 1 && i + 1 < count) interleave(first, second, n, pairs);
+        else
+          for (int64_t j = 0; j < n; j++) pairs[2 * j] = first[j * m.stride1], pairs[2 * j + 1] = i + 1 < count ? second[j * m.stride1] : (uint16_t)0;
+      }
+      for (int64_t j = n; j < columns; j++) unit[j] = 0.0f;
+    }
+}
+
+// out[r, :] (+)= rows[r, :] . packed for `count` rows and one block of columns. Rows are readable up to whole tiles.
+template <class Dot, int R, int T>
+static void product_rows(const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units, float* out,
+                         int64_t out_stride, int64_t columns, bool accumulate) {
+  alignas(64) float tile[R * T * kLanes];
+  for (int64_t r = 0; r < count; r += R, rows += R * row_bytes, out += R * out_stride) {
+    if (count - r >= R && columns == T * kLanes) {
+      product_tile<Dot, R, T>(rows, row_bytes, packed, units, out, out_stride, accumulate, nullptr);
+      continue;
+    }
+    product_tile<Dot, R, T>(rows, row_bytes, packed, units, tile, T * kLanes, false, nullptr);
+    for (int64_t i = 0; i < smaller(R, count - r); i++)
+      for (int64_t j = 0; j < columns; j++) out[i * out_stride + j] = (accumulate ? out[i * out_stride + j] : 0.0f) + tile[i * T * kLanes + j];
+  }
+}
+
+static void product(const HeadChunk& c, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units,
+                    float* out, int64_t out_stride, int64_t columns, bool accumulate) {
+  constexpr int T = kLanes == 16 ? 4 : 2;
+#ifdef G2RL_HAS_BF16_DOT
+  if (c.bf16_pairs) return product_rows<DotBf16, kProductRows, T>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+#endif
+  product_rows<DotFloat, kProductRows, T>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+}
+
+static void round_to(DType dtype, const float* x, int64_t n, void* out) {
+  if (dtype == DType::f32) std::memcpy(out, x, sizeof(float) * n);
+  else if (dtype == DType::bf16)
+    for (int64_t j = 0; j < n; j++) ((uint16_t*)out)[j] = float_to_bf16(x[j]);
+  else
+    for (int64_t j = 0; j < n; j++) ((uint16_t*)out)[j] = float_to_f16(x[j]);
+}
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl

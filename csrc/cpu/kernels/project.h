@@ -1,0 +1,136 @@
+// After the softmax: codes to rows of the residual matrix A, and A times the weight.
+#pragma once
+#include "softmax.h"
+
+namespace g2rl {
+namespace G2RL_ISA {
+namespace {
+
+// weight_t e_t kCodeMax^4 summed over the vectors [first, last) of one row of codes, lane by lane.  The caller divides by
+// kCodeMax^4 as it adds up the lanes.
+G2RL_INLINE vf decode_row(const uint16_t* codes, int64_t first, int64_t last, const float* weight) {
+  vf acc = splat(0.0f);
+  for (int64_t t = first; t < last; t += kLanes) {
+    const vf root = load_code(codes + t), square = root * root;
+    acc = fma(load(weight + t), square * square, acc);
+  }
+  return acc;
+}
+
+static void collect(const HeadChunk& c, int64_t block) {
+  const int64_t v0 = block * kBlock, slab = c.slab_end - c.slab_begin, count = smaller(kBlock, slab - v0);
+  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), unscale = splat(1.0f / kCodeMax / kCodeMax / kCodeMax / kCodeMax);
+  alignas(64) float weight[kMaxWidth];
+  for (int64_t s = 0; s < c.response_count; s++) {
+    const ResponseTokens& response = c.responses[s];
+    float* out = c.residual + response.row * slab + v0;
+    if (response.fresh)
+      for (int64_t r = 0; r < count; r++) out[r] = 0.0f;
+    for (int64_t p = response.begin / c.tile_width; p * c.tile_width < response.end; p++) {
+      const int64_t begin = p * c.tile_width < response.begin ? response.begin - p * c.tile_width : 0;  // columns of this tile
+      const int64_t end = smaller(response.end - p * c.tile_width, c.tile_width), first = begin / kLanes * kLanes;
+      for (int64_t t = first; t < end; t += kLanes) {  // exp(block max - max) in the response's own lanes, 0 in others
+        const int64_t token = p * c.tile_width + t;
+        const vf shift = (load(c.block_max + block * c.tiles * c.tile_width + token) - load(c.max + token)) * quarter;
+        const vf root = exp2_negative(at_least(splat(kQuarterLog2Floor), shift)), square = root * root;
+        store(weight + t, square * square * load(c.weight + token));
+        for (int64_t i = t; i < t + kLanes; i++)
+          if (i < begin || i >= end) weight[i] = 0.0f;
+      }
+      const uint16_t* codes = c.codes + (block * c.tiles + p) * kBlock * c.tile_width;
+      int64_t r = 0;
+      for (; r + kLanes <= count; r += kLanes) {  // the lanes of several rows are added up together, in fewer steps
+        vf row[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) row[i] = decode_row(codes + (r + i) * c.tile_width, first, end, weight);
+        store(out + r, load(out + r) - sums(row) * unscale);
+      }
+      for (; r < count; r++) out[r] -= sum(decode_row(codes + r * c.tile_width, first, end, weight) * unscale);
+    }
+  }
+}
+
+// out[j, :] += sum_i factor[j][i] line[i][:] for J rows of A and L rows of weight
+template <class Load, int J, int L>
+static void add_lines(const float* const factor[J], const char* lines, int64_t line_bytes, int64_t length, float* out, int64_t out_stride) {
+  vf f[J][L];
+  for (int j = 0; j < J; j++)
+    for (int i = 0; i < L; i++) f[j][i] = splat(factor[j][i]);
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) {
+    vf x[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; j++) x[j] = load(out + j * out_stride + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < L; i++) {
+      const vf w = Load::vector(lines + i * line_bytes + k * Load::size);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) x[j] = fma(f[j][i], w, x[j]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < J; j++) store(out + j * out_stride + k, x[j]);
+  }
+  for (; k < length; k++)
+    for (int j = 0; j < J; j++)
+      for (int i = 0; i < L; i++) out[j * out_stride + k] += factor[j][i] * Load::scalar(lines + i * line_bytes + k * Load::size);
+}
+
+// L rows of weight, once, against every row of A
+template <class Load, int L>
+static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
+                        int64_t length, float* out) {
+  const int64_t slab = c.slab_end - c.slab_begin, stride = row_stride(c.args->d);
+  int64_t j = 0;
+  for (; j + 4 <= row_count; j += 4) {
+    const float* factor[4];
+    for (int q = 0; q < 4; q++) factor[q] = c.residual + rows[j + q] * slab + (v - c.slab_begin);
+    add_lines<Load, 4, L>(factor, lines, line_bytes, length, out + j * stride, stride);
+  }
+  for (; j < row_count; j++) {
+    const float* factor[1] = {c.residual + rows[j] * slab + (v - c.slab_begin)};
+    add_lines<Load, 1, L>(factor, lines, line_bytes, length, out + j * stride, stride);
+  }
+}
+
+// Reads the weight once for any number of responses: a few rows and a block of columns at a time, which stay in L1 with
+// their share of `out`; rows are prefetched three times as far ahead.
+template <class Load>
+static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  constexpr int kLines = 6;
+  constexpr int64_t kColumns = 128, kAhead = 3 * kLines;
+  const HeadArgs& a = *c.args;
+  const Matrix& w = a.weight;
+  const bool in_place = w.stride1 == 1 && Load::size == element_size(a.dtype);
+  float scratch[kLines * kColumns];
+  for (int64_t v = begin; v < end; v += kLines) {
+    const int64_t n = smaller(kLines, end - v);
+    for (int64_t k = 0; k < a.d; k += kColumns) {
+      const int64_t length = smaller(kColumns, a.d - k);
+      const char* lines = (const char*)scratch;
+      int64_t line_bytes = kColumns * 4;
+      if (in_place) {
+        line_bytes = w.stride0 * Load::size;
+        lines = (const char*)w.data + v * line_bytes + k * Load::size;
+        for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
+          for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, 2);
+      } else {
+        for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
+      }
+      if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
+      else
+        for (int64_t i = 0; i < n; i++) add_to_rows<Load, 1>(c, rows, row_count, v + i, lines + i * line_bytes, line_bytes, length, out + k);
+    }
+  }
+}
+
+static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
+  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
+  if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
+  else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
+  else project_as<LoadFloat>(c, rows, row_count, begin, end, out);
+}
+
+}  // namespace
+}  // namespace G2RL_ISA
+}  // namespace g2rl

@@ -1,0 +1,205 @@
+// The operators of the LM head: schemas, checks, calls of the CPU kernels.
+// Fake implementations are registered in Python (g2rl_kernels/head/cpu.py).
+#include <vector>
+
+#include "../cpu/head.h"
+#include "../cpu/logprobs.h"
+#include "arguments.h"
+
+// What every schema begins with: hidden, tokens, and HEAD_SCHEMA of g2rl_kernels/head/spec.py.
+#define G2RL_HEAD                                                                                        \
+  "Tensor hidden, Tensor tokens, Tensor weight, Tensor? bias, float temperature, float logit_scale, " \
+  "float logit_softcap"
+
+namespace g2rl::ops {
+namespace {
+
+// The same arguments in C++.
+struct Head {
+  const Tensor &hidden, &tokens, &weight;
+  const std::optional<Tensor>& bias;
+  double temperature, logit_scale, logit_softcap;  // softcap 0: no softcap
+};
+
+// TORCH_BOX takes functions of single arguments. Flat<&op>::call is one for an `op` of a Head and further arguments.
+template <auto op>
+struct Flat;
+template <class Result, class... Rest, Result (*op)(const Head&, Rest...)>
+struct Flat<op> {
+  static Result call(const Tensor& hidden, const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias,
+                     double temperature, double logit_scale, double logit_softcap, Rest... rest) {
+    return op({hidden, tokens, weight, bias, temperature, logit_scale, logit_softcap}, rest...);
+  }
+};
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  require(false, name, " has a dtype that the kernels do not take; needs float32, bfloat16 or float16");
+  return {};
+}
+
+// Arguments of the kernels, checked, without outputs. Converted tensors live as long as this object.
+struct Checked : HeadArgs {
+  explicit Checked(const Head& head) : HeadArgs{} {
+    const Tensor &h = head.hidden, &w = head.weight;
+    require(h.dim() == 2, "hidden has shape ", shape(h), ", needs [N, d]");
+    require(w.dim() == 2 && w.size(1) == h.size(1), "weight has shape ", shape(w), ", needs [V, d] with d = ", h.size(1),
+            " as in hidden");
+    require(h.scalar_type() == w.scalar_type(), "hidden and weight have to be of one dtype");
+    require(head.temperature > 0 && std::isfinite(head.temperature), "temperature = ", head.temperature,
+            ", needs a finite number > 0");
+    require(head.logit_softcap >= 0 && std::isfinite(head.logit_softcap), "logit_softcap = ", head.logit_softcap,
+            ", needs a finite number > 0, or 0 for no softcap");
+    N = h.size(0), d = h.size(1), V = w.size(0);
+    dtype = dtype_of(h, "hidden");
+    hidden = {h.const_data_ptr(), h.stride(0), h.stride(1)};
+    weight = {w.const_data_ptr(), w.stride(0), w.stride(1)};
+    require_vector(head.tokens, "tokens", N, "N");
+    tokens = keep(indices(head.tokens, "tokens")).const_data_ptr<int64_t>();
+    if (head.bias) {
+      require_vector(*head.bias, "bias", V, "V");
+      bias = head.bias->const_data_ptr();
+      bias_dtype = dtype_of(*head.bias, "bias");
+      bias_stride = head.bias->stride(0);
+    }
+    temperature = static_cast<float>(head.temperature);
+    logit_scale = static_cast<float>(head.logit_scale);
+    logit_softcap = static_cast<float>(head.logit_softcap);
+  }
+
+  void require_tokens_inside() const {
+    for (int64_t i = 0; i < N; ++i)
+      require(tokens[i] >= 0 && tokens[i] < V, "tokens[", i, "] = ", tokens[i], " is outside [0, ", V, "), the rows of weight");
+  }
+
+  void set_responses(const Tensor& ends, const std::optional<Tensor>& alpha) {
+    require(ends.dim() == 1 && ends.size(0) >= 1, "cu_seqlens has shape ", shape(ends), ", needs [S + 1]");
+    S = ends.size(0) - 1;
+    const int64_t* cu = cu_seqlens = keep(indices(ends, "cu_seqlens")).const_data_ptr<int64_t>();
+    require(cu[0] == 0, "cu_seqlens[0] = ", cu[0], ", needs 0");
+    for (int64_t s = 0; s < S; ++s)
+      require(cu[s] <= cu[s + 1], "cu_seqlens decreases: cu_seqlens[", s, "] = ", cu[s], ", cu_seqlens[", s + 1, "] = ", cu[s + 1]);
+    require(cu[S] == N, "cu_seqlens ends at ", cu[S], ", needs the number of rows of hidden, ", N);
+    if (!alpha) return;
+    require_vector(*alpha, "token_weights", N, "N");
+    token_weights = keep(floats(*alpha, "token_weights")).const_data_ptr<float>();
+  }
+
+  const Tensor& keep(const Tensor& tensor) { return kept.emplace_back(tensor); }
+
+ private:
+  std::vector<Tensor> kept;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const Tensor& cu_seqlens,
+                                                         const std::optional<Tensor>& token_weights,
+                                                         const std::optional<Tensor>& known_logprobs) {
+  Checked args(head);
+  args.require_tokens_inside();
+  args.set_responses(cu_seqlens, token_weights);
+  // The CPU pass has the logsumexp of a token before it needs it, so it gains nothing from known_logprobs.
+  if (known_logprobs) require_vector(*known_logprobs, "known_logprobs", args.N, "N");
+
+  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d}, ScalarType::Float);
+  const Tensor logprobs = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
+  const Tensor logsumexp = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
+  const Tensor entropy = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
+  args.features = features.mutable_data_ptr<float>();
+  args.logprobs = logprobs.mutable_data_ptr<float>();
+  args.logsumexp = logsumexp.mutable_data_ptr<float>();
+  args.entropy = entropy.mutable_data_ptr<float>();
+  g2rl::head_features(args, chosen_isa(), parallel);
+  return {features, logprobs, logsumexp, entropy};
+}
+
+// weight may be one rank's rows of a larger vocabulary: tokens outside [0, V) belong to other ranks.
+std::tuple<Tensor, Tensor> head_statistics(const Head& head) {
+  Checked args(head);
+  const int64_t all[2] = {0, args.N};
+  args.cu_seqlens = all;
+  args.S = 1;
+  const Tensor partial = torch::stable::new_empty(head.hidden, {1, 3, args.N}, ScalarType::Double);
+  const Tensor target = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Double);
+  args.partial = partial.mutable_data_ptr<double>();
+  args.target = target.mutable_data_ptr<double>();
+  g2rl::head_features(args, chosen_isa(), parallel);
+  return {partial, target};
+}
+
+Tensor head_features_of_part(const Head& head, const Tensor& cu_seqlens, const std::optional<Tensor>& token_weights,
+                             const Tensor& logsumexp, const Tensor& rest) {
+  Checked args(head);
+  args.set_responses(cu_seqlens, token_weights);
+  require_vector(logsumexp, "logsumexp", args.N, "N");
+  require_vector(rest, "rest", args.N, "N");
+  args.lse = args.keep(contiguous(logsumexp, ScalarType::Double)).const_data_ptr<double>();
+  args.rest = args.keep(contiguous(rest, ScalarType::Double)).const_data_ptr<double>();
+  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d}, ScalarType::Float);
+  args.features = features.mutable_data_ptr<float>();
+  g2rl::head_features(args, chosen_isa(), parallel);
+  return features;
+}
+
+// Tensors that the kernel reads or writes as they are.
+void require_exactly(const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() && tensor.scalar_type() == dtype;
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = tensor.size(i) == sizes[i];
+  require(fits, name, " has shape ", shape(tensor), ", or another dtype, or is not contiguous");
+}
+
+void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms, int64_t begin, int64_t end,
+                std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
+  const Checked checked(head);
+  SweepArgs args{};
+  args.head = checked;
+  const int64_t N = args.head.N, d = args.head.d, V = args.head.V;
+  require(0 <= begin && begin <= end && end <= V, "begin = ", begin, ", end = ", end, ", needs 0 <= begin <= end <= V = ", V);
+  const Tensor two = floats(normaliser, "normaliser"), three = floats(terms, "terms");
+  require_exactly(two, "normaliser", ScalarType::Float, {2, N});
+  require_exactly(three, "terms", ScalarType::Float, {3, N});
+  args.normaliser = two.const_data_ptr<float>();
+  args.terms = three.const_data_ptr<float>();
+  args.begin = begin;
+  args.end = end;
+  if (sum_hidden) {
+    require_exactly(*sum_hidden, "sum_hidden", ScalarType::Float, {N, d});
+    args.sum_hidden = sum_hidden->mutable_data_ptr<float>();
+  }
+  if (grad_weight) {
+    require_exactly(*grad_weight, "grad_weight", head.weight.scalar_type(), {V, d});
+    args.grad_weight = grad_weight->mutable_data_ptr();
+  }
+  if (grad_bias) {
+    require_exactly(*grad_bias, "grad_bias", ScalarType::Float, {V});
+    args.grad_bias = grad_bias->mutable_data_ptr<float>();
+  }
+  g2rl::head_sweep(args, chosen_isa(), parallel);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(g2rl, m) {
+  m.def("head_features(" G2RL_HEAD
+        ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
+        "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
+  m.def("head_statistics(" G2RL_HEAD ") -> (Tensor partial, Tensor target)");
+  m.def("head_features_of_part(" G2RL_HEAD
+        ", Tensor cu_seqlens, Tensor? token_weights, Tensor logsumexp, Tensor rest) -> Tensor features");
+  m.def("head_sweep(" G2RL_HEAD
+        ", Tensor normaliser, Tensor terms, int begin, int end, "
+        "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(g2rl, CPU, m) {
+  m.impl("head_features", TORCH_BOX(&Flat<&head_features>::call));
+  m.impl("head_statistics", TORCH_BOX(&Flat<&head_statistics>::call));
+  m.impl("head_features_of_part", TORCH_BOX(&Flat<&head_features_of_part>::call));
+  m.impl("head_sweep", TORCH_BOX(&Flat<&head_sweep>::call));
+}
+
+}  // namespace g2rl::ops

@@ -1,0 +1,84 @@
+"""The head in C++ on the CPU: `Backend` by the operators of csrc/ops/head.cpp, with their fakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import FeatureOutputs
+from .certified import certified_features
+from .spec import HeadSpec, Responses
+
+
+def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+    """[1, 3, N] and [N], float64: see `Backend.statistics`."""
+    return torch.ops.g2rl.head_statistics(hidden, tokens, *head)
+
+
+def features(
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    known_logprobs: Tensor | None = None,
+    max_skipped: float | None = None,
+) -> FeatureOutputs:
+    """See `Backend.features`. Neither known_logprobs nor max_skipped saves time here."""
+    if max_skipped is not None:
+        return certified_features(features, hidden, tokens, head, responses, max_skipped)
+    arguments = (hidden, tokens, *head, *responses, known_logprobs)
+    phi, logprobs, logsumexp, entropy = torch.ops.g2rl.head_features(*arguments)
+    S = responses.cu_seqlens.shape[0] - 1
+    mass, count = hidden.new_zeros(S, dtype=torch.float32), hidden.new_zeros(S, dtype=torch.int64)
+    return FeatureOutputs(phi, logprobs, logsumexp, entropy, mass, count)
+
+
+def features_of_part(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, logsumexp: Tensor, rest: Tensor
+) -> Tensor:
+    """[S, d] float32: see `Backend.features_of_part`."""
+    return torch.ops.g2rl.head_features_of_part(hidden, tokens, *head, *responses, logsumexp, rest)
+
+
+def sweep(
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    normaliser: Tensor,
+    terms: Tensor,
+    begin: int,
+    end: int,
+    *sums: Tensor | None,
+) -> None:
+    """See `Backend.sweep`; sums are sum_hidden, grad_weight and grad_bias."""
+    torch.ops.g2rl.head_sweep(hidden, tokens, *head, normaliser, terms, begin, end, *sums)
+
+
+# --- fake implementations, for torch.compile ----------------------------------------------------------------
+
+
+@torch.library.register_fake("g2rl::head_statistics")
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    N = hidden.shape[0]
+    return hidden.new_empty((1, 3, N), dtype=torch.float64), hidden.new_empty(N, dtype=torch.float64)
+
+
+def _empty_features(hidden: Tensor, *others: Any) -> Tensor:
+    cu_seqlens = others[1 + len(HeadSpec._fields)]  # after tokens and the head
+    return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("g2rl::head_features")
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    per_token = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+    return _empty_features(hidden, *others), *per_token
+
+
+torch.library.register_fake("g2rl::head_features_of_part", _empty_features)
+
+
+@torch.library.register_fake("g2rl::head_sweep")
+def _(*arguments: Any) -> None:
+    pass

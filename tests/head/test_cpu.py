@@ -1,0 +1,54 @@
+"""The operators in C++, through head/cpu.py: fake implementations, and the outputs of `features`."""
+
+import pytest
+import torch
+from oracle import make_case
+
+from g2rl_kernels.head import cpu
+from g2rl_kernels.head.spec import HeadSpec, Responses
+
+LENGTHS = [3, 0, 5]
+
+
+def given():
+    case = make_case(LENGTHS, V=67, d=16, dtype=torch.float32)
+    head = HeadSpec(case.weight, torch.randn(67), 0.7, 1.2, 5.0)
+    return case.hidden, case.tokens, head, Responses(case.cu_seqlens, torch.rand(8))
+
+
+def test_opcheck_statistics():
+    hidden, tokens, head, _ = given()
+    torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head.flat()))
+
+
+def test_opcheck_features_of_part():
+    hidden, tokens, head, responses = given()
+    of_tokens = torch.rand(8, dtype=torch.float64), torch.rand(8)
+    arguments = (hidden, tokens, *head.flat(), *responses, *of_tokens)
+    torch.library.opcheck(torch.ops.g2rl.head_features_of_part, arguments)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_opcheck_sweep(wanted):
+    hidden, tokens, head, _ = given()
+    sums = torch.zeros(8, 16), torch.zeros(67, 16), torch.zeros(67)
+    arguments = (hidden, tokens, *head.flat(), torch.rand(2, 8), torch.rand(3, 8), 5, 60)
+    arguments += sums if wanted else (None, None, None)
+    torch.library.opcheck(torch.ops.g2rl.head_sweep, arguments)
+
+
+def test_without_max_skipped_no_token_is_skipped():
+    outputs = cpu.features(*given())
+    assert outputs.skipped_mass.equal(torch.zeros(len(LENGTHS)))
+    assert outputs.skipped_tokens.equal(torch.zeros(len(LENGTHS), dtype=torch.int64))
+
+
+def test_with_max_skipped_what_is_skipped_is_left_out():
+    hidden, tokens, head, responses = given()
+    outputs = cpu.features(hidden, tokens, head, responses, max_skipped=0.5)
+    every = cpu.features(hidden, tokens, head, responses)
+    assert outputs.skipped_tokens.sum() > 0
+    assert (outputs.skipped_mass > 0).equal(outputs.skipped_tokens > 0)
+    assert outputs.logprobs.equal(every.logprobs)
+    some = outputs.skipped_tokens > 0
+    assert (outputs.features != every.features).any(1).equal(some)
