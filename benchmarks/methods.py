@@ -83,10 +83,12 @@ def _certified(p: Problem) -> Outputs:
 
 def _statistics(p: Problem) -> Outputs:
     try:
-        from g2rl_kernels.head.triton.driver import statistics
+        from g2rl_kernels.head.spec import HeadSpec
+        from g2rl_kernels.head.triton.driver import token_statistics
     except ImportError as error:
         raise Unavailable(f"this version has no kernel for it ({error})") from None
-    return Outputs(None, *statistics(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap))
+    head = HeadSpec(p.weight, logit_softcap=p.softcap or 0.0)
+    return Outputs(None, *token_statistics(p.hidden, p.tokens, head))
 
 
 # --- the head op: plain torch -------------------------------------------------------------------------------

@@ -130,9 +130,10 @@ def logprobs_alone(
     """By the fastest way there is without features."""
     if hidden.is_cuda:
         try:
-            from g2rl_kernels.head.triton.driver import statistics as kernel
+            from g2rl_kernels.head.spec import HeadSpec
+            from g2rl_kernels.head.triton.driver import token_statistics
 
-            return kernel(hidden, weight, tokens, bias=bias, **options)[0]
+            return token_statistics(hidden, tokens, HeadSpec(weight, bias, **options))[0]
         except ImportError:
             pass
     return g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options).logprobs

@@ -103,7 +103,7 @@ def _geometry(argv: Sequence[str]) -> int:
 
 
 def _tune(argv: Sequence[str]) -> int:
-    from ..head.triton import tune
+    from . import tune
 
     return tune.main(argv)
 

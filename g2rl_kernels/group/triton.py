@@ -1,20 +1,12 @@
 """Equations 9-13 and 2 on groups of at most 32, in one launch: the Triton twin of csrc/cuda/group.cu.
 
-One program a group, all in registers once the features are read:
+In: features, rewards, members. Out: similarity, exploration scores, shaped rewards, advantages; zeros in rows
+that no group names. A second, one-program kernel runs only for the batch's deviation.
 
-    Gram        G = sum over blocks of d of X X^T, X [M, BK]: BW blocks at once, one batch of a product
-                each, so that all warps have work though G is as small as 16 x 16; then the BW partial sums
-                are added
-    norms       the diagonal of G
-    cosines, weights, scores (eqs. 9-11) on [M, M]; min-max, shaping (12-13) and advantages (2) on [M]
-
-Exact: products of float32 are exact in float64, and everything is summed in float64 (double-precision tensor
-cores on sm_80 and sm_90, plain multiply-adds on sm_100) in an order that depends on shapes alone. Further
-programs write the zeros of rows that no group names; a second, one-program kernel runs only for the batch's
-deviation.
-
-The default on a GPU is the C++ kernel where the extension was built with nvcc, until the two have been
-measured on one (g2rl_kernels/group.py chooses).
+Exact: float32 products are exact in float64; sums are in float64, in an order that depends on shapes alone.
+A program owns a group. BW blocks of d are multiplied side by side, so that all warps work although the Gram
+matrix is as small as 16 x 16; the rest is in registers. float64 products use tensor cores on sm_80 and sm_90,
+plain multiply-adds on sm_100. group/geometry.py chooses; the C++ kernel is the default where it was built.
 """
 
 from __future__ import annotations
@@ -27,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_M = 32  # a [64, 64] of doubles no longer fits the registers beside its like
-BR, BC = 256, 16  # rows of a program that looks for rows of no group; members compared with them at once
-BP = 1024  # places that the batch's kernel takes at a time
+MAX_M = 32  # several [64, 64] matrices of doubles do not fit the registers
+BR, BC = 256, 16  # zero_unnamed: rows of a program; members compared with them at once
+BP = 1024  # places of members that batch_scale_kernel takes at a time
 
 
 class Config(NamedTuple):
@@ -39,15 +31,28 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int = 2
 
+    def constants(self) -> dict[str, int]:
+        return {"BM": self.BM, "BK": self.BK, "BW": self.BW, "BR": BR, "BC": BC}
+
+    def launch(self) -> dict[str, int]:
+        return {**self.constants(), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 CONFIGS = (Config(16, 64, 8, 8), Config(32, 16, 4, 4))
 
 
 @triton.jit
 def zero_unnamed(
-    members, exploration_score, shaped_rewards, advantages, i_block, S, places,
-    BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    members,
+    exploration_score,
+    shaped_rewards,
+    advantages,
+    i_block,
+    S,
+    places,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     o_r = i_block.to(tl.int64) * BR + tl.arange(0, BR)
     b_named = tl.zeros([BR], dtype=tl.int32)
     for o in range(0, places, BC):
@@ -63,11 +68,31 @@ def zero_unnamed(
 
 @triton.jit(do_not_specialize=["S", "d", "B", "M"])
 def group_kernel(
-    features, rewards, members, similarity, exploration_score, shaped_rewards, advantages, values, S, d, B, M,
-    lam: tl.float64, clip: tl.float64, eps: tl.float64,
-    SHAPING: tl.constexpr, SCORE: tl.constexpr, SCALE: tl.constexpr, SKIP_UNIFORM: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    features,
+    rewards,
+    members,
+    similarity,
+    exploration_score,
+    shaped_rewards,
+    advantages,
+    values,
+    S,
+    d,
+    B,
+    M,
+    lam: tl.float64,
+    clip: tl.float64,
+    eps: tl.float64,
+    SHAPING: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SKIP_UNIFORM: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BW: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     if tl.program_id(0) >= B:
         zero_unnamed(
             members, exploration_score, shaped_rewards, advantages, tl.program_id(0) - B, S, B * M, BR, BC
@@ -101,7 +126,7 @@ def group_kernel(
     m_other = m_pair & (o_m[:, None] != o_m[None, :])
     b_rj = tl.broadcast_to(b_r[None, :], [BM, BM])
     b_shift = tl.max(tl.where(m_other & (b_rj == b_rj), b_rj, -float("inf")), axis=1)
-    b_shift = tl.where(b_shift == -float("inf"), 0.0, b_shift)  # a group of one, or nothing to guard
+    b_shift = tl.where(b_shift == -float("inf"), 0.0, b_shift)  # a group of one, or no reward above -inf
     b_e = tl.where(m_other, tl.exp(b_rj - b_shift[:, None]), 0.0)
     b_sum = tl.sum(tl.where(m_other, b_e * b_s * b_s, 0.0), axis=1)
     b_nu = 1.0 - b_sum / (tl.sum(b_e, axis=1) + eps * tl.exp(-b_shift))
@@ -148,7 +173,7 @@ def group_kernel(
 
 @triton.jit(do_not_specialize=["S", "places"])
 def batch_scale_kernel(members, values, advantages, S, places, eps: tl.float64, BP: tl.constexpr):
-    """Eq. 2 with the batch's deviation: divides what group_kernel left undivided. One program."""
+    """Eq. 2 with the batch's deviation: divides group_kernel's centred values by it. One program."""
     o_p = tl.arange(0, BP).to(tl.int64)
     b_total = tl.zeros([BP], dtype=tl.float64)
     b_count = tl.zeros([BP], dtype=tl.float64)
@@ -189,25 +214,41 @@ def launch(
         raise ValueError(f"members: got groups of {M}, the Triton kernel takes at most {MAX_M}")
     similarity = features.new_empty(B, M, M)
     if M == 0:
-        B = 0  # nobody in any group
+        B = 0  # all groups are empty
     nu, shaped, advantages = (features.new_empty(S) for _ in range(3))
     values = features.new_empty((B, M) if scale == 2 else 0, dtype=torch.float64)
     config = next(config for config in CONFIGS if M <= config.BM)
     programs = B + triton.cdiv(S, BR)
     if programs:
         group_kernel[(programs,)](
-            features, rewards, members, similarity, nu, shaped, advantages, values, S, d, B, M,
-            lam, clip, eps, SHAPING=shaping, SCORE=score, SCALE=scale, SKIP_UNIFORM=skip_uniform,
-            BM=config.BM, BK=config.BK, BW=config.BW, BR=BR, BC=BC,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            features=features,
+            rewards=rewards,
+            members=members,
+            similarity=similarity,
+            exploration_score=nu,
+            shaped_rewards=shaped,
+            advantages=advantages,
+            values=values,
+            S=S,
+            d=d,
+            B=B,
+            M=M,
+            lam=lam,
+            clip=clip,
+            eps=eps,
+            SHAPING=shaping,
+            SCORE=score,
+            SCALE=scale,
+            SKIP_UNIFORM=skip_uniform,
+            **config.launch(),
+        )
     if scale == 2 and B:
         batch_scale_kernel[(1,)](members, values, advantages, S, B * M, eps, BP=BP, num_warps=8)
     return similarity, nu, shaped, advantages
 
 
 def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
-    """(kernel, signature, constexprs, num_warps, num_stages, label) of what is shipped, to compile without a
+    """(kernel, signature, constexprs, num_warps, num_stages, label) of shipped kernels, to compile without a
     GPU."""
     inputs = {"features": "*fp32", "rewards": "*fp32", "members": "*i64"}
     outputs = dict.fromkeys(("similarity", "exploration_score", "shaped_rewards", "advantages"), "*fp32")
@@ -215,10 +256,8 @@ def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int,
     scalars = dict.fromkeys(("lam", "clip", "eps"), "fp64")
     for config in CONFIGS:
         for shaping, score, scale in ((1, 0, 1), (2, 1, 2), (3, 0, 1), (0, 0, 0)):
-            constexprs = {
-                "SHAPING": shaping, "SCORE": score, "SCALE": scale, "SKIP_UNIFORM": True,
-                "BM": config.BM, "BK": config.BK, "BW": config.BW, "BR": BR, "BC": BC,
-            }  # fmt: skip
+            constexprs = {"SHAPING": shaping, "SCORE": score, "SCALE": scale, "SKIP_UNIFORM": True}
+            constexprs |= config.constants()
             signature = inputs | outputs | {"values": "*fp64"} | sizes | scalars
             signature |= dict.fromkeys(constexprs, "constexpr")
             label = f"group M<={config.BM} shaping={shaping} score={score} scale={scale}"

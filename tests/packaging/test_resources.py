@@ -69,9 +69,7 @@ def test_the_committed_table_shows_clean_kernels():
 
 @pytest.fixture
 def case(tool):
-    return tool.Case(
-        "head_stats.head_stats_kernel", "", "bf16", 90, "", {}, {}, (), 8, needs=("wgmma", "TMA")
-    )
+    return tool.Case("stats.head_stats_kernel", "", "bf16", 90, "", {}, {}, (), 8, needs=("wgmma", "TMA"))
 
 
 NONE = {"wgmma": 0, "tcgen05": 0, "mma": 0, "TMA": 0, "cp.async": 0}
@@ -98,11 +96,11 @@ def test_faults_are_found(tool, case):
 def test_a_spilling_configuration_fails_the_check(tmp_path):
     """The whole way, with a tile that no GPU has registers for."""
     code = (
-        "import sys; sys.path.insert(0, 'tools'); import kernel_resources\n"
+        "import sys; sys.path.insert(0, 'tools'); import kernel_cases, kernel_resources\n"
         "kernel_resources.prepare()\n"
-        "from g2rl_kernels.kernels import tuning\n"
+        "from g2rl_kernels.head.triton import tuning\n"
         "tuning.CANDIDATES[9, 'plain'] = (tuning.Config(256, 256, 64, 8, 2),)\n"
-        "kernel_resources.small_cases = kernel_resources.group_cases = lambda *_: ()\n"
+        "kernel_cases.small_cases = kernel_cases.group_cases = lambda *_: ()\n"
         "sys.exit(kernel_resources.main())"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
@@ -113,7 +111,7 @@ def test_a_spilling_configuration_fails_the_check(tmp_path):
 
 
 def test_types_are_those_that_triton_takes_from_a_call(tool):
-    """The declared types against Triton's own reading of arguments like those that head.py passes."""
+    """The declared types against Triton's own reading of arguments like those that the driver passes."""
     import torch
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import MockTensor
@@ -126,7 +124,7 @@ def test_types_are_those_that_triton_takes_from_a_call(tool):
         return jit.native_specialize_impl(CUDABackend, value, False, True, True)
 
     dtypes = {"fp32": torch.float32, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8}
-    for name, kind in tool.TYPE.items():
+    for name, kind in sys.modules["kernel_cases"].TYPE.items():
         value = MockTensor(dtypes[kind[1:]]) if kind[0] == "*" else 1.5
         assert read(value) == (kind, "D" if kind[0] == "*" else None), name
     assert read(2048) == ("i32", "D"), "a stride that is a multiple of 16"

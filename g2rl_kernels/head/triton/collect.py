@@ -1,9 +1,10 @@
-"""Adds up the strips that head_residual.py left: partial[j_0 + s] = sum over the strips j of response s of
-partial[j + s], in order.
+"""Adds up the strips that residual.py left, into the row of each response's first strip.
 
-In place, into the row of the response's first strip, since no other response has to do with these rows.
-head_project.py takes them from there, a row a response: it reads the weight as fast as memory gives it only
-if nothing else is in its loop.
+In: partial, in which row j + s is strip j of response s. Out, in place: partial[j_0 + s] = the sum over the
+response's strips j, of which j_0 is the first.
+
+Exact: no other response touches these rows, and strips are added in order. This kernel is separate from
+project.py because that one reads the weight at full speed only with nothing else in its loop.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk import response_arguments
+
 BC = 1024
 
 
 @triton.jit
 def strips_of(cu_seqlens, s_begin, n_responses, o_s, m_s, n_strips, BM: tl.constexpr):
-    """First and last strip of responses s_begin + o_s; n_strips and -1 where there are no tokens. The tokens
-    are cut as head_residual.py cuts them."""
+    """First and last strip of responses s_begin + o_s; n_strips and -1 for a response without tokens. Tokens
+    are cut into strips as in residual.py."""
     t_begin = tl.load(cu_seqlens + s_begin)
     t_end = tl.load(cu_seqlens + s_begin + n_responses)
     strip = tl.maximum(tl.cdiv(tl.cdiv(t_end - t_begin, BM), n_strips), 1) * BM
@@ -30,11 +33,18 @@ def strips_of(cu_seqlens, s_begin, n_responses, o_s, m_s, n_strips, BM: tl.const
 
 @triton.jit(do_not_specialize=["s_begin", "n_responses", "n_strips"])
 def head_collect_kernel(
-    partial, cu_seqlens, s_begin, n_responses, n_columns, n_strips, BM: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+    partial,
+    cu_seqlens,
+    s_begin,
+    n_responses,
+    n_columns,
+    n_strips,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_s = tl.program_id(0).to(tl.int64)
     j_from, j_to = strips_of(cu_seqlens, s_begin, n_responses, i_s, True, n_strips, BM)
-    if j_from >= j_to:  # none, or one
+    if j_from >= j_to:  # at most one strip: there is nothing to add
         return
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < n_columns
@@ -47,7 +57,13 @@ def head_collect_kernel(
 
 def head_collect(partial: Tensor, cu_seqlens: Tensor, responses: range, n_strips: int, BM: int) -> None:
     """partial [rows, columns] float32, the columns a multiple of 16; cu_seqlens [S + 1] int64."""
-    S, n_columns = len(responses), partial.shape[1]
-    head_collect_kernel[(S, triton.cdiv(n_columns, BC))](
-        partial, cu_seqlens, responses.start, S, n_columns, n_strips, BM=BM, BC=BC, num_warps=4
+    n_columns = partial.shape[1]
+    head_collect_kernel[(len(responses), triton.cdiv(n_columns, BC))](
+        **response_arguments(cu_seqlens, responses),
+        partial=partial,
+        n_columns=n_columns,
+        n_strips=n_strips,
+        BM=BM,
+        BC=BC,
+        num_warps=4,
     )

@@ -1,14 +1,12 @@
 """From the sums over vocabulary strips to log-probability, logsumexp and entropy of each token.
 
-m*, l*, u* are joined from the strips (head_join.py), the realised token y left out. Here y is put back: with
-x_y its base-2 logit and k = log2(l* + 2^(x_y - m*)),
+In: partial [strips, 3, N], joined in order to m*, l*, u* (join.py), and the realised token's logit x_y.
+Out: TokenStatistics. Exact: nothing near 1 is subtracted from 1. With k = log2(l* + 2^(x_y - m*)),
 
     logsumexp   = m* + k, or x_y + log1p(...) where y is likely     (base 2)
-    1 - p_y     = l* 2^(m* - M) / (l* 2^(m* - M) + 2^(x_y - M)),    M = max(m*, x_y): nothing is subtracted
+    1 - p_y     = l* 2^(m* - M) / (l* 2^(m* - M) + 2^(x_y - M)),    M = max(m*, x_y)
     log p_y     = -log1p(rest / 2^(x_y - M)) where y is likely, else x_y - logsumexp
-    entropy     = -p_y log p_y + sum over the others of p (logsumexp - x) = ... + 2^-k (k l* - u*)
-
-so that all of them keep their digits as p_y approaches 1.
+    entropy     = -p_y log p_y + 2^-k (k l* - u*)
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .join import BT, joined
-from .tile import LN2, MASKED
+from .tile import LN2, MASKED, given
 
 
-class Statistics(NamedTuple):
+class TokenStatistics(NamedTuple):
     """[N] float32 each; log-probability, logsumexp and entropy in nats, of z / temperature."""
 
     logprobs: Tensor
@@ -36,16 +34,28 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def log1p(x):
-    """Kahan's: the rounding of 1 + x cancels between the logarithm and the denominator."""
+    """Kahan's formula: the rounding of 1 + x cancels between the logarithm and the denominator."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 
 
+@triton.heuristics(given("GATED", "gate"))
 @triton.jit(do_not_specialize=["N", "n_strips"])
 def head_finish_kernel(
-    partial, target, gate, logprobs, logsumexp, entropy, lse2, rest, N, n_strips,
-    GATED: tl.constexpr, LN2: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    partial,
+    target,
+    gate,
+    logprobs,
+    logsumexp,
+    entropy,
+    lse2,
+    rest,
+    N,
+    n_strips,
+    GATED: tl.constexpr,
+    LN2: tl.constexpr,
+    BT: tl.constexpr,
+):
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < N
     if GATED:
@@ -58,7 +68,7 @@ def head_finish_kernel(
     nothing = (b_m < 1e-5 * MASKED) & (b_x == float("-inf"))  # every entry is masked
     b_total = tl.where(nothing, float("nan"), b_others + b_y)
     likely = b_y >= b_others
-    # log of the smaller over the larger is what is added to the larger's own logarithm
+    # log(a + b) = log(a) + log1p(b / a), a the larger
     b_ratio = log1p(tl.where(likely, b_others / b_y, b_y / b_others))
     b_k = tl.where(likely, b_x - b_m, tl.log2(b_l)) + b_ratio / LN2
     b_lse = tl.where(likely, b_x, b_m + tl.log2(b_l)) + b_ratio / LN2
@@ -77,13 +87,13 @@ def head_finish_kernel(
 
 
 def head_finish(
-    partial: Tensor, target: Tensor, out: Statistics | None = None, gate: Tensor | None = None
-) -> Statistics:
+    partial: Tensor, target: Tensor, out: TokenStatistics | None = None, gate: Tensor | None = None
+) -> TokenStatistics:
     """partial [strips, 3, N], target [N]. With `gate` (see head_stats), `out` is written only if it is 1."""
     n_strips, _, N = partial.shape
     if out is None:
-        out = Statistics(*(torch.empty_like(target) for _ in Statistics._fields))
+        out = TokenStatistics(*(torch.empty_like(target) for _ in TokenStatistics._fields))
     head_finish_kernel[(triton.cdiv(N, BT),)](
-        partial, target, gate, *out, N, n_strips, GATED=gate is not None, LN2=LN2, BT=BT, num_warps=4
+        partial, target, gate, *out, N, n_strips, LN2=LN2, BT=BT, num_warps=4
     )
     return out

@@ -1,14 +1,11 @@
-"""Gradient of the logits of some tokens and vocabulary entries, dz as g2rl_kernels/logprobs.py defines it.
+"""Gradient of the logits of some tokens and vocabulary entries: dz of head/logprobs.py.
 
-A program computes one tile of logits anew and turns it into
+In: hidden, weight, tokens; per token the logsumexp in two numbers and a, e, at_token, times their common
+factors. Out: dz [rows, columns], rounded to the dtype of hidden for the two products that follow:
 
     dz_v = -p_v (a + e log p_v), at the realised token at_token;   times the softcap's slope
 
-where a, e and at_token come multiplied by what they share. It is rounded to the dtype of hidden, for the two
-products that follow, and written once.
-
-Neighbouring programs take the token blocks of one vocabulary tile. The chunks that logprobs.py asks for are
-small enough that their rows of hidden and weight, and dz, meet in the L2 cache.
+Exact: a program computes one tile of logits anew and writes it once.
 """
 
 from __future__ import annotations
@@ -17,18 +14,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, LOG2_E, Head, descriptor, dot_tile, plus_bias, raw_logits, softcap_slope
+from .tile import (
+    LOG2_E,
+    TILE_FLAGS,
+    HeadOperands,
+    by_tma,
+    descriptor,
+    dot_tile,
+    plus_bias,
+    raw_logits,
+    softcap_slope,
+)
 from .tuning import Config
 
 
+@triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient"))
 @triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "D"])
 def head_gradient_kernel(
-    hidden, weight, bias, tokens, numbers, gradient, N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
-    scale, factor, stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
-    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    tokens,
+    numbers,
+    gradient,
+    N,
+    V,
+    i_row0,
+    n_rows,
+    i_col0,
+    n_columns,
+    n_blocks,
+    scale,
+    factor,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_gn,
+    D,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    H_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    G_TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
+    # dz, meet in the L2 cache.
     i_program = tl.program_id(0)
     i_r, i_c = (i_program % n_blocks) * BM, (i_program // n_blocks) * BN
     i_row, i_col = i_row0 + i_r, i_col0 + i_c
@@ -52,7 +89,7 @@ def head_gradient_kernel(
     b_r = raw_logits(b_x, scale, factor, SOFTCAP)
     b_log_p = b_r * factor - b_top[:, None] - b_log_total[:, None]
     b_p = tl.exp2(b_log_p * LOG2_E)
-    if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is no number
+    if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is NaN
         b_log_p = tl.maximum(b_log_p, -150.0)
     b_g = -b_p * (b_a[:, None] + b_e[:, None] * b_log_p)
     is_token = o_col[None, :] == b_y[:, None]
@@ -74,31 +111,31 @@ def head_gradient_kernel(
 
 def head_gradient(
     hidden: Tensor,
-    head: Head,
+    head: HeadOperands,
     tokens: Tensor,
     numbers: Tensor,
     rows: slice,
     columns: slice,
     gradient: Tensor,
     config: Config,
-    precision: str,
 ) -> None:
     """Fills gradient [rows, columns], of the dtype of hidden, with rows a multiple of 16 numbers apart.
 
-    hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the two parts of the logsumexp
-    in nats, a, e and at_token.
+    hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the logsumexp in two numbers
+    (nats), a, e and at_token.
     """
-    (N, D), (n_rows, n_columns) = hidden.shape, gradient.shape
+    n_rows, n_columns = gradient.shape
     n_blocks = triton.cdiv(n_rows, config.BM)
-    d_hidden = descriptor(hidden, (config.BM, config.BK))
-    d_weight = descriptor(head.weight, (config.BN, config.BK))
-    d_gradient = descriptor(gradient, (config.BM, config.BN))
     head_gradient_kernel[(n_blocks * triton.cdiv(n_columns, config.BN),)](
-        d_hidden or hidden, d_weight or head.weight, head.bias, tokens, numbers, d_gradient or gradient,
-        N, head.weight.shape[0], rows.start, n_rows, columns.start, n_columns, n_blocks,
-        head.scale, head.nats, *hidden.stride(), *head.weight.stride(), gradient.stride(0),
-        D=D, BM=config.BM, BN=config.BN, BK=config.BK, EVEN_D=D % config.BK == 0,
-        H_TMA=d_hidden is not None, W_TMA=d_weight is not None, G_TMA=d_gradient is not None,
-        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        **head.tiled(hidden, config) | {"factor": head.nats},
+        tokens=tokens,
+        numbers=numbers,
+        gradient=descriptor(gradient, (config.BM, config.BN)) or gradient,
+        N=hidden.shape[0],
+        i_row0=rows.start,
+        n_rows=n_rows,
+        i_col0=columns.start,
+        n_columns=n_columns,
+        n_blocks=n_blocks,
+        stride_gn=gradient.stride(0),
+    )

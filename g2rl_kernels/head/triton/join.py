@@ -1,8 +1,10 @@
-"""The strips of head_stats.py as one part of the vocabulary, in nats: what g2rl_kernels/logprobs.py merges.
+"""The strips of stats.py as one part of the vocabulary, in nats: what head/logprobs.py merges.
+
+In: partial [strips, 3, N], base 2. Out: m, s, u [1, 3, N]; ranks that share a vocabulary exchange these.
 
     m* = max m_j;   l* = sum l_j 2^(m_j - m*);   u* = sum (u_j + l_j (m_j - m*)) 2^(m_j - m*)
 
-in order, the same bits every time. Ranks that share a vocabulary exchange these three numbers a token.
+Exact: strips are added in order, the same bits every time.
 """
 
 from __future__ import annotations
@@ -38,24 +40,24 @@ def joined(partial, o_t, m_t, N, n_strips, BT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "n_strips"])
-def head_join_kernel(partial, part, N, n_strips, LN2: tl.constexpr, BT: tl.constexpr):
+def head_join_kernel(partial, out, N, n_strips, LN2: tl.constexpr, BT: tl.constexpr):
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < N
     b_m, b_l, b_u = joined(partial, o_t, m_t, N, n_strips, BT)
-    nothing = b_m < 1e-5 * MASKED  # every entry is masked, or NaN: that stays in the sums
+    nothing = b_m < 1e-5 * MASKED  # every entry is masked or NaN; a NaN stays in the sums
     b_m = tl.where(nothing, float("-inf"), b_m * LN2)
     b_l = tl.where(nothing & (b_l == b_l), 0.0, b_l)
     b_u = tl.where(nothing & (b_u == b_u), 0.0, b_u * LN2)
     N = N.to(tl.int64)
-    tl.store(part + o_t, b_m, mask=m_t)
-    tl.store(part + N + o_t, b_l, mask=m_t)
-    tl.store(part + 2 * N + o_t, b_u, mask=m_t)
+    tl.store(out + o_t, b_m, mask=m_t)
+    tl.store(out + N + o_t, b_l, mask=m_t)
+    tl.store(out + 2 * N + o_t, b_u, mask=m_t)
 
 
 def head_join(partial: Tensor) -> Tensor:
-    """partial [strips, 3, N] as head_stats gives it -> m, s, u [1, 3, N]; m = -inf, s = u = 0 where all is
-    masked."""
+    """partial [strips, 3, N] as head_stats gives it -> m, s, u [1, 3, N]. Where every entry is masked,
+    m = -inf and s = u = 0."""
     n_strips, _, N = partial.shape
-    part = torch.empty_like(partial[:1])
-    head_join_kernel[(triton.cdiv(N, BT),)](partial, part, N, n_strips, LN2=LN2, BT=BT, num_warps=4)
-    return part
+    out = torch.empty_like(partial[:1])
+    head_join_kernel[(triton.cdiv(N, BT),)](partial, out, N, n_strips, LN2=LN2, BT=BT, num_warps=4)
+    return out

@@ -1,14 +1,11 @@
 """Which tokens can be left out of a response's feature, with a certificate.
 
-||phi_t|| <= (1 - p_y) max_v ||W[y] - W[v]||: a token that the policy is sure of contributes next to nothing,
-and its residual mass mass_t = alpha_t (1 - p_y) says how much at most. A token is left out if the tokens of
-its response whose mass is not larger than its own carry together at most a share `most` of the response's
-mass. On a flat model that is a share `most` of the tokens; on one that is sure of nearly all its tokens it is
-nearly all of them.
+In: mass[t] = alpha_t (1 - p_y), which bounds the token's term: ||phi_t|| <= (1 - p_y) max_v ||W[y] - W[v]||.
+Out: a token is left out if the tokens of its response whose mass is not larger than its own carry together at
+most a share `most` of the response's mass.
 
-A program owns a response and finds the largest such mass, the threshold, by bisection over the bits of a
-positive float, which are ordered as the floats are: 31 steps, each a sum over the response's tokens in a
-fixed order.
+Exact: a program owns a response and finds the largest such mass by bisection over the bits of a positive
+float, which are ordered as the floats are: 31 steps, each a sum over its tokens in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ BT = 512
 
 @triton.jit
 def bits_of(x):
-    """Ordered as the floats themselves; a NaN, whatever its sign, above all."""
+    """Ordered as the floats are; a NaN of either sign is the largest."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -65,7 +62,7 @@ def head_skip_kernel(mass, cu_seqlens, most, keep, skipped_mass, skipped_tokens,
 
 
 def head_skip(mass: Tensor, cu_seqlens: Tensor, most: float) -> tuple[Tensor, Tensor, Tensor]:
-    """mass [N] float32 >= 0, cu_seqlens [S + 1] int64, 0 <= most < 1 -> keep [N] int8 (1: kept), and of each
+    """mass [N] float32 >= 0, cu_seqlens [S + 1] int64, 0 <= most < 1 -> keep [N] int8 (1: kept), and for each
     response the mass left out [S] float32 and the number of tokens left out [S] int64."""
     S = cu_seqlens.shape[0] - 1
     keep = torch.empty_like(mass, dtype=torch.int8)

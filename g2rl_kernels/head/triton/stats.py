@@ -1,12 +1,10 @@
-"""First pass over the logits: what each token's log-probability, logsumexp and entropy are made of.
+"""First pass over the logits: per token, what its log-probability, logsumexp and entropy are made of.
 
-Items of work are (token block, vocabulary strip) pairs. A program takes one, walks the strip's tiles, and
-keeps for each token the running maximum m of its base-2 logits x, l = sum 2^(x - m) and u = sum 2^(x - m) (x
-- m); the realised token is left out (head_target.py has it). Each pair writes its three numbers once, and
-head_finish.py merges the strips in order: no locks, no atomics, the same bits every time.
+In: hidden, weight, tokens. Out, for each token and vocabulary strip: the maximum m of its base-2 logits x,
+l = sum 2^(x - m) and u = sum 2^(x - m) (x - m).
 
-Neighbouring programs take the strips of one token block, then the next block: about as many token blocks as
-strips are in flight, so the tiles of the weight and the rows of hidden in use together stay in the L2 cache.
+Exact: the realised token is left out of the sums (target.py has its logit), each (token block, vocabulary
+strip) pair is computed by one program and written once, and finish.py merges the strips in order.
 """
 
 from __future__ import annotations
@@ -18,28 +16,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import INTERPRETED, Head, add_bias, descriptor, dot_tile, masked_raw, programs, raw_logits
+from .tile import TILE_FLAGS, HeadOperands, add_bias, dot_tile, given, masked_raw, programs, raw_logits
 from .tuning import Config
 
 MAX_STRIPS = 32
 
 
+@triton.heuristics(TILE_FLAGS | given("GATED", "gate"))
 @triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "D"])
 def head_stats_kernel(
-    hidden, weight, bias, tokens, gate, partial, N, V, n_strips, tiles_per_strip, scale, factor,
-    stride_hn, stride_hd, stride_wv, stride_wd,
-    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    tokens,
+    gate,
+    partial,
+    N,
+    V,
+    n_strips,
+    tiles_per_strip,
+    scale,
+    factor,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    D,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    H_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Consecutive programs take the strips of one token block, then those of the next: the tiles of the weight
+    # and the rows of hidden that are in use together stay in the L2 cache.
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)
     n_items = tl.cdiv(N, BM) * n_strips
     n_mine = tl.cdiv(n_items - i_program, n_programs)
-    if GATED:  # nothing to do unless the flag is up
+    if GATED:  # no work unless the flag is up
         n_mine = n_mine * tl.load(gate).to(tl.int32)
 
-    # Half way to what is masked, so that m is never of masked entries alone: x - m, compiled to one fused
-    # multiply-add, would be the rounding of 1e30 and not 0. This leaves them 2^(-5e29), which is 0.
+    # m starts half way to MASKED, so that it is never that of masked entries alone: x - m, compiled to one
+    # fused multiply-add, would be the rounding error of 1e30 and not 0. This leaves them 2^(-5e29) = 0.
     start = 0.5 * factor * masked_raw(factor)
     b_m = tl.full([BM], 0.0, dtype=tl.float32) + start
     b_l = tl.zeros([BM], dtype=tl.float32)
@@ -64,7 +88,7 @@ def head_stats_kernel(
         b_m = tl.where(is_first, start, b_m)
         b_l = tl.where(is_first, 0.0, b_l)
         b_u = tl.where(is_first, 0.0, b_u)
-        b_new = tl.maximum(b_m, tl.max(b_r, axis=1) * factor)  # a NaN is passed over here, and found in l
+        b_new = tl.maximum(b_m, tl.max(b_r, axis=1) * factor)  # passes over a NaN, which shows in l
         b_distance = b_r * factor - b_new[:, None]
         b_e = tl.exp2(b_distance)
         b_shrink = tl.exp2(b_m - b_new)
@@ -81,9 +105,9 @@ def head_stats_kernel(
 
 @lru_cache
 def strips(n_blocks: int, n_tiles: int, n_programs: int, most: int) -> tuple[int, int]:
-    """(strips, tiles a strip) that leave the busiest program the fewest tiles; of equals, the first.
+    """(strips, tiles per strip) with the fewest tiles for the busiest program; the first of equals.
 
-    8 strips at least: then the rows of hidden that are in use together, some 16 blocks, fit in the L2 cache.
+    At least 8 strips: then the rows of hidden that are in use together, some 16 blocks, fit in the L2 cache.
     """
 
     def busiest(n_strips: int) -> int:
@@ -95,26 +119,24 @@ def strips(n_blocks: int, n_tiles: int, n_programs: int, most: int) -> tuple[int
 
 
 def head_stats(
-    hidden: Tensor, head: Head, tokens: Tensor, config: Config, precision: str, gate: Tensor | None = None
+    hidden: Tensor, head: HeadOperands, tokens: Tensor, config: Config, gate: Tensor | None = None
 ) -> Tensor:
     """hidden [N, d], tokens [N] -> partial [strips, 3, N]: m, l, u of each token over each vocabulary strip.
 
     With `gate`, a flag of one element on the device, nothing happens (and partial is garbage) unless it is 1.
     """
-    (N, D), V = hidden.shape, head.weight.shape[0]
+    N, V = hidden.shape[0], head.weight.shape[0]
     n_programs = programs(hidden.device) * config.programs_per_sm
     n_blocks = triton.cdiv(N, config.BM)
     n_strips, tiles_per_strip = strips(n_blocks, triton.cdiv(V, config.BN), n_programs, MAX_STRIPS)
     partial = torch.empty(n_strips, 3, N, dtype=torch.float32, device=hidden.device)
-    d_hidden = descriptor(hidden, (config.BM, config.BK))
-    d_weight = descriptor(head.weight, (config.BN, config.BK))
     head_stats_kernel[(min(n_programs, n_blocks * n_strips),)](
-        d_hidden or hidden, d_weight or head.weight, head.bias, tokens, gate, partial,
-        N, V, n_strips, tiles_per_strip, head.scale, head.factor,
-        *hidden.stride(), *head.weight.stride(),
-        D=D, BM=config.BM, BN=config.BN, BK=config.BK, EVEN_D=D % config.BK == 0,
-        H_TMA=d_hidden is not None, W_TMA=d_weight is not None, GATED=gate is not None,
-        HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap, PRECISION=precision, UPCAST=INTERPRETED,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        **head.tiled(hidden, config),
+        tokens=tokens,
+        gate=gate,
+        partial=partial,
+        N=N,
+        n_strips=n_strips,
+        tiles_per_strip=tiles_per_strip,
+    )
     return partial

@@ -1,8 +1,9 @@
 """Logit of the realised token, x[t] = factor times the raw logit of tokens[t], and the softcap's slope there.
 
-One dot product a token, by gathering rows of the weight: N d multiplications, nothing beside the N V d of the
-tiles. With it known, the tiles leave the realised token out of their sums, and so 1 - p is itself a sum of
-exponentials: it keeps its digits however near p comes to 1.
+In: hidden, weight, tokens. Out: one float32 per token; `outside` for a token outside of [0, V).
+
+Exact: one float32 dot product per token. With it known, tiles leave the realised token out of their sums, so
+1 - p is itself a sum of exponentials and keeps its digits however near p comes to 1.
 """
 
 from __future__ import annotations
@@ -14,17 +15,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import Head, raw_logits, softcap_slope
+from .tile import HeadOperands, given, raw_logits, softcap_slope
 
 BT, BD = 16, 256
 
 
+@triton.heuristics(given("HAS_BIAS", "bias"))
 @triton.jit(do_not_specialize=["N", "V", "D"])
 def head_target_kernel(
-    hidden, weight, bias, tokens, target, slope, N, V, scale, factor, outside,
-    stride_hn, stride_hd, stride_wv, stride_wd,
-    D, BT: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    tokens,
+    target,
+    slope,
+    N,
+    V,
+    scale,
+    factor,
+    outside,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    D,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N
@@ -50,18 +69,25 @@ def head_target_kernel(
 
 
 def head_target(
-    hidden: Tensor, head: Head, tokens: Tensor, factor: float | None = None, outside: float = math.nan
+    hidden: Tensor, head: HeadOperands, tokens: Tensor, factor: float | None = None, outside: float = math.nan
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, d], tokens [N] -> logit of each token [N], in base 2 unless `factor` is another, `outside`
-    for a token outside of [0, V); the softcap's slope there [N] if any."""
-    N, D = hidden.shape
+    """hidden [N, d], tokens [N] -> logit of each token [N], in base 2 unless another `factor` is given, and
+    `outside` for a token outside of [0, V); the softcap's slope there [N], or None without softcap."""
+    N = hidden.shape[0]
     target = torch.empty(N, dtype=torch.float32, device=hidden.device)
     slope = torch.empty_like(target) if head.has_softcap else None
+    arguments = head.arguments(hidden)
+    if factor is not None:
+        arguments["factor"] = factor
     head_target_kernel[(triton.cdiv(N, BT),)](
-        hidden, head.weight, head.bias, tokens, target, slope, N, head.weight.shape[0],
-        head.scale, head.factor if factor is None else factor, outside,
-        *hidden.stride(), *head.weight.stride(),
-        D=D, BT=BT, BD=BD, HAS_BIAS=head.bias is not None, SOFTCAP=head.has_softcap,
+        **arguments,
+        tokens=tokens,
+        target=target,
+        slope=slope,
+        N=N,
+        outside=outside,
+        BT=BT,
+        BD=BD,
         num_warps=4,
-    )  # fmt: skip
+    )
     return target, slope

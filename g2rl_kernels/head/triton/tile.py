@@ -1,4 +1,4 @@
-"""What the head's kernels share: one tile of logits, from the product to base-2 logits.
+"""What the head's kernels share: their arguments and flags, and one tile of base-2 logits.
 
 A tile is BM tokens x BN vocabulary entries, accumulated in float32 over blocks of BK of the hidden size.
 Operands come through tensor descriptors (TMA on Hopper and later: hardware copies, zeros beyond the edge)
@@ -10,7 +10,9 @@ Logits are kept in base 2, x = z / temperature * log2(e), since exp2 is what the
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,14 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import aligned
+from ..spec import HeadSpec
+from . import tuning
+from .tuning import Config, aligned, choose
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Stands for -inf in running maxima: a masked entry stays finite, so that 0 times its distance is 0 and not
-# NaN. Whatever is summed relative to it vanishes (2^-1e30) as soon as any true logit is seen.
+# NaN. Sums relative to it vanish (2^-1e30) as soon as any true logit is seen.
 MASKED = tl.constexpr(-1e30)
 
 # exp x is exp2(LOG2_E x) throughout: compiled, tl.exp guards denormal results, four instructions more.
@@ -34,11 +38,27 @@ LOG2_E = tl.constexpr(LOG2E)
 
 @triton.jit
 def dot_tile(
-    hidden, weight, b_rows, m_rows, i_row, i_col,
-    stride_hn, stride_hd, stride_wv, stride_wd, V,
-    D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr, W_TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    b_rows,
+    m_rows,
+    i_row,
+    i_col,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    V,
+    D,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    H_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """[BM, BN] float32: hidden[rows] @ weight[i_col : i_col + BN]^T. With H_TMA, rows are i_row and on.
     EVEN_D: BK divides D."""
     o_col = i_col + tl.arange(0, BN)
@@ -99,8 +119,7 @@ def add_bias(
 ):
     """W h + b, and masked_raw where the column is beyond V, its bias is -inf, or it is the realised one.
 
-    Most tiles hold no realised token and no ragged end: with BRANCH they pay nothing for either, at the price
-    of some registers.
+    Most tiles hold no realised token and no ragged end: with BRANCH they skip both, for some more registers.
     """
     o_col = i_col + tl.arange(0, BN)
     if HAS_BIAS:
@@ -119,9 +138,9 @@ def add_bias(
 
 @triton.jit
 def raw_logits(b_x, scale, factor, SOFTCAP: tl.constexpr):
-    """From W h + b (as add_bias has it) to r with x = factor r.
+    """From W h + b (as `add_bias` returns it) to r with x = factor r.
 
-    The factor is left to the caller: a maximum needs no scaling, and then x - maximum is one fused operation.
+    The caller multiplies: a maximum needs no scaling, and then x - maximum is one fused operation.
     """
     return tl.where(b_x * factor <= MASKED / 2, b_x, tanh(b_x * scale)) if SOFTCAP else b_x
 
@@ -133,29 +152,94 @@ def softcap_slope(x):
     return 4 * b_e / ((1 + b_e) * (1 + b_e))
 
 
-class Head:
-    """The head's weight, bias and scalars in the form that kernels take. T is the temperature.
+class HeadOperands(NamedTuple):
+    """The head as kernels are given it. T is the temperature.
 
-    Without softcap x = factor (W h + b), factor = logit_scale / T * log2(e); with a softcap c,
-    x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e). With nats in place
-    of factor it is z / T.
+    Without softcap x = factor (W h + b), factor = logit_scale / T * log2(e). With a softcap c,
+    x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e). With `nats` for
+    `factor`, x is z / T.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        logit_scale: float,
-        logit_softcap: float | None,
-    ) -> None:
-        self.weight = weight
-        self.bias = None if bias is None else bias.contiguous()
-        self.logit_scale = logit_scale
-        self.has_softcap = bool(logit_softcap)
-        self.scale = logit_scale / logit_softcap if logit_softcap else 1.0
-        self.nats = (logit_softcap or logit_scale) / temperature
-        self.factor = self.nats * LOG2E
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V], contiguous
+    logit_scale: float
+    has_softcap: bool
+    scale: float
+    nats: float
+    factor: float
+    precision: str  # of float32 products
+
+    @classmethod
+    def of(cls, spec: HeadSpec) -> HeadOperands:
+        cap, nats = spec.logit_softcap, (spec.logit_softcap or spec.logit_scale) / spec.temperature
+        return cls(
+            weight=spec.weight,
+            bias=None if spec.bias is None else spec.bias.contiguous(),
+            logit_scale=spec.logit_scale,
+            has_softcap=bool(cap),
+            scale=spec.logit_scale / cap if cap else 1.0,
+            nats=nats,
+            factor=nats * LOG2E,
+            precision=tuning.precision(),
+        )
+
+    def config(self, kind: str, hidden: Tensor) -> Config:
+        """Tiles for one of tuning.KINDS."""
+        V, D = self.weight.shape
+        form = tuning.form(hidden, self.weight, self.has_softcap)
+        return choose(kind, hidden.device, hidden.dtype, V, D, form)
+
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """Arguments of every kernel that multiplies hidden with the weight."""
+        return {
+            "hidden": hidden,
+            **weight_arguments(self.weight),
+            "bias": self.bias,
+            "scale": self.scale,
+            "factor": self.factor,
+            "stride_hn": hidden.stride(0),
+            "stride_hd": hidden.stride(1),
+            "SOFTCAP": self.has_softcap,
+        }
+
+    def tiled(self, hidden: Tensor, config: Config, *, gather: bool = False) -> dict[str, Any]:
+        """Arguments of a kernel that computes tiles by `dot_tile`. With `gather` it picks single rows of
+        hidden, through pointers."""
+        d_hidden = None if gather else descriptor(hidden, (config.BM, config.BK))
+        return self.arguments(hidden) | {
+            "hidden": d_hidden or hidden,
+            "weight": descriptor(self.weight, (config.BN, config.BK)) or self.weight,
+            "PRECISION": self.precision,
+            **config.launch(),
+        }
+
+
+def weight_arguments(weight: Tensor) -> dict[str, Any]:
+    """Arguments of every kernel that reads the weight [V, d]."""
+    (V, D), (stride_wv, stride_wd) = weight.shape, weight.stride()
+    return {"weight": weight, "V": V, "D": D, "stride_wv": stride_wv, "stride_wd": stride_wd}
+
+
+def given(flag: str, argument: str) -> dict[str, Callable[[dict[str, Any]], bool]]:
+    """For `triton.heuristics`: the flag says whether the argument was given."""
+    return {flag: lambda arguments: arguments[argument] is not None}
+
+
+def by_tma(flag: str, argument: str) -> dict[str, Callable[[dict[str, Any]], bool]]:
+    """For `triton.heuristics`: the flag says whether the argument is a tensor descriptor."""
+    return {flag: lambda arguments: isinstance(arguments[argument], TensorDescriptor)}
+
+
+UPCAST = {"UPCAST": lambda _: INTERPRETED}
+
+# Flags of the kernels that compute tiles by `dot_tile`, from their other arguments.
+TILE_FLAGS = {
+    "EVEN_D": lambda arguments: arguments["D"] % arguments["BK"] == 0,
+    **by_tma("H_TMA", "hidden"),
+    **by_tma("W_TMA", "weight"),
+    **given("HAS_BIAS", "bias"),
+    **UPCAST,
+}
 
 
 @lru_cache
@@ -164,7 +248,7 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:
-    """A tensor descriptor that loads `block`; None where TMA cannot address the matrix or does not exist."""
+    """A tensor descriptor that loads `block`; None where TMA is missing or cannot address the matrix."""
     if matrix.numel() == 0 or not aligned(matrix) or block[1] * matrix.element_size() < 16:
         return None
     if not INTERPRETED and not _has_tma(matrix.device):

@@ -17,6 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._files import write_whole
+from ...errors import CommandError
+
+
+class CacheError(CommandError, ValueError):
+    """The file of tuned tiles is damaged."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -29,6 +36,16 @@ class Config:
     num_stages: int
     programs_per_sm: int = 1  # 2: one program's epilogue runs beside the other's products
 
+    def launch(self) -> dict[str, int]:
+        """Arguments of a kernel's launch."""
+        return {
+            "BM": self.BM,
+            "BN": self.BN,
+            "BK": self.BK,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 # Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens;
 # head_gradient.
@@ -36,10 +53,10 @@ KINDS = ("stats", "residual", "seeded", "listed", "gradient")
 
 INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interpreter alike
 
-# What of a call decides how many registers a tile needs. `softcap`: twice the arithmetic behind the product.
-# `unaligned`: rows of hidden or weight that do not start at multiples of 16 bytes, or whose numbers are not
-# adjacent; each number is then loaded by itself, through registers. `ieee` and `tf32x3`: float32 products on
-# the CUDA cores, and as three products on the tensor cores.
+# Forms of a call, which differ in how many registers a tile needs. `softcap`: twice the arithmetic behind the
+# product. `unaligned`: rows of hidden or weight that do not start at multiples of 16 bytes, or whose numbers
+# are not adjacent; each number is then loaded by itself, through registers. `ieee` and `tf32x3`: float32
+# products on the CUDA cores, and as three products on the tensor cores.
 FORMS = ("plain", "softcap", "ieee", "tf32x3", "unaligned", "unaligned fp32")
 
 # (least compute capability, form) -> the shipped choice first, then what `g2rl tune` tries beside it. The
@@ -76,21 +93,23 @@ CANDIDATES: dict[tuple[int, str], tuple[Config, ...]] = {
 
 
 def precision() -> str:
-    """Of float32 products: 3xTF32 where torch's own may be TF32, by set_float32_matmul_precision or by the
-    setting below, whose getter, unlike the former's, knows both."""
+    """Precision of float32 products: 3xTF32 where torch's own may be TF32.
+
+    Either torch.set_float32_matmul_precision or the setting below asks for it; only the latter's getter knows
+    both."""
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def aligned(matrix: Tensor) -> bool:
-    """Rows of adjacent numbers that start at multiples of 16 bytes and do not overlap, as those of an
-    expanded tensor do: what TMA and wide loads can address."""
+    """Whether TMA and wide loads can address the matrix: rows of adjacent numbers that start at multiples of
+    16 bytes and do not overlap (those of an expanded tensor do)."""
     row = matrix.stride(0) * matrix.element_size()
     overlap = matrix.stride(0) < matrix.shape[1] and matrix.shape[0] > 1
     return matrix.stride(1) == 1 and not overlap and row % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def form(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
-    """What of a call decides how many registers a tile needs: one of FORMS."""
+    """The one of FORMS that a call has."""
     if not (aligned(hidden) and aligned(weight)):
         return "unaligned fp32" if hidden.dtype == torch.float32 else "unaligned"
     if hidden.dtype == torch.float32:
@@ -109,7 +128,7 @@ def candidates_on(device: torch.device, form: str) -> tuple[Config, ...]:
 
 
 def cache_file() -> Path:
-    """Where `g2rl tune` keeps what it measured; G2RL_CACHE names another folder."""
+    """The file in which `g2rl tune` stores configurations; G2RL_CACHE names another folder."""
     folder = os.environ.get("G2RL_CACHE") or Path(
         os.environ.get("XDG_CACHE_HOME", "~/.cache"), "g2rl-kernels"
     )
@@ -122,6 +141,7 @@ def key(device_name: str, kind: str, dtype: torch.dtype, V: int, D: int, form: s
 
 @lru_cache
 def tuned(path: Path) -> dict[str, Config]:
+    """Stored configurations by `key`; empty without a file. Raises CacheError if the file is damaged."""
     if not path.exists():
         return {}
     try:
@@ -130,25 +150,23 @@ def tuned(path: Path) -> dict[str, Config]:
             if not all(type(value) is int and value > 0 for value in asdict(config).values()):
                 raise ValueError(f"{name}: {config}")
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or run g2rl tune --clear") from error
+        raise CacheError(f"{path} is damaged ({error}); delete it, or run g2rl tune --clear") from error
     return found
 
 
 def store(found: dict[str, Config]) -> Path:
-    """Adds to the file, which is replaced whole."""
+    """Adds configurations to the file, which is replaced in one go. Returns its path."""
     path = cache_file()
     forget()
     content: dict[str, Any] = {name: asdict(config) for name, config in {**tuned(path), **found}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
     forget()
     return path
 
 
 def forget() -> None:
-    """The file is read again when next it is needed."""
+    """Makes the next choice read the file again."""
     tuned.cache_clear()
     chosen.cache_clear()
 
@@ -174,7 +192,7 @@ def choose(
 
 @contextmanager
 def trial(config: Config) -> Iterator[None]:
-    """Whatever is asked for, `config` is chosen: how `g2rl tune` times it."""
+    """Makes `choose` return `config`: how `g2rl tune` times it."""
     global on_trial
     on_trial = config
     try:

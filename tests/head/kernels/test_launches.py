@@ -1,6 +1,8 @@
-"""What head.py, logprobs.py and group.py launch, as they launch it, compiles: its own arguments through
-Triton's own launcher, with a driver that only says it is a Hopper and launches that end when the kernel is
-compiled. The interpreter shows what kernels compute; it does not read argument types as the compiler does."""
+"""Every launch of the head's and the group's kernels compiles, with the arguments that they launch it with.
+
+They go through Triton's own launcher, with a driver that claims to be a Hopper and launches that end when the
+kernel is compiled. The interpreter shows what kernels compute, but does not read argument types as the
+compiler does."""
 
 import json
 import os
@@ -42,31 +44,33 @@ def run(self, *args, grid, warmup, **options):
 
 
 JITFunction.run = run
-from g2rl_kernels.kernels import group, head, logprobs, tuning
+from g2rl_kernels.group import triton as group
+from g2rl_kernels.head.spec import HeadSpec, Responses
+from g2rl_kernels.head.triton import driver, logprobs, tile, tuning
 
 logprobs._add_product = lambda *_, **__: None
-head.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
+tile.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
+
+
+def inputs(N, V, d, dtype, mode):
+    bias, softcap = (torch.zeros(V), 30.0) if mode == "every option" else (None, 0.0)
+    head = HeadSpec(torch.zeros(V, d, dtype=dtype), bias, 0.7, 1.0, softcap)
+    return torch.zeros(N, d, dtype=dtype), torch.zeros(N, dtype=torch.int64), head
 
 
 def gradients(N, V, d, S, dtype, mode):
-    bias, softcap = (torch.zeros(V), 30.0) if mode == "every option" else (None, 0.0)
-    hidden, weight = torch.zeros(N, d, dtype=dtype), torch.zeros(V, d, dtype=dtype)
-    head, options = (hidden, weight, torch.zeros(N, dtype=torch.int64), bias), (0.7, 1.0, softcap)
-    logprobs.statistics(*head, *options)
-    numbers, sums = torch.zeros(5, N), (torch.zeros(N, d), torch.zeros_like(weight), None)
-    logprobs.sweep(*head, numbers[:2], numbers[2:], *options, 0, V, *sums)
+    hidden, tokens, head = inputs(N, V, d, dtype, mode)
+    driver.statistics(hidden, tokens, head)
+    numbers, sums = torch.zeros(5, N), (torch.zeros(N, d), torch.zeros_like(head.weight), None)
+    driver.sweep(hidden, tokens, head, numbers[:2], numbers[2:], 0, V, *sums)
 
 
 def features(N, V, d, S, dtype, mode):
-    options = {
-        "two passes": {},
-        "one pass": {"known_logprobs": torch.zeros(N)},
-        "certificate": {"max_skipped": 0.1},
-        "every option": {"bias": torch.zeros(V), "token_weights": torch.ones(N), "logit_softcap": 30.0},
-    }[mode]
-    hidden, weight = torch.zeros(N, d, dtype=dtype), torch.zeros(V, d, dtype=dtype)
-    cu_seqlens = torch.tensor([0] * S + [N])
-    head.head_features(hidden, weight, torch.zeros(N, dtype=torch.int64), cu_seqlens, **options)
+    hidden, tokens, head = inputs(N, V, d, dtype, mode)
+    alpha = torch.ones(N) if mode == "every option" else None
+    known = torch.zeros(N) if mode == "one pass" else None
+    most = 0.1 if mode == "certificate" else None
+    driver.features(hidden, tokens, head, Responses(torch.tensor([0] * S + [N]), alpha), known, most)
 
 
 def groups(S, d, B, M):

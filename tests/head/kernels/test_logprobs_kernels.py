@@ -1,5 +1,5 @@
-"""linear_logprobs in Triton: what tests/test_linear_logprobs.py asks of every backend, in chunks, blocks and
-tiles small enough to have many of each, and what is this backend's alone.
+"""linear_logprobs in Triton: what tests/head/test_linear_logprobs.py asks of every backend, in chunks, blocks
+and tiles small enough to have many of each, and what this backend alone promises.
 
 Without a GPU the kernels are interpreted (tests/conftest.py) and torch multiplies in their stead.
 """
@@ -19,23 +19,22 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from live_bytes import LiveBytes, no_launches
 
-from g2rl_kernels.head.triton import driver, tuning
+from g2rl_kernels.head.spec import HeadSpec
 from g2rl_kernels.head.triton import gradient as head_gradient
-from g2rl_kernels.head.triton import gradients as kernels
-from g2rl_kernels.head.triton import stats as head_stats
+from g2rl_kernels.head.triton import logprobs as kernels
+from g2rl_kernels.head.triton import tile, tuning
 
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 TINY = tuning.Config(16, 32, 32, 4, 2)
-NO_OPTIONS = (1.0, 1.0, 0.0)  # temperature, logit_scale, logit_softcap
 BACKEND = ("triton", "")  # as the operators take it, without a process group
 
 
 @pytest.fixture
 def tiny_tiles(monkeypatch):
-    monkeypatch.setattr(driver, "choose", lambda *_: TINY)
+    monkeypatch.setattr(tile, "choose", lambda *_: TINY)
 
 
 @pytest.fixture
@@ -169,10 +168,10 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
     def part(begin, end):
         local = torch.where((case.tokens >= begin) & (case.tokens < end), case.tokens - begin, -1)
         local[7] = case.tokens[7]
-        return case.hidden, case.weight[begin:end], local, case.bias[begin:end]
+        return case.hidden, local, HeadSpec(case.weight[begin:end], case.bias[begin:end], *options)
 
-    partial, target = kernels.statistics(*part(0, V), *options)
-    parts, targets = zip(*(kernels.statistics(*part(a, b), *options) for a, b in itertools.pairwise(cuts)))
+    partial, target = kernels.statistics(*part(0, V))
+    parts, targets = zip(*(kernels.statistics(*part(a, b)) for a, b in itertools.pairwise(cuts)))
     assert partial.shape == (1, 3, N)
     assert target[7] == -torch.inf
     assert torch.equal(torch.stack(targets).amax(0), target)
@@ -187,9 +186,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
         sums = torch.zeros(N, d, device=GPU)
         grad_weight = torch.full((end - begin, d), torch.nan, dtype=dtype, device=GPU)
         grad_bias = torch.zeros(end - begin, device=GPU)
-        kernels.sweep(
-            *part(begin, end), whole[2], terms, *options, 0, end - begin, sums, grad_weight, grad_bias
-        )
+        kernels.sweep(*part(begin, end), whole[2], terms, 0, end - begin, sums, grad_weight, grad_bias)
         return sums, grad_weight, grad_bias
 
     sums, grad_weight, grad_bias = swept(0, V)
@@ -202,11 +199,11 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
 
 
 def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
-    """All entries masked: no part of any sum. NaN in hidden: in the sum, if the logit lies elsewhere."""
+    """Masked entries add nothing. NaN in hidden shows in the sum, though the logit is elsewhere."""
     case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
     case.tokens[:2] = -1
     case.hidden[1] = torch.nan
-    partial, target = kernels.statistics(case.hidden, case.weight, case.tokens, case.bias, *NO_OPTIONS)
+    partial, target = kernels.statistics(case.hidden, case.tokens, HeadSpec(case.weight, case.bias))
     assert partial[0, :, [0, 2]].T.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
     assert partial[0, 1, 1].isnan()
     assert (target == -torch.inf).all()
@@ -302,7 +299,7 @@ def test_small_case_through_pointers_and_descriptors(monkeypatch, tiny_tiles):
     case = make_case([33], V=70, d=24, dtype=torch.bfloat16)
     grads = (torch.randn(33), torch.randn(33))
     with_descriptors = ours(case, grads)
-    for module in (head_stats, head_gradient):
+    for module in (tile, head_gradient):
         monkeypatch.setattr(module, "descriptor", lambda *_: None)
     for name, value in ours(case, grads).items():
         assert torch.equal(value, with_descriptors[name])
@@ -354,17 +351,16 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
     if not HAS_GPU:
         no_launches(monkeypatch, "stats", "join", "target", "gradient")
         monkeypatch.setattr(kernels, "_add_product", lambda *_, **__: None)
-        monkeypatch.setattr(driver, "choose", lambda *_: tuning.candidates(9, "plain")[0])
+        monkeypatch.setattr(tile, "choose", lambda *_: tuning.candidates(9, "plain")[0])
     made = 0 if HAS_GPU else 1  # one row, of which all others are views: what exists before is not counted
     hidden = torch.zeros(made or N, d, dtype=dtype, device=GPU).expand(N, d)
     weight = torch.zeros(made or V, d, dtype=dtype, device=GPU).expand(V, d)
     tokens, grad = torch.zeros(N, dtype=torch.int64, device=GPU), torch.ones(N, device=GPU)
 
     def run():
-        out = logprobs._linear_logprobs._init_fn(hidden, weight, tokens, None, *NO_OPTIONS, *BACKEND)
-        return out, logprobs._linear_logprobs_backward._init_fn(
-            grad, grad, hidden, weight, tokens, None, *out, *NO_OPTIONS, *BACKEND, True, not frozen, False
-        )
+        inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
+        out = logprobs._logprobs_op._init_fn(*inputs)
+        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
 
     if HAS_GPU:
         run()  # cuBLAS' own workspace is in place
@@ -401,10 +397,10 @@ def test_products_are_rounded_once_and_torchs_setting_comes_back():
 # --- the operator -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [(), (0,), (0, 1, 3)], ids=str)
+@pytest.mark.parametrize("trained", [(), (0,), (0, 2, 3)], ids=str)
 def test_opcheck(trained):
     case = make_case([8], V=67, d=16).to(GPU)
-    args = [case.hidden, case.weight, case.tokens, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
+    args = [case.hidden, case.tokens, case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
@@ -437,7 +433,7 @@ def test_every_candidate_is_right(monkeypatch, dtype, softcap):
     case = make_case([700], V=5003, d=192, dtype=dtype, bias=torch.randn(5003), logit_softcap=softcap)
     form = "ieee" if dtype == torch.float32 else "softcap" if softcap else "plain"
     for config in tuning.candidates(torch.cuda.get_device_capability()[0], form):
-        monkeypatch.setattr(driver, "choose", lambda *_, config=config: config)
+        monkeypatch.setattr(tile, "choose", lambda *_, config=config: config)
         check(case)
 
 
@@ -462,11 +458,9 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
     grad = torch.randn(5000, device=GPU)
 
     def run():
-        inputs = (case.hidden, case.weight, case.tokens, None)
-        out = torch.ops.g2rl.linear_logprobs(*inputs, *NO_OPTIONS, *BACKEND)
-        return torch.ops.g2rl.linear_logprobs_backward(
-            grad, grad, *inputs, *out, *NO_OPTIONS, *BACKEND, True, True, False
-        )
+        inputs = (case.hidden, case.tokens, *HeadSpec(case.weight), *BACKEND)
+        out = torch.ops.g2rl.linear_logprobs(*inputs)
+        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, True, True, False)
 
     expected = run()  # compiles
     torch.cuda.set_sync_debug_mode("error")

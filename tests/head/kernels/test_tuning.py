@@ -1,7 +1,8 @@
-"""Which tiles are chosen, how a file of measured ones is kept, and `g2rl tune` with times made up."""
+"""Which tiles are chosen, how measured ones are stored, and `g2rl tune` with made-up times."""
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from g2rl_kernels.cli import main as cli
+from g2rl_kernels.cli import tune as command
 from g2rl_kernels.head.triton import tune, tuning
 from g2rl_kernels.head.triton.tuning import CANDIDATES, FORMS, KINDS, Config
 
@@ -34,7 +36,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tune, "find_spec", lambda name: object())
+    monkeypatch.setattr(command, "find_spec", lambda name: object())
     return "NVIDIA H100"
 
 
@@ -78,7 +80,7 @@ def test_without_a_form_it_is_that_of_a_plain_head(hopper):
 def test_torchs_newer_setting_of_products_counts_too():
     """Beside it torch.get_float32_matmul_precision raises. transformers sets it for tf32=True."""
     script = (
-        "import torch; from g2rl_kernels.kernels import tuning; found = [tuning.precision()]\n"
+        "import torch; from g2rl_kernels.head.triton import tuning; found = [tuning.precision()]\n"
         "for value in ('tf32', 'ieee'):\n"
         "    torch.backends.cuda.matmul.fp32_precision = value; found.append(tuning.precision())\n"
         "print(*found)"
@@ -164,7 +166,7 @@ def test_a_damaged_file_is_named_with_the_way_out(content, hopper, capsys):
         choose()
     assert cli.main(["tune", "--show"]) == 2
     assert "is damaged" in capsys.readouterr().err
-    assert cli.main(["tune", "--vocab", "8", "--hidden", "8"]) == 2, "said before anything is timed"
+    assert cli.main(["tune", "--vocab", "8", "--hidden", "8"]) == 2, "it fails before anything is timed"
     assert cli.main(["tune", "--clear"]) == 0
     assert choose() == CANDIDATES[9, "plain"][0]
 
@@ -263,7 +265,7 @@ def test_what_is_timed_is_the_op_and_gives_the_same_with_other_tiles(kind, monke
     assert tuning.on_trial is None
     bench.product(kind)
     rows = min(70 // 2 if kind == "listed" else 70, len(bench.logits))
-    torch.testing.assert_close(bench.logits[:rows], bench.hidden[:rows] @ bench.weight.T)
+    torch.testing.assert_close(bench.logits[:rows], bench.hidden[:rows] @ bench.spec.weight.T)
 
 
 def test_a_trial_is_chosen_whatever_is_asked_for_and_ends(hopper):
@@ -301,7 +303,7 @@ def refused(*_):
 
 def test_tune_stores_what_it_found_and_says_so(hopper, capsys):
     measure = made_up(1, obstacle="off by 1.0e+00")
-    assert tune.main(["--vocab", str(V), "--hidden", str(D), "--tokens", "4096"], measure) == 0
+    assert command.main(["--vocab", str(V), "--hidden", str(D), "--tokens", "4096"], measure) == 0
     assert measure.asked == [(tune.Size(V, D, torch.bfloat16), 4096)]
     out = capsys.readouterr().out
     assert "NVIDIA H100, bf16, V=151936, d=2048, plain, 4096 tokens" in out
@@ -312,22 +314,37 @@ def test_tune_stores_what_it_found_and_says_so(hopper, capsys):
         assert row.endswith("1.250  stored")
     assert choose("seeded") == CANDIDATES[9, "plain"][1]
 
-    assert tune.main(["--show"], refused) == 0
+    assert command.main(["--show"], refused) == 0
     out = capsys.readouterr().out
     assert str(tuning.cache_file()) in out
     second = CANDIDATES[9, "plain"][1]
     tiles = f"{second.BM} x {second.BN} x {second.BK}, {second.num_warps} warps, {second.num_stages} stages"
     assert f"NVIDIA H100, listed, bfloat16, V=151936, d=2048, plain: {tiles}" in out
 
-    assert tune.main(["--vocab", str(V), "--hidden", str(D)], made_up(0)) == 0
+    assert command.main(["--vocab", str(V), "--hidden", str(D)], made_up(0)) == 0
     out = capsys.readouterr().out
     assert out.count("shipped, stored\n") == out.count(" stored before\n") == len(KINDS)
     assert choose("seeded") == CANDIDATES[9, "plain"][0]
 
-    assert tune.main(["--clear"], refused) == 0
+    assert command.main(["--clear"], refused) == 0
     assert "removed" in capsys.readouterr().out
-    assert tune.main(["--show"], refused) == 0
+    assert command.main(["--show"], refused) == 0
     assert "nothing is stored" in capsys.readouterr().out
+
+
+def test_options_may_be_written_as_key_value(hopper):
+    measure = made_up(0)
+    assert command.main([f"vocab={V}", f"hidden={D}", "tokens=4096"], measure) == 0
+    assert measure.asked == [(tune.Size(V, D, torch.bfloat16), 4096)]
+
+
+def test_an_interrupted_run_stores_nothing(hopper, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert command.main(["--vocab", "8", "--hidden", "8"], interrupt) == 130
+    assert capsys.readouterr().err == "\ninterrupted: nothing was stored\n"
+    assert not tuning.cache_file().exists()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +360,7 @@ def test_tune_stores_what_it_found_and_says_so(hopper, capsys):
 def test_each_form_is_stored_under_its_own_name(arguments, size, form, hopper):
     before = torch.backends.cuda.matmul.fp32_precision
     measure = made_up(0)
-    assert tune.main(["--vocab", str(V), "--hidden", str(D), *arguments], measure) == 0
+    assert command.main(["--vocab", str(V), "--hidden", str(D), *arguments], measure) == 0
     assert measure.asked == [(size, 16384)]
     stored = tuning.tuned(tuning.cache_file())
     assert set(stored) == {tuning.key(hopper, kind, size.dtype, V, size.D, form) for kind in KINDS}
@@ -354,25 +371,25 @@ def test_sizes_from_a_models_configuration(hopper, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.Gemma2Config(vocab_size=320, hidden_size=48, num_hidden_layers=1).save_pretrained(tmp_path)
     measure = made_up(0)
-    assert tune.main(["--model", str(tmp_path)], measure) == 0
+    assert command.main(["--model", str(tmp_path)], measure) == 0
     assert measure.asked == [(tune.Size(320, 48, torch.bfloat16, 30.0), 16384)]
 
 
 def test_a_dry_run_times_and_stores_nothing(hopper, capsys):
-    assert tune.main(["--vocab", "1000", "--hidden", "64", "--dry-run"], refused) == 0
+    assert command.main(["--vocab", "1000", "--hidden", "64", "--dry-run"], refused) == 0
     out = capsys.readouterr().out
     for config in CANDIDATES[9, "plain"]:
-        assert out.count(f": {tune.words(config)}\n") == len(KINDS)
+        assert out.count(f": {command.words(config)}\n") == len(KINDS)
     assert not tuning.cache_file().exists()
 
 
 def test_a_dry_run_without_a_gpu_is_that_of_sm_90(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--vocab", "1000", "--hidden", "64", "--dry-run"], refused) == 0
+    assert command.main(["--vocab", "1000", "--hidden", "64", "--dry-run"], refused) == 0
     out = capsys.readouterr().out
     assert out.startswith("no GPU here; on sm_90, bf16, V=1000, d=64, plain")
     for config in CANDIDATES[9, "plain"]:
-        assert out.count(f": {tune.words(config)}\n") == len(KINDS)
+        assert out.count(f": {command.words(config)}\n") == len(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +402,7 @@ def test_a_dry_run_without_a_gpu_is_that_of_sm_90(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, said, hopper, capsys):
-    assert tune.main(arguments, refused) == 2
+    assert command.main(arguments, refused) == 2
     err = capsys.readouterr().err
     assert err.startswith("g2rl tune: error: ")
     assert said in err
@@ -395,7 +412,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, said, hopper, capsys):
 @pytest.mark.parametrize("arguments", [["--vocab", "0", "--hidden", "8"], ["--dtype", "int8"], ["--fast"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        tune.main(arguments, refused)
+        command.main(arguments, refused)
     assert stop.value.code == 2
     assert "usage: g2rl tune" in capsys.readouterr().err
 
@@ -405,12 +422,12 @@ def test_without_a_gpu_it_says_what_is_used_instead(monkeypatch, capsys):
     assert cli.main(["tune", "--vocab", "1000", "--hidden", "64"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    for part in ("no GPU", "nothing is lost", "shipped tiles", tune.words(CANDIDATES[9, "plain"][0])):
+    for part in ("no GPU", "nothing is lost", "shipped tiles", command.words(CANDIDATES[9, "plain"][0])):
         assert part in err
 
 
 def test_without_triton_it_says_so(hopper, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert cli.main(["tune", "--vocab", "1000", "--hidden", "64"]) == 2
     assert "triton is not installed" in capsys.readouterr().err
 
@@ -429,6 +446,7 @@ def test_the_op_never_tunes():
     code = "import sys, g2rl_kernels.head.triton.tuning; print(any('.tune' == n[-5:] for n in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    kernels = Path(tuning.__file__).parent
-    users = [path.name for path in kernels.parent.rglob("*.py") if "import tune\n" in path.read_text()]
-    assert users == ["cli.py"]
+    package = Path(tuning.__file__).parents[2]
+    imports = re.compile(r"triton\.tune import|triton import .*\btune\b")
+    users = [path for path in package.rglob("*.py") if imports.search(path.read_text())]
+    assert [path.relative_to(package).as_posix() for path in users] == ["cli/tune.py"]

@@ -1,0 +1,354 @@
+"""What tools/kernel_resources.py compiles: every kernel in every variant that is launched.
+
+Triton compiles ahead of time from a signature. These are put together as its launcher would from a call:
+pointers aligned to 16 bytes, strides that are multiples of 16, and arguments that are None or 1 as constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+# Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
+TRIED_MAY_SPILL = 32
+
+# Types of arguments by name. Others are constants, OPERANDS or int32.
+TYPES = {
+    "*fp32": "alpha coefficient entropy features kappa logprobs logsumexp lse2 mass numbers out partial "
+    "rest seed shift skipped_mass slope slots sums target",
+    "*i64": "cu_seqlens index skipped_tokens tokens",
+    "*i32": "gate response",
+    "*i8": "keep",
+    "fp32": "factor most outside scale sign",
+}
+TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
+OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
+ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
+OWN = ("stride_gn", "n_columns")  # sizes of our own buffers, always multiples of 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, as Triton compiles it for one call."""
+
+    kernel: str  # file and function
+    variant: str
+    operands: str
+    arch: int
+    tiles: str
+    signature: dict[str, str] = field(hash=False)
+    constants: dict[str, Any] = field(hash=False)
+    multiples_of_16: tuple[str, ...]
+    num_warps: int
+    num_stages: int = 3
+    programs_per_sm: int = 1
+    needs: tuple[str, ...] = ()  # instructions
+    may_spill: int = 0  # bytes
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        config = f"{self.tiles}, {self.num_warps} warps, {self.num_stages} stages"
+        if self.programs_per_sm > 1:
+            config += f", {self.programs_per_sm} programs"
+        return (self.kernel, self.variant, self.operands, f"sm_{self.arch}", config.removeprefix(", "))
+
+
+def function(kernel: str) -> Any:
+    """The compiled function of `file.function`, without the heuristics around it."""
+    module, name = kernel.split(".")
+    folder = "group.triton" if module == "group" else f"head.triton.{module}"
+    found = getattr(import_module(f"g2rl_kernels.{folder}"), name)
+    return found.fn if hasattr(found, "values") else found
+
+
+def made(
+    kernel: str,
+    arch: int,
+    constants: dict[str, Any],
+    *,
+    variant: str = "",
+    operands: str = "",
+    dtype: str = "bf16",
+    descriptors: Mapping[str, str] | None = None,
+    strided: tuple[str, ...] = (),
+    **launch: Any,
+) -> Case:
+    """A case of one of the head's kernels. `strided` operands have strides of no known divisor."""
+    constants, signature, multiples = dict(constants), {}, []
+    descriptors = descriptors or {}
+    for name in function(kernel).arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in descriptors:
+            signature[name] = descriptors[name]
+        elif name in OPERANDS:
+            signature[name] = f"*{dtype}"
+        elif name in COLUMN_STRIDES and name not in strided:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = TYPE.get(name, "i32")
+        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN) and name not in strided):
+            multiples.append(name)
+    launch = {"tiles": ""} | launch
+    return Case(
+        kernel=kernel, variant=variant, operands=operands, arch=arch, signature=signature,
+        constants=constants, multiples_of_16=tuple(multiples), **launch,
+    )  # fmt: skip
+
+
+# Variant -> the kernel and its constants.
+NO_GATE = {"gate": None, "GATED": False}
+EXACT = {"index": None, "sums": None, "seed": None, "kappa": None}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "statistics": ("stats.head_stats_kernel", NO_GATE),
+    "statistics, gated": ("stats.head_stats_kernel", {"GATED": True}),
+    "exact": (
+        "residual.head_residual_kernel",
+        {**EXACT, "LISTED": False, "SUMS": False, "CORRECT": False},
+    ),
+    "seeded": (
+        "residual.head_residual_kernel",
+        {"index": None, "seed": None, "kappa": None, "LISTED": False, "SUMS": True, "CORRECT": False},
+    ),
+    "listed": (
+        "residual.head_residual_kernel",
+        {"sums": None, "seed": None, "kappa": None, "LISTED": True, "SUMS": False, "CORRECT": False},
+    ),
+    "correction": (
+        "residual.head_residual_kernel",
+        {"sums": None, "LISTED": True, "SUMS": False, "CORRECT": True},
+    ),
+    "gradient": ("gradient.head_gradient_kernel", {}),
+}
+BOTH = ("hidden", "weight")
+STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
+
+
+def large(
+    variant: str,
+    arch: int,
+    config: Any,
+    form: str,
+    dtype: str,
+    *,
+    bias: bool = False,
+    softcap: bool = False,
+    precision: str = "ieee",
+    by_pointer: tuple[str, ...] = (),
+    strided: tuple[str, ...] = (),
+    may_spill: int = 0,
+) -> Case:
+    """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
+    descriptor; on sm_80 all do."""
+    kernel, constants = VARIANTS[variant]
+    if arch < 90:
+        by_pointer = (*BOTH, "gradient")
+    elif constants.get("LISTED"):
+        by_pointer = (*by_pointer, "hidden")
+    constants = constants | {
+        "EVEN_D": strided != ROW_STRIDES,
+        "BM": config.BM, "BN": config.BN, "BK": config.BK, "UPCAST": False,
+        "H_TMA": "hidden" not in by_pointer, "W_TMA": "weight" not in by_pointer,
+        "HAS_BIAS": bias, "SOFTCAP": softcap, "PRECISION": precision,
+    }  # fmt: skip
+    if not bias:
+        constants["bias"] = None
+    if "G_TMA" in function(kernel).arg_names:
+        constants["G_TMA"] = "gradient" not in by_pointer
+    if "WEIGHTED" in function(kernel).arg_names:  # tokens have weights where the head has a bias
+        constants |= {"WEIGHTED": bias} | ({} if bias else {"alpha": None})
+    needs = []
+    if dtype != "fp32" or precision == "tf32x3":
+        needs.append({80: "mma", 90: "wgmma", 100: "tcgen05"}[arch])
+    if "unaligned" not in form:
+        needs.append("cp.async" if "weight" in by_pointer else "TMA")
+    extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
+    how = ", 3xTF32" if precision == "tf32x3" else ""
+    if "unaligned" in form:
+        how += ", d = 2050" if strided == ROW_STRIDES else ", any strides"
+    blocks = {
+        "hidden": (config.BM, config.BK),
+        "weight": (config.BN, config.BK),
+        "gradient": (config.BM, config.BN),
+    }
+    return made(
+        kernel,
+        arch,
+        constants,
+        variant=", ".join([variant, *extra]),
+        operands=dtype + how,
+        dtype=dtype,
+        descriptors={
+            name: f"tensordesc<{dtype}[{rows}, {columns}]>"
+            for name, (rows, columns) in blocks.items()
+            if name not in by_pointer and name in function(kernel).arg_names
+        },
+        strided=strided,
+        tiles=f"{config.BM} x {config.BN} x {config.BK}",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        programs_per_sm=config.programs_per_sm,
+        needs=tuple(needs),
+        may_spill=may_spill,
+    )
+
+
+def large_cases(arch: int, scope: str) -> Iterator[Case]:
+    from g2rl_kernels.head.triton.tuning import candidates
+
+    def of(form: str) -> tuple[Any, list[Any]]:
+        shipped, *others = candidates(arch // 10, form)
+        return shipped, others if scope == "all" else []
+
+    usual = [name for name in VARIANTS if name != "statistics, gated"]
+    shipped, others = of("plain")
+    for variant in usual:
+        yield large(variant, arch, shipped, "plain", "bf16")
+    if scope == "quick":
+        return
+    yield large("statistics, gated", arch, shipped, "plain", "bf16")
+    for variant in usual:
+        yield large(variant, arch, shipped, "plain", "bf16", bias=True)
+        for config in others:
+            yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
+    for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
+        shipped, others = of(form)
+        precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
+        for variant in usual:
+            yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
+            if scope == "all":
+                for config in (shipped, *others):
+                    yield large(variant, arch, config, form, dtype, precision=precision, softcap=softcap)
+    for variant in ("statistics", "exact"):  # float16 differs from bfloat16 by the instructions' names
+        for form in ("plain", "softcap"):
+            yield large(variant, arch, of(form)[0], form, "fp16", softcap=form == "softcap")
+    for form, dtype, precision in (
+        ("unaligned", "bf16", "ieee"),
+        ("unaligned fp32", "fp32", "ieee"),
+        ("unaligned fp32", "fp32", "tf32x3"),
+    ):
+        shipped, others = of(form)
+        for variant in usual if scope == "all" or dtype == "bf16" else ("statistics", "exact"):
+            for config in (shipped, *others):
+                for strided in (
+                    (ROW_STRIDES, STRIDED) if (dtype, variant) == ("bf16", "exact") else (STRIDED,)
+                ):
+                    yield large(
+                        variant, arch, config, form, dtype, precision=precision, by_pointer=BOTH,
+                        strided=strided, bias=True, softcap=True,
+                    )  # fmt: skip
+
+
+def small_cases(arch: int, scope: str) -> Iterator[Case]:
+    from g2rl_kernels.head.triton import collect, gather, join, project, reduce, skip, target
+    from g2rl_kernels.head.triton.tile import LN2
+
+    joined = {"LN2": LN2, "BT": join.BT}
+    realised = {"BT": target.BT, "BD": target.BD}
+    plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False}
+    single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+        ("collect", "", {"BM": 128, "BC": collect.BC}, 4),
+        ("finish", "", joined | NO_GATE, 4),
+        ("finish", "gated", joined | {"GATED": True}, 4),
+        ("gather", "", {"BT": gather.BT, "BD": gather.BD}, 4),
+        ("join", "", joined, 4),
+        ("reduce", "", {"BD": reduce.BD, "kappa": None, "HAS_KAPPA": False}, 4),
+        ("reduce", "kappa", {"BD": reduce.BD, "HAS_KAPPA": True}, 4),
+        ("skip", "", {"BT": skip.BT}, 8),
+        ("target", "", realised | plain, 4),
+        ("target", "bias, softcap", realised | {"HAS_BIAS": True, "SOFTCAP": True}, 4),
+    )
+    for name, variant, constants, num_warps in single:
+        yield made(f"{name}.head_{name}_kernel", arch, constants, variant=variant, num_warps=num_warps)
+    yield from project_cases(arch, scope, project)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the keyword arguments of its last launch."""
+
+    launched: dict[str, Any]
+
+    def __getitem__(self, grid: object) -> Recorder:
+        return self
+
+    def __call__(self, *args: object, **launched: Any) -> None:
+        self.launched = launched
+
+
+def project_cases(arch: int, scope: str, module: ModuleType) -> Iterator[Case]:
+    """head_project chooses its tiles by itself: what it launches for some numbers of responses."""
+    seen = set()
+    for dtype, precision in (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32x3")):
+        for S in (16, 32, 64):
+            if scope == "quick" and (dtype, S) != ("bf16", 16):
+                continue
+            constants, num_warps, num_stages = launched_project(module, dtype, precision, S)
+            variants: list[tuple[str, tuple[str, ...]]] = [("", ())]
+            if dtype == "bf16" and S == 16 and scope != "quick":
+                variants.append(("any strides", STRIDED))
+            for variant, strided in variants:
+                case = made(
+                    "project.head_project_kernel",
+                    arch,
+                    constants,
+                    variant=variant,
+                    operands=dtype + ", 3xTF32" * (constants["PRECISION"] == "tf32x3"),
+                    dtype=dtype,
+                    strided=strided,
+                    num_warps=num_warps,
+                    num_stages=num_stages,
+                    tiles=f"{constants['BS']} x {constants['BD']} x {constants['BK']}",
+                )
+                if case.name not in seen:
+                    seen.add(case.name)
+                    yield case
+
+
+def launched_project(
+    module: ModuleType, dtype: str, precision: str, S: int
+) -> tuple[dict[str, Any], int, int]:
+    """Constants, warps and stages of head_project's launch for S responses."""
+    import torch
+
+    from g2rl_kernels.head.spec import HeadSpec
+    from g2rl_kernels.head.triton.tile import HeadOperands
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    weight = torch.empty(256, 2048, device="meta", dtype=dtypes[dtype])
+    head = HeadOperands.of(HeadSpec(weight))._replace(precision=precision)
+    partial = torch.empty(S, 256, device="meta")
+    cu_seqlens = torch.empty(S + 1, device="meta", dtype=torch.int64)
+    kernel, recorder = module.head_project_kernel, Recorder()
+    module.head_project_kernel = recorder
+    try:
+        module.head_project(partial, head, cu_seqlens, range(S), range(256), 1, 128, 8)
+    finally:
+        module.head_project_kernel = kernel
+    launched = recorder.launched
+    launched |= {flag: value(launched) for flag, value in kernel.values.items()}
+    # D is compiled as the constant 2048, as the committed table has it; launches pass it at run time.
+    constants = {p.name: launched[p.name] for p in kernel.fn.params if p.is_constexpr or p.name == "D"}
+    return constants, launched["num_warps"], launched["num_stages"]
+
+
+def group_cases(arch: int, scope: str) -> Iterator[Case]:
+    from g2rl_kernels.group import triton as group
+
+    for number, (kernel, signature, constants, num_warps, num_stages, label) in enumerate(group.aot_cases()):
+        if scope == "quick" and number:
+            return
+        multiples = [name for name, kind in signature.items() if kind[0] == "*" or name in ("S", "d")]
+        yield Case(
+            f"group.{kernel.__name__}", label.removeprefix("group "), "", arch, "", signature, constants,
+            tuple(multiples), num_warps, num_stages,
+        )  # fmt: skip
+
+
+def all_cases(architectures: tuple[int, ...], scope: str) -> Iterator[Case]:
+    for arch in architectures:
+        yield from large_cases(arch, scope)
+        yield from small_cases(arch, scope)
+        yield from group_cases(arch, scope)
