@@ -54,7 +54,7 @@ struct ScoreSum {
 
   // `largest`: largest reward of the others, ignoring NaN; -INFINITY without any. `add` takes the NaN in.
   G2RL_HOST_DEVICE explicit ScoreSum(double largest)
-      : shift(largest == -INFINITY ? 0 : largest), weights(0), sum(0) {}  // then no exponential needs a guard
+      : shift(largest == -INFINITY ? 0 : largest), weights(0), sum(0) {}  // a finite shift for every `add`
   G2RL_HOST_DEVICE void add(double reward_j, double similarity_ij) {
     const double exponential = exp(reward_j - shift);
     weights += exponential;

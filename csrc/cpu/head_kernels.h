@@ -1,4 +1,4 @@
-// What the dataflow (head.cpp, logprobs.cpp) asks of the kernels of each instruction set (kernels/).
+// Interface between the dataflow (head.cpp, logprobs.cpp) and the kernels of each instruction set (kernels/).
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@ constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together
 constexpr int64_t kMaxWidth = 64;   // most tokens in flight
 constexpr int64_t kWidths[] = {64, 48, 32, 16};  // widths of a chunk of tokens: whole register tiles
 
-// The least width that holds so many tokens
+// The least width that holds that many tokens
 constexpr int64_t fitting_width(int64_t tokens) {
   int64_t best = kMaxWidth;
   for (int64_t width : kWidths)

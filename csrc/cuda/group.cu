@@ -1,26 +1,13 @@
-// One launch, one CUDA block a group; further CUDA blocks write the zeros of rows that no group names. A second, small
-// kernel runs only with Scale::batch.
+// Arguments: GroupArgs. One launch, one CUDA block a group; further CUDA blocks write the zeros of rows that no group
+// names. A second, small kernel runs only with Scale::batch.
 //
-//   1. Inner products, by the tensor cores' double-precision product of 8 x 4 and 4 x 8. Lane l of a warp holds column
-//      l % 4 of row l / 4 of the left factor, and the same place of the right factor's transpose, so for a Gram matrix
-//      one register serves as both. A tile of sixteen rows costs two loads and three products (of its four quarters of
-//      8 x 8, one mirrors another). Which four columns a product sums over is free: each lane reads four consecutive
-//      ones at once and uses them in four products.
+//   1. Inner products on the tensor cores, in double, for tiles of 16 rows: multiply_tiles.
 //   2. The 16 warps share out the columns; their partial sums are added in the order of warps.
 //   3. One warp a member: cosines, weights, exploration score (eqs. 9-11). One warp a group: eqs. 12-13 and 2.
 //
-// Exact: products of floats are exact in double, and all sums are double, in an order that depends on d alone. Groups
-// of more than 16 rows take their tiles two by two and keep the inner products in the workspace instead of shared
-// memory.
-//
-// Estimate for 64 groups of 16, d = 4096, on one H100 (64 of 132 SMs at 1.7 GHz; not measured): a group reads 262 KB,
-// 3 us at 50 bytes a cycle (the machine code has four to five loads of each warp in flight, 40 KB); 3072 products are
-// 3.6 us at 128 multiply-adds a cycle, 7.2 us should this shape reach half of that; 65536 conversions to double are
-// 2.4 us at 16 a cycle. The three overlap: 4 to 8 us.
-// With 2 us for the launch and 2 us for step 3, 8 to 12 us. Two blocks a group (a cluster, sm_90 only) would save
-// 2 to 4 us and cost an exchange of 1 us and a second path for sm_80: left until a measurement asks for it.
-//
-// No CUDA header is included: nvcc brings its own, and tests/cpp/cuda_on_host.h stands in for them.
+// Exact: products of floats are exact in double, and all sums are double, in an order that depends on d alone.
+// Groups of more than 16 rows keep their inner products in the workspace instead of shared memory.
+// Includes no CUDA header: nvcc brings its own, and tests/cpp/cuda_on_host.h stands in for them.
 #include "group.h"
 
 namespace g2rl {
@@ -48,7 +35,7 @@ struct Shared {
 };
 constexpr int64_t kNamedRows = sizeof(Shared::named) * 8;
 
-// Every lane receives the result, which is the same to the bit in all.
+// Every lane receives the same bits.
 template <class Combine>
 __device__ double across_warp(double x, Combine combine) {
   for (int step = kWarp / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(kAll, x, step));
@@ -84,10 +71,15 @@ __device__ float4 four(const float* row, int64_t k, int64_t d) {
 
 // This warp's share of the inner products between tiles I and J: into `partial`, [16, 16], without its lower left
 // quarter if I is J.
+//
+// A product is of 8 x 4 and 4 x 8. Lane l holds column l % 4 of row l / 4 of the left factor, and the same place of the
+// right factor's transpose, so for a Gram matrix one register serves as both: a tile costs two loads and three products
+// (of its four quarters of 8 x 8, one mirrors another). Which four columns a product sums over is free: each lane reads
+// four consecutive ones at once and uses them in four products.
 template <bool kVectors, bool kSame>
 __device__ void multiply_tiles(const Device& a, const int64_t* members, int64_t I, int64_t J, double* partial) {
-  constexpr int kEights = kSame ? 2 : 4;  // of rows
-  constexpr int kSteps = 16 / kEights;    // free of each other, for the compiler to load ahead
+  constexpr int kEights = kSame ? 2 : 4;  // sets of eight rows
+  constexpr int kSteps = 16 / kEights;    // independent steps, for the compiler to load ahead
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const float* row[kEights];
   for (int e = 0; e < kEights; ++e) {
@@ -125,7 +117,7 @@ __device__ void multiply_tiles(const Device& a, const int64_t* members, int64_t 
       for (int c = 0; c < 2; ++c) partial[(8 * i + lane / 4) * kTile + 8 * j + lane % 4 * 2 + c] = sum[i][j][c];
 }
 
-// Step 1 and 2: inner [M, M], both halves, 0 at empty places.
+// Steps 1 and 2: inner [M, M], both halves, 0 at empty places.
 template <bool kVectors>
 __device__ void inner_products(const Device& a, const int64_t* members, Shared& shared, double* inner) {
   const int warp = threadIdx.x / kWarp;
@@ -202,8 +194,8 @@ __device__ void finish_group(const Device& a, const int64_t* members, const doub
     if (!a.empty(members[j])) a.advantages[members[j]] = float((value[j] - mean) / scale);
 }
 
-// Zeros for those of rows first to first + kNamedRows - 1 that are in no group. The bits come in any order, which
-// changes nothing.
+// Zeros for the rows from first to first + kNamedRows - 1 that are in no group. The order of atomic operations does not
+// change the result.
 __device__ void zero_unnamed(const Device& a, Shared& shared, int64_t first) {
   const int64_t rows = a.S - first < kNamedRows ? a.S - first : kNamedRows;
   for (int64_t word = threadIdx.x; word * 32 < rows; word += kThreads) shared.named[word] = 0;
@@ -248,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(Device a) {
   if (threadIdx.x < kWarp) finish_group(a, members, reward, nu, value);
 }
 
-// One block. The shaped rewards of all groups lie at the head of the workspace.
+// One CUDA block. The shaped rewards of all groups lie at the head of the workspace.
 __global__ void __launch_bounds__(kThreads) batch_scale_kernel(Device a) {
   __shared__ double partial[kWarps];
   auto sum_across_block = [&](double x) {

@@ -6,8 +6,8 @@
 #include "../cpu/logprobs.h"
 #include "arguments.h"
 
-// What every schema begins with: hidden, tokens, and HEAD_SCHEMA of g2rl_kernels/head/spec.py.
-#define G2RL_HEAD                                                                                        \
+// The first arguments of every schema: hidden, tokens, and HEAD_SCHEMA of g2rl_kernels/head/spec.py.
+#define G2RL_HEAD                                                                                     \
   "Tensor hidden, Tensor tokens, Tensor weight, Tensor? bias, float temperature, float logit_scale, " \
   "float logit_softcap"
 

@@ -1,4 +1,4 @@
-// What the tests of the CPU kernels share: counted comparisons, random numbers, threads.
+// Shared by the tests of the CPU kernels: counted comparisons, random numbers, threads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,14 +18,14 @@ namespace tests {
 using g2rl::Isa;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
-constexpr double kUnit = 0x1p-24;  // of rounding to float32
+constexpr double kUnit = 0x1p-24;  // rounding to float32
 
 inline int failures = 0, comparisons = 0;
 
 inline void fail(const std::string& where, const std::string& what) {
   static std::string last;
   if (failures++ < 1000 && where != last) std::printf("FAIL %s: %s\n", where.c_str(), what.c_str());
-  last = where;  // the first of a case says enough
+  last = where;  // prints the first failure of each case
 }
 
 inline void expect(bool ok, const std::string& where, const std::string& what) {
@@ -72,10 +72,10 @@ inline std::vector<Isa> instruction_sets() {
   return sets;
 }
 
-// One function a file; main.cpp calls them in this order.
-void test_groups();         // test_group.cpp
-void test_head();           // test_head.cpp
-void test_gradients();      // test_gradients.cpp
+// main.cpp calls them in this order.
+void test_groups();              // test_group.cpp
+void test_head();                // test_head.cpp
+void test_gradients();           // test_gradients.cpp
 void test_large_vocabularies();  // test_head.cpp
 
 }  // namespace tests

@@ -1,6 +1,6 @@
-// Just enough CUDA for g++ to compile csrc/cuda/*.cu as they stand and run them here. Every CUDA thread is a thread of
-// the host and every barrier a barrier, so that the sanitizers see what a kernel does: AddressSanitizer its addresses,
-// ThreadSanitizer a barrier that is missing. Blocks run one after the other; a launch returns when its kernel has.
+// Just enough CUDA for g++ to compile csrc/cuda/*.cu unchanged and run them here. Every CUDA thread is a thread of the
+// host and every barrier a barrier, so that AddressSanitizer sees a kernel's addresses and ThreadSanitizer a missing
+// barrier. CUDA blocks run one after the other; a launch returns when its kernel has.
 #pragma once
 #include <pthread.h>
 
@@ -45,7 +45,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier{32};
-  double values[2][2][32];  // what lanes show each other, this time and the last
+  double values[2][2][32];  // of all lanes, this exchange and the last
 };
 
 inline thread_local dim3 thread_index, block_index;
@@ -55,8 +55,8 @@ inline thread_local int turn;
 
 inline unsigned lane() { return thread_index.x % 32; }
 
-// use(left and right of all lanes), after every lane of the warp has come here. The next exchange has other memory, and
-// the one after it cannot begin before all lanes are done with this.
+// Calls use(left and right of all lanes) once every lane of the warp is here. The next exchange uses other memory, and
+// the one after it cannot begin before all lanes are done with this one.
 template <class Use>
 auto exchange(double left, double right, Use use) {
   double(&values)[2][32] = warp->values[turn ^= 1];

@@ -130,7 +130,7 @@ struct Case : Options {
 struct Outputs {
   std::vector<float> features, logprobs, logsumexp, entropy;
 
-  explicit Outputs(const Case& c)  // NaN: what is not written shows
+  explicit Outputs(const Case& c)  // NaN: shows outputs that are not written
       : features(c.S * c.d, float(kNan)), logprobs(c.N, float(kNan)), logsumexp(c.N, float(kNan)), entropy(c.N, float(kNan)) {}
   bool same(const Outputs& o) const {
     return same_bits(features, o.features) && same_bits(logprobs, o.logprobs) && same_bits(logsumexp, o.logsumexp) &&

@@ -10,7 +10,7 @@ struct Gradients {
   std::vector<float> hidden, bias;
   Array weight;
 
-  // NaN in weight: what is not written shows
+  // NaN in weight: shows rows that are not written
   explicit Gradients(const Case& c) : hidden(c.N * c.d, 0), bias(c.V, 0), weight(c.dtype, c.V, c.d, Layout::contiguous) {}
   bool same(const Gradients& o) const {
     return same_bits(hidden, o.hidden) && same_bits(bias, o.bias) && same_bits(weight.floats, o.weight.floats) &&
@@ -20,7 +20,7 @@ struct Gradients {
 
 struct ExactGradients {
   std::vector<double> hidden, bias, weight, hidden_off, bias_off, weight_off;
-  std::vector<float> normaliser, terms;  // what the kernel is given
+  std::vector<float> normaliser, terms;  // inputs of the kernel
 };
 
 // dz = -p (g + e (log p + H)), and at the token g (1 - p) - p e (log p + H), times scale / temperature and the softcap's slope

@@ -57,7 +57,7 @@ double spread_of(const std::vector<double>& x, double eps) {
   return std::sqrt(variance + eps);
 }
 
-// Eqs. 9 to 13 and 2 as they are written.  long double holds exp(1e4), so nothing needs care.
+// Eqs. 9 to 13 and 2 as they are written.  long double holds exp(1e4).
 void check_group(const GroupCase& c, const g2rl::GroupOptions& o) {
   const auto feature = [&](int64_t i, int64_t k) { return double(c.features[i * c.d + k]); };
   std::vector<double> similarity(c.B * c.M * c.M, 0), score(c.S, 0), shaped(c.S, 0), advantages(c.S, 0), all;
@@ -118,7 +118,7 @@ void check_group(const GroupCase& c, const g2rl::GroupOptions& o) {
              same_bits(out.advantages, again.advantages),
          where, "three threads give other bits than one");
   const auto compare = [&](const std::vector<float>& actual, const std::vector<double>& exact, const char* what) {
-    for (size_t i = 0; i < actual.size(); i++)  // one rounding to float32, of numbers that rounding in double has touched
+    for (size_t i = 0; i < actual.size(); i++)  // one rounding to float32, after roundings in double
       expect_near(actual[i], exact[i], 2 * kUnit * std::abs(exact[i]) + 2e-7, where, what, i);
   };
   compare(out.similarity, similarity, "similarity");
@@ -142,7 +142,7 @@ GroupCase group_case(int64_t d, std::vector<int64_t> ids) {
   c.S = ids.size(), c.d = d, c.ids = std::move(ids);
   list_members(c);
   for (int64_t i = 0; i < c.S; i++) {
-    const int64_t kind = below(6);  // now and then no feature at all, or the one before, or its opposite
+    const int64_t kind = below(6);  // sometimes no feature, or the previous one, or its opposite
     for (int64_t k = 0; k < d; k++) {
       const float before = i ? c.features[(i - 1) * d + k] : 1;
       c.features.push_back(kind == 0 ? 0 : kind == 1 ? before : kind == 2 ? -before : float(bell()));
@@ -170,7 +170,7 @@ void test_ordinary_groups() {
     }
 }
 
-// NaN in one feature makes its group NaN where it should, and touches no other.
+// NaN in one feature reaches its own group alone.
 void test_nan_in_a_group() {
   GroupCase c = group_case(9, {5, 3, -1, 5, 9, 3, 5});
   c.rewards[0] = c.rewards[6] = 1, c.rewards[3] = -1;

@@ -25,12 +25,12 @@ g2rl::Plan plan_of(const Case& c, Isa isa) {
 }
 
 struct Exact {
-  // values; what rounding to float32 may add, to first order; what exponentials kept in 16 bits may add
+  // Values; tolerances for rounding to float32, to first order; for exponentials kept in 16 bits.
   std::vector<double> features, logprobs, logsumexp, entropy;
   std::vector<double> features_off, logprobs_off, logsumexp_off, entropy_off, features_code;
 };
 
-// Eqs. 5 to 8, token by token, with its logits in memory.  Not sanitized, for speed: it is not what is under test.
+// Eqs. 5 to 8, token by token, with its logits in memory.  Not sanitized, for speed: it is not under test.
 __attribute__((no_sanitize("address", "undefined"))) Exact exact_head(const Case& c) {
   const int64_t N = c.N, V = c.V, d = c.d;
   Exact out;
@@ -166,7 +166,7 @@ void test_head_corners() {
     o.lengths = {0, 0};
     check_head(o);
     o.lengths = {3, 0, 20};
-    o.bias = Bias::all_but_row_0;  // nothing but the target is possible
+    o.bias = Bias::all_but_row_0;  // only the target is possible
     check_head(o);
     o.bias = Bias::some_masked, o.softcap = 2, o.logit_size = 20;  // saturated
     check_head(o);
@@ -175,7 +175,7 @@ void test_head_corners() {
   }
 }
 
-// What is not finite in one token or in the weight is NaN where it belongs, and nowhere else.
+// NaN or infinity in one token makes its outputs and its response NaN, and no others; NaN in the weight reaches all.
 void check_nan(const Options& options, Isa isa) {
   Case c(options);
   const std::string where = std::string(g2rl::isa_name(isa)) + " NaN, " + c.name();
@@ -236,7 +236,7 @@ void test_large_vocabularies() {
   o.bias = Bias::peaks;
   o.dtype = DType::f16, o.V = 50021, o.d = 3, o.lengths = {4, 0, 9, 4}, o.peaks = {0, 95, 96, 50015, 50016, 50020};
   check_head(o);
-  // the widths between, which a wide chunk has no room for
+  // widths in between: the widest chunk has no room
   o.dtype = DType::bf16, o.V = 150001, o.d = 2, o.lengths = {30, 0, 22}, o.peaks = {0, 95, 96, 149999, 150000};
   o.bias_dtype = DType::bf16, o.bias_stride = 2, o.token_weights = true;
   check_head(o);

@@ -1,4 +1,4 @@
-"""The compiled module, its glue's bounds checks, what it links against, and how it is packed."""
+"""The compiled module: its operators' bounds checks, the libraries it links with, the package it is in."""
 
 import importlib.util
 import os
@@ -97,7 +97,7 @@ def test_not_built_is_one_line_with_the_remedy(tmp_path, checkout):
     )
     if checkout:
         (tmp_path / "setup.py").touch()
-    # An editable install has an import hook that would find the built module all the same.
+    # The import hook of an editable install would still find the built module.
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
         f"sys.path.insert(0, {str(tmp_path)!r}); import g2rl_kernels"
@@ -304,7 +304,7 @@ def test_the_cuda_stream_is_found_where_torch_hides_it(tmp_path):
 
 
 def test_no_instruction_set_leaks_through_a_shared_symbol():
-    """Weak definitions of one name are merged; one made for AVX-512 must not be what an old CPU runs."""
+    """The linker merges weak definitions of one name: an old CPU could run one compiled for AVX-512."""
     build = (
         ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc" / "cpu"
     )
@@ -389,7 +389,7 @@ def test_constraints_lie_within_the_bounds_of_pyproject(file, extra):
     } <= pins.keys()
 
 
-# tools/environment.py, which `make` runs
+# tools/environment.py, run by `make`
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def test_every_kernel_without_spills(nvcc):
     threads = int(re.search(r"kWarps = (\d+), kThreads = kWarp \* kWarps", source)[1]) * 32
     for row in rows:
         assert row["spill_bytes"] == 0, row
-        assert row["registers"] * threads <= 65536, row  # or no block would start
-        assert row["shared_bytes"] <= 48 * 1024, row  # what a launch gets without asking
+        assert row["registers"] * threads <= 65536, row  # or the launch fails
+        assert row["shared_bytes"] <= 48 * 1024, row  # a launch gets more only on request
 
 
 def test_what_ptxas_prints_is_read_right():

@@ -1,4 +1,4 @@
-"""csrc/cuda/group.cu without a GPU: its very lines, run on host threads (tests/cpp/cuda_on_host.h)."""
+"""csrc/cuda/group.cu without a GPU: the same source, run on host threads (tests/cpp/cuda_on_host.h)."""
 
 import pytest
 from test_cpp import ROOT, compiler, run

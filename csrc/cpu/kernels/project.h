@@ -75,7 +75,7 @@ static void add_lines(const float* const factor[J], const char* lines, int64_t l
       for (int i = 0; i < L; i++) out[j * out_stride + k] += factor[j][i] * Load::scalar(lines + i * line_bytes + k * Load::size);
 }
 
-// L rows of weight, once, against every row of A
+// Adds L rows of weight, read once, to the outputs of every row of A
 template <class Load, int L>
 static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
                         int64_t length, float* out) {
@@ -93,7 +93,7 @@ static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_cou
 }
 
 // Reads the weight once for any number of responses: a few rows and a block of columns at a time, which stay in L1 with
-// their share of `out`; rows are prefetched three times as far ahead.
+// their share of `out`.  Rows are prefetched kAhead rows ahead.
 template <class Load>
 static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
   constexpr int kLines = 6;

@@ -36,7 +36,7 @@ static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, u
   for (int u = 0; u < U; u++) max[u] = splat(-__builtin_inff()), total[u] = moment[u] = splat(0.0f);
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; u++) max[u] = at_least(load(z + r * c.tile_width + u * kLanes), max[u]);  // drops NaN: met again below
+    for (int u = 0; u < U; u++) max[u] = at_least(load(z + r * c.tile_width + u * kLanes), max[u]);  // drops NaN, which `total` keeps
   for (int u = 0; u < U; u++) base[u] = less(splat(-__builtin_inff()), max[u], max[u], splat(0.0f));  // all -inf: any finite base
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
