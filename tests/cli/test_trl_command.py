@@ -115,7 +115,7 @@ def test_dry_run_trains_nothing(recipe: Any, tmp_path: Path, capsys: pytest.Capt
         ({"reward_funcs": ["nothing"]}, "Could not load reward function 'nothing'"),
         ({"datasets": None}, "Either `datasets` or `dataset_name` must be provided"),
         ({"per_device_train_batch_size": 80}, "train_dataset: 16 prompts, but a generation batch takes 20"),
-        ({"engine": "other"}, "engine='other': choose trl, or leave it out"),
+        ({"engine": "other"}, "engine='other': choose trl, or remove it"),
     ],
 )
 def test_errors_are_one_line(
