@@ -35,19 +35,19 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """One test for all ways: starting the processes takes longer than training in them."""
     save_model(tmp_path / "model")
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
-    monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it: put it back at the end
+    monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it; restored at the end
     for way in ("alone", "alone-evol", "alone-head"):
         run(tmp_path, way)
     geometry_ddp.run(tmp_path, "alone")
     script = str(Path(__file__).with_name("trl_ddp_script.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    root = str(Path(g2rl_kernels.__file__).parent.parent)
+    paths = map(str, (Path(g2rl_kernels.__file__).parents[1], Path(__file__).parents[1]))  # tests/tiny_trl.py
     found = subprocess.run(
         [*launcher, str(tmp_path), *WRAPPED, "geometry-ddp", "geometry-fsdp2"],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )
     assert found.returncode == 0, found.stderr[-4000:]
     for way in WRAPPED:
