@@ -32,12 +32,12 @@ OUTSIDE = re.compile(r"\[([^\]`]+)\]\((\.\./[^)#]+\.md)\)")
 
 
 def link_outside(app: Any, page: str, source: list[str]) -> None:
-    """Links to Markdown files outside this folder (README.md, ...) become downloads; other files are by default."""
+    """Links to Markdown files outside this folder become downloads, as other files there do."""
     source[0] = OUTSIDE.sub(r"{download}`\1 <\2>`", source[0])
 
 
 def fields(cls: type) -> list[str]:
-    """The fields of a dataclass or NamedTuple: by their help where they have one, else as the source has them."""
+    """The fields of a dataclass or NamedTuple: with their help if they have one, else as in the source."""
     if dataclasses.is_dataclass(cls):
         helps = {one.name: one for one in dataclasses.fields(cls) if "help" in one.metadata}
         ours = [helps[name] for name in vars(cls)["__annotations__"] if name in helps]
