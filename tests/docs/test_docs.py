@@ -1,4 +1,4 @@
-"""docs/: the code runs as written, links lead somewhere, tables are those of the scripts that made them."""
+"""docs/: the code runs as written, links lead somewhere, every page is listed, every file named exists."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,8 @@ import g2rl_kernels as g2
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", *PAGES]
+FOLDERS = "g2rl_kernels|csrc|tests|benchmarks|tools|recipes|docs"
 
 
 def code(page: str, number: int = 0) -> str:
@@ -24,6 +26,72 @@ def test_links_lead_somewhere(page):
     assert text.startswith("# ")
     for target in re.findall(r"\]\(([^):#]+)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_the_index_lists_every_page():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    names = {page.stem for page in PAGES} - {"index"}
+    linked = re.findall(r"^\| \[([\w-]+)\]\((.+?)\.md\) \| \S", text, re.MULTILINE)
+    assert all(name == target for name, target in linked)
+    assert sorted(name for name, _ in linked) == sorted(names)
+    (tree,) = re.findall(r"^```{toctree}\n:hidden:\n\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert sorted(tree.split()) == sorted(names)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    """Paths in backticks; `head_kernels*.h` is a pattern."""
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./*-]*)`", page.read_text(encoding="utf-8"))
+    missing = [name for name in named if not [*ROOT.glob(name.rstrip("/"))]]
+    assert missing == []
+
+
+def test_files_in_the_layout_of_contributing_exist():
+    """A row's first cell is a folder, or several; its second names files in one of them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("| where | what |") : text.index("## Words")]
+    rows = re.findall(r"^\| (`.+?`) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) > 15
+    missing = []
+    for where, what in rows:
+        folders = [ROOT / name for name in re.findall(r"`(.+?)`", where)]
+        files = re.findall(r"`([\w-]+(?:\.\w+|/))`", what)
+        missing += [name for name in files if not any((folder / name).exists() for folder in folders)]
+    assert missing == []
+
+
+def test_functions_that_the_design_names_are_where_it_says():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    found = re.findall(r"`([\w:]+)` in\s+(?:\[[^\]]+\]\(\.\./([^)]+)\)|`([^`]+)`)", text)
+    assert len(found) > 5
+    for name, link, path in found:
+        files = [*ROOT.glob(link or path)]
+        function = name.rpartition(":")[2]
+        assert any(re.search(rf"\b{function}\(", file.read_text(encoding="utf-8")) for file in files), name
+
+
+def test_the_table_of_shaped_rewards():
+    from g2rl_kernels.group import reference
+
+    text = (ROOT / "docs" / "shaping.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| reward r \|.*\n\|[-|]+\n(?:\| [+-]1 .*\n)+", text, re.MULTILINE)
+    assert table is not None
+    head, _, *rows = table[0].splitlines()
+    shapings = re.findall(r"`(\w+)`", head)
+    assert {"intent", "equation"} <= set(shapings)
+    assert len(rows) == 6
+    for row in rows:
+        reward, nubar, *values = map(float, row.strip("|").split("|"))
+        for shaping, expected in zip(shapings, values, strict=True):
+            shaped = reference.shaped_rewards(torch.tensor(reward), torch.tensor(nubar), 0.5, 3.0, shaping)
+            assert shaped.item() == pytest.approx(expected)
+
+
+def test_the_citation_has_the_version():
+    from g2rl_kernels import __version__
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", text, re.MULTILINE) == [__version__]
 
 
 def tiny_model() -> nn.Module:
@@ -65,7 +133,6 @@ def test_own_loop():
 def test_trl(tmp_path, monkeypatch):
     """As written, but for a tiny model, local problems and three steps."""
     pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
     from tiny_trl import CHAT, make_tokenizer, prompts, save_model
 
     source = code("trl.md")
@@ -93,7 +160,6 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
     """As written, but for a tiny model."""
     for package in ("transformers", "reasoning_gym", "tqdm"):
         pytest.importorskip(package, reason="needs the trainer: pip install 'g2rl-kernels[train]'")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "trainer"))
     from tiny import make_model, make_tokenizer
 
     make_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
@@ -106,10 +172,9 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "runs" / "eval-gcd" / "samples.jsonl").read_text().splitlines()) == 16
 
 
-def test_geometry_while_training(tmp_path, monkeypatch):
+def test_geometry_while_training(tmp_path):
     """The callbacks as written, on tiny trainers, with prompts of their letters."""
     pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "integrations"))
     from datasets import Dataset
     from tiny_trl import config, logged, parity, prompts, save_model
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
