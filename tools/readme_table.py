@@ -3,11 +3,9 @@
     g2rl bench head --out benchmarks/results/cpu-epyc-zen5-2cores.json
     python tools/readme_table.py
 
-A table stands between `<!-- table: g2rl bench head -->`, which takes the file above, or with a file of
-benchmarks/results named, `<!-- table: g2rl bench logprobs FILE.json -->` (logprobs, group, train), and
-`<!-- end -->`.
-tests/test_readme.py compares the two.
-"""
+A table stands between `<!-- table: g2rl bench head -->` and `<!-- end -->`. It is made from the file above,
+or from another file of benchmarks/results: `<!-- table: g2rl bench logprobs FILE.json -->` (logprobs, group,
+train). tests/docs/test_readme.py compares README.md with the results."""
 
 from __future__ import annotations
 
@@ -26,12 +24,12 @@ BLOCK = re.compile(
 
 
 def written(found: re.Match[str]) -> str:
-    """The block as it should be."""
+    """The block with its table replaced."""
     return found[1] + block(found[2], found[3] or DEFAULT) + found[4]
 
 
 def block(op: str, file: str) -> str:
-    """What stands between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
+    """The text between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.measure import header
     from benchmarks.run import OPS, render
@@ -47,12 +45,13 @@ def block(op: str, file: str) -> str:
 
 
 def span(times: dict[tuple[str, ...], float], dtype: str) -> str:
-    """Of times by (shape, dtype, method)."""
+    """The range of times by (shape, dtype, method), for one dtype."""
     values = [time for key, time in times.items() if key[1] == dtype]
     return f"{min(values):.2f} to {max(values):.2f} in {dtype}"
 
 
 def median_times(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Median ratio to the floor, by (shape, dtype, method)."""
     return {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in rows}
 
 
