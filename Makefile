@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean: each does its own set-up, from nothing but python3 (3.10 or newer) and gcc.
+# make demo | test | bench | lint | docs | clean: each does its own set-up; needs only python3 (3.10 or newer) and gcc.
 # PYTHON=... picks the interpreter; one that already has torch 2.11 to 2.13 is reused, offline.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 RECIPE  ?= recipes/demo.yaml
 TESTS   ?= tests
-# Processes that share the tests, with a thread each; 1 runs them in one, with all threads.
+# Processes that share the tests, one thread each; 1: one process with all threads.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py
 SETUP   := pyproject.toml tools/environment.py
@@ -28,7 +28,7 @@ test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/head/test_head.py AR
 	  set -- -n "$(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
 	  set -x; $(PY) -m pytest "$$@" $(TESTS) $(ARGS)
 
-test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL cannot share an environment
+test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL need different versions
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
@@ -42,7 +42,10 @@ lint: $(VENV)/.dev $(VENV)/.built ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension, nothing run
+docs: $(VENV)/.dev $(VENV)/.built ## the API reference, in build/docs
+	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+
+build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension; runs nothing
 
 wheel: ## pip install . with build isolation, in a fresh environment elsewhere, then import from another folder
 	@PYTHON="$(PYTHON)" tools/check_install.sh
@@ -52,7 +55,7 @@ clean: ## remove builds and environments; runs/ stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f g2rl_kernels/*.so
 
-# One environment, where dev adds to demo; and verl's.
+# Two environments: the project's, where dev adds to demo, and verl's.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev:  EXTRAS := demo,trl,dev
 $(VENV)/.demo $(VENV)/.dev: constraints.txt
@@ -60,15 +63,15 @@ $(VERL)/.verl: EXTRAS := verl,test constraints-verl.txt
 $(VERL)/.verl: constraints-verl.txt
 $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
-	  "g2rl-kernels needs Python 3.10 or newer, '$(PYTHON)' is none: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	  "g2rl-kernels needs Python 3.10 or newer; '$(PYTHON)' is older or missing: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@command -v c++ >/dev/null || { echo "g2rl-kernels needs a C++ compiler: install g++ 10 or newer"; exit 1; }
 	@$(PYTHON) tools/environment.py $(@D) $(EXTRAS)
 	@touch $@ $(@D)/.demo $(@D)/.built
 
-# Set-up built it; this is for sources changed since.
+# The set-up builds the extension; this rebuilds it after a change of sources.
 %/.built: $(SOURCES)
 	@$(@D)/bin/python setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { tail -n 40 $(@D)/build.log; exit 1; }
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint build wheel clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel clean

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Proof and figures on a GPU, in one command and under ten minutes, on a bare machine: torch for CUDA, nvcc and a
-# C++ compiler; no network, no virtual environment, nothing is installed.
+# Tests and benchmarks on a GPU, in one command and under ten minutes. Needs torch for CUDA, nvcc and a C++
+# compiler; no network, no virtual environment. Installs nothing.
 #
-#     benchmarks/gpu.sh                                  the proof and all figures, into benchmarks/results/gpu
-#     PARTS="build sanitizers tune head" benchmarks/gpu.sh    the rest, in a second run
+#     benchmarks/gpu.sh                                  tests and benchmarks, into benchmarks/results/gpu
+#     PARTS="build sanitizers tune head" benchmarks/gpu.sh    the other parts, in a second run
 #     PARTS="build kernels head" benchmarks/gpu.sh       only these, where GPU time is scarce
 #     OUT=elsewhere PYTHON=python3.12 benchmarks/gpu.sh
-#     PYTHONPATH=$PWD/carried benchmarks/gpu.sh          with what was put there before, for this Python, by
+#     PYTHONPATH=$PWD/carried benchmarks/gpu.sh          with packages installed before, for this Python, by
 #                                                        pip install --target carried --no-deps hypothesis sortedcontainers ...
 #
-# Parts, in order; each has its own time limit and its own log, and a failing one does not stop the next:
+# Parts, in order. Each has a time limit and a log; a failing part does not stop the next:
 #   build       the extension in place, for this GPU's architecture only
 #   info        g2rl info, nvidia-smi
 #   kernels     tests/head on the GPU               } tests
-#   suite       all other tests that a GPU may change, and that can be imported }
+#   suite       all other tests that depend on the device   } (those whose imports are installed)
 #   memcheck, racecheck   compute-sanitizer on the kernels' small tests; only if named    } sanitizers
-#   tune        g2rl tune for the first case; only if it is named, before head, with its own two minutes
+#   tune        g2rl tune for the first case, two minutes; only if named
 #   head, logprobs, group, train    g2rl bench, JSON named after the GPU }
 #   profile     time by kernel of one call in each mode        } bench
 #   plots       pictures from the JSON                         }
-# PARTS takes these names and those of the braces. PROFILE=1 adds Nsight Compute's or Systems' report, and its time.
+# PARTS takes these names and those of the braces. PROFILE=1 adds a report of Nsight Compute or Systems.
 # HEAD_ARGS, LOGPROBS_ARGS, GROUP_ARGS and TRAIN_ARGS replace the arguments of g2rl bench. LIMIT_head=200 moves a time limit.
 #
-# Exit status: 0, or 1 if a part failed. What cannot run here is skipped with its reason. Without a GPU the
-# benchmarks run small on the CPU.
+# Exit status: 0, or 1 if a part failed. Parts that cannot run here are skipped, with the reason. Without a GPU
+# the benchmarks run on the CPU, with few cases.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,7 +33,7 @@ PARTS=" ${PARTS:-build info tests bench} "
 PARTS=${PARTS// tests / kernels suite }
 PARTS=${PARTS// sanitizers / memcheck racecheck }
 PARTS=${PARTS// bench / head logprobs group train profile plots }
-# Seconds that a part may take. Those of a whole run add up to less than ten minutes; the second line comes on top.
+# Time limits in seconds. The parts of a default run add up to less than ten minutes; LIMITS+= lists the others.
 declare -A LIMITS=([build]=50 [info]=15 [kernels]=170 [suite]=60 [head]=110 [logprobs]=65 [group]=25 [train]=35 [profile]=25
   [plots]=15)
 LIMITS+=([memcheck]=150 [racecheck]=150 [tune]=120 [ncu]=120 [nsys]=60)
@@ -81,7 +81,7 @@ run() { # part, command
   local limit=${!limit_name:-${LIMITS[$1]}}
   shift
   echo "== $part (at most $limit s)"
-  timeout -s INT -k 20 "$limit" "$@" >"$OUT/$part.log" 2>&1  # INT: pytest then says what it has
+  timeout -s INT -k 20 "$limit" "$@" >"$OUT/$part.log" 2>&1  # INT: pytest then prints its results so far
   code=$?
   case $code in
     0) status=ok ;;
@@ -118,7 +118,7 @@ fi
 PYTEST=("$PYTHON" -m pytest -q -ra --durations=15)
 has pytest || NO_TESTS="pytest is not installed"
 if [[ -z ${NO_TESTS:-} ]]; then
-  # Test files that import what is not there would end the whole run.
+  # A test file that imports a missing package would end the whole run.
   mapfile -t MISSING < <("$PYTHON" benchmarks/missing_imports.py tests)
   for line in ${MISSING[@]+"${MISSING[@]}"}; do
     file=${line%%:*}
@@ -131,22 +131,22 @@ if [[ -z ${NO_TESTS:-} ]]; then
   done
   WORKERS=1 PARALLEL=()
   has xdist && WORKERS=$(($(nproc) < 8 ? $(nproc) : 8)) PARALLEL=(-n "$WORKERS")
-  # Else each worker starts a thread a core for the references in float64.
+  # By default each worker would start one thread a core.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / WORKERS))}
 fi
 for part in kernels suite memcheck racecheck; do
   wanted $part || continue
   if [[ -n ${NO_GPU:-${NO_TESTS:-}} ]]; then
-    skip $part "${NO_GPU:-$NO_TESTS}; make test runs all tests that need none"
+    skip $part "${NO_GPU:-$NO_TESTS}; make test runs all tests that need no GPU"
     continue
   fi
   if [[ $part == suite ]]; then
     cpu_only=(tests/{head/kernels,bench,packaging,cli,docs,evaluation,geometry,integrations,models,tasks,verl}
-      tests/head/test_{sharded,vocab_parallel}.py tests/group/test_group_{kernel,on_host}.py tests/trainer/test_[!o]*.py)
+      tests/head/test_{sharded,vocab_parallel}.py tests/group/test_group_kernel.py tests/trainer/test_[!o]*.py)
     run suite "${PYTEST[@]}" "${PARALLEL[@]}" tests "${cpu_only[@]/#/--ignore=}"
   elif [[ $part == kernels ]]; then
     if ((KERNEL_TESTS)); then
-      # what compiles for other architectures needs no GPU: make test does that
+      # tests that compile for other architectures need no GPU: make test runs them
       run kernels "${PYTEST[@]}" "${PARALLEL[@]}" tests/head/kernels tests/group/test_group_kernel.py
     else
       skip kernels "its tests need what is not installed"
@@ -162,14 +162,14 @@ for part in kernels suite memcheck racecheck; do
     else
       small=("${G2RL[@]}" bench head --shapes tiny --N 200 --methods g2rl --rounds 1)
     fi
-    # Without torch's cache of memory, a byte past the end of a tensor is one past an allocation.
+    # Without torch's memory cache, a byte past the end of a tensor is past the end of an allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $part "$tool" --tool $part --error-exitcode 9 "${small[@]}"
   fi
 done
 
 # --- benchmarks ---------------------------------------------------------------------------------------------
 
-bench() { # part, the variable that replaces its arguments, what its JSON's name ends with, its arguments
+bench() { # part, the variable that replaces its arguments, the suffix of its JSON file, its arguments
   local part=$1 name=$2 suffix=$3
   shift 3
   local -a arguments
@@ -223,7 +223,7 @@ if wanted plots; then
     skip plots "matplotlib is not installed; elsewhere: g2rl bench plot $NAME.json --out $NAME.png"
   fi
 fi
-# The tables of this run and of those before it that left their JSON here.
+# The tables of this run, and of earlier runs whose JSON is in the folder.
 mapfile -t RESULTS < <(find "$OUT" -maxdepth 1 -name "$NAME*.json" | sort)
 if ((${#RESULTS[@]})); then
   "${G2RL[@]}" bench table "${RESULTS[@]}" >"$OUT/$NAME.md" || FAILED=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from g2rl_kernels.group import reference
 from g2rl_kernels.group.options import ShapingOptions
 
 from .measure import in_turns, least_seconds, markdown, quantiles, spread, why_not
+from .rows import GroupRow, LeftOut
 
 # groups, rows a group, d
 SIZES = ((64, 16, 4096), (64, 16, 2048), (8, 16, 4096), (256, 16, 2048), (64, 8, 4096), (32, 32, 4096))
@@ -32,8 +34,8 @@ def inputs(B: int, m: int, d: int, device: str) -> tuple[Tensor, Tensor, int]:
 
 
 def implementations(features: Tensor, rewards: Tensor, m: int) -> dict[str, Callable[[], Any]]:
-    """Name -> call whose last result are the advantages: what users call, with its checks and the list of
-    members, and each operator behind it by itself, one launch."""
+    """Name -> call whose last result is the advantages: the public op, with its checks and its list of
+    members, and each operator behind it alone, one launch."""
     members = torch.arange(len(rewards), device=rewards.device).view(-1, m)
     gpu = features.is_cuda
     names = {"compiled": "CUDA C++" if gpu else "C++", "triton": "Triton", "reference": "PyTorch"}
@@ -42,10 +44,9 @@ def implementations(features: Tensor, rewards: Tensor, m: int) -> dict[str, Call
     }
     for key, operator in group.IMPLEMENTATIONS.items():
         if key == "triton" and not gpu:
-            continue  # in Triton's interpreter, which tests it and has no speed
-        found[f"{names[key]} operator"] = lambda operator=operator: operator(
-            features, rewards, members, *ShapingOptions().flat()
-        )
+            continue  # Triton's interpreter is for tests only
+        call = partial(operator, features, rewards, members, *ShapingOptions().flat())
+        found[f"{names[key]} operator"] = call
     return found
 
 
@@ -56,7 +57,7 @@ def exact(features: Tensor, rewards: Tensor, m: int) -> Tensor:
 
 
 def graphed(call: Callable[[], Any], launches: int) -> Callable[[], None]:
-    """So many calls in one CUDA graph: what is left of them without the host."""
+    """Replays so many calls in one CUDA graph: their time without the host's."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,9 +71,14 @@ def graphed(call: Callable[[], Any], launches: int) -> Callable[[], None]:
     return graph.replay
 
 
+def _repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def measure(
     size: tuple[int, int, int], device: str, rounds: int, launches: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[GroupRow], list[LeftOut]]:
     """Rows for one size. A round times `launches` calls in a row, so that the features stay in the L2."""
     B, m, d = size
     label = f"{B} x {m} x {d}"
@@ -80,24 +86,27 @@ def measure(
     total = torch.empty((), device=device)
     truth = exact(features, rewards, m)
     singles: dict[str, Callable[[], Any]] = {"floor": lambda: torch.sum(features, (0, 1), out=total)}
-    errors, left_out = {}, []
+    errors: dict[str, float] = {}
+    left_out: list[LeftOut] = []
     for name, call in implementations(features, rewards, m).items():
         try:
             errors[name] = float((call()[-1].double() - truth).abs().max())
             singles[name] = call
         except Exception as error:
-            left_out.append({"case": label, "method": name, **why_not(error)})
+            left_out.append(why_not(label, name, error))
 
-    calls = {name: lambda call=call: [call() for _ in range(launches)] for name, call in singles.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(_repeat, call, launches) for name, call in singles.items()
+    }
     for name, call in singles.items() if device == "cuda" else ():
         try:
             calls[f"{name} graph"] = graphed(call, launches)
         except Exception as error:
-            left_out.append({"case": label, "method": f"{name}, in a CUDA graph", **why_not(error)})
+            left_out.append(why_not(label, f"{name}, in a CUDA graph", error))
     seconds = in_turns(device, f"group {label}", calls, rounds)
     times = {name: [value / launches * 1e6 for value in values] for name, values in seconds.items()}
 
-    rows = []
+    rows: list[GroupRow] = []
     for name in singles:
         graph = times.get(f"{name} graph")
         rows.append(
@@ -116,7 +125,7 @@ def measure(
     return rows, left_out
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[GroupRow]) -> str:
     return markdown(
         [
             {
@@ -133,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+def notes(rows: list[GroupRow], machine: Mapping[str, Any]) -> str:
     launches = {row["launches"] for row in rows}
     text = (
         f"Float32; each figure is the mean of {max(launches)} calls in a row, with the features in cache; "

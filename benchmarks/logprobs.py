@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .head import (
+from .floor import (
     Floor,
     described,
     digit,
@@ -19,24 +20,26 @@ from .head import (
     megabytes,
     milliseconds,
     ms,
+    prepared,
     time_cells,
     timing,
     warm_up,
 )
-from .measure import attempts, in_turns, markdown, progress, released
+from .measure import attempts, in_turns, markdown
 from .methods import TRAINING as METHODS
 from .methods import Method, Outputs
 from .registry import Case, Problem, problem
+from .rows import FirstCall, LeftOut, LogprobsRow
 
 FLOOR = "bare products"
 ROUNDS = {"cpu": 9, "cuda": 11}
-TOKENS, ROWS = 16, 32  # of hidden's and the weight's gradient that are compared with float64, at most
+TOKENS, ROWS = 16, 32  # rows of hidden's and of the weight's gradient that are compared with float64, at most
 
 
 class Training:
     """A method's forward and backward pass on a problem, apart, so that each can be timed.
 
-    The gradients that come in are random: with all ones, errors go unseen.
+    The incoming gradients are random: with ones, some errors would cancel.
     """
 
     def __init__(self, method: Method, p: Problem):
@@ -66,8 +69,8 @@ class Training:
 
 
 class Exact:
-    """In float64, a block of the vocabulary at a time: log-probs and entropy [N] and, whatever gradients come
-    in, the gradient of hidden at the first tokens and that of some rows of the weight."""
+    """The results in float64, a block of the vocabulary at a time: log-probs and entropy [N] and, for any
+    incoming gradients, the gradients of hidden at the first tokens and of some rows of the weight."""
 
     def __init__(self, p: Problem):
         (N, d), V, device = p.hidden.shape, len(p.weight), p.hidden.device
@@ -77,7 +80,7 @@ class Exact:
         )
 
         self.lse = self.h.new_full((N,), -torch.inf)
-        mean = self.h.new_zeros(N)  # of the logits so far, under their softmax
+        mean = self.h.new_zeros(N)  # mean logit under the softmax of the blocks so far
         for entries in blocks:
             z, _ = self._capped(self.h @ self._weight(entries).T)
             lse = torch.logaddexp(self.lse, z.logsumexp(1))
@@ -86,9 +89,10 @@ class Exact:
         self.entropy = self.lse - mean
         self.logprobs = self._capped((self.h * self._weight(p.tokens)).sum(1))[0] - self.lse
 
-        # Log-prob and entropy of the first tokens by hidden, [2, TOKENS, d].
-        self.by_hidden = sum(self._by_logits(TOKENS, entries) @ self._weight(entries) for entries in blocks)
-        # Those of all tokens by the logits of a few entries, some of which occur, [2, N, n].
+        # [2, TOKENS, d]: derivatives of log-prob and entropy of the first tokens by hidden.
+        by_hidden = [self._by_logits(TOKENS, entries) @ self._weight(entries) for entries in blocks]
+        self.by_hidden = torch.stack(by_hidden).sum(0)
+        # [2, N, n]: those of all tokens by the logits of a few entries, half of them realised tokens.
         others = torch.linspace(0, V - 1, ROWS // 2, device=device).long()
         self.rows = torch.cat([p.tokens[: ROWS // 2], others]).unique()
         self.by_logits = self._by_logits(N, self.rows)
@@ -110,18 +114,18 @@ class Exact:
         return torch.stack([(chosen - p) * slope, -p * (log_p + self.entropy[:n, None]) * slope])
 
     def errors(self, out: Outputs, grads: tuple[Tensor, ...], incoming: Tensor) -> dict[str, float]:
-        """Of the gradients, relative to their norm; of log-probs and entropy the largest, in nats."""
+        """Errors of the gradients, relative to their norm; of log-probs and entropy the largest, in nats."""
         given = incoming.double() * torch.tensor([[1.0], [out.entropy is not None]], device=incoming.device)
         if out.total is not None:
             given[0] = 1
         n = self.by_hidden.shape[1]
         truth = {"hidden": (given[:, :n, None] * self.by_hidden).sum(0)}
         truth["weight"] = (given[:, :, None] * self.by_logits).sum(0).T @ self.h
-        parts = {"hidden": grads[0][:n]}
+        compared = {"hidden": grads[0][:n]}
         if len(grads) > 1:
-            parts["weight"] = grads[1][self.rows]
+            compared["weight"] = grads[1][self.rows]
         found = {
-            name: float((part - truth[name]).norm() / truth[name].norm()) for name, part in parts.items()
+            name: float((grad - truth[name]).norm() / truth[name].norm()) for name, grad in compared.items()
         }
         for name in ("logprobs", "entropy"):
             if (values := getattr(out, name)) is not None:
@@ -131,16 +135,11 @@ class Exact:
 
 def measure(
     case: Case, device: str, methods: list[str], rounds: int, budget: float, with_error: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[LogprobsRow], list[LeftOut]]:
     """As head.measure."""
-    progress(f"{case.label}: inputs")
-    with released(device):
-        base = problem(case, device)
-    with released(device):
-        truth = Exact(base) if with_error else None
-    floor = Floor(base)
+    base, truth, floor = prepared(case, device, Exact, with_error)
     for product in products(floor, base).values():
-        product()  # torch's own workspace is in place before anybody's memory is counted
+        product()  # allocates torch's own workspace before any method's memory is counted
 
     def timed() -> dict[str, Callable[[], Any]]:
         found = products(floor, base)
@@ -155,26 +154,32 @@ def measure(
         floor.move()
         return timed()
 
-    first = {name: lambda method=METHODS[name]: first_pass(method, base, device, truth) for name in methods}
+    first = {name: partial(first_pass, METHODS[name], base, device, truth) for name in methods}
     known, left_out = attempts(device, case.label, first)
     times = in_turns(device, case.label, timed(), rounds, budget, moved)
-    rows = []
+    rows: list[LogprobsRow] = []
     for name, facts in known.items():
         method = METHODS[name]
         needed = [times[product] for product in products(floor, base, method.frozen)]
         least = [sum(turn) for turn in zip(*needed)]
         forward, backward = times[f"{name}, forward"], times[f"{name}, backward"]
         both = [sum(turn) for turn in zip(forward, backward)]
-        row = described(case, base, name) | {"leaves_out": method.leaves_out, "frozen": method.frozen}
-        row |= timing(case, both, least, len(needed)) | {"floor_chunks": floor.chunks}
-        row["forward_milliseconds"] = milliseconds(forward)
-        row["backward_milliseconds"] = milliseconds(backward)
-        row["product_milliseconds"] = [milliseconds(values) for values in needed]
-        rows.append(row | facts)
+        rows.append(
+            {
+                **described(case, base, name),
+                "leaves_out": method.leaves_out,
+                "frozen": method.frozen,
+                **timing(case, floor, both, least, len(needed)),
+                "forward_milliseconds": milliseconds(forward),
+                "backward_milliseconds": milliseconds(backward),
+                "product_milliseconds": [milliseconds(values) for values in needed],
+                **facts,
+            }
+        )
     return rows, left_out
 
 
-def first_pass(method: Method, p: Problem, device: str, truth: Exact | None) -> dict[str, Any]:
+def first_pass(method: Method, p: Problem, device: str, truth: Exact | None) -> FirstCall:
     """Memory beyond the gradients, and errors."""
     found, (out, grads) = first_call(device, lambda p: Training(method, p)(), p, warm_up(p))
     if found["extra_bytes"] is not None:
@@ -185,20 +190,23 @@ def first_pass(method: Method, p: Problem, device: str, truth: Exact | None) -> 
 
 
 def products(floor: Floor, p: Problem, frozen: bool = False) -> dict[str, Callable[[], Any]]:
-    """What a head which holds its logits cannot do without."""
-    found = {"logits": lambda: floor.logits(p), "dX": lambda: floor.grad_hidden(p)}
-    return found if frozen else found | {"dW": lambda: floor.grad_weight(p)}
+    """The products that a head which holds its logits cannot do without."""
+    found: dict[str, Callable[[], Any]] = {
+        "logits": partial(floor.logits, p),
+        "dX": partial(floor.grad_hidden, p),
+    }
+    return found if frozen else found | {"dW": partial(floor.grad_weight, p)}
 
 
 def calls(case: Case, device: str, methods: list[str]) -> dict[str, Callable[[], Any]]:
-    """What a profile is made of: the bare products, and forward and backward of each method."""
+    """Calls to profile: the bare products, and forward and backward of each method."""
     p = problem(case, device)
     floor = Floor(p)
     found = {f"torch.mm, {name}": product for name, product in products(floor, p).items()}
     return found | {name: Training(METHODS[name], p) for name in methods}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[LogprobsRow]) -> str:
     several = len({row["distribution"] for row in rows}) > 1
     cells = []
     for row in rows:
@@ -218,7 +226,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells)
 
 
-def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+def notes(rows: list[LogprobsRow], machine: Mapping[str, Any]) -> str:
     text = floor_notes(rows, machine, "The bare products run", products=3)
     if any(row["frozen"] for row in rows):
         text += " With a frozen weight they are two: there is no dz^T hidden."

@@ -18,17 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import g2rl_kernels as g2
 from g2rl_kernels import _C
 from g2rl_kernels.cli.info import _version
-from g2rl_kernels.errors import PACKAGES
+from g2rl_kernels.errors import PACKAGES, out_of_memory
 
 from .methods import Unavailable
 from .registry import DTYPES
+from .rows import LeftOut
+
+T = TypeVar("T")
 
 ROUNDS_A_PLACEMENT = 5
 LEAST_ROUNDS = 3
@@ -45,7 +48,8 @@ STARTED = time.perf_counter()
 
 
 def progress(text: str, often: bool = False) -> None:
-    """One line on stderr, over the last one; "" ends it. What comes `often` is left out of log files."""
+    """Writes one line on stderr, over the last one; "" ends it. Lines that come `often` are left out of log
+    files."""
     line = f"{time.perf_counter() - STARTED:5.0f} s  {text}" if text else ""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="" if text else "\n", file=sys.stderr, flush=True)
@@ -65,8 +69,8 @@ def seconds(call: Callable[[], Any]) -> float:
 class Turns:
     """Times calls in turns, round by round, so that a machine which slows down slows all of them.
 
-    On a GPU each call stands between two CUDA events, behind a write of 256 MB that leaves nothing of the
-    last one in the L2; the host waits for the device only at the end of a round. On a CPU it is wall time.
+    On a GPU each call stands between two CUDA events, after a write of 256 MB that empties the L2; the host
+    waits for the device only at the end of a round. On a CPU it is wall time.
     """
 
     def __init__(self, device: str):
@@ -96,11 +100,11 @@ def in_turns(
     budget: float = float("inf"),
     moved: Callable[[], Mapping[str, Callable[[], Any]]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in every round, after one to warm up. Fewer rounds, at least 3, where they would
-    take more than `budget` seconds.
+    """Seconds of each call in every round, after one round to warm up. Fewer rounds, at least 3, where they
+    would take more than `budget` seconds.
 
-    On a CPU where tensors lie in memory moves torch's product by 15 %: every few rounds `moved` gives the
-    same calls on tensors elsewhere.
+    On a CPU the placement of tensors in memory changes torch's product by up to 15 %: every few rounds
+    `moved` gives the same calls on tensors placed elsewhere.
     """
     turns, times = Turns(device), {name: list[float]() for name in calls}
     turns.round(calls)
@@ -126,7 +130,7 @@ def quantiles(values: list[float]) -> list[float]:
 
 
 def settle_clocks(device: str, a_while: float = 0.5) -> dict[str, Any]:
-    """Keeps a GPU busy until its clocks are those of a long run; what nvidia-smi says under that load."""
+    """Keeps a GPU busy until its clocks are those of a long run; returns what nvidia-smi says under load."""
     if device != "cuda":
         return {}
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -148,8 +152,8 @@ COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 
 
 def ceilings(device: str) -> dict[str, Any]:
-    """What this machine reaches where nothing else stands in the way: a large product of random numbers, in
-    TFLOP/s by dtype, and a large copy, in GB/s read and written. Medians of five."""
+    """The highest rates measured on this machine: a large product of random numbers, in TFLOP/s by dtype, and
+    a large copy, in GB/s read and written. Medians of five."""
     n, size, generator = PRODUCT_SIZE[device], COPY_BYTES[device], torch.Generator(device).manual_seed(0)
     calls: dict[str, Callable[[], Any]] = {}
     for name in ("bf16", "fp32"):
@@ -169,8 +173,8 @@ def ceilings(device: str) -> dict[str, Any]:
 
 
 def least_seconds(machine: Mapping[str, Any], dtype: str, flops: float, bytes_: float) -> float | None:
-    """What so much work takes at the machine's ceilings, whichever of the two it meets first; None in results
-    of before they were measured. fp16 is taken for bf16."""
+    """Seconds that so much work takes at the machine's ceilings, the slower of compute and memory. fp16
+    counts as bf16. None for results of versions that did not measure ceilings."""
     measured = machine.get("ceilings")
     if not measured:
         return None
@@ -195,13 +199,13 @@ def _nvidia_smi(fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 def extra_memory(
-    device: str, call: Callable[[], Any], warm: Callable[[], Any] = lambda: None
-) -> tuple[float | None, Any]:
-    """Bytes held at the call's peak beyond what was held before, its outputs included, and these outputs.
+    device: str, call: Callable[[], T], warm: Callable[[], Any] = lambda: None
+) -> tuple[float | None, T]:
+    """Bytes held at the call's peak beyond those held before it (its outputs included), and the outputs.
 
-    On a GPU, what torch's allocator handed out. On a CPU, resident memory, in a thread of its own: the op
-    keeps its workspace for the thread's next call, and a new thread has none yet; `warm` goes before it, so
-    that the thread has what every thread needs. None where not known.
+    On a GPU: memory of torch's allocator. On a CPU: resident memory, in a new thread: the op
+    keeps its workspace for the thread's next call, and a new thread has no workspace yet. `warm` runs before
+    the call, so that the thread's own start-up is not counted. None where unknown.
     """
     if device == "cuda":
         gc.collect()
@@ -215,7 +219,7 @@ def extra_memory(
         return thread.submit(lambda: (warm(), _resident_growth(call))[1]).result()
 
 
-def _resident_growth(call: Callable[[], Any]) -> tuple[float | None, Any]:
+def _resident_growth(call: Callable[[], T]) -> tuple[float | None, T]:
     status = Path("/proc/self/status")
 
     def read(key: str) -> int:
@@ -225,7 +229,7 @@ def _resident_growth(call: Callable[[], Any]) -> tuple[float | None, Any]:
     gc.collect()
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # no buffer from what earlier calls left in the allocator
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # so that buffers do not reuse memory of earlier calls
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = read("VmRSS")
@@ -240,41 +244,45 @@ def _resident_growth(call: Callable[[], Any]) -> tuple[float | None, Any]:
 
 
 def attempts(
-    device: str, label: str, calls: Mapping[str, Callable[[], dict[str, Any]]]
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """What each call returns, and of those that raised instead: why."""
-    found, left_out = {}, []
+    device: str, label: str, calls: Mapping[str, Callable[[], T]]
+) -> tuple[dict[str, T], list[LeftOut]]:
+    """The results of the calls by name, and the reasons of those that raised."""
+    found: dict[str, T] = {}
+    left_out: list[LeftOut] = []
     for name, call in calls.items():
         progress(f"{label}: {name}, first call")
         with released(device):
             try:
                 found[name] = call()
             except Exception as error:
-                left_out.append({"case": label, "method": name, **why_not(error)})
+                left_out.append(why_not(label, name, error))
     return found, left_out
 
 
-def why_not(error: Exception) -> dict[str, Any]:
-    """The reason in one line, and whether it is a fault: what is absent or does not fit is none."""
+def why_not(case: str, method: str, error: Exception) -> LeftOut:
+    """The reason in one line. Missing packages and out-of-memory are not counted as faults."""
+    reason, fault = _reason(error)
+    return {"case": case, "method": method, "reason": reason, "fault": fault}
+
+
+def _reason(error: Exception) -> tuple[str, bool]:
+    """The reason in one line, and whether it is a fault."""
     text = re.sub(r"(/[\w.+-]+)+/", "", " ".join(str(error).split()))[:240]  # no paths of this machine
-    absent = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("g2rl")
-    if absent and error.name in PACKAGES:
-        text += ": pip install 'g2rl-kernels[train]'"
-    if absent or isinstance(error, (Unavailable, NotImplementedError)):
-        return {"reason": text, "fault": False}
-    if out_of_memory(error):
-        return {"reason": "out of memory", "fault": False}
-    return {"reason": f"{type(error).__name__}: {text}", "fault": True}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("g2rl"):
+        remedy = ": pip install 'g2rl-kernels[train]'" if error.name in PACKAGES else ""
+        return text + remedy, False
+    if isinstance(error, (Unavailable, NotImplementedError)):
+        return text, False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out of memory", False
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        return "out of memory", False
+    return f"{type(error).__name__}: {text}", True
 
 
 @contextmanager
 def released(device: str) -> Iterator[None]:
-    """Memory that the block let go is free for the next one."""
+    """Frees, for the next block, the memory that this one no longer uses."""
     try:
         yield
     finally:
@@ -287,7 +295,7 @@ def released(device: str) -> Iterator[None]:
 
 
 def profile(device: str, title: str, calls: Mapping[str, Callable[[], Any]], path: Path) -> None:
-    """Which kernels the time of one call goes to, by torch.profiler, for every call that runs."""
+    """Writes the time of one call by kernel, as torch.profiler measures it, for every call that runs."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -305,7 +313,7 @@ def profile(device: str, title: str, calls: Mapping[str, Callable[[], Any]], pat
                     synchronize(device)
                 text = recorded.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
             except Exception as error:
-                text = why_not(error)["reason"]
+                text = _reason(error)[0]
         parts.append(f"== {name}\n{text}\n")
     progress("")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +324,7 @@ def profile(device: str, title: str, calls: Mapping[str, Callable[[], Any]], pat
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows of cells by the names of their columns. Columns that no row fills are not there."""
+    """A Markdown table of rows of cells by column; columns that are empty in all rows are left out."""
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows])
@@ -337,7 +345,7 @@ def span(values: Iterable[float], form: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a figure depends on; the header of every result."""
+    """The machine and versions that a figure depends on: the header of every result."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -375,7 +383,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def ceilings_line(machine: Mapping[str, Any]) -> str:
-    """The ceilings in a sentence; "" for results of before they were measured."""
+    """The ceilings in a sentence; "" for results of versions that did not measure them."""
     measured = machine.get("ceilings")
     if not measured:
         return ""

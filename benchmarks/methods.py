@@ -1,9 +1,9 @@
-"""The ways to compute an op that are compared: ours in each mode, plain torch, and other packages. METHODS
-are those of the head op, TRAINING those of `linear_logprobs`.
+"""The methods that are compared: this package in each mode, plain torch, and other packages. METHODS are
+those of the head op, TRAINING those of `linear_logprobs`.
 
-A method takes a `Problem` and returns `Outputs`, with None for what it leaves out; in TRAINING autograd then
-takes their gradients. It is a row of the table when it can run: `Method.obstacle` says why it cannot, an
-exception at the first call does the same.
+A method takes a `Problem` and returns `Outputs`, with None for outputs that it does not compute; in TRAINING,
+autograd then takes their gradients. A method that cannot run is listed with its reason, from
+`Method.obstacle` or from an exception at the first call.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import g2rl_kernels as g2
+from g2rl_kernels.head.spec import HeadSpec
 
 from .registry import Problem
 
@@ -31,30 +32,30 @@ class Outputs(NamedTuple):
     logprobs: Tensor | None = None  # [N]
     logsumexp: Tensor | None = None  # [N]
     entropy: Tensor | None = None  # [N]
-    skipped_mass: Tensor | None = None  # [S], share of a response's residual mass that was left out
+    skipped_mass: Tensor | None = None  # [S], skipped share of a response's residual mass
     skipped_tokens: Tensor | None = None  # [S]
-    total: Tensor | None = None  # sum of the log-probs, where a package differentiates no more than that
+    total: Tensor | None = None  # sum of the log-probs, where a package differentiates only the sum
 
 
 class Unavailable(Exception):
-    """Why a method cannot run here, in one line."""
+    """A method cannot run here; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
 class Method:
     name: str
     call: Callable[[Problem], Outputs]
-    leaves_out: str = ""
+    leaves_out: str = ""  # outputs that it does not compute
     device: str = ""  # "cpu" or "cuda" where it runs on one of them only
-    package: str = ""  # that it needs
-    responses: int = 0  # cut otherwise than the case says: shows what packing responses costs
+    package: str = ""  # needs this package
+    responses: int = 0  # uses this number of responses, not the case's: shows the cost of packing responses
     frozen: bool = False  # TRAINING: the weight gets no gradient
-    default: tuple[str, ...] = ("cuda",)  # devices on which it is measured unless others are named
+    default: tuple[str, ...] = ("cuda",)  # devices on which it is measured by default
 
     def obstacle(self, device: str) -> str | None:
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
-        # Under Triton's interpreter the kernels run on a CPU: to be tested, not to be timed.
+        # Triton's interpreter runs the kernels on a CPU, for tests only.
         interpreted = self.device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"
         if self.device not in ("", device) and not interpreted:
             return f"runs on {self.device} only"
@@ -71,8 +72,6 @@ def _features(p: Problem, backend: str, known: Tensor | None = None) -> Outputs:
 
 
 def _certified(p: Problem) -> Outputs:
-    if not hasattr(g2, "certified_head_features"):
-        raise Unavailable("this version has no certified_head_features")
     inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
     return Outputs(
         *g2.certified_head_features(
@@ -83,12 +82,11 @@ def _certified(p: Problem) -> Outputs:
 
 def _statistics(p: Problem) -> Outputs:
     try:
-        from g2rl_kernels.head.spec import HeadSpec
-        from g2rl_kernels.head.triton.driver import token_statistics
+        from g2rl_kernels.head.triton import driver
     except ImportError as error:
         raise Unavailable(f"this version has no kernel for it ({error})") from None
     head = HeadSpec(p.weight, logit_softcap=p.softcap or 0.0)
-    return Outputs(None, *token_statistics(p.hidden, p.tokens, head))
+    return Outputs(None, *driver.token_statistics(p.hidden, p.tokens, head))
 
 
 # --- the head op: plain torch -------------------------------------------------------------------------------
@@ -97,8 +95,8 @@ def _statistics(p: Problem) -> Outputs:
 def _softmax(
     hidden: Tensor, weight: Tensor, tokens: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """log p(token), logsumexp, entropy, p [n, V] and the softcap's slope: float32, of logits in the model's
-    dtype."""
+    """log p(token), logsumexp, entropy, p [n, V] and the softcap's slope, in float32, from logits in the
+    model's dtype."""
     z, slope = (hidden @ weight.T).float(), None
     if softcap is not None:
         z = torch.tanh_(z.div_(softcap))
@@ -111,7 +109,8 @@ def _softmax(
     return logprobs, lse, -torch.linalg.vecdot(p, z), p, slope
 
 
-def _segments(cu_seqlens: Tensor, N: int) -> Tensor:
+def _response_of_tokens(cu_seqlens: Tensor, N: int) -> Tensor:
+    """[N]: the number of each token's response."""
     S = cu_seqlens.shape[0] - 1
     number = torch.arange(S, device=cu_seqlens.device)
     return torch.repeat_interleave(number, cu_seqlens.diff(), output_size=N)
@@ -128,18 +127,18 @@ def _naive(
     phi = (residual.to(weight.dtype) @ weight).float()
     lengths = cu_seqlens.diff()
     features = phi.new_zeros(lengths.shape[0], phi.shape[1])
-    features = features.index_add(0, _segments(cu_seqlens, tokens.shape[0]), phi)
+    features = features.index_add(0, _response_of_tokens(cu_seqlens, tokens.shape[0]), phi)
     return features / lengths[:, None], logprobs, lse, entropy
 
 
 def torch_naive(p: Problem) -> Outputs:
-    """Equations 5 to 8 as they stand: all logits at once, a feature for each token, then their means."""
+    """Equations 5 to 8 as written: all logits at once, a feature for each token, then their means."""
     return Outputs(*_naive(p.hidden, p.weight, p.tokens, p.cu_seqlens, p.softcap))
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(_naive, dynamic=True)  # else it compiles anew for every N and V
+    return torch.compile(_naive, dynamic=True)  # static shapes would compile again for every N and V
 
 
 def torch_compiled(p: Problem) -> Outputs:
@@ -148,10 +147,10 @@ def torch_compiled(p: Problem) -> Outputs:
 
 
 def torch_chunked(p: Problem, chunk: int) -> Outputs:
-    """The best that plain torch does: a chunk of logits at a time, residuals summed by response before the
-    second product, which then has as many rows as there are responses."""
+    """Plain torch at its best: a chunk of logits at a time, and residuals summed by response before the
+    second product, which then has one row a response."""
     N, S = len(p.tokens), len(p.cuts) - 1
-    segment = _segments(p.cu_seqlens, N)
+    owner = _response_of_tokens(p.cu_seqlens, N)
     response = [s for s in range(S) for _ in range(p.cuts[s], p.cuts[s + 1])]
     residual = torch.zeros(S, len(p.weight), device=p.hidden.device)
     logprobs, lse, entropy, at_token = torch.ones(4, N, device=p.hidden.device)
@@ -164,9 +163,9 @@ def torch_chunked(p: Problem, chunk: int) -> Outputs:
         if slope is not None:
             at_token[rows] = slope.gather(1, p.tokens[rows, None])[:, 0]
             prob *= slope
-        here = torch.arange(first, last + 1, device=p.hidden.device)[:, None] == segment[rows]
+        here = torch.arange(first, last + 1, device=p.hidden.device)[:, None] == owner[rows]
         residual[first : last + 1] -= here.float() @ prob
-    residual.index_put_((segment, p.tokens), at_token, accumulate=True)
+    residual.index_put_((owner, p.tokens), at_token, accumulate=True)
     features = (residual.to(p.weight.dtype) @ p.weight).float()
     return Outputs(features / p.cu_seqlens.diff()[:, None], logprobs, lse, entropy)
 
@@ -180,7 +179,7 @@ def _logprobs(p: Problem, entropy: bool = False, backend: str | None = None) -> 
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, tokens: Tensor, softcap: float | None) -> Tensor:
-    """[N], as one writes it: softmax in float32, of logits in the model's dtype."""
+    """[N], the usual way: log-softmax in float32, from logits in the model's dtype."""
     z = (hidden @ weight.T).float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -201,16 +200,16 @@ def _logprobs_compiled(p: Problem) -> Outputs:
 
 
 def _logprobs_chunked(p: Problem, chunk: int) -> Outputs:
-    """A chunk of logits at a time, forward and backward: checkpoints are computed again."""
-    parts = zip(p.hidden.split(chunk), p.tokens.split(chunk))
+    """A chunk of logits at a time; the backward pass computes it again (checkpointing)."""
+    chunks = zip(p.hidden.split(chunk), p.tokens.split(chunk))
     logprobs = [
         checkpoint(_log_softmax, hidden, p.weight, tokens, p.softcap, use_reentrant=False)
-        for hidden, tokens in parts
+        for hidden, tokens in chunks
     ]
     return Outputs(logprobs=torch.cat(logprobs))
 
 
-# --- other packages: what they do for a loss, and no more ---------------------------------------------------
+# --- other packages: losses only ----------------------------------------------------------------------------
 
 
 def _cce(p: Problem, impl: str = "cce") -> Outputs:
@@ -256,7 +255,7 @@ METHODS = {
         Method(f"{OURS}, statistics", _statistics, "features", "cuda"),
         Method(f"{OURS}, known_logprobs", lambda p: _features(p, "triton", p.logprobs), "", "cuda"),
         Method(
-            f"{OURS}, known_logprobs rounded",  # as a sampler with 16-bit logits reports them
+            f"{OURS}, known_logprobs rounded",  # as samplers with 16-bit logits report them
             lambda p: _features(p, "triton", p.rounded_logprobs),
             "",
             "cuda",

@@ -1,8 +1,8 @@
-"""Lists test files whose imports are missing here, so that the others can run: `path: module, module`.
+"""Lists test files that import missing packages, so that the others can run: `path: module, module`.
 
     python benchmarks/missing_imports.py tests
 
-Only what a file imports at its top counts, directly or through a module beside it.
+Only imports at the top of a file count, directly or through a module beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def missing(file: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
-    """Top-level packages that importing `file` needs and this interpreter does not have."""
+    """Top-level packages that `file` imports and this interpreter lacks."""
     found: set[str] = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
@@ -24,7 +24,7 @@ def missing(file: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
         else:
             continue
         for name in {name.split(".")[0] for name in names}:
-            # pytest puts a test's folder, and those of the conftests above it, first on the path
+            # pytest puts a test's folder, and the folders of conftest.py files above it, first on the path
             local = [folder / f"{name}.py" for folder in (file.parent, file.parent.parent)]
             here = next((path for path in local if path.exists()), None)
             if here is not None and here not in seen:

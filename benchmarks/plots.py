@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Row = dict[str, Any]
+from .rows import HeadRow, LogprobsRow
+
+Row = HeadRow | LogprobsRow
 
 
 def panels(rows: list[Row]) -> dict[str, list[Row]]:
-    """What belongs into one pair of axes: the same head, dtype and distribution. Where some of them have
-    several N, only those: a line needs two points."""
+    """Rows by pair of axes: the same head, dtype and distribution. Cases with one N are dropped if another
+    has several: a line needs two points."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         key = f"{row['shape']} (V = {row['V']}, d = {row['d']}), {row['dtype']}"
@@ -41,7 +42,7 @@ def draw(rows: list[Row], title: str, floor: str, path: Path) -> None:
                 low, mid, high = zip(*(row["ratio_20_50_80"] for row in mine))
                 left.plot(N, mid, **style)
                 left.fill_between(N, low, high, color=colours[method], alpha=0.15, linewidth=0)
-            # nothing allocated has no place on a logarithmic axis
+            # a logarithmic axis has no place for 0 bytes
             memory = [(row["N"], row["extra_bytes"] / 2**20) for row in mine if row["extra_bytes"]]
             if memory:
                 right.plot(*zip(*memory), **style)

@@ -1,8 +1,8 @@
-"""What is measured: heads of real models, distributions over their vocabulary, and the cases of each run.
+"""The cases that are measured: heads of real models, and distributions over their vocabulary.
 
-A *case* is a head, a number of tokens, a dtype and a distribution. `problem` makes its tensors. How peaked
-the distribution is matters to methods that skip confident tokens, and to none else; the tokens are sampled
-from it, as reinforcement learning does.
+A *case* is a head, a number of tokens, a dtype and a distribution. `problem` makes its tensors. Tokens are
+sampled from the distribution, as in reinforcement learning. How peaked it is matters only to methods that
+skip confident tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,34 +28,26 @@ class Shape:
     softcap: float | None = None
 
 
+def _family(name: str, V: int, sizes: dict[str, int], softcap: float | None = None) -> dict[str, Shape]:
+    """Heads with the same vocabulary; `sizes`: size of the model -> d."""
+    return {f"{name}-{size}": Shape(f"{name}-{size}", V, d, softcap) for size, d in sizes.items()}
+
+
 SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("qwen3-0.6b", 151936, 1024),
-        Shape("qwen3-1.7b", 151936, 2048),
-        Shape("qwen3-4b", 151936, 2560),
-        Shape("qwen3-8b", 151936, 4096),
-        Shape("qwen3-14b", 151936, 5120),
-        Shape("qwen3-32b", 151936, 5120),
-        Shape("llama3-8b", 128256, 4096),
-        Shape("llama3-70b", 128256, 8192),
-        Shape("gemma2-2b", 256000, 2304, 30.0),
-        Shape("gemma2-9b", 256000, 3584, 30.0),
-        Shape("gemma2-27b", 256000, 4608, 30.0),
-        Shape("gemma3-1b", 262144, 1152),
-        Shape("gemma3-4b", 262208, 2560),
-        Shape("gemma3-12b", 262208, 3840),
-        Shape("gemma3-27b", 262208, 5376),
-        Shape("smollm2-135m", 49152, 576),
-        Shape("smollm2-360m", 49152, 960),
-        Shape("smollm2-1.7b", 49152, 2048),
-        Shape("tiny", 2048, 64),
-    )
+    **_family(
+        "qwen3", 151936, {"0.6b": 1024, "1.7b": 2048, "4b": 2560, "8b": 4096, "14b": 5120, "32b": 5120}
+    ),
+    **_family("llama3", 128256, {"8b": 4096, "70b": 8192}),
+    **_family("gemma2", 256000, {"2b": 2304, "9b": 3584, "27b": 4608}, softcap=30.0),
+    **_family("gemma3", 262144, {"1b": 1152}),
+    **_family("gemma3", 262208, {"4b": 2560, "12b": 3840, "27b": 5376}),
+    **_family("smollm2", 49152, {"135m": 576, "360m": 960, "1.7b": 2048}),
+    "tiny": Shape("tiny", 2048, 64),
 }
 
-# Name -> standard deviation of independent logits, or mean entropy in nats of a peaked distribution. Language
-# models under reinforcement learning are peaked: 1.2 to 1.6 nats for a small chat model, 0.1 to 0.2 for one
-# tuned on mathematics.
+# Name -> standard deviation of independent logits, or mean entropy in nats of a peaked distribution. Typical
+# entropies in reinforcement learning: 1.2 to 1.6 nats for a small chat model, 0.1 to 0.2 for one tuned on
+# mathematics.
 SIGMAS = {"flat": 0.1, "2.3 sigma": 2.3}
 NATS = {"1.5 nats": 1.5, "0.5 nats": 0.5, "0.15 nats": 0.15}
 DISTRIBUTIONS = (*SIGMAS, *NATS)
@@ -74,7 +67,8 @@ class Case:
 
 
 def case(shape: str, dtype: str, N: int = 0, distribution: str = "2.3 sigma", gpu: bool = False) -> Case:
-    """N = 0: what one measures in seconds. Responses have 1024 tokens on a GPU; on a CPU there are 4."""
+    """A case by names. N = 0: as many tokens as take seconds. Responses: of 1024 tokens on a GPU, 4 on a
+    CPU."""
     size = SHAPES[shape].V * SHAPES[shape].d
     small = 16384 if gpu else 128 if shape == "tiny" else 512 if size < 1e8 else 256 if size < 5e8 else 64
     N = N or small
@@ -82,8 +76,8 @@ def case(shape: str, dtype: str, N: int = 0, distribution: str = "2.3 sigma", gp
 
 
 def default_cases(op: str, gpu: bool, quick: bool) -> list[Case]:
-    """What `g2rl bench head` or `logprobs` measures when nothing is asked for: the most telling first,
-    because a run that is out of time stops where it is."""
+    """The default cases of `g2rl bench head` or `logprobs`. The most telling come first, because a run that
+    is out of time stops where it is."""
     if not gpu:
         if quick:
             return [case("smollm2-135m", "bf16", 128)]
@@ -118,26 +112,28 @@ def default_cases(op: str, gpu: bool, quick: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class Problem:
-    """The op's inputs, on one device; cu_seqlens again as a list of numbers, which costs no wait for it."""
+    """The op's inputs, on one device."""
 
     hidden: Tensor  # [N, d]
     weight: Tensor  # [V, d]
     tokens: Tensor  # [N], sampled from the softmax
     cu_seqlens: Tensor  # [S + 1]
-    cuts: tuple[int, ...]
+    cuts: tuple[int, ...]  # cu_seqlens, to be read without waiting for the device
     softcap: float | None
-    logprobs: Tensor  # [N] of the tokens, from logits in float32
-    rounded_logprobs: Tensor  # [N] the same from logits in the model's dtype: what samplers report
+    logprobs: Tensor  # [N], from logits in float32
+    rounded_logprobs: Tensor  # [N], from logits in the model's dtype: what samplers report
     entropy: float  # nats, mean over the tokens
 
     def cut(self, responses: int) -> Problem:
-        """The same tokens in so many responses."""
+        """The same tokens, divided into so many responses."""
         cuts = _cuts(len(self.tokens), responses)
         return replace(self, cuts=cuts, cu_seqlens=torch.tensor(cuts, device=self.tokens.device))
 
     def moved(self) -> Problem:
         """The same numbers elsewhere in memory."""
-        copies = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        copies: dict[str, Any] = {
+            name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **copies)
 
 
@@ -146,8 +142,8 @@ def _cuts(N: int, responses: int) -> tuple[int, ...]:
 
 
 def problem(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Problem:
-    """The tensors of a case, made without N x V numbers: beside them are held, for a moment, hidden and
-    weight in float32 and logits of a few hundred tokens."""
+    """The tensors of a case. No tensor of N x V is made: the extra memory is hidden and weight in float32,
+    and the logits of a few hundred tokens."""
     g = torch.Generator(device).manual_seed(seed)
     shape, N, dtype = case.shape, case.N, DTYPES[case.dtype]
     if case.distribution in SIGMAS:
@@ -195,11 +191,11 @@ def _logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Ten
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-# A peaked distribution is made like a language model's: token frequencies follow Zipf's law (a direction that
-# all hidden states share carries their logarithms), and each position lifts a few tokens out of that: one by
-# a margin that varies from position to position, and eight rivals, which share a mass of 1. The margins'
-# mean decides the entropy; their spread of 3 makes most positions certain and some forks, as measured on
-# real models. Of the frequencies, e^-3 of the rivals' mass is left.
+# A peaked distribution resembles a language model's. Token frequencies follow Zipf's law: a direction that
+# all hidden states share carries their logarithms. Each position lifts a few tokens above their frequencies:
+# one by a margin that varies from position to position, and eight rivals, which share a mass of 1. The mean
+# margin sets the entropy. The margins' spread of 3 makes most positions certain and some uncertain, as
+# measured on real models. All other tokens together keep e^-3 of the rivals' mass.
 SHARED, LIFT, SPREAD, RIVALS = 8.0, 3.0, 3.0, 8
 
 
@@ -217,7 +213,7 @@ def _peaked(case: Case, g: torch.Generator) -> tuple[Tensor, Tensor]:
     margin = SPREAD * _normal_quantiles(N, device)[torch.randperm(N, generator=g, device=device)]
 
     def directions(rows: slice | Tensor) -> Tensor:
-        """[n, 1 + RIVALS, d]: what added to a hidden state lifts one logit by 1."""
+        """[n, 1 + RIVALS, d]: a direction that, added to a hidden state, lifts one logit by 1."""
         w = weight[lifted[rows]].float()
         w[..., 0] = 0
         return w / w.square().sum(-1, keepdim=True)
@@ -237,7 +233,7 @@ def _peaked(case: Case, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _normal_quantiles(n: int, device: torch.device) -> Tensor:
-    """A normal sample without the luck of the draw."""
+    """[n], quantiles of the normal distribution: a sample without randomness."""
     return math.sqrt(2) * torch.erfinv((torch.arange(n, device=device) + 0.5) / n * 2 - 1)
 
 

@@ -1,4 +1,4 @@
-"""`g2rl bench`: the ops' speed, memory and error, each beside the least that the machine needs for it."""
+"""`g2rl bench`: speed, memory and error of the ops, beside the least time that the machine needs for them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,41 @@ from typing import Any
 
 import torch
 
+from g2rl_kernels._files import write_whole
+from g2rl_kernels.cli.common import as_options, run_command
+from g2rl_kernels.errors import CommandError
+
 from . import group, head, logprobs, scaling, train
 from .measure import ceilings_line, header, machine, profile, why_not
 from .methods import Method, default_methods
 from .registry import DISTRIBUTIONS, DTYPES, SHAPES, Case, case, default_cases
+from .rows import LeftOut, Result
 
 DESCRIPTION = """\
-Speed, memory and error of the ops, each beside the least that the machine needs for it.
+Speed, memory and error of the ops, beside the least time that the machine needs for them.
 
   g2rl bench head       the LM head: time as a ratio to the bare logits product in the same run
   g2rl bench logprobs   linear_logprobs, forward and backward, as a ratio to the three bare products
   g2rl bench group      the group geometry beside one read of its features
   g2rl bench train      what G2RL adds to a training step
   g2rl bench scaling    the same on paper: models up to 235B, on 1 to 1024 GPUs; measures nothing
-  g2rl bench table F    the table of a result F (JSON) again;  g2rl bench plot F  draws it
+  g2rl bench table F    prints the table of a result F (JSON);  g2rl bench plot F  draws it
 
-Runs on the GPU if there is one; progress goes to stderr, the table to stdout, --out takes all as JSON."""
+Runs on the GPU if there is one. Progress goes to stderr, the table to stdout, and --out writes everything as
+JSON. Options may be written as key=value: g2rl bench head N=512 rounds=3."""
 
-HEAD = """\
-The op beside torch.mm(hidden, weight.T, out=logits), the least that anything which looks at all logits has to
-do. Methods take turns, round by round, and a ratio is taken within a round, so that a machine which slows
-down slows both; shown is the median with the 20 % and 80 % quantiles. On a GPU each call is timed by CUDA
-events, behind a write that empties the L2. Extra memory is the growth at a call's peak, outputs included: on
-a GPU of torch's allocator, on a CPU of the process. Error is that of the first response's feature against
-the reference in float64. What could not be measured is listed below the table, with the reason."""
+TURNS = """\
+Methods take turns, round by round, and a ratio is taken within a round, so that a machine which slows down
+slows both; the table shows the median with the 20 % and 80 % quantiles. On a GPU each call is timed by CUDA
+events, after a write that empties the L2."""
+
+HEAD = f"""\
+The op beside torch.mm(hidden, weight.T, out=logits), the least work of any method that looks at all logits.
+{TURNS}
+
+Extra memory is the growth at a call's peak, outputs included: of torch's allocator on a GPU, of the process
+on a CPU. Error is that of the first response's feature, against the reference in float64. Methods that could
+not be measured are listed below the table, with the reason."""
 
 HEAD_EXAMPLES = """\
 examples:
@@ -54,20 +65,21 @@ examples:
 """
 
 
-LOGPROBS = """\
+LOGPROBS = f"""\
 Forward and backward of linear_logprobs beside the products that a head which holds its logits cannot do
 without: logits = hidden W^T, dX = dz W and dW = dz^T hidden, each by torch.mm; with a frozen weight, the
-first two. A method that never holds the logits computes them twice: four products (three) at least. Memory
-for the bare products' logits is there beforehand, and they stand in for dz. dX and dW are fresh memory in
-each call, as gradients from autograd are: on some machines that costs much, and all methods pay it alike.
+first two. A method that never holds the logits computes them twice: at least four products (three with a
+frozen weight). The bare products' logits are allocated beforehand, and stand in for dz. dX and dW are
+fresh memory in each call, as gradients from autograd are: on some machines that is slow, for all methods
+alike.
 
-Methods take turns, round by round, and a ratio is taken within a round; shown is the median with the 20 % and
-80 % quantiles. On a GPU each pass is timed by CUDA events, behind a write that empties the L2. The gradient
-that comes in is random, and that of the log-probs alone; with "entropy bonus" the entropy has one too. Extra
-memory is the growth at the peak beyond the gradients themselves: on a GPU of torch's allocator, on a CPU of
-the process. Errors are against float64: of hidden's gradient at the first 16 tokens and of 32 rows of the
-weight's, half of them of tokens that occur, relative to their norm; of log p, the largest. What could not be
-measured is listed below the table, with the reason."""
+{TURNS}
+
+The incoming gradient is random, and that of the log-probs alone; with "entropy bonus" the entropy has one
+too. Extra memory is the growth at the peak beyond the gradients themselves: of torch's allocator on a GPU, of
+the process on a CPU. Errors are against float64: of hidden's gradient at the first 16 tokens and of 32 rows
+of the weight's, half of them rows of tokens that occur, relative to their norm; of log p, the largest.
+Methods that could not be measured are listed below the table, with the reason."""
 
 LOGPROBS_EXAMPLES = """\
 examples:
@@ -79,32 +91,32 @@ examples:
 """
 
 
-def write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 OPS: dict[str, Any] = {"head": head, "logprobs": logprobs, "group": group, "train": train}
 
 
-class Result:
-    """What a run found so far, written out after every case: a run that is killed leaves what it has."""
+Measure = Callable[[Any], tuple[list[Any], list[LeftOut]]]  # a case -> its rows, and what is left out
+
+
+class Recorder:
+    """The result so far, written after every case: a run that is killed leaves it."""
 
     def __init__(self, op: str, device: str, out: Path | None):
         self.out = out
-        self.content: dict[str, Any] = {"op": op, "machine": machine(device), "rows": [], "left_out": []}
+        self.left_out: list[LeftOut] = []
+        self.result: Result = {"op": op, "machine": machine(device), "rows": [], "left_out": self.left_out}
 
-    def add(self, rows: list[dict[str, Any]], left_out: list[dict[str, Any]]) -> None:
-        self.content["rows"] += rows
-        self.content["left_out"] += left_out
+    def add(self, rows: Sequence[Any], left_out: Sequence[LeftOut]) -> None:
+        self.result["rows"] += rows
+        self.left_out += left_out
         if self.out:
-            write_whole(self.out, json.dumps(self.content, indent=1) + "\n")
+            write_whole(self.out, json.dumps(self.result, indent=1) + "\n")
+
+    def leave_out(self, case: str, method: str, reason: str) -> None:
+        self.add([], [{"case": case, "method": method, "reason": reason, "fault": False}])
 
 
-def render(result: dict[str, Any]) -> str:
-    """Header, table, what to know of it, and what is left out of it."""
+def render(result: Result) -> str:
+    """Header, table, notes, and what is left out."""
     op, rows = OPS[result.get("op", "head")], result["rows"]
     parts = [header(result["machine"])]
     if ceilings := ceilings_line(result["machine"]):
@@ -124,20 +136,19 @@ def render(result: dict[str, Any]) -> str:
 # --- the runs -----------------------------------------------------------------------------------------------
 
 
-def run_methods(args: argparse.Namespace, device: str, result: Result) -> None:
-    """head and logprobs: methods that are compared, case by case."""
+def run_methods(args: argparse.Namespace, device: str, result: Recorder) -> None:
+    """head and logprobs: compares methods, case by case."""
     op, gpu = OPS[args.op], device == "cuda"
     cases, methods = chosen_cases(args, gpu), []
     for name in chosen_methods(op.METHODS, args.methods, device):
         if reason := op.METHODS[name].obstacle(device):
-            left = {"case": "all cases", "method": name, "reason": reason, "fault": False}
-            result.add([], [left])
+            result.leave_out("all cases", name, reason)
         else:
             methods.append(name)
     rounds = args.rounds or (5 if args.quick else op.ROUNDS[device])
     each = args.seconds or (4.0 if gpu else float("inf"))
 
-    def measured(one: Case) -> Any:
+    def measured(one: Case) -> tuple[list[Any], list[LeftOut]]:
         return op.measure(one, device, methods, rounds, each, not args.no_error)
 
     within_budget(args.budget, [(one.label, one) for one in cases], measured, result)
@@ -164,44 +175,42 @@ def chosen_methods(methods: dict[str, Method], wanted: Sequence[str] | None, dev
     return [name for name in methods if any(word.lower() in name.lower() for word in wanted)]
 
 
-def run_group(args: argparse.Namespace, device: str, result: Result) -> None:
+def run_group(args: argparse.Namespace, device: str, result: Recorder) -> None:
     sizes = group.QUICK_SIZES if args.quick else group.SIZES if device == "cuda" else group.CPU_SIZES
     launches = args.launches or (100 if device == "cuda" else 10)
 
-    def measured(size: tuple[int, int, int]) -> Any:
+    def measured(size: tuple[int, int, int]) -> tuple[list[Any], list[LeftOut]]:
         return group.measure(size, device, args.rounds or 15, launches)
 
     named = [(" x ".join(map(str, size)), size) for size in args.sizes or sizes]
     within_budget(args.budget, named, measured, result)
 
 
-def run_train(args: argparse.Namespace, device: str, result: Result) -> None:
+def run_train(args: argparse.Namespace, device: str, result: Recorder) -> None:
     gpu = device == "cuda"
     models = args.models or (["qwen3-1.7b", "qwen3-0.6b"] if gpu else ["tiny"])
     if args.quick:
         models = models[:1]
     rounds = args.rounds or (3 if args.quick else 5 if gpu else 9)
 
-    def measured(model: str) -> Any:
+    def measured(model: str) -> tuple[list[Any], list[LeftOut]]:
         try:
             return train.measure(model, device, train.BATCHES[device], rounds), []
         except Exception as error:
-            return [], [{"case": model, "method": "the step", **why_not(error)}]
+            return [], [why_not(model, "the step", error)]
 
     within_budget(args.budget, [(model, model) for model in models], measured, result)
 
 
 def within_budget(
-    budget: float | None, cases: list[tuple[str, Any]], measured: Callable[[Any], Any], result: Result
+    budget: float | None, cases: list[tuple[str, Any]], measured: Measure, result: Recorder
 ) -> None:
     """Begins no case that would end after `budget` seconds if it took as long as most so far."""
     start, durations = time.perf_counter(), list[float]()
     for name, one in cases:
         begun = time.perf_counter()
         if budget and durations and begun - start + statistics.median(durations) > budget:
-            result.add(
-                [], [{"case": name, "method": "all", "reason": "no time left (--budget)", "fault": False}]
-            )
+            result.leave_out(name, "all", "no time left (--budget)")
             continue
         result.add(*measured(one))
         durations.append(time.perf_counter() - begun)
@@ -218,10 +227,12 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one, else cpu")
     common.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
-    common.add_argument("--rounds", type=int, help="turns of every method after one to warm up")
-    common.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case that would end later")
+    common.add_argument("--rounds", type=int, help="measured calls of every method, after one to warm up")
+    common.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that would end later")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's)")
-    common.add_argument("--out", type=Path, metavar="JSON", help="write the result there, after every case")
+    common.add_argument(
+        "--out", type=Path, metavar="JSON", help="write the result to this file, after every case"
+    )
 
     for op, about, examples in (("head", HEAD, HEAD_EXAMPLES), ("logprobs", LOGPROBS, LOGPROBS_EXAMPLES)):
         m = ops.add_parser(op, description=about, epilog=examples, formatter_class=raw, parents=[common])
@@ -235,9 +246,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--launches", type=int, help="calls in a row that are timed together (GPU: 100, CPU: 10)")
 
     about = (
-        "What G2RL adds to a training step: the trainer's own step on a model with the shape of a Qwen3\n"
-        "and random weights, with G2RL and without it (GRPO), in turns. Generation and verification, which\n"
-        "are the same for both, are left out."
+        "The time that G2RL adds to a training step: the trainer's own step on a model with the shape of a\n"
+        "Qwen3 and random weights, with G2RL and without it (GRPO), in turns. Generation and verification,\n"
+        "which are the same for both, are not measured."
     )
     t = ops.add_parser("train", description=about, formatter_class=raw, parents=[common])
     names = f"of {', '.join(train.MODELS)}"
@@ -245,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
 
     about = (
         "FLOPs, seconds and bytes of a training step with G2RL, on paper: nothing is measured.\n"
-        "docs/scaling.md says what is assumed."
+        "docs/scaling.md lists the assumptions."
     )
     c = ops.add_parser("scaling", description=about, formatter_class=raw)
     names = f"Qwen3, of {', '.join(scaling.MODELS)} (default: all)"
@@ -258,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
         ("plot", "Draw results of `head` or of `logprobs`."),
     ):
         s = ops.add_parser(op, description=what)
-        s.add_argument("results", nargs="+", type=Path, help="JSON that --out wrote")
+        s.add_argument("results", nargs="+", type=Path, help="JSON files that --out wrote")
         if op == "plot":
             s.add_argument("--out", type=Path, required=True, metavar="PNG")
     return p
@@ -273,12 +284,12 @@ def add_methods(p: argparse.ArgumentParser, methods: dict[str, Method]) -> None:
     ):
         names = f"{what}, of {', '.join(choices)}"
         p.add_argument(option, nargs="+", choices=choices, metavar="NAME", help=names)
-    p.add_argument("--N", nargs="+", type=int, help="numbers of tokens (default: what takes seconds here)")
+    p.add_argument("--N", nargs="+", type=int, help="numbers of tokens (default: as many as take seconds)")
     p.add_argument(
         "--methods",
         nargs="+",
         metavar="WORD",
-        help=f"those whose names contain one of the words, of: {'; '.join(methods)}".replace("%", "%%"),
+        help=f"methods whose names contain one of the words, of: {'; '.join(methods)}".replace("%", "%%"),
     )
     p.add_argument(
         "--seconds", type=float, help="fewer rounds, at least 3, where a case takes longer (GPU: 4)"
@@ -298,26 +309,28 @@ def _size(text: str) -> tuple[int, int, int]:
     return B, m, d
 
 
-class BenchError(Exception):
-    """In one line, what is wrong with what was given."""
+class BenchError(CommandError):
+    """An option or a file is wrong."""
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """What --out wrote: what can be rendered."""
+def read_result(path: Path) -> Result:
+    """Reads what --out wrote; raises BenchError if it cannot be rendered."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: Result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BenchError(f"{path} is not JSON: {error}") from None
     try:
         render(found)
     except (TypeError, AttributeError, LookupError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise BenchError(f"{path} is no result of g2rl bench ({why}): give what --out wrote") from None
+        raise BenchError(
+            f"{path} is not a result of g2rl bench ({why}): give a file that --out wrote"
+        ) from None
     return found
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """A file can be written there: said before minutes are spent on what it is for."""
+    """Fails early if the file cannot be written."""
     if path is None:
         return
     try:
@@ -331,7 +344,7 @@ def check_output(option: str, path: Path | None) -> None:
 
 
 def check_plot(option: str, path: Path | None) -> None:
-    """The same for a picture, and that matplotlib is there and knows the suffix."""
+    """Fails early if the picture cannot be written, or matplotlib is missing or does not know the suffix."""
     check_output(option, path)
     if path is None:
         return
@@ -345,22 +358,18 @@ def check_plot(option: str, path: Path | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where something that should run failed (the table says why); 2 for wrong usage, or where
-    nothing could be measured; 130 when interrupted."""
+    """Returns 0; 1 if a method that should run failed (the table says why); 2 for wrong usage, or if nothing
+    could be measured; 130 when interrupted."""
     p = parser()
-    args = p.parse_args(argv)
-    try:
-        return _main(p, args)
-    except BenchError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        kept = f": {args.out} is written after every case" if args.op in OPS and args.out else ""
-        print(f"\ninterrupted{kept}", file=sys.stderr)
-        return 130
-    print(f"g2rl bench: error: {message}", file=sys.stderr)
-    return 2
+    args = p.parse_args(as_options(sys.argv[1:] if argv is None else argv))
+    out = getattr(args, "out", None)
+    return run_command(
+        "g2rl bench",
+        lambda: _main(p, args),
+        interrupted=f"{out} is written after every case" if args.op in OPS and out else "nothing is kept",
+        memory="measure fewer tokens (--N) or a smaller head (--shapes)",
+        path=str(out or "the output"),
+    )
 
 
 def _main(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -398,29 +407,29 @@ def _main(p: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    result = Result(args.op, device, args.out)
-    {"group": run_group, "train": run_train}.get(args.op, run_methods)(args, device, result)
-    print(render(result.content))
-    faults = any(left["fault"] for left in result.content["left_out"])
-    if not result.content["rows"]:
+    recorder = Recorder(args.op, device, args.out)
+    {"group": run_group, "train": run_train}.get(args.op, run_methods)(args, device, recorder)
+    print(render(recorder.result))
+    faults = any(left["fault"] for left in recorder.left_out)
+    if not recorder.result["rows"]:
         return 1 if faults else 2
     if methods and args.plot:
-        _plot([result.content], args.plot)
+        _plot([recorder.result], args.plot)
     return int(faults)
 
 
-def _plot(results: list[dict[str, Any]], out: Path) -> None:
-    """Of results of one op: what their times are a ratio to is written on the axis."""
+def _plot(results: Sequence[Result], out: Path) -> None:
+    """Draws results of one op: head or logprobs."""
     from .plots import draw
 
     rows = [row for result in results for row in result["rows"]]
     names = {result.get("op", "head") for result in results}
-    floors = {getattr(OPS[name], "FLOOR", None) for name in names}
-    if len(floors) > 1 or None in floors:
+    floor = getattr(OPS[min(names)], "FLOOR", None)
+    if len(names) > 1 or floor is None:
         raise BenchError(f"no plot of {' and '.join(sorted(names))}: of head or of logprobs")
     if not rows:
         raise BenchError("no plot: nothing was measured")
-    draw(rows, header(results[0]["machine"]), floors.pop(), out)
+    draw(rows, header(results[0]["machine"]), floor, out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What G2RL costs in a training step, on paper: FLOPs, bytes, messages and seconds, from one GPU to 1024.
+"""The cost of G2RL in a training step, on paper: FLOPs, bytes, messages and seconds, from one GPU to 1024.
 
-docs/scaling.md explains the model and its symbols; `g2rl bench scaling` prints its tables, and `python -m
+docs/scaling.md explains the equations and symbols; `g2rl bench scaling` prints its tables, and `python -m
 benchmarks.scaling` puts them into it. Nothing is measured: a GPU is five numbers and three assumed
 efficiencies (`GPU`), a model its shape (`MODELS`).
 """
@@ -34,19 +34,19 @@ class Model:
     active: int = 1
 
     def layer_parameters(self, experts: int) -> int:
-        """In the matrices of a layer that has, or uses, so many experts."""
+        """Parameters in the matrices of a layer that has, or uses, so many experts."""
         attention = 128 * self.d * (2 * self.heads + 2 * self.kv_heads)
         router = self.d * self.experts if self.experts > 1 else 0
         return attention + router + 3 * self.d * self.f * experts
 
     @property
     def parameters(self) -> int:
-        """P: all that is stored and trained."""
+        """P: all parameters, which are stored and trained."""
         return self.layers * self.layer_parameters(self.experts) + V * self.d * (1 if self.tied else 2)
 
     @property
     def cache_bytes(self) -> int:
-        """k: keys and values of a token, in 16 bits."""
+        """k: bytes of a token's keys and values, in 16 bits."""
         return 2 * 2 * 128 * self.kv_heads * self.layers
 
     def forward(self, context: float) -> float:
@@ -56,12 +56,12 @@ class Model:
 
     @property
     def head(self) -> int:
-        """2 V d: FLOPs of a token's logits, that is, of one pass over the head."""
+        """2 V d: FLOPs of a token's logits, one pass over the head."""
         return 2 * V * self.d
 
     def weights_read(self, batch: float) -> float:
-        """Bytes of weights that a decoding step of `batch` sequences reads: of experts, those that one of
-        them chose."""
+        """Bytes of weights that a decoding step of `batch` sequences reads; only experts that a sequence
+        chose count."""
         used = self.experts * (1 - (1 - self.active / self.experts) ** batch) if self.experts > 1 else 1
         layers = self.layers * (self.layer_parameters(0) + 3 * self.d * self.f * used)
         return 2 * (layers + V * self.d)
@@ -83,7 +83,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class GPU:
-    """An H100 SXM by its data sheet, and how much of it programs reach: assumed, not measured."""
+    """An H100 SXM by its data sheet, and the shares of it that programs reach, which are assumed."""
 
     flops: float = 989e12  # bf16, dense, a second
     memory: float = 80e9  # bytes
@@ -97,26 +97,27 @@ class GPU:
 
 @dataclass(frozen=True)
 class Setting:
-    """A step: the paper's by default (1.7B: 8k tokens; larger models: 12k, as for its 4B)."""
+    """The sizes of a step; the defaults are the paper's for 1.7B (see `paper`)."""
 
     responses: int = 256  # S: 16 prompts, 16 rollouts each
     group: int = 16  # m
-    micro: int = 2  # responses of a forward pass
-    prompt: int = 256  # tokens of a prompt
-    response: int = 8192  # L: tokens of a response
+    micro: int = 2  # responses a forward pass
+    prompt: int = 256  # tokens a prompt
+    response: int = 8192  # L: tokens a response
 
     @property
     def tokens(self) -> int:
-        """N, of all responses."""
+        """N: tokens of all responses."""
         return self.responses * self.response
 
     @property
     def context(self) -> float:
-        """What a token sees, on average."""
+        """Tokens that a token sees, on average."""
         return self.prompt + self.response / 2
 
 
 def paper(model: Model) -> Setting:
+    """The paper's step: 8k tokens a response for 1.7B, 12k for larger models, as for its 4B."""
     return Setting(response=8192 if model.name == "1.7B" else 12288)
 
 
@@ -124,23 +125,23 @@ def paper(model: Model) -> Setting:
 
 
 def forward_flops(model: Model, s: Setting) -> float:
-    """A forward pass over prompts and responses, the head applied to responses."""
+    """A forward pass over prompts and responses, with the head on responses only."""
     prompt = s.responses * s.prompt * model.forward(s.prompt / 2)
     return s.tokens * (model.forward(s.context) + model.head) + prompt
 
 
 def update_flops(model: Model, s: Setting) -> float:
-    """Forward, forward once more for what gradient checkpointing dropped, and backward: 4 forward passes."""
+    """Forward, the forward pass again for gradient checkpointing, and backward: 4 forward passes."""
     return 4 * forward_flops(model, s)
 
 
 def second_pass_flops(model: Model, s: Setting) -> float:
-    """Logits once more, where nothing is known."""
+    """The logits again, without known log-probs."""
     return s.tokens * model.head
 
 
 def projection_flops(model: Model, s: Setting) -> float:
-    """A W with a row for each response, and the realised tokens' rows of W."""
+    """A W, with a row of A for each response, and the realised tokens' rows of W."""
     return s.responses * model.head + 2 * s.tokens * model.d
 
 
@@ -153,22 +154,22 @@ def geometry_flops(model: Model, s: Setting) -> float:
 
 
 def fits(model: Model, gpus: int, gpu: GPU) -> bool:
-    """16 bytes a parameter (weights, gradients, AdamW in float32) in 80 % of the memory of all."""
+    """Whether 16 bytes a parameter (weights, gradients, AdamW in float32) fit in 80 % of all memory."""
     return 16 * model.parameters <= 0.8 * gpu.memory * gpus
 
 
 def generator(model: Model, gpu: GPU) -> int:
-    """GPUs that a copy of the generator takes: the least power of two with 40 % of memory left for caches."""
+    """GPUs of one copy of the generator: the least power of two that leaves 40 % of memory for caches."""
     return 2 ** max(0, math.ceil(math.log2(2 * model.parameters / (0.6 * gpu.memory))))
 
 
 def generation_seconds(model: Model, s: Setting, gpus: int, gpu: GPU) -> float:
-    """Each decoding step reads the weights and the caches of all sequences, or is bound by FLOPs.
+    """Decoding steps, each bound by the bytes of weights and caches that it reads, or by FLOPs.
 
-    The sequences of a copy run together as far as their caches fit, else in waves.
+    The sequences of a copy run together if their caches fit, else in waves.
     """
     t = min(generator(model, gpu), gpus)
-    share = max(1.0, s.responses / (gpus // t))  # sequences of a copy; GPUs may be left over
+    share = max(1.0, s.responses / (gpus // t))  # sequences of a copy; GPUs beyond whole copies are idle
     room = 0.9 * gpu.memory * t - 2 * model.parameters
     waves = max(1, math.ceil(share * (s.prompt + s.response) * model.cache_bytes / room))
     read = s.response * (waves * model.weights_read(share / waves) + share * s.context * model.cache_bytes)
@@ -177,17 +178,17 @@ def generation_seconds(model: Model, s: Setting, gpus: int, gpu: GPU) -> float:
 
 
 def collective_seconds(size: float, gpus: int, gpu: GPU) -> float:
-    """All-gather of `size` bytes in all: each GPU receives what it has not."""
+    """All-gather of `size` bytes in total: each GPU receives the others' shares."""
     if gpus == 1:
         return 0.0
     return size * (gpus - 1) / gpus / gpu.network + math.ceil(math.log2(gpus)) * gpu.latency
 
 
 def feature_seconds(model: Model, s: Setting, gpus: int, gpu: GPU, known: bool) -> float:
-    """What the feature takes beyond the log-probabilities' pass over the head: the second pass, unless
-    log-probabilities are known, A W, the geometry (on each GPU the same), and the features' all-gather.
+    """Seconds of the feature beyond the log-probs' pass over the head: the second pass (unless log-probs are
+    known), A W, the geometry (the same on each GPU), and the features' all-gather.
 
-    With more GPUs than responses, those that share a response share the vocabulary.
+    With more GPUs than responses, GPUs that share a response split the vocabulary.
     """
     second = 0.0 if known else second_pass_flops(model, s) / gpus
     flops = second + projection_flops(model, s) / gpus + geometry_flops(model, s)
@@ -201,17 +202,17 @@ def feature_seconds(model: Model, s: Setting, gpus: int, gpu: GPU, known: bool) 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds."""
+    """Seconds of the phases of a step."""
 
     generation: float
-    forward: float  # of old log-probabilities; as much for the reference model
+    forward: float  # old log-probs; the reference model takes as long
     update: float
-    two_passes: float  # of features, where nothing is known
-    known: float  # of features with known_logprobs
+    two_passes: float  # features without known_logprobs
+    known: float  # features with known_logprobs
 
     @property
     def training(self) -> float:
-        """What GRPO does after generation, with old log-probabilities and KL."""
+        """GRPO after generation, with old log-probs and KL."""
         return 2 * self.forward + self.update
 
 
@@ -230,7 +231,7 @@ def step(model: Model, s: Setting, gpus: int, gpu: GPU) -> Step:
 
 
 def feature_bytes(responses: int, d: int) -> int:
-    """[responses, d] float32: gathered by all once a step; summed over the ranks of a vocabulary."""
+    """[responses, d] float32: gathered by all GPUs once a step; summed over the ranks of a vocabulary."""
     return 4 * responses * d
 
 
@@ -274,14 +275,14 @@ def flops_table(models: Sequence[Model]) -> str:
         forward = forward_flops(model, s)
         grpo = [forward, forward, forward, update_flops(model, s)]
         extra = [second_pass_flops(model, s), projection_flops(model, s), geometry_flops(model, s)]
-        cells = [f"{part / 1e15:.2g}" if part < 1e17 else f"{part / 1e15:.0f}" for part in grpo + extra]
-        shares = [percent(sum(part) / sum(grpo)) for part in (extra, extra[1:])]
+        cells = [f"{flops / 1e15:.2g}" if flops < 1e17 else f"{flops / 1e15:.0f}" for flops in grpo + extra]
+        shares = [percent(sum(added) / sum(grpo)) for added in (extra, extra[1:])]
         rows.append([model.name, f"{s.tokens / 1e6:.1f}M", *cells, *shares])
     return table(columns, rows)
 
 
 def seconds_table(models: Sequence[Model], gpus: Sequence[int], response: int | None = None) -> str:
-    """Of the paper's step, or one with responses of another length; where a model fits."""
+    """Seconds of the paper's step, or of one with responses of another length, for models that fit."""
     columns = ["model", "GPUs", "generation", "old log p", "update", "features: two passes", "log p known"]
     columns += ["**G2RL / GRPO**: two passes", "log p known", "two passes, generation elsewhere"]
     columns += ["old forward for G2RL alone"]
@@ -301,7 +302,7 @@ def seconds_table(models: Sequence[Model], gpus: Sequence[int], response: int | 
 
 
 def network_table(models: Sequence[Model], ranks: int = 8, tokens: int = 16384) -> str:
-    """Bytes of a step's features, and of `tokens` tokens of a vocabulary-parallel head."""
+    """Bytes of a step's features, and of a vocabulary-parallel head for `tokens` tokens."""
     columns = ["model", "features of a step", f"{tokens} tokens on {ranks} ranks: statistics", "features"]
     columns += ["hidden's gradient", "beside them: W"]
     rows = []
@@ -314,7 +315,7 @@ def network_table(models: Sequence[Model], ranks: int = 8, tokens: int = 16384) 
 
 
 def measured_table(file: Path) -> str:
-    """What 7 rows more of A W took on a CPU, by a result of `g2rl bench head`."""
+    """Time of 7 more rows of A W on a CPU, from a result of `g2rl bench head`."""
     columns = ["N x V x d, dtype", "time / logits product, 1 response", "8 responses", "7 rows more", "7 / N"]
     ratios: dict[str, dict[Any, float]] = {}
     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
@@ -333,7 +334,7 @@ SHORT = 1024
 
 
 def tables() -> dict[str, str]:
-    """Those of docs/scaling.md, by name."""
+    """The tables of docs/scaling.md, by name."""
     models = [*MODELS.values()]
     return {
         "flops": flops_table(models),
@@ -345,12 +346,12 @@ def tables() -> dict[str, str]:
 
 
 def report(models: Sequence[Model], gpus: Sequence[int], response: int | None) -> str:
-    """FLOPs are the paper's step's."""
+    """The text of `g2rl bench scaling`; FLOPs are those of the paper's step."""
     return "\n\n".join(
         [
             "PFLOP of a step at the paper's lengths:",
             flops_table(models),
-            "A step on GPUs, on paper; where a model is left out, it does not fit:",
+            "A step on GPUs, on paper; models that do not fit are left out:",
             seconds_table(models, gpus, response),
             "Bytes over the network:",
             network_table(models),
@@ -365,7 +366,7 @@ BLOCK = re.compile(r"(<!-- table: scaling (\w+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def written(text: str) -> str:
-    """The document with its tables as they should be."""
+    """The document with its tables replaced."""
     found = tables()
     return BLOCK.sub(lambda block: f"{block[1]}{found[block[2]]}\n{block[3]}", text)
 

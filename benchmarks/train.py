@@ -1,8 +1,8 @@
-"""What G2RL adds to a training step: the trainer's own step, with and without it, in turns.
+"""The time that G2RL adds to a training step: the trainer's own step, with and without G2RL, in turns.
 
-The model has the shape of a Qwen3 and random weights; prompts and responses are random tokens. A step here is
-what follows generation and verification: old log-probs, features and advantages from one forward pass, then
-the policy update. Generation is left out: it is the same for both, and would make the share smaller.
+The model has the shape of a Qwen3 and random weights; prompts and responses are random tokens. A step here
+starts after generation and verification: old log-probs, features and advantages from one forward pass, then
+the policy update. Generation is not measured: it is the same for both, and would make the share smaller.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 from g2rl_kernels.group import reference
+from g2rl_kernels.head.spec import HeadSpec
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer.sampling import Rollout
 from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, _padded, _slices
 
 from .measure import Turns, markdown, progress, quantiles, spread, synchronize
+from .rows import TrainRow
 
 # hidden, intermediate, layers, heads, key-value heads, size of a head, vocabulary, tied embeddings
 MODELS = {
@@ -36,13 +38,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Responses a step, in groups of `group`; longest prompt and response; responses a forward pass."""
+    """The sizes of a step."""
 
     responses: int
-    group: int
-    prompt: int
-    response: int
-    micro: int
+    group: int  # responses a prompt
+    prompt: int  # tokens, the longest
+    response: int  # tokens, the longest
+    micro: int  # responses a forward pass
 
 
 BATCHES = {"cuda": Batch(16, 16, 256, 1024, 8), "cpu": Batch(8, 4, 16, 48, 4)}
@@ -78,12 +80,13 @@ def make_rollout(batch: Batch, V: int, device: str) -> tuple[Rollout, Tensor]:
     mask = torch.arange(L) < lengths
     attention = torch.cat([torch.ones(S, batch.prompt, dtype=torch.int64), mask.long()], 1)
     scores = torch.randint(2, (S,), generator=g).float()
-    tensors = (t.to(device) for t in (ids, attention, mask, torch.zeros(S, dtype=torch.bool)))
-    return Rollout(*tensors, items=[], completions=[]), scores.to(device)
+    truncated = torch.zeros(S, dtype=torch.bool)
+    tensors = [tensor.to(device) for tensor in (ids, attention, mask, truncated)]
+    return Rollout(tensors[0], tensors[1], tensors[2], tensors[3], [], []), scores.to(device)
 
 
 class Step(Trainer):
-    """A trainer that has a rollout and no tasks, tokenizer or files."""
+    """A trainer without tasks, tokenizer and files; the rollout is given."""
 
     def __init__(self, model: Any, config: TrainerConfig):
         config.check()
@@ -108,7 +111,7 @@ class Step(Trainer):
 
     @torch.no_grad()
     def measure_grpo(self, rollout: Rollout, scores: Tensor) -> MeasuredRollout:
-        """`measure` as a trainer without features would have it: old log-probs, and eq. 2 on raw rewards."""
+        """`measure` without features: old log-probs, and eq. 2 on raw rewards."""
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
         weight, bias = self.head.weights(self.ops_dtype)
@@ -127,20 +130,20 @@ class Step(Trainer):
 def logprobs_alone(
     hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """By the fastest way there is without features."""
+    """[N] log-probs, the fastest way without features."""
     if hidden.is_cuda:
         try:
-            from g2rl_kernels.head.spec import HeadSpec
-            from g2rl_kernels.head.triton.driver import token_statistics
+            from g2rl_kernels.head.triton import driver
 
-            return token_statistics(hidden, tokens, HeadSpec(weight, bias, **options))[0]
+            head = HeadSpec(weight, bias, **options | {"logit_softcap": options["logit_softcap"] or 0.0})
+            return driver.token_statistics(hidden, tokens, head)[0]
         except ImportError:
             pass
     return g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options).logprobs
 
 
-def measure(name: str, device: str, batch: Batch, rounds: int) -> list[dict[str, Any]]:
-    """Rows for one model: both steps, and what G2RL adds."""
+def measure(name: str, device: str, batch: Batch, rounds: int) -> list[TrainRow]:
+    """Rows for one model: the step of GRPO, and that of G2RL with the time it adds."""
     gpu = device == "cuda"
     progress(f"train {name}: model")
     model = make_model(name, device)
@@ -157,7 +160,7 @@ def measure(name: str, device: str, batch: Batch, rounds: int) -> list[dict[str,
     rollout, scores = make_rollout(batch, MODELS[name][6], device)
     calls = {"grpo": lambda: step.grpo(rollout, scores), "g2rl": lambda: step.g2rl(rollout, scores)}
     peaks = {}
-    for algorithm, call in calls.items():  # to warm up, and for memory
+    for algorithm, call in calls.items():  # warms up, and measures memory
         progress(f"train {name}: {algorithm}, first step")
         if gpu:
             call()
@@ -170,37 +173,36 @@ def measure(name: str, device: str, batch: Batch, rounds: int) -> list[dict[str,
     times: dict[str, list[float]] = {algorithm: [] for algorithm in calls}
     for round_ in range(rounds):
         progress(f"train {name}: round {round_ + 1}/{rounds}", often=True)
-        order = calls if round_ % 2 else dict(reversed(calls.items()))  # neither always goes first
+        order = calls if round_ % 2 else dict(reversed(calls.items()))  # neither is always first
         for algorithm, value in turns.round(order).items():
             times[algorithm].append(value)
     progress("")
     added = [b / a - 1 for a, b in zip(times["grpo"], times["g2rl"], strict=True)]
     features = statistics.median(step.feature_seconds)
-    common = {
-        "model": name,
-        "parameters": sum(p.numel() for p in step.trained),
-        "responses": batch.responses,
-        "tokens": int(rollout.mask.sum()),
-        "V": MODELS[name][6],
-        "d": MODELS[name][0],
-        "rounds": rounds,
-    }
-    rows = []
-    for algorithm, values in times.items():
-        row = {**common, "algorithm": algorithm, "seconds": round(statistics.median(values), 5)}
-        row |= {"peak_bytes": peaks[algorithm], "added_20_50_80": None, "feature_seconds": None}
-        if algorithm == "g2rl":
-            row["added_20_50_80"] = [round(q, 5) for q in quantiles(added)]
-            row["feature_seconds"] = round(features, 6)
-        rows.append(row)
-    return rows
+    return [
+        {
+            "model": name,
+            "parameters": sum(p.numel() for p in step.trained),
+            "responses": batch.responses,
+            "tokens": int(rollout.mask.sum()),
+            "V": MODELS[name][6],
+            "d": MODELS[name][0],
+            "rounds": rounds,
+            "algorithm": algorithm,
+            "seconds": round(statistics.median(values), 5),
+            "peak_bytes": peaks[algorithm],
+            "added_20_50_80": [round(q, 5) for q in quantiles(added)] if algorithm == "g2rl" else None,
+            "feature_seconds": round(features, 6) if algorithm == "g2rl" else None,
+        }
+        for algorithm, values in times.items()
+    ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[TrainRow]) -> str:
     cells = []
     for row in rows:
         added, alone = "", ""
-        if row["added_20_50_80"] is not None:
+        if row["added_20_50_80"] is not None and row["feature_seconds"] is not None:
             added = spread([100 * share for share in row["added_20_50_80"]], "+.1f", " %")
             alone = f"{100 * row['feature_seconds'] / row['seconds']:.1f} % of the step"
         cells.append(
@@ -216,7 +218,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(cells)
 
 
-def notes(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+def notes(rows: list[TrainRow], machine: Mapping[str, Any]) -> str:
     return (
         "A step without generation and verification; linear_logprobs gives the update's log-probs in both. "
         "Features and geometry alone: head_features, which yields the old log-probs too, and group_geometry."

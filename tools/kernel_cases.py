@@ -307,9 +307,7 @@ def project_cases(arch: int, scope: str, module: ModuleType) -> Iterator[Case]:
                     yield case
 
 
-def launched_project(
-    module: ModuleType, dtype: str, precision: str, S: int
-) -> tuple[dict[str, Any], int, int]:
+def launched_project(module: Any, dtype: str, precision: str, S: int) -> tuple[dict[str, Any], int, int]:
     """Constants, warps and stages of head_project's launch for S responses."""
     import torch
 

@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,28 +50,30 @@ def written(found: re.Match[str]) -> str:
 
 
 def block(op: str, file: str) -> str:
-    """What stands between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
+    """The text between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.measure import header
+    from benchmarks.rows import Result
     from benchmarks.run import OPS, render
 
     result = read(file)
     if (measured := result.get("op", "head")) != op:
         sys.exit(f"{PERFORMANCE.name}: the table of {op} names {file}, a result of g2rl bench {measured}")
     if "gpu" in result["machine"] or op not in SUMMARIES:
-        return render(result) + "\n"
+        return render(cast(Result, result)) + "\n"
     rows = result["rows"]
     rounds, summary = rows[0]["rounds"], SUMMARIES[op](rows)
     return f"{header(result['machine'])}; {rounds} rounds:\n\n{OPS[op].table(rows)}\n\n{summary}\n"
 
 
-def spread(times: dict[tuple[str, ...], float], dtype: str) -> str:
-    """Least and largest of times by (shape, dtype, method)."""
+def span(times: dict[tuple[str, ...], float], dtype: str) -> str:
+    """The range of times by (shape, dtype, method), for one dtype."""
     values = [time for key, time in times.items() if key[1] == dtype]
     return f"{min(values):.2f} to {max(values):.2f} in {dtype}"
 
 
 def median_times(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Median ratio to the floor, by (shape, dtype, method)."""
     return {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in rows}
 
 
@@ -86,7 +88,7 @@ def head_summary(rows: list[dict[str, Any]]) -> str:
     ]
     memory = max(row["extra_bytes"] for row in ours) / 1e6
     return (
-        f"In short: {spread(times, 'fp32')}, {spread(times, 'bf16')}; 8 responses instead of 1: "
+        f"In short: {span(times, 'fp32')}, {span(times, 'bf16')}; 8 responses instead of 1: "
         f"{min(cost):+.0f} to {max(cost):+.0f} % of time; at most {memory:.1f} MB."
     )
 
@@ -100,7 +102,7 @@ def logprobs_summary(rows: list[dict[str, Any]]) -> str:
     text = []
     for what, method in ours.items():
         times = median_times([row for row in rows if row["method"] == method])
-        text.append(f"{spread(times, 'fp32')}, {spread(times, 'bf16')} {what}")
+        text.append(f"{span(times, 'fp32')}, {span(times, 'bf16')} {what}")
     memory = max(row["extra_bytes"] for row in rows if row["method"] in ours.values()) / 1e6
     return f"In short: {'; '.join(text)}; at most {memory:.1f} MB beyond the gradients."
 

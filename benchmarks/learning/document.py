@@ -1,7 +1,7 @@
-"""From the rows of the experiments to the tables and figures of docs/evidence.md.
+"""Tables and figures of docs/evidence.md, from the rows of the experiments.
 
-A number is a mean over seeds, of each seed's mean over held-out problems, with Student's 95 % interval over
-seeds. Differences are paired: the same seed is the same warm start and the same problems in the same order.
+A number is a mean over seeds of each seed's mean over held-out problems, with Student's 95 % interval over
+seeds. Differences are paired: runs of one seed share the warm start, and the problems in their order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from g2rl_kernels._files import write_whole
+
+from .experiment import Row
+from .settings import GRIDS, PAIRS, SETTINGS, systems
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -44,7 +47,7 @@ def load(path: Path) -> list[Row]:
 
 
 def value(row: Row, measure: str) -> float:
-    """Of one run: the mean over held-out problems, or a number of the geometry."""
+    """A measure of one run: the mean over held-out problems, or a number of the geometry."""
     if measure in row["problems"]:
         numbers = row["problems"][measure]
         return sum(numbers) / len(numbers)
@@ -61,7 +64,7 @@ def mean_of(rows: Sequence[Row], system: str, measure: str) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval by Student's t; NaN for one or two values: too few for any."""
+    """Mean and half of its 95 % interval by Student's t; NaN for fewer than three values."""
     n, mean = len(values), sum(values) / len(values)
     if n < 3:
         return mean, math.nan
@@ -72,15 +75,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(rows: Sequence[Row], system: str, measure: str, other: str = BASELINE) -> tuple[float, float]:
-    """System less another, seed by seed: mean and half of the interval."""
+    """One system less another, paired by seed: mean and half of the interval."""
     ours, theirs = of_seeds(rows, system, measure), of_seeds(rows, other, measure)
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
-def best(rows: Sequence[Row]) -> dict[str, Row]:
-    """Of the tuning stage: for each algorithm the keys with the highest mean pass@1 on held-out problems."""
-    from .settings import GRIDS
-
+def best(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """The result of the tuning stage: for each algorithm, the keys with the highest mean pass@1 on held-out
+    problems."""
     found = {}
     for algorithm, grid in GRIDS.items():
         scores = [mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
@@ -90,8 +92,6 @@ def best(rows: Sequence[Row]) -> dict[str, Row]:
 
 def names(rows: Sequence[Row]) -> list[str]:
     """The systems in rows, in the order of the registry."""
-    from .settings import systems
-
     found = {row["system"] for row in rows}
     return [name for name in systems(rows[0]["setting"]) if name in found]
 
@@ -116,15 +116,13 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def differences_table(rows: Sequence[Row]) -> str:
-    """Of every system, less GRPO."""
+    """Differences of every system from GRPO."""
     lines = [_differences(rows, name, name) for name in names(rows) if name != BASELINE]
     return table([f"less {BASELINE}", *(head for head, _ in MEASURES.values())], lines)
 
 
 def pairs_table(rows: Sequence[Row]) -> str:
-    """Of systems that differ in one choice."""
-    from .settings import PAIRS
-
+    """Differences between systems that differ in one choice."""
     known = names(rows)
     lines = [
         _differences(rows, f"{one} less {other}", one, other)
@@ -135,7 +133,7 @@ def pairs_table(rows: Sequence[Row]) -> str:
 
 
 def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASELINE) -> list[str]:
-    """Bold where the interval is away from zero, and the mean as it is printed too."""
+    """A line of differences, bold where the interval excludes zero and the printed mean is not zero."""
     cells = []
     for measure, (_, digits) in MEASURES.items():
         mean, half = difference(rows, system, measure, other)
@@ -147,8 +145,6 @@ def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASE
 
 def tuning_table(rows: Sequence[Row]) -> str:
     """Every setting tried, by algorithm; the chosen one in bold."""
-    from .settings import GRIDS
-
     lines, chosen = [], best(rows)
     for algorithm, grid in GRIDS.items():
         for number, keys in enumerate(grid):
@@ -196,11 +192,9 @@ CURVES = {
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Curves of training with 95 % bands over seeds, and where each system ends on held-out problems."""
+    """Curves of training with 95 % bands over seeds, and each system's results on held-out problems."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from .settings import SETTINGS
 
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -240,7 +234,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """`text` with every block made anew from the results."""
+    """`text`, with every block replaced by its table from the results."""
 
     def block(found: re.Match[str]) -> str:
         kind, stage = found[2], found[3] or found[2]
@@ -252,9 +246,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def write() -> None:
-    """docs/evidence.md and its figures, from the committed results."""
-    from g2rl_kernels._files import write_whole
-
+    """Writes docs/evidence.md and its figures, from the committed results."""
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem != "tuning":
@@ -262,16 +254,14 @@ def write() -> None:
 
 
 def write_report(results: Path) -> Path:
-    """results/report.md: the same tables and figures of whatever is in a folder of results."""
-    from g2rl_kernels._files import write_whole
-
-    parts = ["# Results\n"]
+    """Writes results/report.md: the same tables and figures, of all results in a folder."""
+    sections = ["# Results\n"]
     for path in sorted(results.glob("*.json")):
         rows, stage = load(path), path.stem
         if stage == "tuning":
-            parts.append(f"## Tuning\n\n{tuning_table(rows)}")
+            sections.append(f"## Tuning\n\n{tuning_table(rows)}")
             continue
         draw(rows, results / f"{stage}.png")
-        parts.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")
-    write_whole(results / "report.md", "\n".join(parts))
+        sections.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")
+    write_whole(results / "report.md", "\n".join(sections))
     return results / "report.md"

@@ -1,13 +1,12 @@
 """Reruns every experiment behind docs/evidence.md, and writes the document's tables and figures.
 
-    make evidence                      all of it: hours on two cores; goes on where it was stopped
+    make evidence                      all of it: hours on two cores; continues where it was stopped
     make evidence ARGS=--quick         a small version, minutes; its report is in runs/evidence-quick
     make evidence ARGS='--only fluent --systems GRPO EVOL-RL'
-    make evidence ARGS=--document      run nothing: tables and figures from the committed results
+    make evidence ARGS=--document      runs nothing: tables and figures from the committed results
 
-Each finished run is a row of OUT/<stage>.json at once, and is not run again. When a stage is complete it
-replaces the committed file in benchmarks/results/learning/, from which the document is made, unless that has
-more seeds.
+Each finished run is written to OUT/<stage>.json at once, and is not run again. A complete stage replaces the
+committed file in benchmarks/results/learning/, from which the document is made, unless that has more seeds.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.learning import document  # noqa: E402
-from benchmarks.learning.experiment import Run, run  # noqa: E402
+from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
 from benchmarks.learning.settings import GRIDS, SEEDS, SETTINGS, TUNING_SEEDS, systems  # noqa: E402
+from g2rl_kernels._files import write_whole  # noqa: E402
+from g2rl_kernels.cli.common import run_command  # noqa: E402
+from g2rl_kernels.errors import CommandError  # noqa: E402
 
 STAGES = ("tuning", "fluent", "halting", "smollm2-chain-sum", "smollm2-gcd")
 TUNED_ON = "fluent"
 
 
 def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
-    """The runs of a stage; for each system all seeds, GRPO first.
+    """The runs of a stage: for each system all seeds, GRPO first.
 
-    tuned: for each algorithm the keys that the tuning stage chose, which a system's own keys go before. The
-    real model's learning rate is its setting's.
+    tuned: for each algorithm the keys that the tuning stage chose; a system's own keys override them. The
+    real model is not tuned: its setting has a learning rate.
     """
     if stage == "tuning":
         return [
@@ -59,40 +61,45 @@ SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
 
 
 class Stage:
-    """The rows of one stage in a file, which is whole at any moment."""
+    """The rows of one stage, in a file that is replaced whole after every run."""
 
     def __init__(self, path: Path):
         self.path = path
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-        self.rows: list[dict[str, Any]] = stored["rows"]
+        self.rows: list[Row] = stored["rows"]
 
     def has(self, this: Run) -> bool:
-        return any(all(row[key] == value for key, value in this.identity.items()) for row in self.rows)
+        return any(_identity(row) == this.identity for row in self.rows)
 
     def keep(self, runs: Sequence[Run]) -> None:
-        """Drops rows of no such run: after another tuning those of the old keys, which passed for seeds."""
+        """Drops the rows of other runs: after another tuning, those with the old keys would count as
+        seeds."""
         identities = [this.identity for this in runs]
-        kept = [row for row in self.rows if {key: row[key] for key in identities[0]} in identities]
+        kept = [row for row in self.rows if _identity(row) in identities]
         if len(kept) < len(self.rows):
             self.rows = kept
             self.save()
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         self.rows.append(row)
         self.rows.sort(key=lambda row: (row["system"], row["seed"]))
         self.save()
 
     def save(self) -> None:
         from benchmarks.measure import machine
-        from g2rl_kernels._files import write_whole
 
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         head = json.dumps(machine("cpu"))
         write_whole(self.path, f'{{"machine": {head},\n"rows": [\n{lines}\n]}}\n')
 
 
+def _identity(row: Row) -> dict[str, Any]:
+    """A row's part of `Run.identity`."""
+    return {"setting": row["setting"], "system": row["system"], "seed": row["seed"], "keys": row["keys"]}
+
+
 def run_all(runs: Sequence[Run], stage: Stage, folder: Path, jobs: int) -> None:
-    """Runs what the stage lacks: small models beside each other, a thread each, others one at a time."""
+    """Runs what the stage lacks: small models in parallel, one thread each; others one at a time."""
     from tqdm import tqdm
 
     left = [this for this in runs if not stage.has(this)]
@@ -113,7 +120,7 @@ def run_all(runs: Sequence[Run], stage: Stage, folder: Path, jobs: int) -> None:
 
 
 def _quiet() -> None:
-    """A worker's own bars and notices would run through the parent's."""
+    """Silences a worker's own bars and notices: they would mix with the parent's."""
     import logging
 
     os.environ["TQDM_DISABLE"] = "1"
@@ -124,7 +131,7 @@ def _quiet() -> None:
 
 
 def warm_starts(runs: Sequence[Run], folder: Path, jobs: int) -> None:
-    """Makes the models to start from, each once, before several runs want the same."""
+    """Warms up the models to start from, each once, before several runs need the same one."""
     needed = sorted({(this.setting, this.seed) for this in runs})
     missing = [(setting, seed) for setting, seed in needed if not SETTINGS[setting].is_warm(folder, seed)]
     if not missing:
@@ -149,49 +156,54 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="two seeds, a few steps: that all of it works")
+    parser.add_argument("--quick", action="store_true", help="two seeds, a few steps: checks that it works")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="STAGE",
         choices=STAGES,
-        help="fluent, halting need tuning",
+        help="only these stages; fluent and halting need tuning",
     )
-    parser.add_argument("--systems", nargs="+", metavar="NAME", help="these systems of each stage")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many seeds (default: all)")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems of each stage")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of seeds (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
     parser.add_argument("--out", type=Path, help="folder of results (default: runs/evidence or -quick)")
-    parser.add_argument("--document", action="store_true", help="run nothing: tables and figures anew")
+    parser.add_argument("--document", action="store_true", help="run nothing: write tables and figures")
     return parser
-
-
-def _fail(message: str) -> int:
-    print(f"evidence: error: {message}", file=sys.stderr)
-    return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return run_command(
+        "evidence",
+        lambda: _main(args),
+        interrupted="the same command goes on; finished runs are kept",
+        memory="run fewer at once (--jobs)",
+        files="finished runs are kept",
+        path="the results",
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
     if args.document:
         document.write()
         return 0
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    )  # of the workers
+    # The workers import this package by it.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     out = args.out or ROOT / "runs" / ("evidence-quick" if args.quick else "evidence")
     out.mkdir(parents=True, exist_ok=True)
     stages = ("quick",) if args.quick else args.only or STAGES
     known = dict.fromkeys(this.system for name in stages for this in plan(name, {}))
     unknown = [system for system in args.systems or () if system not in known]
     if unknown:
-        return _fail(f"--systems {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
+        raise CommandError(f"--systems {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
     tuned: dict[str, dict[str, Any]] = {}
     for name in stages:
         if name in ("fluent", "halting"):
             tuning = Stage(out / "tuning.json")
             if not all(tuning.has(this) for this in plan("tuning", {})):
-                return _fail(f"{name} needs the whole tuning in {tuning.path}: run --only tuning first")
+                raise CommandError(f"{name} needs the whole tuning in {tuning.path}: run --only tuning first")
             tuned = document.best(tuning.rows)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
@@ -199,15 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [this for this in runs if this.system in args.systems]
         stage = Stage(out / f"{name}.json")
         stage.keep(plan(name, tuned))
-        try:
-            warm_starts(runs, out, args.jobs)
-            run_all(runs, stage, out, args.jobs)
-        except KeyboardInterrupt:
-            print("\ninterrupted: the same command goes on; finished runs are kept", file=sys.stderr)
-            return 130
+        warm_starts(runs, out, args.jobs)
+        run_all(runs, stage, out, args.jobs)
         if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
             committed = document.RESULTS / stage.path.name
-            if len(Stage(committed).rows) <= len(stage.rows):  # never fewer seeds than there were
+            if len(Stage(committed).rows) <= len(stage.rows):  # never replaced by fewer seeds
                 committed.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stage.path, committed)
     print(f"tables and figures of these results: {document.write_report(out)}")

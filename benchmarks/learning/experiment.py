@@ -1,4 +1,4 @@
-"""One run: a model is trained by one system, then answers the held-out problems. Returns a row of numbers."""
+"""One run: trains a model by one system, then evaluates it on the held-out problems."""
 
 from __future__ import annotations
 
@@ -8,31 +8,52 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .settings import GROUP, SETTINGS, Setting
 
+if TYPE_CHECKING:
+    from g2rl_kernels.trainer import Trainer, TrainerConfig
+
 CURVES = ("accuracy", "entropy", "length", "cos_mean", "negative_pairs")
-POINTS = 20  # of a stored curve: each the mean of as many steps
+POINTS = 20  # points of a stored curve, each the mean of equally many steps
 EVALUATION_SEED = 20251217
 
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a run's numbers (on one machine, with one number of threads)."""
+    """Decides a run's numbers, for one machine and one number of threads."""
 
     setting: str
     system: str
     seed: int
-    keys: tuple[tuple[str, Any], ...]  # of the trainer's configuration, beyond the setting's
+    keys: tuple[tuple[str, Any], ...]  # keys of the trainer's configuration, beside the setting's
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"setting": self.setting, "system": self.system, "seed": self.seed, "keys": dict(self.keys)}
 
 
-def run(this: Run, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates; warm starts are kept in `folder`. Nothing else is left behind."""
+class Evaluation(TypedDict):
+    """The policy after training."""
+
+    problems: dict[str, list[float]]  # measure -> a number a held-out problem
+    geometry: dict[str, float]  # measure -> mean over the problems' groups
+
+
+class Row(Evaluation):
+    """One run in benchmarks/results/learning/*.json."""
+
+    setting: str
+    system: str
+    seed: int
+    keys: dict[str, Any]
+    curves: dict[str, list[float]]  # measure -> POINTS means over the steps of training
+    seconds: float
+
+
+def run(this: Run, folder: Path) -> Row:
+    """Trains and evaluates. Only warm starts are kept, in `folder`."""
     import torch
 
     from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
@@ -55,15 +76,18 @@ def run(this: Run, folder: Path) -> dict[str, Any]:
         trainer.begin()
         steps = [trainer.step() for _ in range(config.steps)]
         return {
-            **this.identity,
+            "setting": this.setting,
+            "system": this.system,
+            "seed": this.seed,
+            "keys": dict(this.keys),
             "curves": {key: thin([step[key] for step in steps]) for key in CURVES},
             **evaluate(trainer, setting),
             "seconds": round(time.perf_counter() - start, 1),
         }
 
 
-def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
-    """Of the trained policy: `problems`, for each measure a number a held-out problem; and `geometry`."""
+def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:
+    """Samples answers to the held-out problems from the trained policy, and measures them."""
     import torch
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k
@@ -73,7 +97,7 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
     (task,) = load_tasks([setting.test])
     config = dataclasses.replace(
         trainer.config,
-        algorithm="grpo",  # rewards as they are
+        algorithm="grpo",  # rewards without shaping
         entropy_coef=0.0,
         labels="truth",
         shuffle=False,
@@ -83,7 +107,7 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
         micro_batch_size=256,
         generate_batch_size=256,
     )
-    # A second trainer for what it measures; it never updates the model.
+    # A second trainer, which measures and never updates the model.
     judge = Trainer(trainer.model, trainer.tokenizer, task, _fit(config))
     torch.manual_seed(EVALUATION_SEED)
     answers: list[list[tuple[str, str | None, bool]]] = [[] for _ in range(len(task))]
@@ -109,8 +133,8 @@ def evaluate(trainer: Any, setting: Setting) -> dict[str, Any]:
     return {"problems": problems, "geometry": geometry}
 
 
-def _fit(config: Any) -> Any:
-    """Micro-batches that divide the batch."""
+def _fit(config: TrainerConfig) -> TrainerConfig:
+    """Lowers the sizes of micro-batches until they divide the batch."""
     for key in ("micro_batch_size", "generate_batch_size"):
         size = min(getattr(config, key), config.batch_size)
         while config.batch_size % size:
@@ -122,5 +146,5 @@ def _fit(config: Any) -> Any:
 def thin(values: Sequence[float]) -> list[float]:
     """At most POINTS means of consecutive values."""
     size = -(-len(values) // POINTS)
-    parts = [values[start : start + size] for start in range(0, len(values), size)]
-    return [round(sum(part) / len(part), 5) for part in parts]
+    runs = [values[start : start + size] for start in range(0, len(values), size)]
+    return [round(sum(run) / len(run), 5) for run in runs]

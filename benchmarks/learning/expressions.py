@@ -1,16 +1,15 @@
-"""The task "write an expression equal to N", a character tokenizer, and a small Qwen3 that has seen some.
+"""The task "write an expression equal to N", a character tokenizer, and a small Qwen3 warmed up on the task.
 
-The prompt is `47=`, a right answer any other way to write that number as sums, differences and products:
-`20+27`, `51-4`, `5*9+2`. There are dozens for each N, so a policy can be right in one way or in many.
+The prompt is `47=`. An answer is right if it writes that number as sums, differences and products: `20+27`,
+`51-4`, `5*9+2`. Each N has dozens of right answers, so a policy can be right in one way or in many.
 
-The teacher of the warm-up has a habit, as text that people wrote has: six times in ten it writes the sum of
-two halves (`23+24`), and for every third number it has that sum wrong by one. So responses start out
-collinear in gradient space, which is where exploration has something to do; and whoever knows the habit
-alone cannot be right everywhere.
+The teacher of the warm-up has a habit: in six answers of ten it writes the sum of two halves (`23+24`), and
+for every third number that sum is wrong by one. Responses therefore start out collinear in gradient space,
+where exploration can help; and a policy that knows the habit alone cannot be right everywhere.
 
-Two levels differ in what the model knows beside the habit. "fluent": up to 79 it has learned most other sums
-and differences too. "halting": up to 199 there are more than it has had time to learn, so that an answer
-off the beaten path is mostly wrong.
+Two levels differ in what the model knows beside the habit. "fluent": numbers up to 79, for which it has
+learned most other sums and differences too. "halting": numbers up to 199, too many to learn in the warm-up,
+so that other answers are mostly wrong.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ def numbers(level: str, split: str) -> list[int]:
 
 
 def value(text: str) -> int | None:
-    """The value of sums and products of whole numbers; None where `text` is anything else."""
+    """The value of a sum of products of whole numbers; None if `text` is anything else."""
     if not EXPRESSION.fullmatch(text):
         return None
     total, sign = 0, 1
-    for part in re.findall(r"[-+]|[\d*]+", text):
-        if part in "+-":
-            sign = 1 if part == "+" else -1
+    for term in re.findall(r"[-+]|[\d*]+", text):
+        if term in "+-":
+            sign = 1 if term == "+" else -1
             continue
         product = 1
-        for factor in part.split("*"):
+        for factor in term.split("*"):
             product *= int(factor)
         total += sign * product
     return total
 
 
 class ExpressionTask:
-    """A trainer's task (see g2rl_kernels/trainer/tasks.py)."""
+    """A task as the trainer takes them (g2rl_kernels/tasks/base.py)."""
 
     def __init__(self, level: str, split: str = "train"):
         self.numbers = numbers(level, split)
@@ -76,13 +75,13 @@ class ExpressionTask:
 
 
 def habitual(number: int) -> str:
-    """The teacher's favourite: the sum of two halves, wrong by one for every third number."""
+    """The teacher's habit: the sum of two halves, wrong by one for every third number."""
     half = number // 2
     return f"{half}+{number - half + (number % MISTAKEN == 0)}"
 
 
 def unusual(number: int, draw: random.Random) -> str:
-    """One of many ways to write a number: any sum, or a difference."""
+    """A random way to write a number: a sum, or a difference."""
     a = draw.randint(1, number - 1)
     return f"{a}+{number - a}" if draw.random() < 0.7 else f"{number + (b := draw.randint(1, 20))}-{b}"
 
@@ -98,7 +97,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> Qwen3ForCausalLM:
-    """0.8M parameters, random."""
+    """A Qwen3 of 0.8M random parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -146,14 +145,17 @@ def warm_up(
     return loss.item()
 
 
-def _loss(model: Qwen3ForCausalLM, tokenizer: Any, pairs: list[tuple[str, str]]) -> Tensor:
-    """Cross entropy of the answers, the end token included, after their prompts."""
+def _loss(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> Tensor:
+    """Cross entropy of the answers, given their prompts, with the end token."""
     ids, labels = [], []
     for prompt, answer in pairs:
         head, tail = tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], 1]
         ids.append(torch.tensor(head + tail))
         labels.append(torch.tensor([-100] * len(head) + tail))
     pad = torch.nn.utils.rnn.pad_sequence
-    return model(
+    loss: Tensor = model(
         input_ids=pad(ids, batch_first=True), labels=pad(labels, batch_first=True, padding_value=-100)
     ).loss
+    return loss

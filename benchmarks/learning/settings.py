@@ -1,7 +1,7 @@
-"""What is trained, on what: the task settings and the systems compared, as one registry.
+"""The registry of the experiments: task settings, and the systems compared on them.
 
 A setting is a model, training problems, held-out problems, and the trainer's keys that all systems share. A
-system is the keys in which it differs; `tuned` puts in what the tuning stage found best for its algorithm.
+system is the keys in which it differs. To these come the keys that the tuning stage chose for its algorithm.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 
 SEEDS = range(8)
 TUNING_SEEDS = range(100, 102)
-GROUP = 16  # responses a prompt, in training and in evaluation; k of maj@k and pass@k
+GROUP = 16  # responses a prompt in training and evaluation; k of maj@k and pass@k
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of SETTINGS."""
+    """A model, its training and its held-out problems."""
 
     name: str
     title: str
     base: dict[str, Any]  # the trainer's keys
-    warm_up: dict[str, Any]  # of expressions.warm_up; none: the model is `base["model"]`
+    warm_up: dict[str, Any]  # arguments of expressions.warm_up; empty: the model is `base["model"]`
     train: dict[str, Any]  # tasks as in a recipe
     test: dict[str, Any]
     samples: int  # responses a held-out problem, a multiple of GROUP
-    threads: int  # of a run; 0: all, one run at a time
+    threads: int  # threads of a run; 0: all threads, one run at a time
 
     def model(self, folder: Path, seed: int) -> str:
-        """The model to start from, warmed up once for each seed and kept in `folder`."""
+        """The model to start from; a warm-up runs once for each seed, and is kept in `folder`."""
         if not self.warm_up:
             return str(self.base["model"])
         from . import expressions
@@ -40,7 +40,7 @@ class Setting:
         return str(self._place(folder, seed))
 
     def is_warm(self, folder: Path, seed: int) -> bool:
-        """Whether there is nothing to warm up (any more)."""
+        """Whether the model is ready: warmed up, or in no need of a warm-up."""
         return not self.warm_up or (self._place(folder, seed) / "config.json").exists()
 
     def _place(self, folder: Path, seed: int) -> Path:
@@ -102,7 +102,7 @@ SETTINGS = {
     )
 }
 
-# Six settings of each algorithm, two seeds each, none of them a seed of the comparison.
+# Six settings of each algorithm, with two seeds that the comparison does not use.
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"lr": lr} for lr in (1e-5, 2e-5, 3e-5, 6e-5, 1e-4, 2e-4)],
     "entropy_bonus": [
@@ -132,7 +132,7 @@ VARIANTS = dict(
 )
 FEW = ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5", "G2RL right, shape, 0.5")
 
-# What the defaults hang on: one choice at a time, the rest the same.
+# Evidence for the defaults: pairs that differ in one choice.
 PAIRS = (
     ("G2RL intent, shape, 0.5", "G2RL intent, skip, 0.5"),
     ("G2RL equation, shape, 0.5", "G2RL equation, skip, 0.5"),
