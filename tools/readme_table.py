@@ -66,12 +66,13 @@ def block(op: str, file: str) -> str:
 
 
 def spread(times: dict[tuple[str, ...], float], dtype: str) -> str:
-    """Least and largest of times by (shape, dtype, method)."""
+    """Least and largest of the times by (shape, dtype, method), for one dtype."""
     values = [time for key, time in times.items() if key[1] == dtype]
     return f"{min(values):.2f} to {max(values):.2f} in {dtype}"
 
 
 def median_times(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Median ratio to the bare products, by (shape, dtype, method)."""
     return {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in rows}
 
 
