@@ -73,7 +73,7 @@ def span(times: dict[tuple[str, ...], float], dtype: str) -> str:
 
 
 def median_times(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
-    """Median ratio to the floor, by (shape, dtype, method)."""
+    """Median ratio to the bare products, by (shape, dtype, method)."""
     return {(row["shape"], row["dtype"], row["method"]): row["ratio_20_50_80"][1] for row in rows}
 
 
