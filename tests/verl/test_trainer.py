@@ -252,7 +252,7 @@ def test_settings_default_and_are_read_from_the_command_line():
         ),
         ("+algorithm.g2rl.uniform_groups=drop", "algorithm.g2rl.uniform_groups: got 'drop', needs one of"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator: got gae, g2rl_sync needs grpo"),
-        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode: g2rl_sync needs False, for features"),
+        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode: g2rl_sync needs False, because feat"),
         ("actor_rollout_ref.actor.strategy=megatron", "strategy: got megatron, g2rl_sync needs fsdp"),
     ],
 )
