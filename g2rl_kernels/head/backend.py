@@ -36,52 +36,54 @@ class FeatureOutputs(NamedTuple):
     skipped_tokens: Tensor  # [S]
 
 
+class Hints(NamedTuple):
+    """What may spare a backend the second pass over the logits; at most one is given."""
+
+    known_logprobs: Tensor | None = None  # [N]: see head_features
+    max_skipped: float | None = None  # see certified_head_features
+
+
+class Incoming(NamedTuple):
+    """What the backward pass knows of each token; float32 or better."""
+
+    normaliser: Tensor  # [2, N], the logsumexp of z as a sum of two
+    terms: Tensor  # [3, N]: a, e, and dz at y (logprobs.py)
+
+    def rows(self, rows: slice) -> Incoming:
+        return Incoming(self.normaliser[:, rows], self.terms[:, rows])
+
+
+class Sums(NamedTuple):
+    """Gradients that a sweep adds to or writes; None: not needed."""
+
+    hidden: Tensor | None = None  # [N, d] float32, added to
+    weight: Tensor | None = None  # [V, d] contiguous, dtype of weight; rows of the swept block are written
+    bias: Tensor | None = None  # [V] float32, added to
+
+
+NO_HINTS = Hints()
+
+
 class Backend(Protocol):
     def statistics(self, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
         """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
         of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better."""
 
     def features(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        head: HeadSpec,
-        responses: Responses,
-        known_logprobs: Tensor | None = None,
-        max_skipped: float | None = None,
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
     ) -> FeatureOutputs:
         """Everything `head_features` returns; with `max_skipped` what `certified_head_features` does."""
 
     def features_of_part(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        head: HeadSpec,
-        responses: Responses,
-        logsumexp: Tensor,
-        rest: Tensor,
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
     ) -> Tensor:
-        """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone. logsumexp [N]
-        float64 and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
+        """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone. The logsumexp
+        lse [N] float64 and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
 
     def sweep(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        head: HeadSpec,
-        normaliser: Tensor,
-        terms: Tensor,
-        begin: int,
-        end: int,
-        sum_hidden: Tensor | None,
-        grad_weight: Tensor | None,
-        grad_bias: Tensor | None,
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
     ) -> None:
-        """What the vocabulary entries [begin, end) give to the gradients: see logprobs.py.
-
-        normaliser [2, N]: the logsumexp as a sum of two; terms [3, N]: a, e, and dz at y. sum_hidden [N, d]
-        float32 and grad_bias [V] float32 are added to, rows begin:end of grad_weight [V, d] are written.
-        """
+        """Adds the share of a block of the vocabulary to the gradients: see logprobs.py."""
 
 
 def backend(name: str) -> Any:

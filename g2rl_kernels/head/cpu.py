@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import FeatureOutputs
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -18,17 +18,12 @@ def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, 
 
 
 def features(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    responses: Responses,
-    known_logprobs: Tensor | None = None,
-    max_skipped: float | None = None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
 ) -> FeatureOutputs:
-    """See `Backend.features`. Neither known_logprobs nor max_skipped saves time here."""
-    if max_skipped is not None:
-        return certified_features(features, hidden, tokens, head, responses, max_skipped)
-    arguments = (hidden, tokens, *head, *responses, known_logprobs)
+    """See `Backend.features`. Hints save no time here."""
+    if hints.max_skipped is not None:
+        return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
+    arguments = (hidden, tokens, *head, *responses, hints.known_logprobs)
     phi, logprobs, logsumexp, entropy = torch.ops.g2rl.head_features(*arguments)
     S = responses.cu_seqlens.shape[0] - 1
     mass, count = hidden.new_zeros(S, dtype=torch.float32), hidden.new_zeros(S, dtype=torch.int64)
@@ -36,24 +31,17 @@ def features(
 
 
 def features_of_part(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, logsumexp: Tensor, rest: Tensor
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
     """[S, d] float32: see `Backend.features_of_part`."""
-    return torch.ops.g2rl.head_features_of_part(hidden, tokens, *head, *responses, logsumexp, rest)
+    return torch.ops.g2rl.head_features_of_part(hidden, tokens, *head, *responses, lse, rest)
 
 
 def sweep(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    normaliser: Tensor,
-    terms: Tensor,
-    begin: int,
-    end: int,
-    *sums: Tensor | None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
 ) -> None:
-    """See `Backend.sweep`; sums are sum_hidden, grad_weight and grad_bias."""
-    torch.ops.g2rl.head_sweep(hidden, tokens, *head, normaliser, terms, begin, end, *sums)
+    """See `Backend.sweep`."""
+    torch.ops.g2rl.head_sweep(hidden, tokens, *head, *incoming, block.start, block.stop, *sums)
 
 
 # --- fake implementations, for torch.compile ----------------------------------------------------------------

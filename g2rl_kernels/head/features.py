@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
 from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
+from .backend import Hints, choose_backend
 from .backend import backend as implementation
-from .backend import choose_backend
 from .spec import HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
 
 
@@ -40,20 +40,12 @@ class CertifiedHeadFeatures(NamedTuple):
 
 
 def head_features(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    *,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    known_logprobs: Tensor | None = None,
-    process_group: Any = None,
-    backend: str | None = None,
-) -> HeadFeatures:
+    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    token_weights: Tensor | None = None, known_logprobs: Tensor | None = None,
+    process_group: Any = None, backend: str | None = None,
+) -> HeadFeatures:  # fmt: skip
     """Last-layer sensitivity of each response (eqs. 5-8), with log-probabilities, logsumexp and entropy.
 
     With z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), and p = softmax(z / temperature):
@@ -114,20 +106,13 @@ def head_features(
 
 
 def certified_head_features(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
-    *,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     max_skipped: float = 0.01,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
+    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     token_weights: Tensor | None = None,
-    process_group: Any = None,
-    backend: str | None = None,
-) -> CertifiedHeadFeatures:
+    process_group: Any = None, backend: str | None = None,
+) -> CertifiedHeadFeatures:  # fmt: skip
     """`head_features` without the confident tokens, with a bound on the error this makes.
 
     A confident token contributes little: ||phi_t|| <= m_t diameter, with m_t = 1 - p(tokens[t]) and diameter
@@ -252,11 +237,11 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 def _features_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
     head, responses = HeadSpec(*flat[:5]), Responses(*flat[5:7])
-    known_logprobs, max_skipped, name, group = flat[7:]
+    hints, (name, group) = Hints(*flat[7:9]), flat[9:]
     with torch.autocast(hidden.device.type, enabled=False):
         if group:
             return _over_ranks(name, group, hidden, tokens, head, responses)
-        return implementation(name).features(hidden, tokens, head, responses, known_logprobs, max_skipped)
+        return implementation(name).features(hidden, tokens, head, responses, hints)
 
 
 @_features_op.register_fake

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..arguments import check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
+from .backend import Incoming, Sums, choose_backend
 from .backend import backend as implementation
-from .backend import choose_backend
 from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
@@ -43,17 +43,11 @@ class LinearLogprobs(NamedTuple):
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    process_group: Any = None,
-    backend: str | None = None,
-) -> LinearLogprobs:
+    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    process_group: Any = None, backend: str | None = None,
+) -> LinearLogprobs:  # fmt: skip
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
     Neither forward nor backward makes a tensor of N x V; beside the gradients they need less than 64 MiB.
@@ -186,9 +180,10 @@ def _backward_op(
     # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
     terms.masked_fill_((g == 0) & (e == 0), 0.0)
 
-    def sweep(rows: slice, begin: int, end: int, *sums: Tensor | None) -> None:
-        operands = hidden[rows], tokens[rows], head, normaliser[:, rows], terms[:, rows]
-        implementation(name).sweep(*operands, begin, end, *sums)
+    incoming = Incoming(normaliser, terms)
+
+    def sweep(rows: slice, block: slice, sums: Sums) -> None:
+        implementation(name).sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums)
 
     with torch.autocast(hidden.device.type, enabled=False):
         return _gradients(sweep, hidden, head, group, *needs)
@@ -214,9 +209,9 @@ def _gradients(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls sweep(rows, begin, end, sum_hidden, grad_weight, grad_bias), with None for gradients not needed.
+    """Calls sweep(rows, block, Sums(...)) such that all gradients needed are whole.
 
-    A sweep adds to float32 sums of hidden's gradient and completes rows begin:end of the weight's gradient.
+    A sweep adds to float32 sums of hidden's gradient and completes a block of rows of the weight's gradient.
     So the sums are needed for all tokens of a sweep at once. Sums of more than SUMS bytes borrow the last 2 N
     rows of the weight's gradient; those rows are written last, by a sweep that computes the logits there
     once more (2 N / V of a product).
@@ -227,7 +222,7 @@ def _gradients(
     """
     weight, bias = head.weight, head.bias
     (N, d), V = hidden.shape, weight.shape[0]
-    everything = slice(0, N)
+    everything, vocabulary = slice(0, N), slice(0, V)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     # contiguous, even if weight is not
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
@@ -235,30 +230,30 @@ def _gradients(
     gw = grad_weight if need_weight else None
     if not need_hidden or N == 0:
         if need_weight or need_bias:
-            sweep(everything, 0, V, None, gw, sum_bias)
+            sweep(everything, vocabulary, Sums(None, gw, sum_bias))
     elif grad_hidden.element_size() >= 4:
-        sweep(everything, 0, V, grad_hidden, gw, sum_bias)
+        sweep(everything, vocabulary, Sums(grad_hidden, gw, sum_bias))
         vocab_parallel.all_reduce(grad_hidden, group)
     elif group or not need_weight or 4 * N * d <= SUMS:
         step = max(1, SUMS // (4 * d))
         one_chunk = 0 < N <= step
         for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
-            sweep(rows, 0, V, sums, gw if one_chunk else None, sum_bias)
+            sweep(rows, vocabulary, Sums(sums, gw if one_chunk else None, sum_bias))
             vocab_parallel.all_reduce(sums, group)
             grad_hidden[rows] = sums
         if need_weight and not one_chunk:
-            sweep(everything, 0, V, None, gw, None)
+            sweep(everything, vocabulary, Sums(None, gw))
     else:
         start = max(0, (V - 2 * N) // 2 * 2)  # even: on a whole float32
         memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()
         for rows in tiled.slices(0, N, (V - start) // 2):
             n = rows.stop - rows.start
             sums = memory[: 2 * n * d].view(torch.float32).view(n, d).zero_()
-            sweep(rows, 0, start, sums, gw, sum_bias)
-            sweep(rows, start, V, sums, None, sum_bias)
+            sweep(rows, slice(0, start), Sums(sums, gw, sum_bias))
+            sweep(rows, slice(start, V), Sums(sums, None, sum_bias))
             grad_hidden[rows] = sums
-        sweep(everything, start, V, None, gw, None)
+        sweep(everything, slice(start, V), Sums(None, gw))
     grad_bias = hidden.new_zeros(0) if bias is None or sum_bias is None else sum_bias.to(bias.dtype)
     return grad_hidden, grad_weight, grad_bias
 

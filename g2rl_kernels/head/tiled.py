@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import FeatureOutputs
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -92,86 +92,65 @@ def joined(strips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def features(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    responses: Responses,
-    known_logprobs: Tensor | None = None,
-    max_skipped: float | None = None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
 ) -> FeatureOutputs:
     """The reference's features, some tokens at a time; known_logprobs are not used."""
-    if max_skipped is not None:
-        return certified_features(features, hidden, tokens, head, responses, max_skipped)
+    if hints.max_skipped is not None:
+        return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
     chunk = max(1, elements(hidden) // len(head.weight))
     found = reference.head_features(hidden, tokens, head, responses, chunk=chunk)
-    phi, logprobs, logsumexp, entropy = (
-        values.clone() for values in found
-    )  # an op's outputs share no memory
+    phi, logprobs, logsumexp, entropy = (t.clone() for t in found)  # an op's outputs share no memory
     skipped = hidden.new_zeros(len(responses.cu_seqlens) - 1, dtype=torch.float32)
     return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long())
 
 
 def features_of_part(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    responses: Responses,
-    logsumexp: Tensor,
-    rest: Tensor,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
     """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone."""
     cu_seqlens, token_weights = responses
     (N, d), V, dtype = hidden.shape, len(head.weight), reference.accumulation_dtype(hidden)
-    top, rest = logsumexp.to(dtype), rest.to(dtype)
-    normaliser = torch.stack([top, (logsumexp - top).to(dtype)])
+    top, rest = lse.to(dtype), rest.to(dtype)
+    normaliser = torch.stack([top, (lse - top).to(dtype)])
     terms = torch.stack([torch.ones_like(rest), torch.zeros_like(rest), rest])
     alpha = torch.ones_like(rest) if token_weights is None else token_weights.to(dtype)
     sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d, dtype=dtype)
     for rows in slices(0, N, TOKENS):
         gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p; phi / temperature
-        operands = hidden[rows], tokens[rows], head, normaliser[:, rows], terms[:, rows]
-        sweep(*operands, 0, V, gradient, None, None)
+        incoming = Incoming(normaliser, terms).rows(rows)
+        sweep(hidden[rows], tokens[rows], head, incoming, slice(0, V), Sums(gradient))
         sums += reference.segment_sum(alpha[rows, None] * gradient, cu_seqlens, rows.start, rows.stop)
     total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
     return sums * (head.temperature / total)[:, None]
 
 
 def sweep(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    normaliser: Tensor,
-    terms: Tensor,
-    begin: int,
-    end: int,
-    sum_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
 ) -> None:
-    """Adds the share of vocabulary entries [begin, end) to the gradients; logprobs.py has the equations."""
-    dtype = normaliser.dtype
-    top, log_total = normaliser[:, :, None]
-    a, g_entropy, at_token = terms[:, :, None]
-    for block in _blocks(hidden, begin, end):
-        entries = _entries(head, block)
+    """Adds the share of a block of the vocabulary to the gradients; logprobs.py has the equations."""
+    dtype = incoming.normaliser.dtype
+    top, log_total = incoming.normaliser[:, :, None]
+    a, g_entropy, at_token = incoming.terms[:, :, None]
+    for columns in _blocks(hidden, block.start, block.stop):
+        entries = _entries(head, columns)
         w = entries.weight.to(dtype)
-        sum_weight = None if grad_weight is None else torch.zeros_like(w)
+        sum_weight = None if sums.weight is None else torch.zeros_like(w)
         for rows in slices(0, hidden.shape[0], TOKENS):
             h = hidden[rows].to(dtype)
             z, slope = reference.logits(h, entries._replace(weight=w))
             log_p = z.sub_(top[rows]).sub_(log_total[rows])
             p = log_p.exp()
             grad_z = -p * (a[rows] + g_entropy[rows] * log_p.masked_fill_(p == 0, 0.0))
-            index, inside = _index(tokens[rows], block)
+            index, inside = _index(tokens[rows], columns)
             grad_z.scatter_(1, index, torch.where(inside, at_token[rows], grad_z.gather(1, index)))
             if slope is not None:
                 grad_z *= slope
             grad_z *= head.logit_scale / head.temperature
-            if sum_hidden is not None:
-                sum_hidden[rows] += grad_z @ w
+            if sums.hidden is not None:
+                sums.hidden[rows] += grad_z @ w
             if sum_weight is not None:
                 sum_weight += grad_z.T @ h
-            if grad_bias is not None:
-                grad_bias[block] += grad_z.sum(0)
-        if grad_weight is not None and sum_weight is not None:
-            grad_weight[block] = sum_weight
+            if sums.bias is not None:
+                sums.bias[columns] += grad_z.sum(0)
+        if sums.weight is not None and sum_weight is not None:
+            sums.weight[columns] = sum_weight

@@ -5,6 +5,7 @@ import torch
 from oracle import make_case
 
 from g2rl_kernels.head import cpu
+from g2rl_kernels.head.backend import Hints
 from g2rl_kernels.head.spec import HeadSpec, Responses
 
 LENGTHS = [3, 0, 5]
@@ -18,13 +19,13 @@ def given():
 
 def test_opcheck_statistics():
     hidden, tokens, head, _ = given()
-    torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head.flat()))
+    torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head))
 
 
 def test_opcheck_features_of_part():
     hidden, tokens, head, responses = given()
     of_tokens = torch.rand(8, dtype=torch.float64), torch.rand(8)
-    arguments = (hidden, tokens, *head.flat(), *responses, *of_tokens)
+    arguments = (hidden, tokens, *head, *responses, *of_tokens)
     torch.library.opcheck(torch.ops.g2rl.head_features_of_part, arguments)
 
 
@@ -32,7 +33,7 @@ def test_opcheck_features_of_part():
 def test_opcheck_sweep(wanted):
     hidden, tokens, head, _ = given()
     sums = torch.zeros(8, 16), torch.zeros(67, 16), torch.zeros(67)
-    arguments = (hidden, tokens, *head.flat(), torch.rand(2, 8), torch.rand(3, 8), 5, 60)
+    arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8), 5, 60)
     arguments += sums if wanted else (None, None, None)
     torch.library.opcheck(torch.ops.g2rl.head_sweep, arguments)
 
@@ -45,7 +46,7 @@ def test_without_max_skipped_no_token_is_skipped():
 
 def test_with_max_skipped_what_is_skipped_is_left_out():
     hidden, tokens, head, responses = given()
-    outputs = cpu.features(hidden, tokens, head, responses, max_skipped=0.5)
+    outputs = cpu.features(hidden, tokens, head, responses, Hints(max_skipped=0.5))
     every = cpu.features(hidden, tokens, head, responses)
     assert outputs.skipped_tokens.sum() > 0
     assert (outputs.skipped_mass > 0).equal(outputs.skipped_tokens > 0)

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import FeatureOutputs
+from ..backend import NO_HINTS, FeatureOutputs, Hints
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
 from ..tiled import slices
@@ -58,16 +58,13 @@ def token_statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Te
 
 
 def features(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    responses: Responses,
-    known_logprobs: Tensor | None = None,
-    max_skipped: float | None = None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
 ) -> FeatureOutputs:
     """See `Backend.features`. With `max_skipped`, `known_logprobs` are not used."""
     (N, D), S, device = hidden.shape, responses.cu_seqlens.shape[0] - 1, hidden.device
-    known = None if max_skipped is not None else known_logprobs
+    known, max_skipped = hints
+    if max_skipped is not None:
+        known = None
     with torch.cuda.device_of(hidden):
         operands = HeadOperands.of(head)
         cu_seqlens, alpha = _in_bounds(responses, N)
@@ -89,13 +86,13 @@ def features(
 
 
 def features_of_part(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, logsumexp: Tensor, rest: Tensor
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
     """See `Backend.features_of_part`: the second pass alone."""
     with torch.cuda.device_of(hidden):
         operands = HeadOperands.of(head)
         cu_seqlens, alpha = _in_bounds(responses, hidden.shape[0])
-        lse2 = (logsumexp * LOG2E).float()
+        lse2 = (lse * LOG2E).float()
         sums = torch.zeros(cu_seqlens.shape[0] - 1, hidden.shape[1], device=hidden.device)
         for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, CHUNK):
             _accumulate(chunk, operands, sums, lse2[rows])

@@ -42,20 +42,11 @@ def log1p(x):
 @triton.heuristics(given("GATED", "gate"))
 @triton.jit(do_not_specialize=["N", "n_strips"])
 def head_finish_kernel(
-    partial,
-    target,
-    gate,
-    logprobs,
-    logsumexp,
-    entropy,
-    lse2,
-    rest,
-    N,
-    n_strips,
-    GATED: tl.constexpr,
-    LN2: tl.constexpr,
+    partial, target, gate, logprobs, logsumexp, entropy, lse2, rest,
+    N, n_strips,
+    GATED: tl.constexpr, LN2: tl.constexpr,
     BT: tl.constexpr,
-):
+):  # fmt: skip
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < N
     if GATED:

@@ -22,21 +22,12 @@ BT, BD = 32, 128
 
 @triton.jit(do_not_specialize=["V", "s_begin", "n_responses", "n_strips", "D"])
 def head_gather_kernel(
-    weight,
-    tokens,
-    coefficient,
-    cu_seqlens,
-    slots,
-    V,
-    s_begin,
-    n_responses,
-    n_strips,
-    stride_wv,
-    stride_wd,
+    weight, tokens, coefficient, cu_seqlens, slots,
+    V, s_begin, n_responses, n_strips,
+    stride_wv, stride_wd,
     D,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_s, i_d, i_strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     t_begin, t_end = tl.load(cu_seqlens + s_begin + i_s), tl.load(cu_seqlens + s_begin + i_s + 1)
     strip = tl.cdiv(t_end - t_begin, n_strips)

@@ -31,39 +31,15 @@ from .tuning import Config
 @triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient"))
 @triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "D"])
 def head_gradient_kernel(
-    hidden,
-    weight,
-    bias,
-    tokens,
-    numbers,
-    gradient,
-    N,
-    V,
-    i_row0,
-    n_rows,
-    i_col0,
-    n_columns,
-    n_blocks,
-    scale,
-    factor,
-    stride_hn,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_gn,
+    hidden, weight, bias, tokens, numbers, gradient,
+    N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
+    scale, factor,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
     D,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr,
-    W_TMA: tl.constexpr,
-    G_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
     i_program = tl.program_id(0)

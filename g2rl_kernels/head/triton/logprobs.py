@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backend import Incoming, Sums
 from ..spec import HeadSpec
 from ..tiled import slices
 from .chunk import CHUNK
@@ -50,19 +51,11 @@ def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, 
 
 
 def sweep(
-    hidden: Tensor,
-    tokens: Tensor,
-    head: HeadSpec,
-    normaliser: Tensor,
-    terms: Tensor,
-    begin: int,
-    end: int,
-    sum_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
 ) -> None:
-    """See `Backend.sweep`. grad_weight is contiguous, begin is even; grad_weight[begin:end] is scratch memory
-    until this returns."""
+    """See `Backend.sweep`. block.start is even; sums.weight[block] is scratch memory until this returns."""
+    begin, end = block.start, block.stop
+    sum_hidden, grad_weight, grad_bias = sums
     N, d = hidden.shape
     if N == 0:
         if grad_weight is not None:
@@ -71,9 +64,9 @@ def sweep(
     weight, operands = head.weight, HeadOperands.of(head)
     config = operands.config("gradient", hidden)
     tokens = tokens.clamp(-1, weight.shape[0])
-    terms = terms * (head.logit_scale / head.temperature)
+    terms = incoming.terms * (head.logit_scale / head.temperature)
     unit = _unit(terms) if hidden.dtype == torch.float16 else None
-    numbers = torch.cat([normaliser, terms if unit is None else terms / unit])
+    numbers = torch.cat([incoming.normaliser, terms if unit is None else terms / unit])
 
     chunk, most = _shape(N, end - begin, hidden.element_size(), config)
     buffer = hidden.new_empty(chunk, most)
@@ -82,22 +75,22 @@ def sweep(
     if unit is not None and sum_hidden is not None:
         sum_hidden /= unit
     with torch.cuda.device_of(hidden), _rounded_once():
-        for block in _blocks(begin, end, most, config.BN, SUMS // (4 * d) if apart else most):
-            sum_weight = None if grad_weight is None else grad_weight[block]
+        for columns in _blocks(begin, end, most, config.BN, SUMS // (4 * d) if apart else most):
+            sum_weight = None if grad_weight is None else grad_weight[columns]
             if grad_weight is not None and apart:
-                sum_weight = _sums(grad_weight, block, end)
+                sum_weight = _sums(grad_weight, columns, end)
             for rows in slices(0, N, chunk):
-                dz = buffer[: rows.stop - rows.start, : block.stop - block.start]
-                head_gradient(hidden, operands, tokens, numbers, rows, block, dz, config)
+                dz = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
+                head_gradient(hidden, operands, tokens, numbers, rows, columns, dz, config)
                 if sum_hidden is not None:
-                    _add_product(sum_hidden[rows], dz, weight[block])
+                    _add_product(sum_hidden[rows], dz, weight[columns])
                 if sum_weight is not None:
                     _add_product(sum_weight, dz.T, hidden[rows], beta=min(1, rows.start))
                 if grad_bias is not None:
                     sum_bias = dz.sum(0, dtype=torch.float32)
-                    grad_bias[block] += sum_bias if unit is None else sum_bias * unit
+                    grad_bias[columns] += sum_bias if unit is None else sum_bias * unit
             if grad_weight is not None and sum_weight is not None and apart:
-                grad_weight[block] = sum_weight if unit is None else sum_weight.mul_(unit)
+                grad_weight[columns] = sum_weight if unit is None else sum_weight.mul_(unit)
     if unit is not None and sum_hidden is not None:
         sum_hidden *= unit
 

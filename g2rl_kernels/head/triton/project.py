@@ -34,28 +34,13 @@ SPLIT = {"SPLIT_BF16": lambda arguments: arguments["weight"].dtype == torch.bflo
     do_not_specialize=["V", "s_begin", "n_responses", "i_col0", "n_strips", "blocks_per_strip", "D"],
 )
 def head_project_kernel(
-    partial,
-    weight,
-    cu_seqlens,
-    slots,
-    V,
-    s_begin,
-    n_responses,
-    i_col0,
-    n_columns,
-    n_strips,
-    blocks_per_strip,
-    stride_wv,
-    stride_wd,
+    partial, weight, cu_seqlens, slots,
+    V, s_begin, n_responses, i_col0, n_columns, n_strips, blocks_per_strip,
+    stride_wv, stride_wd,
     D,
-    BM: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT_BF16: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    SPLIT_BF16: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     i_s, i_d, i_strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_s, o_d = i_s * BS + tl.arange(0, BS), i_d * BD + tl.arange(0, BD)
     m_s, m_d = o_s < n_responses, o_d < D

@@ -18,18 +18,13 @@ BD = 512
 @triton.heuristics(given("HAS_KAPPA", "kappa"))
 @triton.jit(do_not_specialize=["s_begin", "n_responses", "n_slots", "D"])
 def head_reduce_kernel(
-    slots,
-    features,
-    cu_seqlens,
-    kappa,
-    s_begin,
-    n_responses,
-    n_slots,
+    slots, features, cu_seqlens, kappa,
+    s_begin, n_responses, n_slots,
     sign,
     D,
     BD: tl.constexpr,
     HAS_KAPPA: tl.constexpr,
-):
+):  # fmt: skip
     i_s, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(cu_seqlens + s_begin) == tl.load(cu_seqlens + s_begin + n_responses):
         return  # these responses have no tokens: the slots were not written

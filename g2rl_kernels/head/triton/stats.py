@@ -25,35 +25,15 @@ MAX_STRIPS = 32
 @triton.heuristics(TILE_FLAGS | given("GATED", "gate"))
 @triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "D"])
 def head_stats_kernel(
-    hidden,
-    weight,
-    bias,
-    tokens,
-    gate,
-    partial,
-    N,
-    V,
-    n_strips,
-    tiles_per_strip,
-    scale,
-    factor,
-    stride_hn,
-    stride_hd,
-    stride_wv,
-    stride_wd,
+    hidden, weight, bias, tokens, gate, partial,
+    N, V, n_strips, tiles_per_strip,
+    scale, factor,
+    stride_hn, stride_hd, stride_wv, stride_wd,
     D,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr,
-    W_TMA: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     # Consecutive programs take the strips of one token block, then those of the next: the tiles of the weight
     # and the rows of hidden that are in use together stay in the L2 cache.
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)

@@ -23,27 +23,14 @@ BT, BD = 16, 256
 @triton.heuristics(given("HAS_BIAS", "bias"))
 @triton.jit(do_not_specialize=["N", "V", "D"])
 def head_target_kernel(
-    hidden,
-    weight,
-    bias,
-    tokens,
-    target,
-    slope,
-    N,
-    V,
-    scale,
-    factor,
-    outside,
-    stride_hn,
-    stride_hd,
-    stride_wv,
-    stride_wd,
+    hidden, weight, bias, tokens, target, slope,
+    N, V,
+    scale, factor, outside,
+    stride_hn, stride_hd, stride_wv, stride_wd,
     D,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    BT: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < N

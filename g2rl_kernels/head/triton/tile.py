@@ -38,27 +38,14 @@ LOG2_E = tl.constexpr(LOG2E)
 
 @triton.jit
 def dot_tile(
-    hidden,
-    weight,
-    b_rows,
-    m_rows,
-    i_row,
-    i_col,
-    stride_hn,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    V,
-    D,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    H_TMA: tl.constexpr,
-    W_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden, weight, b_rows, m_rows,
+    i_row, i_col,
+    stride_hn, stride_hd, stride_wv, stride_wd,
+    V, D,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """[BM, BN] float32: hidden[rows] @ weight[i_col : i_col + BN]^T. With H_TMA, rows are i_row and on.
     EVEN_D: BK divides D."""
     o_col = i_col + tl.arange(0, BN)

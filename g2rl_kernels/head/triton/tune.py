@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import Incoming, Sums
 from . import tuning
 from .tuning import KINDS, Config
 
@@ -182,18 +183,8 @@ class Bench:
         normaliser = torch.stack([found.logsumexp, nothing])
         terms = torch.stack([nothing + 1, nothing, found.rest])
         with tuning.trial(config):
-            self.driver.sweep(
-                self.hidden,
-                self.chunk.tokens,
-                self.spec,
-                normaliser,
-                terms,
-                begin=0,
-                end=self.size.V,
-                sum_hidden=total,
-                grad_weight=None,
-                grad_bias=None,
-            )
+            incoming, vocabulary = Incoming(normaliser, terms), slice(0, self.size.V)
+            self.driver.sweep(self.hidden, self.chunk.tokens, self.spec, incoming, vocabulary, Sums(total))
         return total
 
     def product(self, kind: str) -> None:

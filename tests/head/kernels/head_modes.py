@@ -15,7 +15,7 @@ import g2rl_kernels as g2
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from g2rl_kernels.head.backend import FeatureOutputs
+from g2rl_kernels.head.backend import FeatureOutputs, Hints
 from g2rl_kernels.head.triton import driver, tuning
 
 HAS_GPU = GPU.type == "cuda"
@@ -29,7 +29,7 @@ TINY = tuning.Config(16, 16, 16, 4, 2)
 
 def plain_features(case: Case, **options: Any) -> FeatureOutputs:
     """By the backend itself, which checks no values."""
-    return driver.features(case.hidden, case.tokens, case.spec, case.responses, **options)
+    return driver.features(case.hidden, case.tokens, case.spec, case.responses, Hints(**options))
 
 
 def mode_options(mode: str, known: torch.Tensor) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def run(self, *args, grid, warmup, **options):
 
 JITFunction.run = run
 from g2rl_kernels.group import triton as group
+from g2rl_kernels.head.backend import Hints, Incoming, Sums
 from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.head.triton import driver, logprobs, tile, tuning
 
@@ -61,8 +62,8 @@ def inputs(N, V, d, dtype, mode):
 def gradients(N, V, d, S, dtype, mode):
     hidden, tokens, head = inputs(N, V, d, dtype, mode)
     driver.statistics(hidden, tokens, head)
-    numbers, sums = torch.zeros(5, N), (torch.zeros(N, d), torch.zeros_like(head.weight), None)
-    driver.sweep(hidden, tokens, head, numbers[:2], numbers[2:], 0, V, *sums)
+    numbers, sums = torch.zeros(5, N), Sums(torch.zeros(N, d), torch.zeros_like(head.weight))
+    driver.sweep(hidden, tokens, head, Incoming(numbers[:2], numbers[2:]), slice(0, V), sums)
 
 
 def features(N, V, d, S, dtype, mode):
@@ -70,7 +71,8 @@ def features(N, V, d, S, dtype, mode):
     alpha = torch.ones(N) if mode == "every option" else None
     known = torch.zeros(N) if mode == "one pass" else None
     most = 0.1 if mode == "certificate" else None
-    driver.features(hidden, tokens, head, Responses(torch.tensor([0] * S + [N]), alpha), known, most)
+    responses = Responses(torch.tensor([0] * S + [N]), alpha)
+    driver.features(hidden, tokens, head, responses, Hints(known, most))
 
 
 def groups(S, d, B, M):

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from live_bytes import LiveBytes, no_launches
 
+from g2rl_kernels.head.backend import Incoming, Sums
 from g2rl_kernels.head.spec import HeadSpec
 from g2rl_kernels.head.triton import gradient as head_gradient
 from g2rl_kernels.head.triton import logprobs as kernels
@@ -186,7 +187,8 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
         sums = torch.zeros(N, d, device=GPU)
         grad_weight = torch.full((end - begin, d), torch.nan, dtype=dtype, device=GPU)
         grad_bias = torch.zeros(end - begin, device=GPU)
-        kernels.sweep(*part(begin, end), whole[2], terms, 0, end - begin, sums, grad_weight, grad_bias)
+        incoming, block = Incoming(whole[2], terms), slice(0, end - begin)
+        kernels.sweep(*part(begin, end), incoming, block, Sums(sums, grad_weight, grad_bias))
         return sums, grad_weight, grad_bias
 
     sums, grad_weight, grad_bias = swept(0, V)
