@@ -20,6 +20,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..arguments import check_tensor
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import check_questions
 from ..group.geometry import row_groups
@@ -133,7 +134,8 @@ def group_statistics(
 ) -> list[GroupStatistics]:
     """The statistics of every group, in order of first appearance.
 
-    A statistic is None where its input is not given, or the group has no pair.
+    A statistic is None where its input is not given. Pair statistics are None without a pair, effective_rank
+    without a usable feature.
 
     Args:
         features: [S, d], of `head_features`. A response whose feature is zero (no tokens) or not finite is
@@ -144,12 +146,16 @@ def group_statistics(
         texts: [S]. `redundant` and `opposed` are then pairs of different texts: equal texts have cosine 1.
         answers: [S], equal texts for equal answers; None for no answer.
         embeddings: [S, e], rows of unit norm (`SentenceEncoder`).
-        entropy: [S], nats, summed over tokens; a value that is not finite is left out of the mean.
+        entropy: [S], nats, summed over tokens; needs lengths. A value that is not finite is left out of the
+            mean.
         lengths: [S], tokens.
 
     Raises:
         TypeError, ValueError: as `group_geometry`.
     """
+    check_tensor("features", features, None)
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, (torch.int64,))
     features = features.detach().float().cpu()
     ids = row_groups(
         len(features), features.device, group_size, None if group_ids is None else group_ids.cpu()

@@ -12,15 +12,14 @@ label, right or wrong:
 Where the paper is silent, the rules are those of its authors' code
 (github.com/YujunZhou/EVOL-RL):
 
-- Negative cosines count as 0.
 - The only response of its label has u~ = 1, and its mean is over the whole group.
 - Where all u of a label are equal, u~ = 1/2.
 - A response without an answer does not change the rewards of others.
 - The text up to </think> is left out; a text too long for the encoder loses its beginning.
 
-Two rules differ from that code. Values of u within 1e-5 count as equal, as in G2RL's scores, so that rounding
-makes no difference between equal texts. The only answer of a group gets the reward above with u~ = 1; the
-code gives it -1 even if it is right.
+Two rules differ from that code. A label whose u differ by 1e-5 or less counts as all equal, as in G2RL's
+scores, so that rounding makes no difference between equal texts. The only response of a group that has an
+answer gets the reward above with u~ = 1; the code gives it -1 even if it is right.
 """
 
 from __future__ import annotations

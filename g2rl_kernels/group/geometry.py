@@ -54,8 +54,8 @@ def group_geometry(
 
     Phi are the features, r the rewards, nu the exploration score: how little a response resembles its group.
     nubar is nu scaled to [0, 1] between the group's extremes, and 0.5 where these differ by 1e-5 or less.
-    The paper's eq. 12 as printed contradicts the text around it: `shaping` offers both, and a third form that
-    leaves wrong answers as they are. Shaped rewards with lam = 0.5:
+    The paper's eq. 12 as printed contradicts the text around it: `shaping` offers both, a form that leaves
+    wrong answers as they are, and "none". Shaped rewards with lam = 0.5:
 
         reward  nubar           "intent"  "equation"  "right"
           +1      0  (alike)       0.5        1.0        0.5
@@ -64,39 +64,42 @@ def group_geometry(
           -1      1  (novel)      -1.5       -0.5       -1.0
 
     Args:
-        features: [S, d], of `head_features`, any float dtype; computed on in float32.
+        features: [S, d], of `head_features`, any float dtype; converted to float32.
         rewards: [S], any float dtype; the paper's are +1 and -1.
         group_size: m, where each m consecutive rows are a group. Give either group_size or group_ids.
         group_ids: [S] int64, the group of each row; groups may differ in size and be interleaved. Negative
             ids are padding rows. Ids on a GPU make the call wait for the device.
-        lam: exploration strength, >= 0. 0 leaves every reward as it is, unclipped.
-        clip: bound of the shaped rewards, positive.
-        shaping: how nubar moves rewards.
+        lam: exploration strength, >= 0 (0.5). 0 leaves every reward as it is, unclipped.
+        clip: bound of the shaped rewards, positive (3).
+        shaping: how nubar moves rewards ("intent").
             "intent": as above; a novel right answer gains, a novel wrong one loses.
             "equation": r (1 + lam r nubar), eq. 12 as printed; a novel wrong answer is punished less.
             "right": as "intent" for rewards above 0, with nubar between the extremes of these alone; other
             rewards are only clipped.
             "none": rewards as they are, unclipped.
-        exploration_score: "linear": nu as above; "sqrt": its square root.
-        scale: what advantages are divided by. "group": the group's standard deviation, as above; "batch":
-            that of the whole batch, about the batch's mean; "none": nothing.
-        uniform_groups: groups in which all rewards are equal. "shape": treated like all others; "skip": their
-            rewards stay as they are.
-        eps: positive, in the equations above.
+        exploration_score: "linear" (default): nu as above; "sqrt": its square root.
+        scale: the divisor of advantages; the group's mean is always subtracted. "group" (default): the
+            group's deviation, as above; "batch": the deviation of all rewards about their common mean;
+            "none": 1.
+        uniform_groups: groups in which all rewards are equal. "shape" (default): treated like all others;
+            "skip": their rewards stay as they are.
+        eps: positive (1e-6), in the equations above. Features about as short as eps get smaller cosines.
 
     Returns:
-        `GroupGeometry`, without gradients; M is the size of the largest group. Groups are in order of first
-        appearance, and the rows of a group in order.
+        `GroupGeometry`: similarity [B, M, M], members [B, M] int64 (rows of the inputs; -1: empty place),
+        exploration_score, shaped_rewards and advantages [S], float32, without gradients, for B groups of at
+        most M rows. Groups are in order of first appearance, and the rows of a group in order.
 
         - Padding rows get zeros and change nothing for other rows.
         - A group of one has exploration score 1.
-        - A response without tokens (feature zero) has similarity 0 to all others.
-        - NaN in a feature makes its similarities NaN, and with them the scores, the rewards that are shaped
-          and the advantages of its own group. Other groups do not change, except that with scale="batch" the
-          advantages of all groups are NaN.
+        - A response without tokens (feature zero) has exploration score 1: give it a negative id to leave it
+          out.
+        - Equal responses should have one feature: rounding between them would rank them (`response_keys`).
+        - NaN in a feature or a reward makes exploration scores, shaped rewards and advantages of its own
+          group NaN. Other groups do not change, except that with scale="batch" all advantages are NaN.
 
     Raises:
-        TypeError: an argument is not a tensor, or has a wrong dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, device, option or number is wrong, or group_size does not divide S.
     """
     check_tensor("features", features, None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice, check_positive
+from ..arguments import check_choice, check_positive, check_tensor
 from .evol import evol_rewards, majority_labels
 from .geometry import GroupGeometry, group_geometry, row_groups
 from .metrics import accuracy, describe
@@ -130,7 +130,7 @@ def shape_rewards(
     embeddings: Tensor | None = None,
     answered: Tensor | None = None,
 ) -> GroupGeometry:
-    """The groups' geometry, with the shaped rewards and the advantages of one of the paper's systems.
+    """Measures every group, and computes shaped rewards and advantages as one of the paper's systems does.
 
         "g2rl"                    the rewards shaped by `group_geometry`
         "evol_rl"                 the rewards of `evol_rewards`
@@ -139,7 +139,7 @@ def shape_rewards(
     Args:
         features: [S, d], of `head_features`. Every algorithm measures their geometry.
         rewards: [S], +1 and -1; NaN only in padding rows.
-        options: g2rl uses all; for the others' rewards shaping, lam, clip and uniform_groups are ignored.
+        options: g2rl uses all; other algorithms use exploration_score, scale and eps alone.
         group_size, group_ids: exactly one, as in `group_geometry`.
         keys: [S], of `response_keys`. With them, responses of a group with the same tokens have one feature.
             Otherwise their features differ by rounding (micro-batches, the sampler's log-probs), and where
@@ -148,9 +148,15 @@ def shape_rewards(
         embeddings: [S, e], rows of unit norm; needed by evol_rl.
         answered: [S] bool, for evol_rl: False for a response without an answer. None: all have one.
 
+    Returns:
+        `GroupGeometry` of the features, with this system's shaped_rewards and advantages.
+
     Raises:
-        TypeError, ValueError: as `group_geometry`.
+        TypeError, ValueError: as `group_geometry`; no such algorithm; evol_rl without embeddings.
     """
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    if algorithm == "evol_rl" and embeddings is None:
+        raise ValueError("embeddings: got None, evol_rl needs [S, e], rows of unit norm")
     if algorithm != "g2rl":
         options = replace(options, shaping="none")
     groups: dict[str, Any] = {"group_size": group_size, "group_ids": group_ids}
@@ -158,9 +164,8 @@ def shape_rewards(
     if keys is not None:
         features = _one_feature_each(features, keys, ids)
     geometry = group_geometry(features, rewards, **groups, **vars(options))
-    if algorithm != "evol_rl":
+    if embeddings is None or algorithm != "evol_rl":
         return geometry
-    assert embeddings is not None
     evolved = evol_rewards(embeddings, rewards > 0, ids, answered)
     other = group_geometry(features[:, :1], evolved, **groups, **vars(options))  # only for the advantages
     return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
@@ -189,19 +194,24 @@ def shape_scores(
         scores: [S], any float dtype, in the trainer's units; NaN: no score.
         options: how rewards are shaped.
         group_size, group_ids: exactly one, as in `group_geometry`.
-        has_tokens: [S] bool, False for a response without a token that counts, e.g. a masked one. Its feature
-            is zero, which would make it look perfectly novel.
+        has_tokens: [S] bool, False for a response without tokens that count, e.g. a truncated one that the
+            trainer masks. Its feature is zero, which would make it look perfectly novel.
         threshold: a score of at least this is right.
         gap: how far apart the scores of a right and a wrong response are: 1 for 0 and 1, 2 for -1 and +1.
-        votes: S answers, None for no answer. With them `majority_labels` decides which responses are right,
-            not scores (NaN is ignored too), and scores become threshold +- gap / 2 before they are shaped.
+        votes: S answers, None for no answer. With them `majority_labels` decides which responses are right. A
+            NaN score then leaves no row out, and scores are replaced by threshold +- gap / 2 before shaping.
         system: keys, algorithm, embeddings and answered, as in `shape_rewards`.
+
+    Returns:
+        `ShapedScores`: scores and bonus [S] float32 (what shaping added, in units of scores), geometry, and
+        metrics by name, of `describe`.
 
     Raises:
         TypeError, ValueError: as `group_geometry`; gap is not positive.
     """
     if not gap > 0:
         raise ValueError(f"gap: got {gap}, needs the positive distance between right and wrong scores")
+    check_tensor("scores", scores, None)
     scores = scores.float()
     ids = row_groups(len(scores), scores.device, group_size, group_ids)
     truth = rewards = signed_rewards(scores, threshold)

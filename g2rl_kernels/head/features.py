@@ -46,7 +46,9 @@ def head_features(
     token_weights: Tensor | None = None, known_logprobs: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> HeadFeatures:  # fmt: skip
-    """Last-layer sensitivity of each response (eqs. 5-8), with log-probabilities, logsumexp and entropy.
+    """The feature of each response (arXiv 2512.15687, eqs. 5-8), log-probabilities, logsumexp and entropy.
+
+    The feature says how the response's log-probability changes with the input of the LM head.
 
     With z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), and p = softmax(z / temperature):
 
@@ -65,19 +67,22 @@ def head_features(
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
         temperature, logit_scale: positive, from 1e-8 to 1e8.
-        logit_softcap: c above, within the same bounds; None: no softcap.
+        logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
+            of logit_scale, without a softcap) has the same bounds.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
-        known_logprobs: [N] log p(tokens[t]) as the sampler reported it, any float dtype. On a GPU one pass
-            over the logits then does the work of two; other backends ignore it. It need not be exact:
-            outputs are computed afresh, and a token whose known probability is off by a factor l within 1 %
-            goes into its response's feature with weight l alpha_t, all others with alpha_t.
+        known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
+            It saves backend "triton" one of two passes over the logits; other backends ignore it.
+            Log-probabilities, logsumexp and entropy stay exact. Let l = known p / p. A token with |l - 1| <=
+            0.01 counts with l alpha_t in its feature's sum; every other token counts exactly. A NaN, or l
+            above 1000, costs the second pass for all tokens.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
             are then this rank's rows, [V_r, d] and [V_r]; the rows of rank r follow those of rank r - 1, and
             V_r may differ. All else is the same on all ranks, and tokens are global ids. All ranks get the
             same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
-        backend: "triton" (GPUs), "cpu" (C++), "reference" (PyTorch, any device), or None: "cpu" for CPU
-            tensors; for others "triton" where it is installed, else "reference". float32 products on a GPU
-            follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are 3xTF32.
+        backend: "triton" (CUDA), "cpu" (C++) or "reference" (PyTorch, any device). None: "cpu" for CPU
+            tensors, "triton" for CUDA tensors where it is installed, else "reference". float32 products of
+            "triton" follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are
+            3xTF32.
 
     Returns:
         features [S, d]; logprobs [N], logsumexp [N] and entropy [N] of z / temperature, in nats; all float32,
@@ -85,17 +90,21 @@ def head_features(
         outputs and its response's feature NaN; no other response is affected.
 
     Raises:
-        TypeError: an argument is not a tensor, or has a wrong dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
-            [0, V), a token weight is negative or NaN, or a scalar is out of range.
+            [0, V), a token weight is negative or NaN, a scalar is out of range, or the backend does not run
+            on this device.
+        ImportError: backend="triton" without the package triton.
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set
-    G2RL_CHECK=1 in the environment to ask for it. While compiling, values are not checked. Wrong values that
-    are not checked give meaningless results (NaN for a token outside [0, V)) but read nothing out of bounds.
+    G2RL_CHECK=1 in the environment to ask for it. Unchecked wrong values read nothing out of bounds: "triton"
+    gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks at run time even
+    where it is compiled.
 
-    With a process_group, where values are checked, an error or a difference on one rank is raised on all
-    ranks. Where they are not, a rank that raises, or never calls, leaves the others waiting until the group's
-    timeout (NCCL: 10 minutes by default, then its watchdog ends them).
+    With a process_group, where values are checked, all ranks raise if one has an error, or if ranks differ in
+    anything but their rows (values of hidden are not compared). Where values are not checked, a rank that
+    raises, or never calls, leaves the others waiting until the group's timeout (NCCL: 10 minutes by default,
+    then its watchdog ends them). Every rank needs at least one row.
     """
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
@@ -123,11 +132,13 @@ def certified_head_features(
         ||features[s] - exact[s]|| <= skipped_mass[s] diameter,    skipped_mass[s] = sum_skipped a_t m_t
                                    <= max_skipped (sum_t a_t m_t) diameter,      a_t = alpha_t / sum alpha.
 
-    On a GPU the second pass over the logits leaves these tokens out: most tokens for a model that is sure of
-    most (0.1 to 0.2 nats), almost no token for a flat one. Other backends gain nothing.
+    exact[s] is the feature of `head_features`; the function does not compute the diameter. On a GPU the
+    second pass over the logits leaves these tokens out: most tokens for a model with a mean entropy of 0.1 to
+    0.2 nats a token, almost no token for a flat one. Other backends take twice the time of `head_features`.
+    All arguments but max_skipped are those of `head_features`.
 
     Args:
-        max_skipped: the share, in [0, 1). All other arguments are those of `head_features`.
+        max_skipped: the share, in [0, 1).
 
     Returns:
         features, logprobs, logsumexp, entropy: see `head_features`; skipped_mass [S]; skipped_tokens [S].

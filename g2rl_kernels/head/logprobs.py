@@ -7,13 +7,14 @@
 and z_y of the realised token y. `merge` puts y back: as p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then
 keeps its digits, and the backward pass takes 1 - p_y from it.
 
-**Backward.** With incoming gradients g of log p_y and e of the entropy H, dz = dL / d(logits before scale,
-bias and softcap) is, up to the factor logit_scale / temperature x the softcap's slope,
+**Backward.** Let g and e be the gradients of the loss by log p_y and by the entropy H. Its gradient by
+W h + b is logit_scale / temperature times the softcap's slope times
 
     dz_v = -p_v (g + e (log p_v + H)),    and at y    g (1 - p_y) - p_y e (log p_y + H).
 
 A backend's `sweep` recomputes z block by block and multiplies: dhidden += dz W, dW = dz^T hidden. With the
-forward pass that is four products of N x V x d; `_gradients` orders them so that they need little memory.
+forward pass that is four products of N x V x d (three with a frozen weight); `_gradients` orders them so that
+they need little memory.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ def linear_logprobs(
 ) -> LinearLogprobs:  # fmt: skip
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
-    Neither forward nor backward makes a tensor of N x V; beside the gradients they need less than 64 MiB.
-    Sums are in float32 or better; gradients are rounded once, to the dtype of their input. 1 - p does not
-    cancel for near-certain tokens. A frozen weight costs no weight gradient.
+    Neither forward nor backward makes a tensor of N x V; beside the gradients backends "cpu" and "triton"
+    need less than 64 MiB. Sums are in float32 or better; gradients are rounded once, to the dtype of their
+    input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no weight gradient.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16, or float64 (for gradient checks: float64 throughout, in
             PyTorch).
         weight: [V, d], dtype of hidden.
         tokens: [N] int64 in [0, V).
-        bias, temperature, logit_scale, logit_softcap, backend: see `head_features`.
+        bias: see `head_features`; float64 with a float64 hidden.
+        temperature, logit_scale, logit_softcap, backend: see `head_features`.
         process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
             incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
             over them again. The gradients of weight and bias are those of this rank's rows.

@@ -59,7 +59,7 @@ class HeadSpec(NamedTuple):
         check_tensor("tokens", tokens, (torch.int64,), hidden.device)
         check_shape("tokens", tokens, (hidden.shape[0],), "[N], one for each row of hidden")
         if bias is not None:
-            check_tensor("bias", bias, dtypes, hidden.device)
+            check_tensor("bias", bias, dtypes if hidden.dtype == torch.float64 else DTYPES, hidden.device)
             check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
         check_scale("temperature", temperature)
         check_scale("logit_scale", logit_scale)

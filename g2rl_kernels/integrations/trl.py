@@ -1,4 +1,6 @@
-"""G2RL in TRL: a script for GRPO imports `G2RLConfig` and `G2RLTrainer` instead, and changes nothing else.
+"""G2RL in TRL: `G2RLConfig` and `G2RLTrainer` replace GRPO's two classes in a script.
+
+Several reward functions need `g2rl_correctness_reward`; rewards of -1 and +1 need `g2rl_correctness_gap=2`.
 
     from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 
@@ -11,15 +13,15 @@ this order:
     _get_per_token_logps_and_entropies      the forward under the policy that sampled: the same pass gives the
                                             features (where TRL would skip it, it is made to run)
     _get_per_token_logps_and_entropies      with beta > 0 again, for the reference: not measured
-    _calculate_rewards                      the rewards of all ranks are kept, and returned as they are; texts
-                                            and answers too, for evol_rl and majority labels
+    _calculate_rewards                      the rewards of all ranks and this rank's texts are kept; evol_rl
+                                            and majority labels read answers from the texts
 
 TRL then computes metrics, completions table and advantages from the raw rewards. At the end `_shape` replaces
 the advantages alone: TRL's formula, applied to shaped rewards. The entropy bonus is TRL's.
 
-TRL asks a model for log-probs by `model(..., fused_lm_head=True)`; `_add_ops` makes this package's
-`linear_logprobs` answer (`g2rl_fused_logprobs`). It runs inside the model's forward, where FSDP has gathered
-the head's weight.
+TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` replaces the answer:
+`linear_logprobs` gives it, or `head_features` in the measured forward; with `g2rl_fused_logprobs=False` TRL's
+own head gives it. The ops run inside the model's forward, where FSDP has gathered the head's weight.
 
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it.
 """
@@ -64,7 +66,15 @@ from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column
-from .trl_head import current_head, has_weights, head_inputs, innermost, last_hidden_state, pad_like
+from .trl_head import (
+    completion_text,
+    current_head,
+    has_weights,
+    head_inputs,
+    innermost,
+    last_hidden_state,
+    pad_like,
+)
 
 
 @dataclass
@@ -282,7 +292,7 @@ class G2RLTrainer(GRPOTrainer):
         rewards: Tensor = super()._calculate_rewards(*inputs)
         if self._measurement is not None:
             self._measurement.rewards = rewards
-            self._measurement.texts = [_text(completion) for completion in inputs[2]]
+            self._measurement.texts = [completion_text(completion) for completion in inputs[2]]
         return rewards
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
@@ -354,11 +364,3 @@ class G2RLTrainer(GRPOTrainer):
             elif self.scale_rewards == "batch":
                 advantages = advantages / (nanstd(total) + 1e-4)
         return advantages.nan_to_num(nan=0.0)
-
-
-def _text(completion: Any) -> str:
-    """The text of a completion; of a conversation, the model's own messages."""
-    if isinstance(completion, str):
-        return completion
-    said = (m.get("content") for m in completion if m.get("role") == "assistant")
-    return "\n".join(text for text in said if isinstance(text, str))

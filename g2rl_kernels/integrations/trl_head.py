@@ -85,3 +85,11 @@ def pad_like(mask: Tensor, rows: list[list[Any]], columns: int) -> Tensor:
         numbers = [0.0 if x is None else float(x) for x in found]
         values[row, first : first + len(found)] = torch.tensor(numbers)
     return values.nan_to_num(nan=0.0).to(mask.device)
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion; of a conversation, the model's own messages."""
+    if isinstance(completion, str):
+        return completion
+    said = (m.get("content") for m in completion if m.get("role") == "assistant")
+    return "\n".join(text for text in said if isinstance(text, str))

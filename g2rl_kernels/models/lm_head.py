@@ -99,15 +99,15 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
         hidden = head.backbone(input_ids=ids, attention_mask=mask).last_hidden_state        # [B, L, d]
         g2.linear_logprobs(hidden[:, :-1].flatten(0, 1), tokens=ids[:, 1:].flatten(), **head.arguments())
 
-    Supports every family whose head is a plain nn.Linear [V, d], with or without bias, tied to the embeddings
-    or not. Its logits may be scaled (Cohere's `logit_scale`, Granite's `logits_scaling`) and soft-capped
-    (Gemma's `final_logit_softcapping`); both are read from `model.config`. A PEFT model is unwrapped; a head
-    trained through `modules_to_save` is used, one with an unmerged adapter is refused.
+    Supports families whose head is a plain nn.Linear [V, d], tied to the embeddings or not, with an optional
+    bias, scale (Cohere's `logit_scale`, Granite's `logits_scaling`) and softcap (Gemma's
+    `final_logit_softcapping`) as `model.config` names them. A head trained through PEFT's `modules_to_save`
+    is used; a head with an unmerged adapter is refused.
 
     Args:
-        model: the model, also within PEFT or under FSDP2. Its training mode is left as it was.
-        compare: run the model on eight tokens and compare its logits with `LMHead.logits`. False: where the
-            weights are not on this rank.
+        model: a transformers model, also within PEFT or under FSDP2; unwrap DDP first (`model.module`).
+        compare: run the model on eight tokens and compare its logits with `LMHead.logits`; under FSDP2 all
+            ranks must call. Pass False where this rank has no weights (ZeRO-3, meta device).
 
     Returns:
         `LMHead`. It refers to the model's modules, so it follows their updates.
@@ -150,11 +150,14 @@ def _compare_logits(model: Any, head: LMHead) -> None:
     """Runs the model on a few tokens: some families change logits in ways that no configuration key names."""
     weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    theirs = model(input_ids=ids, use_cache=False).logits
-    hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
-    model.train(was_training)
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits
+        hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for module, training in modes:
+            module.training = training
     check_logits(model, head.logits(hidden.to(weight.dtype)), theirs, weight.dtype)
 
 

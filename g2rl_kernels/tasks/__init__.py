@@ -4,22 +4,24 @@ A task is any object with three methods; it inherits from nothing:
 
     len(task)                    -> int    how many items there are
     task[i]                      -> dict   with "question" (text), and whatever its score needs
-    task.score(completion, item) -> float  1 for a right completion, less for others; `score_gate` decides
+    task.score(completion, item) -> float  1 for a right completion; `score_gate` (0.99) is the least that is
 
-For votes (labels=majority, maj@k) it may have a fourth:
+For votes (labels=majority, maj@k) it may have a fourth; without it whole completions are compared:
 
     task.answer(completion, item) -> str | None   the final answer, the same text for equal ones
 
 A configuration lists tasks under `tasks`, each as one of these mappings; their items are joined:
 
-    kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number
-    kind: jsonl,  path: train.jsonl, question: problem, answer: solution       # checked by math-verify
-    kind: hub,    path: org/dataset, split: train, question: ..., answer: ...  # the same, from a data set hub
-    kind: python, function: my_package.my_module:make_task, args: {level: 3}   # returns any task
+    {kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number}
+    {kind: jsonl, path: train.jsonl, question: problem, answer: solution}       # checked by math-verify
+    {kind: hub, path: org/dataset, split: train, question: ..., answer: ...}    # the same, from the hub
+    {kind: python, function: my_package.my_module:make_task, args: {level: 3}}  # returns any task
 
-jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify.
-With `choices: options` (a field with a list of texts) they are multiple choice, answered by a letter.
-`extract` says which part of the completion is the answer: all | boxed | answer_tag | last_number.
+`question` and `answer` name fields (defaults: themselves); `name` picks a configuration of a hub data set.
+jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify. With
+`choices: options` (a field with a list of texts) they are multiple choice: the answer is a letter, an index
+from 0 or the option's text, and `score` is not allowed. `extract` says which part of the completion is the
+answer: all (default) | boxed | answer_tag | last_number.
 """
 
 from __future__ import annotations

@@ -137,3 +137,13 @@ def test_votes_take_the_place_of_scores() -> None:
 def test_a_gap_must_be_positive() -> None:
     with pytest.raises(ValueError, match="gap: got 0"):
         shape_scores(FEATURES, SIGNS, ShapingOptions(), group_size=4, gap=0)
+
+
+def test_an_unknown_system_and_one_without_embeddings_are_named() -> None:
+    options = ShapingOptions()
+    with pytest.raises(ValueError, match="algorithm: got 'g2r'"):
+        shape_scores(FEATURES, SIGNS, options, group_size=4, algorithm="g2r")
+    with pytest.raises(ValueError, match="embeddings: got None, evol_rl"):
+        shape_scores(FEATURES, SIGNS, options, group_size=4, algorithm="evol_rl")
+    with pytest.raises(TypeError, match="scores: got list"):
+        shape_scores(FEATURES, SIGNS.tolist(), options, group_size=4)

@@ -235,3 +235,11 @@ def test_operator_group_geometry(members):
 def test_unknown_instruction_set(name):
     with environment("G2RL_CPU_ISA", name), pytest.raises((ValueError, RuntimeError), match="G2RL_CPU_ISA"):
         g2.head_features(**head_arguments())
+
+
+def test_a_double_bias_needs_a_double_hidden():
+    case = make_case([3], V=V, d=D)
+    bias = torch.zeros(V, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"bias: got torch\.float64"):
+        g2.linear_logprobs(case.hidden, case.weight, case.tokens, bias=bias)
+    g2.linear_logprobs(case.hidden.double(), case.weight.double(), case.tokens, bias=bias)

@@ -91,3 +91,15 @@ def test_importing_the_package_loads_no_models() -> None:
         "assert not hasattr(g2, 'find_heads')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_comparison_leaves_every_module_in_its_mode() -> None:
+    model = make("Qwen3", {"head_dim": 16}).train()
+    model.model.layers[0].eval()  # as one freezes dropout of a layer
+    before = [module.training for module in model.modules()]
+    g2.find_head(model)
+    assert [module.training for module in model.modules()] == before
+    model.config.logit_scale = 3.0
+    with pytest.raises(RuntimeError, match="does something unknown"):
+        g2.find_head(model)
+    assert [module.training for module in model.modules()] == before
