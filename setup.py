@@ -173,7 +173,10 @@ ALIGNED = ["-falign-functions=64", "-falign-loops=64"]
 setup(
     packages=[*find_packages(include=["g2rl_kernels", "g2rl_kernels.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"g2rl_kernels": ["py.typed", "*.pyi"], "g2rl_kernels.recipes": ["*.yaml", "*.sh"]},
+    package_data={
+        "g2rl_kernels": ["py.typed", "*.pyi", "head/*.md"],
+        "g2rl_kernels.recipes": ["*.yaml", "*.sh"],
+    },
     ext_modules=[
         CppExtension(
             "g2rl_kernels._C",

@@ -24,8 +24,8 @@ def missing(file: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
         else:
             continue
         for name in {name.split(".")[0] for name in names}:
-            # pytest puts a test's folder, and the folders of conftest.py files above it, first on the path
-            local = [folder / f"{name}.py" for folder in (file.parent, file.parent.parent)]
+            # pytest puts a test's folder and those above it first on the path (conftest.py, pythonpath)
+            local = [above / f"{name}.py" for above in (file.parent, *file.resolve().parents[1:4])]
             here = next((path for path in local if path.exists()), None)
             if here is not None and here not in seen:
                 found |= missing(here, seen | {file})

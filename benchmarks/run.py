@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if a method that should run failed (the table says why); 2 for wrong usage, or if nothing
     could be measured; 130 when interrupted."""
     p = parser()
-    args = p.parse_args(as_options(sys.argv[1:] if argv is None else argv))
+    args = p.parse_args(as_options(sys.argv[1:] if argv is None else argv, p))
     out = getattr(args, "out", None)
     return run_command(
         "g2rl bench",

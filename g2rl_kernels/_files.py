@@ -68,8 +68,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Name of the temporary file or directory beside `path`."""
-    return path.with_name(f".{path.name}.tmp")
+    """Name of this process's temporary file or directory beside `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,12 +45,29 @@ def run_command(
     return FAILED
 
 
-def as_options(words: Sequence[str]) -> list[str]:
-    """`key=value` words as `--key=value`, for commands whose keys are options; other words unchanged."""
-    options = []
+def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`key=value` words as `--key=value` where the parser has that option; other words unchanged.
+
+    A flag takes key=true and key=false.
+    """
+    actions, options = _options(parser), []
     for word in words:
-        if "=" in word and not word.startswith("-"):
-            key, value = split_override(word)
-            word = f"--{key.replace('_', '-')}={value}"
-        options.append(word)
+        key, equals, value = word.partition("=")
+        option = next((o for o in (f"--{key}", f"--{key.replace('_', '-')}") if o in actions), None)
+        if not equals or option is None:
+            options.append(word)
+        elif actions[option].nargs == 0 and value in ("true", "false"):
+            options += [option] if value == "true" else []
+        else:
+            options.append(f"{option}={value}")
     return options
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Options of a parser and of its subcommands, by name."""
+    found = dict(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= _options(command)
+    return found

@@ -11,12 +11,14 @@ the settings of the measurement have changed.
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +99,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `g2rl geometry`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
     args = parser().parse_intermixed_args(argv)
-    args.models, args.overrides = split_words(args.words)
     return run_command(
         "g2rl geometry",
         lambda: _geometry(args),
@@ -109,9 +110,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Models, and overrides: words `key=value` or `key.a.b=value` whose key is in OVERRIDES."""
-    overrides = [word for word in words if "=" in word and re.split(r"[=.]", word)[0] in sampling.OVERRIDES]
-    return [word for word in words if word not in overrides], overrides
+    """Models, and overrides: words `key=value` or `key.a.b=value` whose key is in OVERRIDES.
+
+    ConfigError for a key that may not be set here, or that is spelt nearly as one that may.
+    """
+    models, overrides = [], []
+    settable, known = sampling.OVERRIDES, {one.name for one in fields(TrainerConfig)}
+    for word in words:
+        key = re.split(r"[=.]", word)[0]
+        if "=" in word and key in settable:
+            overrides.append(word)
+            continue
+        models.append(word)
+        name, equals, model = word.partition("=")
+        if not equals or "/" in model or model.startswith("pypi:") or Path(model).exists():
+            continue
+        if key in known:
+            raise ConfigError(f"{name}={model}: {key} has no effect here, and there is no model in {model}")
+        near = difflib.get_close_matches(key, settable, n=1, cutoff=0.8)
+        if near:
+            raise ConfigError(f"{name}={model}: did you mean {near[0]}={model}?")
+    return models, overrides
 
 
 def _geometry(args: argparse.Namespace) -> int:
@@ -120,6 +139,7 @@ def _geometry(args: argparse.Namespace) -> int:
     from ..geometry.measure import difference
     from ..geometry.report import page
 
+    args.models, args.overrides = split_words(args.words)
     if not args.models:
         raise ConfigError("no model: g2rl geometry MODEL --data math500, or --help")
     if bool(args.data or args.recipe) == bool(args.samples):

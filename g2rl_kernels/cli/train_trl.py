@@ -51,7 +51,7 @@ def parse(config: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     if not torch.accelerator.is_available():  # TRL's default is bf16 on a GPU, and an error without one
         parser.set_defaults(use_cpu=True)
     *parsed, unknown = parser.parse_args_and_config(
-        ["--config", config, *as_options(arguments)], return_remaining_strings=True
+        ["--config", config, *as_options(arguments, parser)], return_remaining_strings=True
     )
     if unknown:
         key = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")

@@ -208,7 +208,8 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, device: torch.device | No
 
 def main(argv: Sequence[str], measure: Measure = measure) -> int:
     """Runs `g2rl tune`; returns the exit code: 0, 2 after a one-line error, 130 when interrupted."""
-    args = parser().parse_args(as_options(argv))
+    options = parser()
+    args = options.parse_args(as_options(argv, options))
 
     def work() -> int:
         run(args, measure)

@@ -102,7 +102,7 @@ def choose_backend(name: str | None, device: torch.device) -> str:
         if device.type == "cpu":
             return "cpu"
         return "triton" if device.type == "cuda" and arguments.HAS_TRITON else "reference"
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
     if name == "triton":
         if not arguments.HAS_TRITON:

@@ -184,7 +184,7 @@ def _call(
         tokens = vocab_parallel.local_tokens(tokens, head.weight.shape[0], group)
     known = None if known_logprobs is None else known_logprobs.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
-    return _features_op(*operands, known, max_skipped, backend, group)
+    return torch.ops.g2rl.features(*operands, known, max_skipped, backend, group)
 
 
 def _check(
@@ -238,14 +238,16 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 # --- the operator -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
+torch.library.define(
     "g2rl::features",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, {RESPONSES_SCHEMA}, Tensor? known_logprobs, "
+    f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, {RESPONSES_SCHEMA}, Tensor? known_logprobs, "
     "float? max_skipped, str backend, str group) -> (Tensor features, Tensor logprobs, Tensor logsumexp, "
     "Tensor entropy, Tensor skipped_mass, Tensor skipped_tokens)",
 )
-def _features_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+
+
+@torch.library.impl("g2rl::features", "CompositeExplicitAutograd")
+def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
     head, responses = HeadSpec(*flat[:5]), Responses(*flat[5:7])
     hints, (name, group) = Hints(*flat[7:9]), flat[9:]
@@ -255,7 +257,7 @@ def _features_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ..
         return implementation(name).features(hidden, tokens, head, responses, hints)
 
 
-@_features_op.register_fake
+@torch.library.register_fake("g2rl::features")
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, d, S = *hidden.shape, flat[5].shape[0] - 1
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]

@@ -38,7 +38,7 @@ class HeadSpec(NamedTuple):
     bias: Tensor | None = None  # [V]; -inf takes an entry out of the vocabulary
     temperature: float = 1.0
     logit_scale: float = 1.0
-    logit_softcap: float | None = 0.0  # c; 0: no softcap (a public function's None, before `checked`)
+    logit_softcap: float | None = 0.0  # c; 0: no softcap. Before `checked`: None, as public functions have it
 
     def checked(self, hidden: Tensor, tokens: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> HeadSpec:
         """The same with plain numbers, if hidden [N, d], tokens [N] and the head fit together.

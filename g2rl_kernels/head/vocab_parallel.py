@@ -78,7 +78,7 @@ def agree(
     problem: Exception | None = None
     try:
         result = check()
-        facts = {"hidden": hidden, "tokens": tokens, **head._asdict(), **facts}
+        facts = {"function": facts["function"], "hidden": hidden, "tokens": tokens, **head._asdict(), **facts}
         message = {"rows": len(head.weight), **{name: _fact(name, value) for name, value in facts.items()}}
     except (TypeError, ValueError, ImportError) as error:
         problem, message = error, {"error": type(error).__name__, "text": str(error)[:500]}

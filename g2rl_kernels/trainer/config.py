@@ -257,7 +257,8 @@ class TrainerConfig:
         mine = self.resolved().to_dict()
         theirs = TrainerConfig(**{key: other.get(key, mine[key]) for key in mine}).resolved().to_dict()
         free = FREE_KEYS if self.lr_schedule == "constant" else FREE_KEYS - {"steps"}
-        return [key for key in mine if key not in free and mine[key] != theirs[key]]
+        unknown = [key for key in other if key not in mine]  # of another version
+        return unknown + [key for key in mine if key not in free and mine[key] != theirs[key]]
 
 
 def fast_autocast(device_type: str) -> str:

@@ -364,7 +364,9 @@ class Trainer:
             raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
         if keys:
             now = self.config.to_dict()
-            what = ", ".join(f"{key}={other['config'][key]!r} (now {now[key]!r})" for key in keys)
+            what = ", ".join(
+                f"{key}={other['config'][key]!r} (now {now.get(key, 'no such key')!r})" for key in keys
+            )
             raise ConfigError(
                 f"{path} has {what}: choose another output_dir, or resume=overwrite to start over"
             )

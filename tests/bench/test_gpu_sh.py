@@ -83,3 +83,10 @@ def test_missing_imports_are_found_through_the_modules_beside_a_test(tmp_path, c
         f"{tmp_path}/sub/conftest.py: no_such_a",
         f"{tmp_path}/test_ill.py: no_such_a, no_such_b",
     ]
+
+
+def test_no_module_of_the_tests_passes_for_a_missing_package(capsys):
+    missing_imports.main(str(ROOT / "tests"))
+    lines = capsys.readouterr().out.splitlines()
+    named = {name for line in lines for name in line.rpartition(": ")[2].split(", ")}
+    assert not named & {path.stem for path in (ROOT / "tests").rglob("*.py")}

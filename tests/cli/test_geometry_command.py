@@ -268,6 +268,11 @@ def test_words_are_models_or_overrides() -> None:
     models, overrides = split_words(words)
     assert models == ["a=runs/a", "lr=runs/lr", "model", "./seed=1"]
     assert overrides == ["dtype=bfloat16", "tasks.0.seed=7", "seed=2"]
+    with pytest.raises(ConfigError, match=r"temperature=0\.7: temperature has no effect here"):
+        split_words(["model", "temperature=0.7"])
+    with pytest.raises(ConfigError, match="did you mean system_prompt=Hi"):
+        split_words(["model", "system_promt=Hi"])
+    assert split_words(["gpt=gpt2"]) == (["gpt=gpt2"], [])
 
 
 def test_overrides_reach_the_configuration(folder: Path) -> None:

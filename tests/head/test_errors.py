@@ -243,3 +243,10 @@ def test_a_double_bias_needs_a_double_hidden():
     with pytest.raises(TypeError, match=r"bias: got torch\.float64"):
         g2.linear_logprobs(case.hidden, case.weight, case.tokens, bias=bias)
     g2.linear_logprobs(case.hidden.double(), case.weight.double(), case.tokens, bias=bias)
+
+
+@pytest.mark.parametrize("backend", [["cpu"], {}, 3], ids=repr)
+def test_a_backend_that_is_not_a_name(backend):
+    case = make_case([3], V=V, d=D)
+    with pytest.raises(ValueError, match="backend: got"):
+        g2.linear_logprobs(case.hidden, case.weight, case.tokens, backend=backend)

@@ -346,7 +346,10 @@ def sdist(tmp_path_factory) -> list[str]:
 def test_sdist_has_all_that_a_build_needs(sdist):
     sources = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert len(sources) > 5
-    needed = {*sources, "setup.py", "pyproject.toml", "LICENSE", "constraints.txt", "g2rl_kernels/py.typed"}
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "g2rl_kernels").rglob("*.md")]
+    assert pages
+    needed = {*sources, *pages, "setup.py", "pyproject.toml", "LICENSE", "constraints.txt"}
+    needed.add("g2rl_kernels/py.typed")
     assert needed <= set(sdist)
 
 

@@ -124,6 +124,7 @@ def test_what_may_change_on_resume() -> None:
         "entropy_coef",
         "ratio_clip_high",
     ]
+    assert config.differences({**other, "score": "sqrt"}) == ["score"]  # of another version
     config.lr_schedule = other["lr_schedule"] = "linear"  # its slope depends on the number of steps
     assert config.differences(other) == ["steps"]
 

@@ -152,6 +152,16 @@ def test_g2rl_cache_names_the_folder(monkeypatch, tmp_path):
 WHOLE = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3, "programs_per_sm": 1}
 
 
+def test_processes_that_store_at_once_damage_nothing(hopper):
+    code = (
+        "import sys; from g2rl_kernels.head.triton import tuning\n"
+        "for i in range(40): tuning.store({f'{sys.argv[1]} {i}': tuning.Config(64, 64, 64, 4, 3)})"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert tuning.tuned(tuning.cache_file())
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "3", '{"a": 1}', '{"a": {"BM": 64}}'] + [json.dumps({"a": WHOLE | bad}) for bad in (
