@@ -131,7 +131,7 @@ def test_logprobs_measures_writes_and_draws(tmp_path, capsys, monkeypatch):
     assert re.search(
         r"In short: .* in fp32, .* in bf16 of the three products; .* MB beyond the gradients", text
     )
-    with pytest.raises(SystemExit, match=r"g2rl bench head names a.json, a result of g2rl bench logprobs"):
+    with pytest.raises(SystemExit, match=r"the table of head names a\.json, a result of g2rl bench logprobs"):
         tool.block("head", "a.json")
 
 

@@ -271,7 +271,7 @@ def test_a_packaged_model_has_the_dtype_that_was_asked_for(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"dtype": "auto"}, "no dtype='auto' for a model from a GGUF file: leave it out"),
+        ({"dtype": "auto"}, "no dtype='auto' for a model from a GGUF file: remove it"),
         ({"attn_implementation": "eager"}, "no attn_implementation='eager'"),
         ({"model_revision": "v2"}, "no revision='v2'"),
         ({"load_in_8bit": True}, "no quantization=True"),

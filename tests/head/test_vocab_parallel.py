@@ -118,8 +118,8 @@ def test_near_certain_tokens_keep_their_digits(found, world):
     case = ranks.cases(world)["near-certain tokens"]
     linear, head = split(joined([results["near-certain tokens"] for results in found[world]]))
     alone, _ = split(ranks.run(case, slice(None), None))
-    head = HeadSpec(case.weight.double())
-    doubles = case.hidden.double(), case.tokens, head, Responses(case.cu_seqlens)
+    double = HeadSpec(case.weight.double())
+    doubles = case.hidden.double(), case.tokens, double, Responses(case.cu_seqlens)
     exact = g2.HeadFeatures(*reference.head_features(*doubles))
     for name, value in {**linear, "features": head.features, "head": head.logprobs}.items():
         expected = {**alone, "features": exact.features, "head": exact.logprobs}[name]
