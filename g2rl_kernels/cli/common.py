@@ -7,9 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..errors import CommandError, one_line, out_of_memory
-from ..trainer.config import split_override
-
-__all__ = ["FAILED", "INTERRUPTED", "as_options", "run_command", "split_override"]
 
 FAILED, INTERRUPTED = 2, 130  # exit codes
 

@@ -15,8 +15,7 @@ from ..errors import ConfigError
 from ..evaluation.engines import Decoding, choose_engine
 from ..evaluation.rows import Sample
 from ..evaluation.samples import SAMPLING_KEYS, DataSet, Settings
-from ..trainer.config import TrainerConfig
-from .common import split_override
+from ..trainer.config import TrainerConfig, split_override
 
 # Keys that `key=value` may set: prompts, loading of the model, and a recipe's tasks.
 OVERRIDES = {*SAMPLING_KEYS, "device", "tasks"} - {"model"}

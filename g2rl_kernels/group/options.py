@@ -15,7 +15,8 @@ SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help and choices, as TrlParser reads them."""
     return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
@@ -26,28 +27,28 @@ class ShapingOptions:
     A trainer's own configuration takes defaults, help and choices from here, by `option_field`.
     """
 
-    lam: float = _option(0.5, "Exploration strength, 0 or more; 0 leaves every reward as it is.")
-    clip: float = _option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
-    shaping: str = _option(
+    lam: float = option(0.5, "Exploration strength, 0 or more; 0 leaves every reward as it is.")
+    clip: float = option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
+    shaping: str = option(
         "intent",
         "'intent': a novel right answer gains and a novel wrong one loses; 'equation': eq. 12 of the paper "
         "as printed, where a novel wrong answer is punished less; 'right': as 'intent' among right answers, "
         "wrong ones stay as they are; 'none': rewards stay as they are.",
         SHAPINGS,
     )
-    exploration_score: str = _option(
+    exploration_score: str = option(
         "linear", "The exploration score nu: 'linear', or its 'sqrt'.", EXPLORATION_SCORES
     )
-    scale: str = _option(
+    scale: str = option(
         "group", "Advantages are divided by the deviation of the 'group', the 'batch', or by 'none'.", SCALES
     )
-    uniform_groups: str = _option(
+    uniform_groups: str = option(
         "shape",
         "Groups of all right or all wrong answers: 'shape' treats them like all others, 'skip' leaves their "
         "rewards as they are.",
         UNIFORM_GROUPS,
     )
-    eps: float = _option(1e-6, "Added to norms, sums of weights and variances.")
+    eps: float = option(1e-6, "Added to norms, sums of weights and variances.")
 
     @classmethod
     def of(cls, settings: Any, prefix: str = "") -> ShapingOptions:

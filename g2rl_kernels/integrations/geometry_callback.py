@@ -35,7 +35,7 @@ from ..geometry.rows import Statistic
 from ..group.options import ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import find_head
+from ..models.lm_head import evaluation_mode, find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Sampler
 from .trl import correctness_column  # importing .trl checks TRL's version
@@ -340,15 +340,11 @@ class GeometryCallback(TrainerCallback):
 @contextmanager
 def _aside(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; restores modes and random generators afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            model.eval()
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         random.setstate(states[0])
         numpy.random.set_state(states[1])

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig
 
-from ..group.options import option_field
+from ..group.options import option, option_field
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.answers import math_answer
-
-
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
 @dataclass
@@ -30,7 +26,7 @@ class G2RLConfig(GRPOConfig):
         ValueError, TypeError: a setting cannot work; the message starts with its name.
     """
 
-    g2rl_algorithm: str = _setting(
+    g2rl_algorithm: str = option(
         "g2rl",
         "'g2rl', or a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
         "entropy_coef), 'evol_rl' (arXiv 2509.15194). All of them log g2rl/*.",
@@ -41,41 +37,41 @@ class G2RLConfig(GRPOConfig):
     g2rl_shaping: str = option_field("shaping")
     g2rl_exploration_score: str = option_field("exploration_score")
     g2rl_uniform_groups: str = option_field("uniform_groups")
-    g2rl_correctness_reward: str | None = _setting(
+    g2rl_correctness_reward: str | None = option(
         None,
         "Name of the reward function that says whether an answer is right; its rewards are shaped, others "
         "are not. Required where there are several reward functions.",
     )
-    g2rl_correctness_threshold: float = _setting(
+    g2rl_correctness_threshold: float = option(
         0.5, "Answers whose correctness reward is at least this are right."
     )
-    g2rl_correctness_gap: float = _setting(
+    g2rl_correctness_gap: float = option(
         1.0,
         "Distance between the correctness rewards of right and wrong answers: 1 for 0 and 1, 2 for -1 and "
         "+1. With it g2rl_lam means the same in every unit.",
     )
-    g2rl_labels: str = _setting(
+    g2rl_labels: str = option(
         "truth",
         "Which answers are right: by 'truth', the correctness reward; by 'majority', the group's most "
         "frequent answer. With 'majority' the correctness reward counts in metrics only.",
         LABELS,
     )
-    g2rl_answer_func: str | None = _setting(
+    g2rl_answer_func: str | None = option(
         None,
         "For evol_rl and majority labels: dotted path of a function from a completion's text to its answer, "
         "or None without an answer. Unset: the last answer that math-verify finds.",
     )
-    g2rl_encoder: str = _setting(
+    g2rl_encoder: str = option(
         DEFAULT_ENCODER,
         "evol_rl: the sentence-transformers model that measures novelty: a hub name, a local directory or "
         "pypi:<package>.",
     )
-    entropy_coef: float | None = _setting(
+    entropy_coef: float | None = option(
         None,
         "Coefficient of the mean per-token entropy, which the loss rewards. Unset: 0.003 for entropy_bonus "
         "and evol_rl, 0 otherwise.",
     )
-    g2rl_fused_logprobs: bool | None = _setting(
+    g2rl_fused_logprobs: bool | None = option(
         None,
         "Whether g2.linear_logprobs computes log-probs and entropies of policy and reference (float32 "
         "logits, tile by tile, forward and backward) instead of TRL's chunked head. Unset: yes, except with "

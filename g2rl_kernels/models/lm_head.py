@@ -8,6 +8,8 @@ logits. `find_head` reads from the model's configuration what its family does be
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -145,19 +147,26 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
     return head
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode; afterwards each has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def _compare_logits(model: Any, head: LMHead) -> None:
     """Runs the model on a few tokens: some families change logits in ways that no configuration key names."""
     weight = head.output.weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         theirs = model(input_ids=ids, use_cache=False).logits
         hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        for module, training in modes:
-            module.training = training
     check_logits(model, head.logits(hidden.to(weight.dtype)), theirs, weight.dtype)
 
 

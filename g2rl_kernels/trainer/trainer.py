@@ -20,7 +20,7 @@ import g2rl_kernels as g2
 
 from .._clock import clock
 from .._files import whole_directory, write_whole
-from ..errors import ConfigError, TrainerError, check_packages
+from ..errors import ConfigError, TrainerError, check_packages, one_line
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
 from ..group.options import ShapingOptions
@@ -437,7 +437,7 @@ class Trainer:
             try:  # chat templates are programs; some refuse a system role
                 self.sampler.encode(item)
             except Exception as error:
-                what = " ".join(str(error).split())[:200]
+                what = one_line(error, 200)
                 raise ConfigError(
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"
                 ) from error
