@@ -174,14 +174,9 @@ def _call(
 ) -> tuple[Tensor, ...]:
     """Checks everything, on all ranks of a group together, and calls the operator."""
     check = partial(_check, hidden, tokens, head, responses, known_logprobs, backend)
-    group = ""
-    if process_group is None:
-        head, responses, backend = check(whole=True)
-    else:
-        facts = {"function": function, "backend": backend, **responses._asdict()}
-        head, responses, backend = vocab_parallel.agree(check, process_group, hidden, tokens, head, facts)
-        group = process_group.group_name
-        tokens = vocab_parallel.local_tokens(tokens, head.weight.shape[0], group)
+    facts = {"function": function, "backend": backend, **responses._asdict()}
+    checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
+    head, responses, backend = checked
     known = None if known_logprobs is None else known_logprobs.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
     return torch.ops.g2rl.features(*operands, known, max_skipped, backend, group)

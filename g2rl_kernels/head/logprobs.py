@@ -76,14 +76,8 @@ def linear_logprobs(
 
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     check = partial(_check, hidden, tokens, head, backend)
-    group = ""
-    if process_group is None:
-        head, backend = check(whole=True)
-    else:
-        facts = {"function": "linear_logprobs", "backend": backend}
-        head, backend = vocab_parallel.agree(check, process_group, hidden, tokens, head, facts)
-        group = process_group.group_name
-        tokens = vocab_parallel.local_tokens(tokens, head.weight.shape[0], group)
+    facts = {"function": "linear_logprobs", "backend": backend}
+    (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     logprobs, entropy, _ = _logprobs_op(hidden, tokens, *head, backend, group)
     return LinearLogprobs(logprobs, entropy)
 

@@ -42,6 +42,21 @@ Result = TypeVar("Result")
 # --- before: all ranks go on, or all raise ------------------------------------------------------------------
 
 
+def checked(
+    check: Callable[..., Result], process_group: Any,
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, facts: dict[str, Any],
+) -> tuple[Result, Tensor, str]:  # fmt: skip
+    """What `check` returns, the tokens that operators take, and the group's name.
+
+    Without a group, check(whole=True), the tokens as they are and "". With one, `agree`, and local tokens.
+    """
+    if process_group is None:
+        return check(whole=True), tokens, ""
+    result = agree(check, process_group, hidden, tokens, head, facts)
+    group = process_group.group_name
+    return result, local_tokens(tokens, head.weight.shape[0], group), group
+
+
 def agree(
     check: Callable[[], Result],
     process_group: Any,
