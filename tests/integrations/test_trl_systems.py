@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 
 from g2rl_kernels.group.evol import evol_rewards, majority_labels
 from g2rl_kernels.integrations import trl as integration
+from g2rl_kernels.integrations.trl_head import completion_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -106,7 +107,7 @@ def test_answers_are_math_verifys_unless_a_function_is_named(make: Callable[...,
     pytest.importorskip("math_verify")
     trainer = make(g2rl_labels="majority")
     conversation = [{"role": "assistant", "content": r"so \boxed{0.5}"}, {"role": "tool", "content": "7"}]
-    assert integration._text(conversation) == r"so \boxed{0.5}"
-    assert integration._text("text") == "text"
-    texts = [integration._text(conversation), r"\boxed{\frac{1}{2}}", "who knows", ""]
+    assert completion_text(conversation) == r"so \boxed{0.5}"
+    assert completion_text("text") == "text"
+    texts = [completion_text(conversation), r"\boxed{\frac{1}{2}}", "who knows", ""]
     assert trainer._read(texts) == {"votes": ["1/2", "1/2", None, None]}
