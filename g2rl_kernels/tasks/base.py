@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import ConfigError, RewardError, one_line
 
@@ -19,6 +19,35 @@ class Task(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Item: ...
     def score(self, completion: str, item: Item) -> float: ...
+
+
+class Judge(Protocol):
+    """A library's verifier. It runs in worker processes, with limits (verify.py).
+
+    Picklable, and its module does not import torch. `known` is what the judge needs of an item, from
+    `task.known(item)`, picklable too; None in a vote without known answers. Methods may raise anything, use
+    up memory or never return: the response then scores 0.
+    """
+
+    def score(self, completion: str, known: Any) -> float:
+        """The score of a completion; 1 for a right one."""
+        ...
+
+    def answer(self, completion: str, known: Any) -> str | None:
+        """The completion's final answer; None without one."""
+        ...
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two texts returned by `answer` are the same answer."""
+        ...
+
+
+class Verdict(NamedTuple):
+    """What a verifier says about a completion."""
+
+    score: float  # 0 where the verifier failed
+    answer: str | None  # the final answer; None for no answer
+    failure: str | None = None  # why the verifier could not judge
 
 
 def item_of(task: Task, index: int) -> Item:
