@@ -100,7 +100,8 @@ class JudgedTask:
         return {"question": f"question {index}", "gold": "yes"}
 
     def known(self, item: dict[str, Any]) -> str:
-        return str(item["gold"])
+        gold: str = item["gold"]
+        return gold
 
     def score(self, completion: str, item: dict[str, Any]) -> float:
         raise AssertionError("the judge is asked instead")

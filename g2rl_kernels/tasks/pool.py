@@ -93,7 +93,7 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, judge: Judge) -> Packed:
-        pickled = pickle.dumps(judge)
+        pickled = _pickled(judge)
         return cls(hashlib.sha256(pickled).hexdigest(), pickled)
 
 
@@ -117,11 +117,11 @@ class Worker:
         for _ in range(2):
             process = self._start()
             new = judge.key not in self._known
-            request = (judge.key, judge.pickled if new else None, method, arguments)
+            request = _pickled((judge.key, judge.pickled if new else None, method, arguments))
             # The worker's own alarm comes first; it does not run while the judge is loaded
             seconds = self.limits.wall_seconds + (START_SECONDS if new else 2)
             try:
-                write_frame(process.stdin, pickle.dumps(request))  # type: ignore[arg-type]
+                write_frame(process.stdin, request)  # type: ignore[arg-type]
                 body = _read_reply(process, seconds)
             except TimeoutError:
                 self.close()
@@ -193,6 +193,16 @@ class Worker:
                 reason = text.splitlines()[-1] if text else one_line(error)
                 raise TrainerError(f"verify: a worker process cannot start ({reason[:300]})") from None
         return process
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # objects raise what they like
+        raise TrainerError(
+            f"verify: what a worker process needs cannot be pickled ({type(error).__name__}: "
+            f"{one_line(error, 200)}): keep plain values in the task's items"
+        ) from None
 
 
 def _read_reply(process: subprocess.Popen[bytes], seconds: float) -> bytes:

@@ -38,13 +38,14 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
     os.dup2(nothing, 2)
     judges: dict[str, Any] = {}
     while (request := read_frame(requests)) is not None:
-        key, pickled, method, arguments = pickle.loads(request)
-        if pickled is not None:
-            failure = _add(judges, key, pickled)
-            if failure:
-                _write(replies, {"unusable": failure})
-                continue
-            _limit_memory(memory_bytes)  # judges load libraries and data
+        try:
+            key, pickled, method, arguments = pickle.loads(request)
+            if pickled is not None:
+                judges[key] = _load(pickled)
+                _limit_memory(memory_bytes)  # judges load libraries and data
+        except BaseException as error:
+            _write(replies, {"unusable": f"{type(error).__name__}: {error}"[:2000]})
+            continue
         _limit_time(seconds, wall_seconds)
         random.seed(0)
         try:
@@ -57,15 +58,12 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         _write(replies, reply)
 
 
-def _add(judges: dict[str, Any], key: str, pickled: bytes) -> str | None:
-    """Unpickles a judge, and lets it load what it needs, without limits. Returns what went wrong."""
-    try:
-        judges[key] = judge = pickle.loads(pickled)
-        if hasattr(judge, "prepare"):
-            judge.prepare()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"[:2000]
-    return None
+def _load(pickled: bytes) -> Any:
+    """Unpickles a judge, and lets it load what it needs, without limits."""
+    judge = pickle.loads(pickled)
+    if hasattr(judge, "prepare"):
+        judge.prepare()
+    return judge
 
 
 def _verdict(judge: Any, completion: str, known: Any, with_answer: bool) -> tuple[float, str | None]:

@@ -131,6 +131,9 @@ def test_from_any_thread_and_several_at_once() -> None:
 def test_a_judge_that_cannot_be_loaded_stops_the_run() -> None:
     with pytest.raises(TrainerError, match="a worker process cannot verify: OSError: no such data"):
         verify(asked(["yes"], Unloadable()))
+    task = JudgedTask(Obedient())
+    with pytest.raises(TrainerError, match="cannot be pickled"):
+        verify([(task, {"question": "q", "gold": lambda: 1}, "yes")])
     with pytest.raises(TrainerError, match=r"cannot verify: ModuleNotFoundError: .*no_such_package"):
         verify(asked(["yes", "import"]))
 
