@@ -22,7 +22,7 @@ from g2rl_kernels.head.spec import HeadSpec
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer.sampling import Rollout
-from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, _padded, _slices
+from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, Verified, _padded, _slices
 
 from .measure import Turns, markdown, progress, quantiles, spread, synchronize
 from .rows import TrainRow
@@ -102,7 +102,7 @@ class Step(Trainer):
         self.feature_seconds: list[float] = []
 
     def g2rl(self, rollout: Rollout, scores: Tensor) -> None:
-        measured = self.measure(rollout, scores)
+        measured = self.measure(rollout, Verified(scores))
         self.feature_seconds.append(measured.feature_seconds)
         self.update(rollout, measured)
 

@@ -91,7 +91,6 @@ def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:
     import torch
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k
-    from g2rl_kernels.tasks.base import final_answer
     from g2rl_kernels.trainer import Trainer, load_tasks
 
     (task,) = load_tasks([setting.test])
@@ -115,11 +114,12 @@ def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:
     for _ in range(setting.samples // GROUP):
         judge.sampler.position = 0
         rollout = judge.sampler.sample()
-        scores = judge.verify(rollout)
-        described.append(judge._describe(rollout, judge.measure(rollout, scores)))
-        right = (scores >= config.score_gate).tolist()
-        for row, ((_, item), text, good) in enumerate(zip(rollout.items, rollout.completions, right)):
-            answers[row // GROUP].append((text, final_answer(task, text, item), good))
+        verified = judge.verify(rollout, votes=True)
+        assert verified.answers is not None
+        described.append(judge._describe(rollout, judge.measure(rollout, verified)))
+        right = (verified.scores >= config.score_gate).tolist()
+        for row, found in enumerate(zip(rollout.completions, verified.answers, right)):
+            answers[row // GROUP].append(found)
     problems: dict[str, list[float]] = {"pass@1": [], "maj@16": [], "pass@16": [], "distinct right": []}
     for given in answers:
         texts, finals, goods = zip(*given)

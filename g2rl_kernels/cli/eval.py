@@ -126,7 +126,7 @@ def _stored(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if anew:
         data = sampling.load_sets(args)
-        rows, source = verify(rows, data), there
+        rows, source = verify(rows, data, sampling.recipe(args).limits()), there
         header = {**header, "data": describe(data)}
         write_samples(out, rows, header)
     return _finish(args, rows, header, out, source)

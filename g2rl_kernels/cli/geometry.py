@@ -382,12 +382,17 @@ def _check_tokens(group: Sequence[Sample], tokenizer: Any, source: Path, model: 
         if not isinstance(row.get("tokens"), list) or "prompt" not in row or "question" not in row:
             raise TrainerError(f"{where}: no prompt, question or tokens: not a sample of g2rl eval")
         tokens = row["tokens"]
-        if max(tokens, default=0) >= len(tokenizer) or row["completion"] != tokenizer.decode(
-            tokens, skip_special_tokens=True
-        ):
+        if max(tokens, default=0) >= len(tokenizer) or row["completion"] not in _texts(tokens, tokenizer):
             raise ConfigError(
                 f"{where}: its tokens are not those of {model}: measure it with the model that sampled it"
             )
+
+
+def _texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """The texts that a response may have: the last token may be an end token, which is left out."""
+    said = [token for token in tokens if token != tokenizer.pad_token_id]
+    plain = [tokenizer.decode(said), tokenizer.decode(said[:-1])]
+    return [*plain, tokenizer.decode(tokens, skip_special_tokens=True)]  # of other tools
 
 
 def _summary(models: Sequence[ModelGeometry]) -> str:

@@ -19,11 +19,12 @@ from ..group.options import SCORE_GATE
 from ..trainer.config import TrainerConfig, split_override
 
 # Keys that `key=value` may set: prompts, loading of the model, and a recipe's tasks.
-OVERRIDES = {*SAMPLING_KEYS, "device", "tasks"} - {"model"}
+VERIFYING_KEYS = ("verify_seconds", "verify_memory_gb", "verify_workers")
+OVERRIDES = {*SAMPLING_KEYS, *VERIFYING_KEYS, "device", "tasks"} - {"model"}
 KEYS_HELP = """\
 key=value sets prompts and loading as for training (`g2rl train --keys` explains them): system_prompt,
-prompt_template, chat_template, chat_template_args, stop_tokens, pad_token, dtype, autocast, device; with
---recipe also tasks.0.seed=20000 and the like."""
+prompt_template, chat_template, chat_template_args, stop_tokens, pad_token, dtype, autocast, device,
+verify_seconds, verify_memory_gb, verify_workers; with --recipe also tasks.0.seed=20000 and the like."""
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

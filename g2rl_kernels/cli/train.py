@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, TrainerError, need
 from ..group.options import ShapingOptions
 from ..models.encoder import DEFAULT_ENCODER
+from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from .common import run_command
 
@@ -92,7 +93,10 @@ def _keys() -> str:
     source = inspect.getsource(TrainerConfig)
     keys = source[source.index("    # model") : source.index("    @classmethod")].rstrip()
     keys = keys.replace("DEFAULT_ENCODER", json.dumps(DEFAULT_ENCODER))
-    return re.sub(r"ShapingOptions\.(\w+)", lambda found: json.dumps(getattr(ShapingOptions, found[1])), keys)
+    owners = {"ShapingOptions": ShapingOptions, "Limits": Limits}
+    return re.sub(
+        r"(ShapingOptions|Limits)\.(\w+)", lambda found: json.dumps(getattr(owners[found[1]], found[2])), keys
+    )
 
 
 def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:

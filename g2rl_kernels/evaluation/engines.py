@@ -13,7 +13,7 @@ import torch
 from ..errors import ConfigError, TrainerError
 from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
-from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer
+from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer, response_text
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Response:
     """One sampled response to a prompt."""
 
     tokens: list[int]  # up to the first end token, inclusive
-    text: str  # without special tokens
+    text: str  # without padding and end tokens
     truncated: bool  # no end token came
 
 
@@ -139,7 +139,7 @@ class VllmEngine:
         ends = [at for at, token in enumerate(tokens) if token in self.end_tokens]
         if ends:
             tokens = tokens[: ends[0] + 1]
-        return Response(tokens, self.tokenizer.decode(tokens, skip_special_tokens=True), not ends)
+        return Response(tokens, response_text(tokens, self.tokenizer, self.end_tokens), not ends)
 
 
 def choose_engine(name: str, model: str) -> str:

@@ -24,6 +24,7 @@ class Summary(TypedDict):
 
     problems: int
     samples: int  # of each problem
+    verify_failures: int  # responses that the verifier could not judge; they score 0
     metrics: dict[str, Estimate]  # by name: pass@k, maj@k, distinct_right, truncated, length
 
 
@@ -128,7 +129,13 @@ def summarise(
         n = len(next(iter(problems.values())))
         values = per_problem(problems, check_ks(ks, n), vote_ks(ks, n), gate)
         metrics = {metric: estimate(of_metric) for metric, of_metric in values.items()}
-        summary[name] = {"problems": len(problems), "samples": n, "metrics": metrics}
+        failures = sum("failure" in row for samples in problems.values() for row in samples)
+        summary[name] = {
+            "problems": len(problems),
+            "samples": n,
+            "verify_failures": failures,
+            "metrics": metrics,
+        }
     return summary
 
 
@@ -137,6 +144,8 @@ def table(summary: Mapping[str, Summary]) -> str:
     metrics = _shown(summary.values())
     rows = [["", *summary]]
     rows.append(["problems x responses", *(f"{s['problems']} x {s['samples']}" for s in summary.values())])
+    if any(s["verify_failures"] for s in summary.values()):
+        rows.append(["verify failures", *(str(s["verify_failures"]) for s in summary.values())])
     for metric in metrics:
         rows.append(
             [LABELS.get(metric, metric), *(_cell(s["metrics"].get(metric), metric) for s in summary.values())]

@@ -21,7 +21,7 @@ class Verdict(TypedDict):
     """What a task says about a response."""
 
     score: float | None  # None: not verified yet
-    answer: str | None  # the final answer; None for no answer
+    answer: str | None  # the final answer, the same text for equal ones of a problem; None for no answer
 
 
 class _Needed(Asked, Verdict):
@@ -42,6 +42,7 @@ class Sample(_Needed, total=False):
     add_special_tokens: bool  # whether the tokenizer put its own tokens around the prompt
     tokens: list[int]  # the response, with its end token
     truncated: bool  # no end token came
+    failure: str  # why the verifier could not judge the response, which then scores 0
     length: int  # tokens of the response, where `tokens` was left out (`without_texts`)
 
 

@@ -22,11 +22,13 @@ from typing import Any
 from .._files import flush, write_whole
 from ..errors import ConfigError, TrainerError, one_line
 from ..models.loading import load_tokenizer
-from ..tasks.base import Item, Task, final_answer, item_of, score_completion
+from ..tasks import verify as verification
+from ..tasks.base import Item, Task, item_of
+from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
 from .engines import Decoding, Engine, Response, load_engine
-from .rows import Sample, Verdict, is_right, read_line, short, without_texts, write_line
+from .rows import Sample, is_right, read_line, short, without_texts, write_line
 
 # Keys of the trainer's configuration that change what a model answers; the others are ignored here.
 SAMPLING_KEYS = (
@@ -120,7 +122,7 @@ def sample(
     Raises:
         ConfigError: a setting is wrong, or `out` holds samples of other settings.
         TrainerError: samples.jsonl in `out` is damaged.
-        RewardError: a task's score raised, or was not a finite number.
+        RewardError: a user's score raised, or was not a finite number.
     """
     from tqdm import tqdm
 
@@ -159,6 +161,8 @@ def sample(
                 for problem, responses in zip(batch, answers)
                 for index, response in enumerate(responses)
             ]
+            items = [(problem.data.task, problem.item) for problem in batch for _ in range(n)]
+            new = _verified(new, items, config.limits())
             if overwrite and not rows:  # only now: the model may fail to load, or run out of memory
                 for name in ("samples.jsonl", "results.json"):
                     (out / name).unlink(missing_ok=True)
@@ -203,12 +207,13 @@ def unfinished(rows: Sequence[Sample], header: dict[str, Any]) -> str:
     return ", ".join(f"{there[name]} of {wanted[name]} problems of {name}" for name in lacking)
 
 
-def verify(rows: Sequence[Sample], data: Sequence[DataSet]) -> list[Sample]:
+def verify(rows: Sequence[Sample], data: Sequence[DataSet], limits: Limits | None = None) -> list[Sample]:
     """The samples with score and answer computed again by these tasks.
 
-    Raises ConfigError for a sample whose problem is not in `data`, or has another question there.
+    limits: of verification; None: the defaults. Raises ConfigError for a sample whose problem is not in
+    `data`, or has another question there.
     """
-    named, verified = {d.name: d for d in data}, list[Sample]()
+    named, items = {d.name: d for d in data}, list[tuple[Task, Item]]()
     for row in rows:
         name, _, index = row["problem"].rpartition("/")
         number = index.isascii() and index.isdigit()
@@ -220,8 +225,8 @@ def verify(rows: Sequence[Sample], data: Sequence[DataSet]) -> list[Sample]:
         item = named[name].task[int(index)]
         if item["question"] != row["question"]:
             raise ConfigError(f"samples: problem {row['problem']} is another one in {named[name].source}")
-        verified.append({**row, **_verdict(named[name].task, row["completion"], item)})
-    return verified
+        items.append((named[name].task, item))
+    return _verified(rows, items, limits)
 
 
 def read_samples(path: Path, texts: bool = True) -> list[Sample]:
@@ -310,15 +315,38 @@ def _row(problem: Problem, index: int, response: Response) -> Sample:
         "completion": response.text,
         "tokens": response.tokens,
         "truncated": response.truncated,
-        **_verdict(problem.data.task, response.text, problem.item),
+        "score": None,
+        "answer": None,
     }
 
 
-def _verdict(task: Task, completion: str, item: Item) -> Verdict:
-    return {
-        "score": score_completion(task, completion, item),
-        "answer": final_answer(task, completion, item),
-    }
+def _verified(
+    rows: Sequence[Sample], items: Sequence[tuple[Task, Item]], limits: Limits | None
+) -> list[Sample]:
+    """The samples with their verdicts; items: the task and the item of each.
+
+    Equal answers to a problem get one text, as votes need it.
+    """
+    asked = [(task, item, row["completion"]) for row, (task, item) in zip(rows, items)]
+    verdicts = verification.verify(asked, limits=limits)
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row["problem"], []).append(place)
+    groups = [
+        (getattr(items[mine[0]][0], "judge", None), [verdicts[place].answer for place in mine])
+        for mine in places.values()
+    ]
+    answers: dict[int, str | None] = {}
+    for mine, unified in zip(places.values(), verification.unify(groups, limits)):
+        answers.update(zip(mine, unified))
+    found = list[Sample]()
+    for place, (row, verdict) in enumerate(zip(rows, verdicts)):
+        new: Sample = {**row, "score": verdict.score, "answer": answers[place]}
+        new.pop("failure", None)
+        if verdict.failure is not None:
+            new["failure"] = verdict.failure
+        found.append(new)
+    return found
 
 
 def _seed(seed: int, problem: str) -> int:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, need
 from ..group.options import EXPLORATION_SCORES, SCALES, SCORE_GATE, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
 from ..models.encoder import DEFAULT_ENCODER
+from ..tasks.pool import Limits
 
 # A run may resume a checkpoint that differs in these keys: they change no numbers.
 FREE_KEYS = {
@@ -30,6 +31,7 @@ FREE_KEYS = {
     "report_every",
     "samples_shown",
     "steps",
+    "verify_workers",
 }
 
 
@@ -66,6 +68,9 @@ class TrainerConfig:
     generate_batch_size: int = 0  # responses generated at once; 0: batch_size
     truncated: str = "keep"  # responses cut off at max_new_tokens: keep: scored as they are | drop: ignored
     score_gate: float = SCORE_GATE  # reward: +1 if the task's score is at least this, else -1
+    verify_seconds: float = Limits.seconds  # processor time to verify a response; beyond it scores 0
+    verify_memory_gb: float = Limits.memory_gb  # of each process that verifies
+    verify_workers: int = Limits.workers  # processes that verify; 0: one a core
     labels: str = "truth"  # right: truth: by the task's score | majority: the group's commonest answer
     # the system (docs/baselines.md); the geometry is measured for all of them
     algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl
@@ -203,6 +208,7 @@ class TrainerConfig:
         for key in ("temperature", "clip", "max_grad_norm", "adam_eps"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
+        self.limits().check()
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
@@ -226,6 +232,10 @@ class TrainerConfig:
             if b % a:
                 near = max(a, b - b % a)
                 raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
+
+    def limits(self) -> Limits:
+        """The limits of verification."""
+        return Limits(self.verify_seconds, self.verify_memory_gb, self.verify_workers)
 
     def resolved(self, device_type: str | None = None) -> TrainerConfig:
         """A copy with derived values filled in: sizes left at 0, entropy_coef, ratio_clip_high.

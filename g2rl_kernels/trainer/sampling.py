@@ -93,7 +93,8 @@ class Sampler:
         inside = torch.arange(response.shape[1], device=device) < sampled[:, None]
         ends = torch.isin(response, torch.tensor(self.end_tokens, device=device)) & inside
         mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to and including the first end token
-        completions = [self.tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(response, mask)]
+        texts = (r[m].tolist() for r, m in zip(response, mask))
+        completions = [response_text(tokens, self.tokenizer, self.end_tokens) for tokens in texts]
         truncated = ~ends.any(1)
         if config.truncated == "drop":
             mask = mask & ~truncated[:, None]
@@ -202,6 +203,18 @@ def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) ->
     if ends == {None}:
         raise ConfigError("model: no end token is known: set stop_tokens: ['<its token>']")
     return sorted(ends - {None})
+
+
+def response_text(tokens: Sequence[int], tokenizer: Any, ends: Sequence[int]) -> str:
+    """The text of a response, without padding and end tokens.
+
+    Other special tokens stay: some tokenizers have tags such as <answer> among them, which verifiers look
+    for. A token of `ends` (`end_tokens`) that is no special token stays too: it may be a part of the answer.
+    """
+    special = {*tokenizer.all_special_ids}
+    dropped = {tokenizer.pad_token_id, tokenizer.eos_token_id, *(end for end in ends if end in special)}
+    text: str = tokenizer.decode([t for t in tokens if t not in dropped], skip_special_tokens=False)
+    return text
 
 
 def _savable(generation: Any) -> Any:

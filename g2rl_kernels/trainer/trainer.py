@@ -29,12 +29,22 @@ from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden
-from ..tasks.base import Task, final_answer, item_of, score_completion
+from ..tasks.base import Task, item_of
+from ..tasks.verify import unify, verify
 from . import checkpoint
 from .config import TrainerConfig
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text
 from .sampling import Rollout, Sampler, autocast
+
+
+@dataclass
+class Verified:
+    """What the tasks say about a rollout."""
+
+    scores: Tensor  # [S] float32
+    answers: list[str | None] | None = None  # S; the same text for equal ones of a group; None: no votes
+    failures: int = 0  # responses that the verifier could not judge; they score 0
 
 
 @dataclass
@@ -66,6 +76,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.output_dir = Path(config.output_dir).expanduser()
         self.config = config = self._resolved(config)
+        self.limits = config.limits()
         try:
             choose_backend(config.backend, self.device)
         except (ValueError, ImportError) as error:
@@ -108,9 +119,9 @@ class Trainer:
         times = [clock(self.device)]
         rollout = self.sampler.sample()
         times.append(clock(self.device))
-        scores = self.verify(rollout)
+        verified = self.verify(rollout)
         times.append(clock(self.device))
-        measured = self.measure(rollout, scores)
+        measured = self.measure(rollout, verified)
         times.append(clock(self.device))
         update = self.update(rollout, measured)
         times.append(clock(self.device))
@@ -120,6 +131,7 @@ class Trainer:
         return {
             "step": self.step_number,
             **self._describe(rollout, measured),
+            "verify_failures": verified.failures,
             **update,
             "tokens_per_second": round(rollout.mask.sum().item() / (times[-1] - times[0]), 1),
             "seconds": round(times[-1] - times[0], 3),
@@ -127,19 +139,32 @@ class Trainer:
             **{name: round(end - start, 3) for name, start, end in zip(names, times, times[1:])},
         }
 
-    def verify(self, rollout: Rollout) -> Tensor:
-        """The task's score of every response, [S] float32; raises RewardError if a score fails."""
-        pairs = zip(rollout.items, rollout.completions)
-        scores = [score_completion(task, text, item) for (task, item), text in pairs]
-        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+    def verify(self, rollout: Rollout, votes: bool = False) -> Verified:
+        """The task's score of every response; with `votes`, or where the algorithm votes, their answers.
 
-    @torch.no_grad()
-    def measure(self, rollout: Rollout, scores: Tensor) -> MeasuredRollout:
-        """Log-probs, entropy and features from one forward pass; rewards and advantages from those.
-
-        scores: [S], from `verify`.
+        Raises RewardError if a user's function fails.
         """
         config = self.config
+        votes = votes or config.labels == "majority" or config.algorithm == "evol_rl"
+        asked = [(task, item, text) for (task, item), text in zip(rollout.items, rollout.completions)]
+        verdicts = verify(asked, answers=votes, limits=self.limits)
+        answers: list[str | None] | None = None
+        if votes:
+            groups = [
+                (getattr(asked[rows.start][0], "judge", None), [one.answer for one in verdicts[rows]])
+                for rows in _slices(len(asked), config.group_size)
+            ]
+            answers = [answer for group in unify(groups, self.limits) for answer in group]
+        scores = torch.tensor([one.score for one in verdicts], dtype=torch.float32, device=self.device)
+        return Verified(scores, answers, sum(one.failure is not None for one in verdicts))
+
+    @torch.no_grad()
+    def measure(self, rollout: Rollout, verified: Verified) -> MeasuredRollout:
+        """Log-probs, entropy and features from one forward pass; rewards and advantages from those.
+
+        verified: from `verify`.
+        """
+        config, scores = self.config, verified.scores
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
         reference = torch.zeros_like(logprobs) if self.reference else None
@@ -165,22 +190,20 @@ class Trainer:
         if config.truncated == "drop":  # -1: in no group
             groups = groups.masked_fill(rollout.truncated, -1)
         start = clock(self.device)
-        rewards, geometry = self._shape(torch.cat(features), torch.cat(keys), scores, groups, rollout)
+        rewards, geometry = self._shape(torch.cat(features), torch.cat(keys), verified, groups, rollout)
         seconds += clock(self.device) - start
         return MeasuredRollout(scores, rewards, logprobs, reference, entropy, geometry, seconds)
 
     def _shape(
-        self, features: Tensor, keys: Tensor, scores: Tensor, groups: Tensor, rollout: Rollout
+        self, features: Tensor, keys: Tensor, verified: Verified, groups: Tensor, rollout: Rollout
     ) -> tuple[Tensor, g2.GroupGeometry]:
         """Rewards [S], +1 or -1, and the geometry with the rewards and advantages that `algorithm` shapes."""
         config = self.config
-        right, answers = scores >= config.score_gate, None
+        right, answers = verified.scores >= config.score_gate, verified.answers
         novelty: dict[str, Any] = {}
-        if config.labels == "majority" or config.algorithm == "evol_rl":
-            pairs = zip(rollout.items, rollout.completions)
-            answers = [final_answer(task, text, item) for (task, item), text in pairs]
-            if config.labels == "majority":
-                right = majority_labels(answers, groups).to(self.device)
+        if config.labels == "majority":
+            assert answers is not None
+            right = majority_labels(answers, groups).to(self.device)
         if config.algorithm == "evol_rl":
             assert answers is not None
             novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
@@ -441,7 +464,7 @@ class Trainer:
                 raise ConfigError(
                     f"chat template: {what}: drop system_prompt, or set chat_template: never"
                 ) from error
-            score_completion(task, "", item)  # fail early if the function is broken
+            verify([(task, item, "")], limits=self.limits)  # fail early if the function is broken
         self.sampler.draw(1)  # fail early if every prompt is too long
         self.sampler.position = 0
 

@@ -12,6 +12,7 @@ from tiny import make_model, make_trainer
 
 from g2rl_kernels.cli import main as cli
 from g2rl_kernels.trainer.sampling import Rollout
+from g2rl_kernels.trainer.trainer import Verified
 
 V, PROMPT = 151936, 4
 
@@ -32,7 +33,7 @@ def test_peak_memory_does_not_grow_by_vocabulary_times_tokens(tmp_path: Path) ->
     scores = torch.tensor([1.0, 0.0] * 4)
 
     def step(rollout: Rollout) -> None:
-        trainer.update(rollout, trainer.measure(rollout, scores))
+        trainer.update(rollout, trainer.measure(rollout, Verified(scores)))
 
     short, long = rollout_of(25), rollout_of(200)
     peaks = [extra_memory("cpu", lambda r=r: step(r), lambda: step(short))[0] for r in (short, long)]

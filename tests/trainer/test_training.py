@@ -12,6 +12,7 @@ from torch.utils import checkpoint as checkpoint_utils
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, modeling_utils
 
 import g2rl_kernels as g2
+from g2rl_kernels.trainer.trainer import Verified
 
 
 def test_ratio_is_one_at_the_first_update(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_copies_of_a_response_are_not_told_apart_by_rounding(
         return out._replace(features=out.features * (1 + 1e-3 * torch.rand(out.features.shape)))
 
     monkeypatch.setattr(g2, "head_features", rounded)
-    advantages = trainer.measure(rollout, torch.ones(8)).geometry.advantages
+    advantages = trainer.measure(rollout, Verified(torch.ones(8))).geometry.advantages
     assert len(calls) == 4
     assert (advantages[:4] == 0).all()
     assert advantages[4:].abs().max() > 0.5

@@ -1,0 +1,121 @@
+"""What runs in a worker process: reads requests from a pipe, asks a judge, writes replies.
+
+    request    pickle: (judge's key, the pickled judge or None if it is known, method, arguments)
+    reply      JSON: {"value": ...} | {"raised": text} | {"unusable": text}
+
+Each is preceded by its length, 4 bytes, little-endian. Requests come from this package alone; replies are
+JSON, since a verifier may have been fooled by the text that it read. pool.py is the other side.
+
+A response's processor time is limited by the kernel, which ends this process: code that holds Python's lock,
+such as the power of a large number, cannot delay that. So is the time on the clock, should the other side be
+gone. Memory is limited for the whole process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+LENGTH = struct.Struct("<I")
+
+
+def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
+    """Serves until the other side closes the pipe. The pipe's ends are file descriptors 0 and 1."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):  # a library that prints must not write into the replies
+        os.dup2(nothing, descriptor)
+    _write(replies, {"value": "ready"})
+    os.dup2(nothing, 2)
+    judges: dict[str, Any] = {}
+    while (request := read_frame(requests)) is not None:
+        try:
+            key, pickled, method, arguments = pickle.loads(request)
+            if pickled is not None:
+                judges[key] = _load(pickled)
+                _limit_memory(memory_bytes)  # judges load libraries and data
+        except BaseException as error:
+            _write(replies, {"unusable": f"{type(error).__name__}: {error}"[:2000]})
+            continue
+        _limit_time(seconds, wall_seconds)
+        random.seed(0)
+        try:
+            reply = {"value": _METHODS[method](judges[key], *arguments)}
+        except ImportError as error:
+            reply = {"unusable": f"{type(error).__name__}: {error}"}
+        except BaseException as error:  # SystemExit too: a scorer may call exit()
+            reply = {"raised": f"{type(error).__name__}: {error}"[:2000]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(replies, reply)
+
+
+def _load(pickled: bytes) -> Any:
+    """Unpickles a judge, and lets it load what it needs, without limits."""
+    judge = pickle.loads(pickled)
+    if hasattr(judge, "prepare"):
+        judge.prepare()
+    return judge
+
+
+def _verdict(judge: Any, completion: str, known: Any, with_answer: bool) -> tuple[float, str | None]:
+    score = float(judge.score(completion, known))
+    return score, judge.answer(completion, known) if with_answer else None
+
+
+def _answer(judge: Any, completion: str) -> str | None:
+    found: str | None = judge.answer(completion, None)
+    return found
+
+
+def _first_same(judge: Any, text: str, others: list[str]) -> int | None:
+    """The index of the first of the other answers that is the same as this one."""
+    return next((index for index, other in enumerate(others) if judge.same(other, text)), None)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {"verdict": _verdict, "answer": _answer, "first_same": _first_same}
+
+
+def _limit_memory(size: int) -> None:
+    with suppress(OSError, ValueError):  # macOS cannot limit it; a hard limit may be lower
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _limit_time(seconds: float, wall_seconds: float) -> None:
+    until = int(time.process_time() + seconds) + 1  # the kernel counts whole seconds
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or until < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next frame; None at the end of the stream, also in the middle of a frame."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(head)
+    body = stream.read(size)
+    return body if len(body) == size else None
+
+
+def write_frame(stream: BinaryIO, body: bytes) -> None:
+    stream.write(LENGTH.pack(len(body)) + body)
+    stream.flush()
+
+
+def _write(stream: BinaryIO, reply: dict[str, Any]) -> None:
+    try:
+        body = json.dumps(reply).encode()
+    except (TypeError, ValueError) as error:  # not a value that a judge may return
+        body = json.dumps({"raised": f"{type(error).__name__}: {error}"}).encode()
+    write_frame(stream, body)

@@ -1,0 +1,107 @@
+"""Judges that misbehave on demand, for the tests of worker processes, which import them from here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Obedient:
+    """Right is what equals the known answer; some completions are orders."""
+
+    folder: str = ""  # where "die once" leaves a note
+
+    def score(self, completion: str, known: Any) -> float:
+        order, _, rest = completion.partition(":")
+        if order == "sleep":
+            time.sleep(1000)
+        elif order == "spin":
+            while True:
+                pass
+        elif order == "power":  # one operation that holds Python's lock
+            return float(7 ** (10**9) % 3)
+        elif order == "memory":
+            return float(len([0] * 10**11))
+        elif order == "recurse":
+            return self.score(completion, known)
+        elif order == "raise":
+            raise ValueError(f"cannot read {rest!r}")
+        elif order == "exit":
+            raise SystemExit(3)
+        elif order == "vanish":
+            os._exit(3)
+        elif order == "die once":
+            note = Path(self.folder) / "died"
+            if not note.exists():
+                note.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            completion = rest
+        elif order == "nan":
+            return float("nan")
+        elif order == "print":
+            print("x" * 100_000, flush=True)
+            os.write(1, b"y" * 100)
+            completion = rest
+        elif order == "wait":
+            time.sleep(0.3)
+            completion = rest
+        elif order == "import":
+            import no_such_package  # noqa: F401
+        return float(completion == known)
+
+    def answer(self, completion: str, known: Any) -> str | None:
+        return completion.rpartition(":")[2] or None
+
+    def same(self, first: str, second: str) -> bool:
+        if "spin" in first and "spin" in second:
+            self.score("spin", None)
+        return first.lower() == second.lower()
+
+
+class Unloadable(Obedient):
+    def prepare(self) -> None:
+        raise OSError("no such data")
+
+
+class Loaded(Obedient):
+    """Judges by what `prepare` has loaded; says what else the process has."""
+
+    def prepare(self) -> None:
+        import random
+        import sys
+
+        global seen
+        seen = {
+            "torch": "torch" in sys.modules,
+            "hash": hash("g2rl"),
+            "random": lambda: random.random(),
+        }
+
+    def answer(self, completion: str, known: Any) -> str | None:
+        value = seen[completion]
+        return str(value() if callable(value) else value)
+
+
+class JudgedTask:
+    """A task with a judge; the right answer to every question is "yes"."""
+
+    def __init__(self, judge: Any):
+        self.judge = judge
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"question": f"question {index}", "gold": "yes"}
+
+    def known(self, item: dict[str, Any]) -> str:
+        gold: str = item["gold"]
+        return gold
+
+    def score(self, completion: str, item: dict[str, Any]) -> float:
+        raise AssertionError("the judge is asked instead")
