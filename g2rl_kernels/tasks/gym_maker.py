@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -116,6 +118,8 @@ def main(descriptor: int) -> None:
 
     A reply is ("value", value), or (the exception's class, its text).
     """
+    folder = tempfile.mkdtemp(prefix="g2rl-items-")
+    os.chdir(folder)  # codeio's programs write files
     connection = Connection(descriptor)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -124,6 +128,7 @@ def main(descriptor: int) -> None:
             try:
                 requests.put(connection.recv())
             except (EOFError, OSError):
+                shutil.rmtree(folder, ignore_errors=True)
                 os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

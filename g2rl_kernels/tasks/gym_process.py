@@ -7,31 +7,19 @@ same items. It leaves this process's random state alone.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, TrainerError, need
 from .gym_judge import GymSpec
+from .processes import start
 
 REQUEST_SECONDS = 600.0  # for one item: a configuration may allow no puzzle at all
-# Imports tasks.gym_maker without g2rl_kernels/__init__.py, which imports torch. Ctrl-C is for the other side.
-_BOOT = """
-import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
-import json, sys, types
-sys.path[:] = json.loads(sys.argv[1])
-package = types.ModuleType("g2rl_kernels"); package.__path__ = [sys.argv[2]]
-sys.modules["g2rl_kernels"] = package
-from g2rl_kernels.tasks import gym_maker
-gym_maker.main(int(sys.argv[3]))
-"""
 
 
 class GymProcess:
@@ -66,8 +54,8 @@ class GymProcess:
 
     def _exchange(self, request: Any, about: str) -> Any:
         for _ in range(2):
-            connection = self._connect()
             try:
+                connection = self._connect()
                 connection.send(request)
                 if not connection.poll(REQUEST_SECONDS):
                     raise ConfigError(f"{about}: took more than {REQUEST_SECONDS:g} s to make: change cfg")
@@ -82,15 +70,13 @@ class GymProcess:
         self.close()
         self._connection, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
-        package = str(Path(__file__).resolve().parent.parent)
-        paths = json.dumps([path or os.getcwd() for path in sys.path])
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, paths, package, str(theirs.fileno())],
+            self._process = start(
+                "gym_maker",
+                theirs.fileno(),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # codeio prints
+                stdout=subprocess.DEVNULL,  # codeio's programs print
                 stderr=self._said,
-                env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
                 pass_fds=[theirs.fileno()],
             )
         return self._connection
