@@ -14,6 +14,9 @@ from .answers import extractor
 # Some scorers give nearly full credit to a wrong answer: 0.99 for one wrong cell of 100, 0.9999 for a second
 # too many, 1 - 1e-16 for a word with a letter too many. Full credit is 1.0 to the bit in all data sets.
 MOST_PARTIAL_CREDIT = 0.999
+# Partial credit for each word in its place: full for the right words with others behind them.
+_WORD_BY_WORD = {"letter_jumble", "word_sorting"}
+_WORD = re.compile(r"[^\s,]+")
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3})?", re.ASCII)
 
 
@@ -76,10 +79,16 @@ class GymJudge:
     def score(self, completion: str, known: dict[str, Any]) -> float:
         """Raises what the scorer raises, and ValueError for a score that is not from 0 to 1."""
         self.prepare()
-        score = float(self._data.score_answer(extractor(self.extract)(completion), known))
+        answer = extractor(self.extract)(completion)
+        score = float(self._data.score_answer(answer, known))
         if not 0 <= score <= 1 + 1e-9:  # NaN too
             raise ValueError(f"reasoning-gym {self.spec.name}: the score is {score}, not from 0 to 1")
-        return 1.0 if score == 1 else min(score, MOST_PARTIAL_CREDIT)
+        full = score == 1 and not (self._source(known) in _WORD_BY_WORD and _more_words(answer, known))
+        return 1.0 if full else min(score, MOST_PARTIAL_CREDIT)
+
+    def _source(self, known: dict[str, Any]) -> str:
+        """The data set that an item is from: composite joins several."""
+        return str(known["metadata"]["source_dataset"]) if self.spec.name == "composite" else self.spec.name
 
     def answer(self, completion: str, known: Any) -> str | None:
         return extractor(self.extract)(completion).strip() or None
@@ -90,6 +99,10 @@ class GymJudge:
             return True
         numbers = [Decimal(text) for text in (first, second) if _is_number(text)]
         return len(numbers) == 2 and numbers[0] == numbers[1]
+
+
+def _more_words(answer: str, known: dict[str, Any]) -> bool:
+    return len(_WORD.findall(answer)) > len(_WORD.findall(known["answer"]))
 
 
 def _is_number(text: str) -> bool:
