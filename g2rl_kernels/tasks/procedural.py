@@ -59,6 +59,11 @@ class ReasoningGymTask:
         item: Item = pickle.loads(self._items[index])
         return item
 
+    def fingerprint(self) -> str:
+        """A text that changes with the items, as another version of reasoning-gym may make them."""
+        first = [self[index] for index in range(min(len(self), 3))]
+        return repr([(item["question"], item["answer"]) for item in first])
+
     def known(self, item: Item) -> Item:
         return item
 

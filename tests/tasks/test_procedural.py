@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks: the same items everywhere, verdicts without partial credit, errors, constant answers."""
+"""reasoning-gym: the same items in every process, no partial credit, errors, constant answers."""
 
 from __future__ import annotations
 
@@ -97,6 +97,13 @@ def test_items_cannot_be_changed_by_their_reader() -> None:
     item["answer"] = "?"
     assert task[0]["answer"] != "?"
     assert task[0]["metadata"]
+
+
+def test_fingerprint() -> None:
+    """What the trainer compares when it resumes."""
+    task = ReasoningGymTask("ransom_note", size=5, seed=7)
+    assert task.fingerprint() == ReasoningGymTask("ransom_note", size=5, seed=7).fingerprint()
+    assert task.fingerprint() != ReasoningGymTask("ransom_note", size=5, seed=8).fingerprint()
 
 
 def test_indices() -> None:
