@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import make_model, make_trainer
 
 from g2rl_kernels.evaluation.datasets import load_data
 from g2rl_kernels.group.options import SCORE_GATE
@@ -382,13 +383,50 @@ def test_votes_count_numbers() -> None:
     assert classes[0] == classes[1] != classes[2]
 
 
+# In a training run
+
+
+def test_training_on_a_scorer_that_raises(tmp_path: Path) -> None:
+    task = ReasoningGymTask("prime_factorization", size=4)
+    model = make_model(max_position_embeddings=2048)
+    make_trainer(tmp_path, task, model, steps=2, max_prompt_tokens=2000, verify_workers=1).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row["verify_failures"] > 0 for row in rows)
+    assert all(row["accuracy"] == 0 for row in rows)
+
+
+def test_a_resumed_run_sees_the_same_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """list_functions draws from the global generator of `random`, whose state is not saved."""
+    seen: list[Item] = []
+    original = ReasoningGymTask.__getitem__
+    monkeypatch.setattr(
+        ReasoningGymTask, "__getitem__", lambda self, index: seen.append(original(self, index)) or seen[-1]
+    )
+
+    def train(folder: str, steps: int) -> list[Item]:
+        seen.clear()
+        keys = {"steps": steps, "checkpoint_every": 2, "max_prompt_tokens": 4000, "verify_workers": 1}
+        model = make_model(max_position_embeddings=4096)
+        trainer = make_trainer(tmp_path / folder, ReasoningGymTask("list_functions", size=9), model, **keys)
+        seen.clear()  # what it looks at before the first step
+        trainer.train()
+        return list(seen)
+
+    whole = train("whole", 4)
+    parts = train("parts", 2)
+    random.seed(5)
+    assert parts + train("parts", 4) == whole
+    assert len(whole) == 8
+
+
 # Constant answers
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("game_of_life_halting", "almost any answer earns full reward on 100 of its first 100 items"),
+        ("game_of_life_halting", "almost any answer earns full reward on"),
         ("coin_flip", "the answer '0' earns full reward on 9"),
         ("syllogism", "the answer 'Yes' earns full reward on 7"),
         ("puzzle24", "earns full reward on 20 of its first 20 items"),  # any expression that gives 24
