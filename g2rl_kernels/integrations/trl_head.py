@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
 
-from ..models.lm_head import LMHead
+from ..models.lm_head import LMHead, backbone_of
 
 
 class HeadInputs(NamedTuple):
@@ -60,7 +60,7 @@ def has_weights(accelerator: Any) -> bool:
 
 def current_head(head: LMHead, model: Any) -> LMHead:
     """`head` with the modules that the model has now: FSDP and PEFT replace those found before training."""
-    return replace(head, backbone=model.base_model, output=model.get_output_embeddings())
+    return replace(head, backbone=backbone_of(model), output=model.get_output_embeddings())
 
 
 @contextmanager
