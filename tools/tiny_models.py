@@ -101,6 +101,7 @@ FIXES: dict[str, dict[str, Any]] = {
             "v_head_dim": 16,
         }.items()
     },
+    "gemma3": {"text_config": {"final_logit_softcapping": None}},  # it does not apply one
     "gemma3n_text": {"intermediate_size": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": _LINEAR_AND_FULL},
@@ -178,12 +179,20 @@ def _shrunk(config: dict[str, Any], family: str) -> dict[str, Any]:
         if isinstance(value, dict) and name.endswith("config"):
             small[name] = _shrunk(value, value.get("model_type", ""))
         elif name.endswith(("token_id", "token_index")):
-            ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
-            small[name] = value if value is None else ids.get(name, VOCABULARY)  # of an image: never sampled
+            usual = (
+                0
+                if name == "pad_token_id"
+                else 1
+                if "eos" in name or "bos" in name or "start" in name
+                else VOCABULARY
+            )
+            small[name] = value if value is None else usual  # an image's token is never sampled
         elif name in ACTING:
             small[name] = ACTING[name]
         elif name == "head_dim" and value is None:
             small[name] = 16
         else:
             small[name] = min(value, _SIZE_OF.get(name, value)) if whole else value
-    return {**small, **FIXES.get(family, {})}
+    for name, value in FIXES.get(family, {}).items():
+        small[name] = {**small[name], **value} if isinstance(small.get(name), dict) and value else value
+    return small
