@@ -52,7 +52,8 @@ _SIZES = {
 }
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
 
-# Settings that act between hidden states and logits, where a family has them: far from 1, so errors show.
+# Settings that act between hidden states and logits, and the spread of weights, where a family has them: far
+# from 1 and from 0, so that errors show.
 ACTING = {
     "logit_scale": 0.25,
     "output_multiplier": 0.25,
@@ -64,6 +65,8 @@ ACTING = {
     "logits_soft_cap": 0.5,
     "output_logit_soft_cap": 0.5,
     "unpadded_vocab_size": VOCABULARY - 4,
+    "initializer_range": 0.3,  # layers matter, so that what padding does to them shows
+    "init_std": 0.3,
 }
 
 _LINEAR_AND_FULL = ["linear_attention", "full_attention"] * 2
@@ -110,6 +113,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": _LINEAR_AND_FULL},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
+    "minimax": {"layer_types": _LINEAR_AND_FULL},  # as in MiniMax-Text-01, whose first layer is linear
     "mpt": {"logit_scale": None},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mimo_v2_flash": {"num_attention_heads": 8},

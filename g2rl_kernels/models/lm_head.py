@@ -233,10 +233,10 @@ def _positive(settings: Any, key: str) -> float:
 def _compare_logits(model: Any, head: LMHead) -> None:
     """Runs the model on random tokens: some families do what no key of their configuration names."""
     name, weight = type(model).__name__, head.output.weight
-    ids = _some_tokens(model, head).to(weight.device)
     entered: list[Tensor] = []  # the input of the LM head's module, where the model calls it
     hook = head.output.register_forward_hook(lambda _module, args, _output: entered.extend(args[:1]))
     try:
+        ids = _some_tokens(model, head).to(weight.device)
         with evaluation_mode(model):
             theirs = model(input_ids=ids, use_cache=False).logits
             hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state

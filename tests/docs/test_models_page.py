@@ -1,0 +1,95 @@
+"""docs/models.md: its table holds every family, and what it says of some heads is so."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+VERDICT = re.compile(
+    r"(right( with router_aux_loss_coef=0)?|refused(: [\w() ]+)?|fails: .+|wrong( under padding)?)?"
+)
+
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'"
+)
+
+
+@pytest.fixture(scope="module")
+def families():
+    """tools/families.py, which imports tools/tiny_models.py."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location("families", ROOT / "tools" / "families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["families"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows(families):
+    """family: cells of its row."""
+    found = families.BLOCK.search(TEXT)
+    assert found is not None
+    _, _, *lines = found[0].splitlines()[1:-1]
+    table = {}
+    for line in lines:
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for family in first.split(", "):
+            assert family not in table
+            table[family] = families.Row(*cells)
+    return table
+
+
+def test_every_family_has_a_row(families, rows):
+    version = re.search(r"causal language models in transformers ([\d.]+\d),", TEXT)
+    assert version is not None
+    if not transformers.__version__.startswith(f"{version[1]}."):
+        pytest.skip(f"the table is of transformers {version[1]}")
+    assert rows.keys() == families.FAMILIES.keys()
+
+
+def test_no_row_says_that_we_train_on_wrong_log_probs(rows):
+    for family, row in rows.items():
+        assert row.head
+        for cell in (row.ours, row.trl, row.grpo):
+            assert VERDICT.fullmatch(cell), f"{family}: {cell}"
+        assert not row.ours.startswith("wrong"), family
+        assert not row.trl.startswith("wrong"), family
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "gemma2", "granite", "cohere", "phi", "falcon_h1", "inkling2_text", "bert", "xlnet"],
+)
+def test_the_head_of_a_family(families, rows, family):
+    if family not in families.FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    from g2rl_kernels.models.lm_head import find_head
+
+    found = families.verdict(lambda: families.describe(find_head(families.build(family))))
+    assert found == rows[family].head
+
+
+def test_a_verdict_says_why(families):
+    def fail():
+        raise ValueError("one | two\nthree")
+
+    assert families.verdict(fail) == "fails: one / two three"
+    assert families.verdict(lambda: "right") == "right"
+
+
+def test_the_table_shares_lines(families):
+    plain, wrong = (families.Row("plain", "right", "right", grpo) for grpo in ("right", "wrong by 0.5 nats"))
+    refused = families.Row("refused: not causal", "refused: not causal", "", "fails: x")
+    text = families.table({"a": plain, "b": wrong, "c": plain, "d": refused})
+    assert text.endswith(
+        "| a, c | plain | right | right | right |\n"
+        "| b | plain | right | right | wrong |\n"
+        "| d | refused: not causal | refused |  | fails: x |\n"
+    )
