@@ -197,9 +197,10 @@ def check_embedded(ids: Iterable[int], model: Any, tokenizer: Any, where: str) -
 
     where: names the prompt, e.g. "task: JsonlTask[3]".
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", len(embeddings.weight))
     for token in ids:
-        if rows and token >= rows:
+        if token >= rows:
             raise TrainerError(
                 f"{where}: its prompt has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
                 f"{token}, but the model embeds {rows} tokens: resize_token_embeddings(len(tokenizer)) and "

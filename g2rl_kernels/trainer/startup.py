@@ -38,6 +38,8 @@ EXACT = {"spread": 3e-4, "last": 2**-23}
 COARSE = {"spread": 0.08, "last": 2**-8}  # float16, bfloat16, quantised weights, TF32
 
 
+LORA = "LoRA, or another adapter that changes weights"
+
 Logprobs = Callable[[Rollout], Tensor]  # of the N response tokens, row by row: [N]
 Context = Callable[[], AbstractContextManager]  # makes the autocast context of one forward
 
@@ -65,10 +67,9 @@ def check_policy(
         context: makes the autocast context of each forward.
 
     Raises:
-        TrainerError: they differ by more than rounding explains, or the adapter is a learned prompt. The
-            message says which of them differs, by how many nats, and what the model does.
+        TrainerError: they differ by more than rounding explains, or generate() fails. The message says which
+            of them differs, by how many nats, and what the model does.
     """
-    check_adapter(model)
     if logprobs is None and head is not None:
         logprobs = _head_logprobs(head, temperature, context)
     policy = _Policy(model, pad_token_id, temperature, context)
@@ -88,20 +89,26 @@ def check_policy(
     agrees = "".join(f"; the {who}'s agree" for who in found if who not in wrong)
     raise TrainerError(
         f"model: {policy.name}: {why}. On two padded prompts this moves {said}, against its own logits "
-        f"without padding (rounding explains {own.tolerance:.1g}){agrees}. Training would go wrong: use "
-        "another model"
+        f"without padding (rounding explains {own.tolerance:.1g}){agrees}. Training would go wrong: "
+        f"use {LORA if _learned_prompt(model) else 'another model'}"
     )
 
 
 def check_adapter(model: Any) -> None:
-    """Raises TrainerError for PEFT adapters that are learned prompts: their tokens precede the prompt's."""
-    active: Any = getattr(model, "active_peft_config", None)
-    if getattr(active, "is_prompt_learning", False):
-        kind = getattr(active.peft_type, "value", active.peft_type)
+    """Raises TrainerError for PEFT adapters that are learned prompts: `find_head`'s backbone skips them."""
+    if kind := _learned_prompt(model):
         raise TrainerError(
             f"model: its adapter is a learned prompt ({kind}), which log-probs and features would leave out: "
-            "use LoRA, or another adapter that changes weights"
+            f"use {LORA}"
         )
+
+
+def _learned_prompt(model: Any) -> str | None:
+    """PEFT's name of a learned prompt, whose tokens precede the prompt's; None for other adapters."""
+    active: Any = getattr(model, "active_peft_config", None)
+    if not getattr(active, "is_prompt_learning", False):
+        return None
+    return str(getattr(active.peft_type, "value", active.peft_type))
 
 
 def base_model(model: Any) -> Any:
@@ -190,7 +197,8 @@ class _Policy:
 
     @property
     def name(self) -> str:
-        return type(base_model(self.model)).__name__
+        learned = _learned_prompt(self.model)
+        return type(base_model(self.model)).__name__ + (f" with {learned}" if learned else "")
 
     def own(self, probe: Rollout) -> _Own:
         """By its logits, from one forward over each row alone, without padding."""
@@ -198,7 +206,7 @@ class _Policy:
         for row in _alone(probe):
             with self.context():
                 out = self.model(input_ids=row.ids, attention_mask=row.attention, use_cache=False)
-            found.append(out.logits[0, _width(row) - 1 : -1].float() / self.temperature)
+            found.append(out.logits[0, -row.mask.shape[1] - 1 : -1].float() / self.temperature)
         z = torch.cat(found)
         tokens = probe.ids[:, _width(probe) :][probe.mask]
         exact, finite = self._exact(), z[z.isfinite()]
@@ -248,7 +256,7 @@ class _Policy:
         """By its logits, from one forward over the padded batch."""
         with self.context():
             out = self.model(input_ids=probe.ids, attention_mask=attention, use_cache=False)
-        z = out.logits[:, _width(probe) - 1 : -1].float() / self.temperature
+        z = out.logits[:, -probe.mask.shape[1] - 1 : -1].float() / self.temperature
         return _chosen(z, probe.ids[:, _width(probe) :])[probe.mask]
 
     def _exact(self) -> bool:

@@ -35,7 +35,7 @@ from .config import TrainerConfig
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text
 from .sampling import Rollout, Sampler, autocast
-from .startup import check_policy, warn_unmoved
+from .startup import check_adapter, check_policy, warn_unmoved
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Trainer:
             choose_backend(config.backend, self.device)
         except (ValueError, ImportError) as error:
             raise ConfigError(str(error)) from None
+        check_adapter(model)
         self.head = find_head(model)
         self.sampler = Sampler(model, tokenizer, self.tasks, config)
         self.ops_dtype: torch.dtype = self.head.output.weight.dtype
