@@ -16,7 +16,6 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..errors import TrainerError, one_line, out_of_memory
 from ..head.features import pack_responses
@@ -147,7 +146,7 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
         )
     # With modules_to_save, PEFT trains a copy of the head; output.weight is that of the active one
     linear = output.original_module if hasattr(output, "modules_to_save") else output
-    if next(kind for kind in type(linear).__mro__ if not issubclass(kind, FSDPModule)) is not nn.Linear:
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise TrainerError(
             f"model: the LM head is a {type(linear).__name__}; only a plain nn.Linear is supported"
         )

@@ -158,6 +158,20 @@ def test_it_is_refused_with_the_reason(family: str) -> None:
         g2.find_head(model)
 
 
+class Doubling(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_subclasses_of_linear() -> None:
+    model = make("llama")
+    model.lm_head.__class__ = type("Named", (torch.nn.Linear,), {})  # computes the plain product
+    assert g2.find_head(model).output is model.lm_head
+    model.lm_head.__class__ = Doubling
+    with pytest.raises(RuntimeError, match=r"the LM head is a Doubling; only a plain nn\.Linear"):
+        g2.find_head(model)
+
+
 def test_a_model_that_fails_at_text_alone_is_refused() -> None:
     model = make("llama")
     model.model.forward = lambda **_: {}["images"]
