@@ -250,9 +250,11 @@ def _compare_logits(model: Any, head: LMHead) -> None:
         hook.remove()
     where = ""
     if entered and entered[0].shape[:2] == ids.shape:
-        same = entered[0].shape == hidden.shape and torch.allclose(entered[0], hidden, 1e-2, 1e-2)
+        same = entered[0].shape == hidden.shape
+        same = same and torch.allclose(entered[0].float(), hidden.to(entered[0].device).float(), 1e-2, 1e-2)
         where = ", after its LM head" if same else ", before its LM head"
-    check_logits(model, head.logits(hidden.to(weight.dtype)), theirs, weight.dtype, where)
+    ours = head.logits(hidden.to(weight.device, weight.dtype))
+    check_logits(model, ours, theirs.to(weight.device), weight.dtype, where)
     agrees, nats = _compare(theirs[0, :SAME], theirs[1, :SAME], weight.dtype)
     if not agrees:
         off = [key for key in ("is_decoder", "causal") if getattr(model.config, key, None) is False]
