@@ -1,11 +1,10 @@
 """docs/models.md: its table holds every family, and what it says of some heads is so."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
@@ -20,15 +19,7 @@ transformers = pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def families():
-    """tools/families.py, which imports tools/tiny_models.py."""
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("families", ROOT / "tools" / "families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["families"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+    return load_tool("families")
 
 
 @pytest.fixture(scope="module")

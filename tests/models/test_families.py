@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tool import load_tool
 from torch import Tensor
 
 import g2rl_kernels as g2
@@ -18,13 +16,7 @@ transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'g2rl-kernels[train]'"
 )
 
-spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).resolve().parents[2] / "tools" / "tiny_models.py"
-)
-assert spec is not None
-assert spec.loader is not None
-sys.modules["tiny_models"] = tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
+tiny = load_tool("tiny_models")
 
 
 def make(family: str, **settings: Any) -> Any:
