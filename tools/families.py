@@ -1,7 +1,7 @@
 """Which families of causal language models the trainers take: writes the table of docs/models.md.
 
-    python tools/families.py                 every family that transformers knows; 15 minutes
-    python tools/families.py llama gemma2    these, printed and not written
+    python tools/families.py                 every family that transformers knows; 10 minutes
+    python tools/families.py llama gemma2    the rows of these
 
 For a tiny random model of each family: what find_head says of its head, one step of `g2rl train` and of
 G2RLTrainer, and the largest error in nats of the log-probs that they train on, and of those of TRL's own head
@@ -29,7 +29,7 @@ if __name__ == "__main__":  # before these packages are imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PAGE = ROOT / "docs" / "models.md"
-BLOCK = re.compile(r"(<!-- table: tools/families.py -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: tools/families.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -80,21 +80,32 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _late)
-    chosen = sys.argv[1:] or sorted(FAMILIES)
-    rows: dict[str, Row] = {}
-    for family in chosen:
-        rows[family] = row = sweep(family)
+    text = PAGE.read_text(encoding="utf-8")
+    rows = read(text) if sys.argv[1:] else {}
+    for family in sys.argv[1:] or sorted(FAMILIES):
+        row = sweep(family)
         print(" | ".join((family, *astuple(row))), flush=True)
-    if len(sys.argv) == 1:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(BLOCK.sub(lambda found: found[1] + table(rows) + found[2], page), encoding="utf-8")
+        rows[family] = cells(row)
+    text = BLOCK.sub(lambda found: found[1] + table(rows) + found[3], text)
+    PAGE.write_text(text, encoding="utf-8")
 
 
-def table(rows: dict[str, Row]) -> str:
+def read(text: str) -> dict[str, tuple[str, ...]]:
+    """The cells of each family on docs/models.md."""
+    found = BLOCK.search(text)
+    assert found is not None
+    rows: dict[str, tuple[str, ...]] = {}
+    for line in found[2].splitlines()[2:]:
+        families, *others = (cell.strip() for cell in line.strip("|").split("|"))
+        rows |= dict.fromkeys(families.split(", "), tuple(others))
+    return rows
+
+
+def table(rows: dict[str, tuple[str, ...]]) -> str:
     """The text between the markers of docs/models.md: families with the same cells share a line."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for family, row in rows.items():
-        groups.setdefault(cells(row), []).append(family)
+    for family in sorted(rows):
+        groups.setdefault(rows[family], []).append(family)
     lines = [
         "| families | the head | `g2rl train` | `G2RLTrainer` | TRL's own head |",
         "|---|---|---|---|---|",
@@ -126,8 +137,8 @@ def sweep(family: str) -> Row:
 
 def build(family: str) -> Any:
     """A tiny model of the family; one that may be an encoder is a decoder."""
-    decoder = {"is_decoder": True} if hasattr(model_class(family).config_class(), "is_decoder") else {}
-    return tiny_model(family, **decoder)
+    usual = model_class(family).config_class()
+    return tiny_model(family, **{key: True for key in ("is_decoder", "causal") if hasattr(usual, key)})
 
 
 def verdict(check: Callable[[], str]) -> str:

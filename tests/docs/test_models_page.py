@@ -24,17 +24,8 @@ def families():
 
 @pytest.fixture(scope="module")
 def rows(families):
-    """family: cells of its row."""
-    found = families.BLOCK.search(TEXT)
-    assert found is not None
-    _, _, *lines = found[0].splitlines()[1:-1]
-    table = {}
-    for line in lines:
-        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        for family in first.split(", "):
-            assert family not in table
-            table[family] = families.Row(*cells)
-    return table
+    """family: its row."""
+    return {family: families.Row(*cells) for family, cells in families.read(TEXT).items()}
 
 
 def test_every_family_has_a_row(families, rows):
@@ -78,9 +69,14 @@ def test_a_verdict_says_why(families):
 def test_the_table_shares_lines(families):
     plain, wrong = (families.Row("plain", "right", "right", grpo) for grpo in ("right", "wrong by 0.5 nats"))
     refused = families.Row("refused: not causal", "refused: not causal", "", "fails: x")
-    text = families.table({"a": plain, "b": wrong, "c": plain, "d": refused})
+    rows = {"a": plain, "b": wrong, "d": refused, "c": plain}
+    rows = {family: families.cells(row) for family, row in rows.items()}
+    text = families.table(rows)
     assert text.endswith(
         "| a, c | plain | right | right | right |\n"
         "| b | plain | right | right | wrong |\n"
         "| d | refused: not causal | refused |  | fails: x |\n"
     )
+    page = families.BLOCK.sub(lambda found: found[1] + text + found[3], TEXT)
+    assert families.read(page) == rows
+    assert families.table(families.read(TEXT)) in TEXT
