@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +107,25 @@ def check_prompts(train_dataset: Any, args: G2RLConfig) -> None:
             f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}), "
             "so nothing would be trained; give more prompts, or lower per_device_train_batch_size or "
             "gradient_accumulation_steps"
+        )
+
+
+def warn_save_steps(args: G2RLConfig, num_iterations: int) -> None:
+    """Warns where a checkpoint falls between two generations: a run resumed from it gives other numbers.
+
+    TRL generates every steps_per_generation * num_iterations micro-batches, an optimiser step takes
+    gradient_accumulation_steps of them, and a resumed run generates at once.
+    """
+    between = args.steps_per_generation * num_iterations
+    needed = between // math.gcd(between, args.gradient_accumulation_steps)
+    every = args.save_steps
+    if args.save_strategy == "steps" and every >= 1 and int(every) % needed:
+        warnings.warn(
+            f"save_steps={int(every)}: a run resumed from such a checkpoint gives other numbers, as TRL "
+            f"generates every {needed} steps (steps_per_generation={args.steps_per_generation} * "
+            f"num_iterations={num_iterations} / gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}): set save_steps to a multiple of {needed}",
+            stacklevel=3,
         )
 
 

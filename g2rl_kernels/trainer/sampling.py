@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +131,7 @@ class Sampler:
                     f"task: {type(task).__name__}[{index}] is a prompt without tokens: remove it, or set "
                     "system_prompt or prompt_template"
                 )
+            check_embedded(prompt, self.model, self.tokenizer, f"task: {type(task).__name__}[{index}]")
             if len(prompt) <= self.config.max_prompt_tokens:
                 drawn.append((task, item, prompt))
                 skipped = 0
@@ -190,6 +191,22 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
         raise ConfigError(
             f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
         )
+
+
+def check_embedded(ids: Iterable[int], model: Any, tokenizer: Any, where: str) -> None:
+    """Raises TrainerError for a prompt token that the model has no embedding for.
+
+    where: names the prompt, e.g. "task: JsonlTask[3]".
+    """
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", len(embeddings.weight))
+    for token in ids:
+        if token >= rows:
+            raise TrainerError(
+                f"{where}: its prompt has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
+                f"{token}, but the model embeds {rows} tokens: resize_token_embeddings(len(tokenizer)) and "
+                "save the model, or use the tokenizer that belongs to it"
+            )
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) -> list[int]:
