@@ -184,11 +184,21 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
         )
     if config.chat_template == "always" and not tokenizer.chat_template:
         raise ConfigError("chat_template=always: this tokenizer has none; use never and a prompt_template")
-    longest = config.max_prompt_tokens + config.max_new_tokens
+    check_room(
+        config.max_prompt_tokens, config.max_new_tokens, model_config, "max_prompt_tokens", "lower one"
+    )
+
+
+def check_room(prompt: int, new: int, model_config: Any, what: str, remedy: str) -> None:
+    """Raises ConfigError if a prompt of `prompt` tokens leaves no room for `new` in the model's positions.
+
+    what: names the prompt; remedy: what to do.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
+    if limit and prompt + new > limit:
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
+            f"{what} + max_new_tokens = {prompt} + {new} = {prompt + new} tokens: the model has {limit} "
+            f"positions; {remedy}"
         )
 
 
