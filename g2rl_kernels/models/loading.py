@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError, TrainerError, need, one_line, out_of_memory
+from ..errors import ConfigError, TrainerError, import_failure, need, one_line, out_of_memory
 
 
 class ModelSource(Protocol):
@@ -102,6 +102,8 @@ def _loading(config: ModelSource) -> Iterator[None]:
     except Exception as error:  # damaged folders raise many types: safetensors has its own
         if isinstance(error, TrainerError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
+        if failed := import_failure(error):
+            raise ConfigError(f"model: cannot load {config.model!r}: {failed}") from error
         reason = one_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "the tensors in its safetensors have other shapes than its config.json says"
