@@ -41,7 +41,7 @@ from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import evaluation_mode, find_head
 from ..trainer.config import TrainerConfig
-from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check_room
+from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check_room, embedded_rows
 from ..trainer.startup import check_adapter, check_policy
 from .trl import correctness_column  # importing .trl checks TRL's version
 from .trl_head import (
@@ -155,8 +155,9 @@ class GeometryCallback(TrainerCallback):
         ]
         for prompt, ids in zip(self.prompts, self.prompt_ids):
             what = f"prompts: {short(prompt)}"
-            check_embedded(ids, self.model, tokenizer, what)
-            check_room(len(ids), max_new_tokens, self.model.config, what, "lower it, or shorten the prompt")
+            check_embedded(ids, embedded_rows(self.model), tokenizer, what)
+            what += f" ({len(ids)} tokens)"
+            check_room(len(ids), max_new_tokens, self.model.config, what, "max_new_tokens")
         self.sampler = sampler = TrainerConfig.from_dict(
             {
                 "group_size": num_generations,

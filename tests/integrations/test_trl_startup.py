@@ -265,7 +265,9 @@ def test_the_callback_names_prompts_that_the_model_cannot_take(
     make: Callable[..., Any], model_dir: str, tmp_path: Path
 ) -> None:
     trainer = sft(model_dir, tmp_path)
-    with pytest.raises(TrainerError, match=r"prompts: 'aaa.*60 \+ 9 = 69 tokens: the model has 64 positions"):
+    with pytest.raises(
+        TrainerError, match=r"prompts: 'aaa.*\(60 tokens\) \+ max_new_tokens = 69: the model has 64"
+    ):
         GeometryCallback(trainer, prompts=["1+1=", "a" * 60], max_new_tokens=9)
     trainer.processing_class.add_tokens(["<new>"])
     with pytest.raises(TrainerError, match="prompts: 'a<new>': its prompt has the token '<new>', number 25"):
