@@ -21,13 +21,13 @@ from typing import Any
 
 from .._files import flush, write_whole
 from ..errors import ConfigError, TrainerError, one_line
-from ..models.loading import load_tokenizer
+from ..models.loading import load_config, load_tokenizer
 from ..tasks import verify as verification
 from ..tasks.base import Item, Task, item_of
 from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
-from .engines import Decoding, Engine, Response, load_engine
+from .engines import Decoding, Engine, Response, check_prompts, load_engine
 from .rows import Sample, is_right, read_line, short, without_texts, write_line
 
 # Keys of the trainer's configuration that change what a model answers; the others are ignored here.
@@ -150,7 +150,9 @@ def sample(
             if start * n <= len(rows):
                 continue
             if engine is None:
-                longest = max(len(problem.tokens) for mine in problems for problem in mine)
+                prompts = {problem.id: problem.tokens for mine in problems for problem in mine}
+                check_prompts(prompts, load_config(config), tokenizer, config)
+                longest = max(map(len, prompts.values()))
                 engine = load_engine(
                     settings.engine, tokenizer, _engine_config(settings, longest), settings.decoding
                 )

@@ -66,7 +66,7 @@ from ..group.options import ShapingOptions
 from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
-from ..trainer.sampling import Rollout, check_embedded
+from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import check_policy, warn_unmoved
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
 from .trl_head import (
@@ -198,8 +198,9 @@ class G2RLTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple[Any, ...]:
         tokenized: tuple[Any, ...] = super()._tokenize_prompts(prompts)
+        rows = embedded_rows(innermost(self.model))
         for prompt, ids in zip(prompts, tokenized[0]):
-            check_embedded(ids, innermost(self.model), self._tokenizer, f"prompt {short(prompt)}")
+            check_embedded(ids, rows, self._tokenizer, f"prompt {short(prompt)}")
         return tokenized
 
     # --- the model's forward --------------------------------------------------------------------------------

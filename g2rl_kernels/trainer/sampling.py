@@ -131,7 +131,8 @@ class Sampler:
                     f"task: {type(task).__name__}[{index}] is a prompt without tokens: remove it, or set "
                     "system_prompt or prompt_template"
                 )
-            check_embedded(prompt, self.model, self.tokenizer, f"task: {type(task).__name__}[{index}]")
+            where = f"task: {type(task).__name__}[{index}]"
+            check_embedded(prompt, embedded_rows(self.model), self.tokenizer, where)
             if len(prompt) <= self.config.max_prompt_tokens:
                 drawn.append((task, item, prompt))
                 skipped = 0
@@ -185,21 +186,38 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
         )
     if config.chat_template == "always" and not tokenizer.chat_template:
         raise ConfigError("chat_template=always: this tokenizer has none; use never and a prompt_template")
-    longest = config.max_prompt_tokens + config.max_new_tokens
+    check_room(config.max_prompt_tokens, config.max_new_tokens, model_config, "max_prompt_tokens")
+
+
+def check_room(prompt: int, new: int, model_config: Any, what: str, option: str | None = None) -> None:
+    """Raises ConfigError if a prompt of `prompt` tokens leaves no room for `new` in the model's positions.
+
+    what: names the prompt; option: sets `new`, where the length of the prompt is given.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
+    if limit and prompt + new > limit:
+        remedy = "lower one"
+        if option is not None:
+            room = limit - prompt
+            remedy = (
+                f"lower {option} to {room} or less" if room > 0 else "shorten the prompt, or leave it out"
+            )
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
+            f"{what} + max_new_tokens = {prompt + new}: the model has {limit} positions; {remedy}"
         )
 
 
-def check_embedded(ids: Iterable[int], model: Any, tokenizer: Any, where: str) -> None:
-    """Raises TrainerError for a prompt token that the model has no embedding for.
+def embedded_rows(model: Any) -> int:
+    """How many tokens the model embeds, also where its weights are sharded."""
+    embeddings = model.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", None) or len(embeddings.weight))
+
+
+def check_embedded(ids: Iterable[int], rows: int, tokenizer: Any, where: str) -> None:
+    """Raises TrainerError for a prompt token that a model of `rows` tokens has no embedding for.
 
     where: names the prompt, e.g. "task: JsonlTask[3]".
     """
-    embeddings = model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", len(embeddings.weight))
     for token in ids:
         if token >= rows:
             raise TrainerError(

@@ -89,7 +89,7 @@ def check_policy(
     agrees = "".join(f"; the {who}'s agree" for who in found if who not in wrong)
     raise TrainerError(
         f"model: {policy.name}: {why}. On two padded prompts this moves {said}, against its own logits "
-        f"without padding (rounding explains {own.tolerance:.1g}){agrees}. Training would go wrong: "
+        f"without padding (rounding explains {own.tolerance:.1g}){agrees}. The run would go wrong: "
         f"use {LORA if _learned_prompt(model) else 'another model'}"
     )
 
