@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..evaluation.engines import Decoding, choose_engine
 from ..evaluation.rows import Sample
 from ..evaluation.samples import SAMPLING_KEYS, DataSet, Settings
+from ..group.options import SCORE_GATE
 from ..trainer.config import TrainerConfig, split_override
 
 # Keys that `key=value` may set: prompts, loading of the model, and a recipe's tasks.
@@ -59,7 +60,11 @@ def add_options(parser: argparse.ArgumentParser, short: str, n: str, temperature
 def add_gate_option(group: Any) -> None:
     """--gate."""
     group.add_argument(
-        "--gate", type=float, default=0.99, metavar="S", help="a response is right from this score on (0.99)"
+        "--gate",
+        type=float,
+        default=SCORE_GATE,
+        metavar="S",
+        help="a response is right from this score on (1, less rounding: no partial credit)",
     )
 
 

@@ -123,7 +123,8 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
         return DataSet(name, rest, load_task(_mapping(rest)), limit=limit)
     if not equals and name.startswith("reasoning_gym:"):
         kind = name.partition(":")[2]
-        task = load_task({"kind": "reasoning_gym", "name": kind, "size": limit or 200, "seed": 1_000_000})
+        size = max(limit or 0, 200)  # the first problems are the same for all limits up to 200, acre's too
+        task = load_task({"kind": "reasoning_gym", "name": kind, "size": size, "seed": 1_000_000})
         return DataSet(kind, name, task, limit=limit)
     key = re.sub(r"[^a-z0-9]", "", name.lower())
     found = {re.sub(r"[^a-z0-9]", "", known): known for known in HUB_DATASETS}.get(key)

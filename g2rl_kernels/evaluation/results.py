@@ -11,6 +11,7 @@ import numpy as np
 
 from .._files import save_figure, write_whole
 from ..errors import ConfigError, TrainerError
+from ..group.options import SCORE_GATE
 from .metrics import Estimate, distinct_right, estimate, excludes_zero, maj_at_k, pass_at_k
 from .rows import Asked, Sample, is_right
 
@@ -108,7 +109,7 @@ def per_problem(
 
 
 def summarise(
-    rows: Sequence[Sample], ks: Sequence[int] | None = None, gate: float = 0.99
+    rows: Sequence[Sample], ks: Sequence[int] | None = None, gate: float = SCORE_GATE
 ) -> dict[str, Summary]:
     """The numbers of each data set: means over problems, with 95 % bootstrap intervals over problems.
 
@@ -191,7 +192,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def compare(
-    runs: Mapping[str, Sequence[Sample]], ks: Sequence[int] | None = None, gate: float = 0.99
+    runs: Mapping[str, Sequence[Sample]], ks: Sequence[int] | None = None, gate: float = SCORE_GATE
 ) -> dict[str, dict[str, Comparison]]:
     """{run: {data set: paired differences to the first run}}, over the problems that both runs have.
 

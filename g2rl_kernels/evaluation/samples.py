@@ -65,7 +65,10 @@ class DataSet:
         return len(self.task) if self.limit is None else min(self.limit, len(self.task))
 
     def items(self) -> list[Item]:
-        return [item_of(self.task, index) for index in range(len(self))]
+        from tqdm import tqdm
+
+        indices = tqdm(range(len(self)), f"problems of {self.name}", delay=3, leave=False, dynamic_ncols=True)
+        return [item_of(self.task, index) for index in indices]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..arguments import check_tensor
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import check_questions
 from ..group.geometry import row_groups
+from ..group.options import SCORE_GATE
 from ..head.reference import segment_sum
 from ..models.lm_head import LMHead, response_hidden
 from .rows import (
@@ -125,7 +126,7 @@ def group_statistics(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     scores: Sequence[float] | None = None,
-    score_gate: float = 0.99,
+    score_gate: float = SCORE_GATE,
     texts: Sequence[str] | None = None,
     answers: Sequence[str | None] | None = None,
     embeddings: Tensor | None = None,

@@ -13,6 +13,7 @@ SHAPINGS = ("none", "intent", "equation", "right")
 EXPLORATION_SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
+SCORE_GATE = 0.999999  # the least score of a right response: 1, less what a sum of parts loses to rounding
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:

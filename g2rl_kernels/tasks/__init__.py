@@ -4,7 +4,7 @@ A task is any object with three methods; it inherits from nothing:
 
     len(task)                    -> int    how many items there are
     task[i]                      -> dict   with "question" (text), and whatever its score needs
-    task.score(completion, item) -> float  1 for a right completion; `score_gate` (0.99) is the least that is
+    task.score(completion, item) -> float  1 for a right completion; less is partial credit
 
 For votes (labels=majority, maj@k) it may have a fourth; without it whole completions are compared:
 

@@ -16,7 +16,6 @@ import queue
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,27 +23,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError, TrainerError, one_line
 from .base import Judge
+from .processes import start
 from .worker import LENGTH, write_frame
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 START_SECONDS = 120.0  # for a worker to start, or a judge to load its libraries and data
-# Imports tasks.worker without g2rl_kernels/__init__.py, which imports torch. Ctrl-C is for the other side.
-_BOOT = """
-import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
-import json, sys, types
-sys.path[:] = json.loads(sys.argv[1])
-package = types.ModuleType("g2rl_kernels"); package.__path__ = [sys.argv[2]]
-sys.modules["g2rl_kernels"] = package
-from g2rl_kernels.tasks import worker
-worker.main(float(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
-"""
 
 
 @dataclass(frozen=True)
@@ -171,18 +160,11 @@ class Worker:
             return self._process
         self.close()
         limits = self.limits
-        package = str(Path(__file__).resolve().parent.parent)
-        paths = json.dumps([path or os.getcwd() for path in sys.path])
         numbers = (limits.seconds, limits.wall_seconds, int(limits.memory_gb * 2**30))
-        alone = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with tempfile.TemporaryFile() as said:
             try:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, paths, package, *map(str, numbers)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=said,
-                    env={**os.environ, **alone},
+                process = start(
+                    "worker", *numbers, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
                 )
                 self._process = process
                 _read_reply(process, START_SECONDS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, need
-from ..group.options import EXPLORATION_SCORES, SCALES, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
+from ..group.options import EXPLORATION_SCORES, SCALES, SCORE_GATE, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
@@ -67,7 +67,7 @@ class TrainerConfig:
     temperature: float = 1.0
     generate_batch_size: int = 0  # responses generated at once; 0: batch_size
     truncated: str = "keep"  # responses cut off at max_new_tokens: keep: scored as they are | drop: ignored
-    score_gate: float = 0.99  # reward: +1 if the task's score is at least this, else -1
+    score_gate: float = SCORE_GATE  # reward: +1 if the task's score is at least this, else -1
     verify_seconds: float = Limits.seconds  # processor time to verify a response; beyond it scores 0
     verify_memory_gb: float = Limits.memory_gb  # of each process that verifies
     verify_workers: int = Limits.workers  # processes that verify; 0: one a core

@@ -7,7 +7,7 @@ import torch
 
 import g2rl_kernels as g2
 from g2rl_kernels.group.metrics import describe
-from g2rl_kernels.group.options import ShapingOptions
+from g2rl_kernels.group.options import SCORE_GATE, ShapingOptions
 from g2rl_kernels.group.shaping import response_keys, shape_scores, signed_rewards
 
 NAN = torch.nan
@@ -19,6 +19,20 @@ def test_signed_rewards_follow_the_threshold() -> None:
     scores = torch.tensor([0.0, 0.49, 0.5, 1.0, NAN, -1.0])
     expected = torch.tensor([-1.0, -1.0, 1.0, 1.0, NAN, -1.0])
     assert torch.equal(signed_rewards(scores, 0.5).nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+def test_partial_credit_is_not_right_by_default() -> None:
+    """reasoning-gym's base scorer gives 0.5 to 13 for 3; one wrong cell of 100 scores 0.99."""
+    scores = torch.tensor([0.5, 0.99, 0.7 + 0.2 + 0.1, 1.0])
+    assert signed_rewards(scores, SCORE_GATE).tolist() == [-1, -1, 1, 1]
+    assert shape_scores(FEATURES, scores, ShapingOptions(), group_size=4).metrics["accuracy"] == 1 / 2
+
+
+def test_rewards_of_plus_and_minus_one_need_the_gap_alone() -> None:
+    zero_one = shape_scores(FEATURES, (SIGNS + 1) / 2, ShapingOptions(lam=0.5), group_size=4)
+    signed = shape_scores(FEATURES, SIGNS, ShapingOptions(lam=0.5), group_size=4, gap=2.0)
+    torch.testing.assert_close(2 * zero_one.scores - 1, signed.scores)
+    assert zero_one.metrics == signed.metrics
 
 
 def test_shaping_means_the_same_in_every_unit() -> None:
@@ -113,6 +127,16 @@ def test_a_batch_in_which_nobody_takes_part_is_described_by_zeros() -> None:
     assert shaped.scores.isnan().all()
     assert (shaped.bonus == 0).all()
     assert set(shaped.metrics.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("units", "right", "wrong"),
+    [({}, 1, 0), ({"gap": 2.0}, 1, -1), ({"threshold": 0.5}, 1, 0), ({"threshold": 9.0, "gap": 10.0}, 9, -1)],
+)
+def test_scores_that_votes_give(units: dict[str, float], right: float, wrong: float) -> None:
+    scores, options = torch.zeros(4), ShapingOptions(shaping="none")
+    voted = shape_scores(FEATURES, scores, options, group_size=4, votes=["4", "4", "4", "5"], **units)  # type: ignore[arg-type]
+    assert voted.scores.tolist() == [right] * 3 + [wrong]
 
 
 def test_votes_take_the_place_of_scores() -> None:

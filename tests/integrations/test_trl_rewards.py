@@ -15,6 +15,7 @@ from tiny_trl import Watched, assert_same_run, length, logged, parity, trained
 from trl import GRPOTrainer
 
 import g2rl_kernels as g2
+from g2rl_kernels.group.options import SCORE_GATE
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -115,3 +116,13 @@ def test_metrics_and_tables_keep_the_raw_rewards(make: Callable[..., Any], tmp_p
     )
     assert {key for key in entry if key.startswith("g2rl")} == {f"g2rl/{name}" for name in names.split()}
     assert entry["g2rl/feature_seconds"] > 0
+
+
+def half_right(completions: list[str], **_: Any) -> list[float]:
+    return [(1.0, 0.5, 0.0)[i % 3] for i in range(len(completions))]
+
+
+def test_partial_credit_is_not_right(make: Callable[..., Any]) -> None:
+    trainer = trained(make, Watched, reward_funcs=half_right)
+    assert trainer.args.g2rl_correctness_threshold == SCORE_GATE
+    assert set(logged(trainer, "g2rl/accuracy")) == {3 / 8}

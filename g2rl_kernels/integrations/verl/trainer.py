@@ -25,7 +25,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from ...group.options import ShapingOptions
+from ...group.options import SCORE_GATE, ShapingOptions
 from ...group.shaping import check_gap, check_options, shape_scores
 from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
 
@@ -41,7 +41,7 @@ class G2RLSettings:
     shaping: str = ShapingOptions.shaping  # intent | equation | right | none
     exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
     uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
-    correctness_threshold: float = 0.5  # answers whose score is at least this are right
+    correctness_threshold: float = SCORE_GATE  # answers whose score is at least this are right
     correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
 
     @classmethod
