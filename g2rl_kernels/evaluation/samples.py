@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError, one_line
+from ..errors import ConfigError, TrainerError
 from ..models.loading import load_tokenizer
-from ..tasks.base import Item, Task, final_answer, item_of, score_completion
+from ..tasks.base import Item, Task, digest, final_answer, item_of, question_text, score_completion
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
 from .engines import Decoding, Engine, Response, load_engine
@@ -218,7 +218,7 @@ def verify(rows: Sequence[Sample], data: Sequence[DataSet]) -> list[Sample]:
                 f"samples: problem {row['problem']} is not in the data ({known}): give its --data"
             )
         item = named[name].task[int(index)]
-        if item["question"] != row["question"]:
+        if question_text(item["question"]) != row["question"]:
             raise ConfigError(f"samples: problem {row['problem']} is another one in {named[name].source}")
         verified.append({**row, **_verdict(named[name].task, row["completion"], item)})
     return verified
@@ -273,12 +273,10 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
         config = replace(config, prompt_template=data.template)
     found = []
     for index, item in enumerate(data.items()):
-        try:  # chat templates are programs that come with the model; some refuse a system role
+        try:
             text, special = render(item["question"], tokenizer, config)
-        except Exception as error:
-            raise ConfigError(
-                f"chat template: {one_line(error, 200)}: drop system_prompt, or set chat_template: never"
-            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"data: problem {data.name}/{index}: {error}") from error
         tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not tokens:
             raise ConfigError(
@@ -304,7 +302,7 @@ def _row(problem: Problem, index: int, response: Response) -> Sample:
         "problem": problem.id,
         "sample": index,
         "data": problem.data.name,
-        "question": problem.item["question"],
+        "question": question_text(problem.item["question"]),
         "prompt": problem.prompt,
         "add_special_tokens": problem.special,
         "completion": response.text,
@@ -330,10 +328,8 @@ def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
     """{data set: source, number of problems, template, digest}: what must be the same to resume a run."""
     found = {}
     for one in data:
-        text = json.dumps(one.items(), sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        about = {"source": one.source, "problems": len(one), "template": one.template, "sha256": digest}
-        found[one.name] = about
+        about = {"source": one.source, "problems": len(one), "template": one.template}
+        found[one.name] = {**about, "sha256": digest(one.items())}
     return found
 
 

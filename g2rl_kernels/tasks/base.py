@@ -7,7 +7,8 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ConfigError, RewardError, one_line
@@ -63,8 +64,8 @@ def item_of(task: Task, index: int) -> Item:
         raise ConfigError(f"{where} raised {what}: check the task's keys") from error
     question = item.get("question") if isinstance(item, dict) else None
     if not isinstance(question, (str, list)):
-        what = "a text 'question', or a list of messages"
-        raise ConfigError(f"{where} must be a dict with {what}, got {str(item)[:80]!r}")
+        got = f"got {str(item)[:80]!r}: a list of messages would do too"
+        raise ConfigError(f"{where} must be a dict with a text 'question', {got}")
     fault = _messages_fault(question) if isinstance(question, list) else None
     if fault:
         raise ConfigError(f"{where}: question{fault}")
@@ -193,6 +194,14 @@ def fingerprint(task: Any) -> dict[str, Any]:
         return {"items": len(task), "sha256": digest(task[index] for index in range(len(task)))}
     first, again = (question_text(item_of(task, 0)["question"]) for _ in range(2))
     return {"items": len(task), "sha256": digest([first]) if first == again else None}
+
+
+def stored_messages(task: Any) -> Iterator[Item]:
+    """The first item with messages, if the task keeps its items in a list `rows`: to try a chat template."""
+    count = len(task) if isinstance(getattr(task, "rows", None), list) else 0
+    return islice(
+        (item for item in map(task.__getitem__, range(count)) if isinstance(item["question"], list)), 1
+    )
 
 
 def import_function(dotted: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from .answers import extractor
 from .base import Item, Question, brief, check_rows, is_text
 from .letters import LETTERS, choice_letter
 
-__all__ = ["LETTERS", "ChoiceTask", "choice_letter", "read_options", "right_letter"]
+__all__ = ["LETTERS", "ChoiceTask", "choice_letter", "chosen", "read_options", "right_letter"]
 
 
 class ChoiceTask:
@@ -55,10 +55,13 @@ class ChoiceTask:
         return float(self.answer(completion, item) == item["letter"])
 
     def answer(self, completion: str, item: Item) -> str | None:
-        """The letter; the first one of options with equal texts."""
-        options = item["choices"]
-        letter = choice_letter(self.extract(completion), len(options), options)
-        return None if letter is None else LETTERS[options.index(options[LETTERS.index(letter)])]
+        return chosen(self.extract(completion), item["choices"])
+
+
+def chosen(text: str, options: Sequence[str]) -> str | None:
+    """The letter that a text chooses (`choice_letter`); the first one of options with equal texts."""
+    letter = choice_letter(text, len(options), options)
+    return None if letter is None else LETTERS[options.index(options[LETTERS.index(letter)])]
 
 
 def read_options(value: Any, where: str) -> tuple[list[str], list[Any] | None]:
