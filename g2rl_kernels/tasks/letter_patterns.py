@@ -61,13 +61,13 @@ AND = re.compile(r"\s{0,3}(?:and|or|&|/)")
 QUESTION = re.compile(r"\s?\?")
 WORD = re.compile(r"\s{0,3}\w")
 OPERATOR = re.compile(  # the letter is a variable
-    r"\s{0,3}(?:[=+<>^*/×·÷≤≥≠|](?!/)|\\[a-zA-Z]|\d|-\s?(?:[A-Za-z]?\d|[A-Za-z]\b))|_|\([A-Za-z0-9,. ]{1,4}\)"
+    r" {0,3}(?:[=+<>^*/×·÷≤≥≠|](?!/)|\\[a-zA-Z]|\d|-\s?(?:[A-Za-z]?\d|[A-Za-z]\b))|_|\([A-Za-z0-9,. ]{1,4}\)"
 )
 MARKS = re.compile(r"[\s,:=]{0,4}")
 SEPARATOR = re.compile(r"\s?[.):,-]{1,2}\s?|\s(?=\()")  # between a letter and its option's text
 BETWEEN = re.compile(r"[\s.):,=({-]{1,6}")
 NEXT = re.compile(  # before another letter
-    r"\s{0,3}(?:(?:,|/|&|and|or|und|oder|y|et|ou)\s{0,3}){1,2}(?:(?:option|choice|possibly|maybe|perhaps) )?"
+    r" {0,3}(?:(?:,|/|&|and|or|und|oder|y|et|ou) {0,3}){1,2}(?:(?:option|choice|possibly|maybe|perhaps) )?"
     r"[\"'(\[]{0,2}"
 )
 BUT = re.compile(r"[\s,;.]{1,3}(?:but|rather|instead|it's|it is)\s(?:rather |instead |option )?")
@@ -78,8 +78,8 @@ _VERBS = (
     r"(?:(?:is|are|was|were|can|could|must|should|would|has|have|does|do|did|will|seems?|looks?|be|been|both|"
     r"all|also|therefore|thus|then|[a-z]{2,12}ly)\s?)"
 )
-WRONG = re.compile(  # after an option
-    r"[)\]\"'\s]{0,3}(?:\([^()\n]{0,60}\)\s?)?[:-]?\s{0,2}"
+WRONG = re.compile(  # after an option, on its line
+    r"[)\]\"' ]{0,3}(?:\([^()\n]{2,60}\) ?)?[:-]? {0,2}"
     rf"(?:{_VERBS}{{1,5}}(?:not\b|n't)|{_VERBS}{{0,5}}(?:cannot|can't|incorrect|wrong|false|eliminated|"
     r"ruled out|excluded|out\b|impossible|invalid|inconsistent|discarded|rejected|too\b|fails?\b|"
     r"a distractor)|是?错误|不正确|不对)",
@@ -137,7 +137,9 @@ STATED = re.compile(  # the answer is B; Answer: B
     rf"){_FILLER}",
     re.I,
 )
-CHINESE = re.compile(r"(?:答案(?:应该|应)?[是为為选選]?|(?<!不)[选選][择擇]?)[:\s]{0,3}")
+CHINESE = re.compile(
+    r"(?:答案(?:应该|应)?[是为為选選]?|(?<!不)[选選][择擇]?)[:\s]{0,3}(?:(?:选项|[Oo]ption|[Cc]hoice)\s?)?"
+)
 PICKED = re.compile(  # I'd go with B
     rf"{_WORD}(?:(?:go|going|went|stick|sticking) with|choose|chose|choosing|pick|picked|picking|select|"
     rf"selected|selecting|opt for|settle (?:on|for)|vote for|(?:lean|leaning) towards?|say){_END}{_FILLER}",

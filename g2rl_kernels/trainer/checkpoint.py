@@ -57,7 +57,9 @@ def save(
     """Writes checkpoint-<step> with `state` (JSON values), then deletes all but the newest `keep`.
 
     generation: the model's own generation settings, which the sampler has emptied in the model
-    (`Sampler.own_generation`); None: model.generation_config. Returns its path. Raises TrainerError if it cannot be written; older checkpoints then stay.
+    (`Sampler.own_generation`); None: model.generation_config.
+
+    Returns its path. Raises TrainerError if it cannot be written; older checkpoints then stay.
     """
     from safetensors.torch import save_file
 
