@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError, one_line
+from ..errors import ConfigError, TrainerError
 from ..models.loading import load_config, load_tokenizer
 from ..tasks import verify as verification
-from ..tasks.base import Item, Task, item_of
+from ..tasks.base import Item, Task, digest, item_of, question_text
 from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
@@ -228,7 +228,7 @@ def verify(rows: Sequence[Sample], data: Sequence[DataSet], limits: Limits | Non
                 f"samples: problem {row['problem']} is not in the data ({known}): give its --data"
             )
         item = named[name].task[int(index)]
-        if item["question"] != row["question"]:
+        if question_text(item["question"]) != row["question"]:
             raise ConfigError(f"samples: problem {row['problem']} is another one in {named[name].source}")
         items.append((named[name].task, item))
     return _verified(rows, items, limits)
@@ -283,12 +283,10 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
         config = replace(config, prompt_template=data.template)
     found = []
     for index, item in enumerate(data.items()):
-        try:  # chat templates are programs that come with the model; some refuse a system role
+        try:
             text, special = render(item["question"], tokenizer, config)
-        except Exception as error:
-            raise ConfigError(
-                f"chat template: {one_line(error, 200)}: drop system_prompt, or set chat_template: never"
-            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"data: problem {data.name}/{index}: {error}") from error
         tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not tokens:
             raise ConfigError(
@@ -314,7 +312,7 @@ def _row(problem: Problem, index: int, response: Response) -> Sample:
         "problem": problem.id,
         "sample": index,
         "data": problem.data.name,
-        "question": problem.item["question"],
+        "question": question_text(problem.item["question"]),
         "prompt": problem.prompt,
         "add_special_tokens": problem.special,
         "completion": response.text,
@@ -363,10 +361,8 @@ def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
     """{data set: source, number of problems, template, digest}: what must be the same to resume a run."""
     found = {}
     for one in data:
-        text = json.dumps(one.items(), sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        about = {"source": one.source, "problems": len(one), "template": one.template, "sha256": digest}
-        found[one.name] = about
+        about = {"source": one.source, "problems": len(one), "template": one.template}
+        found[one.name] = {**about, "sha256": digest(one.items())}
     return found
 
 

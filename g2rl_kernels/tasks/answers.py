@@ -62,7 +62,7 @@ class AnswerTask:
         answer: str = "answer",
         extract: str = "all",
     ):
-        check_rows(rows, source, (question,) if score else (question, answer))
+        check_rows(rows, source, question, None if score else answer)
         self.rows, self.question_key, self.answer_key = rows, question, answer
         self.extract = extractor(extract)
         self.function = import_function(score) if score else None
@@ -77,7 +77,7 @@ class AnswerTask:
 
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
-        return {**row, "question": str(row[self.question_key])}
+        return {**row, "question": row[self.question_key]}
 
     def score(self, completion: str, item: Item) -> float:
         completion = self.extract(completion)

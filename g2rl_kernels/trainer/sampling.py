@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, TrainerError
-from ..tasks.base import Item, Task, item_of
+from ..errors import ConfigError, TrainerError, one_line
+from ..tasks.base import Item, Question, Task, item_of
 from .config import TrainerConfig
 
 
@@ -110,7 +110,7 @@ class Sampler:
     def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
         """The next `count` prompts, in an order set by seed and position alone, without those too long.
 
-        Raises TrainerError for an empty prompt, and if every prompt is too long.
+        Raises TrainerError for an item that cannot be a prompt, and if every prompt is too long.
         """
         total, skipped = sum(map(len, self.tasks)), 0
         drawn: list[tuple[Task, Item, list[int]]] = []
@@ -125,7 +125,10 @@ class Sampler:
                     break
                 index -= len(task)
             item = item_of(task, index)
-            prompt = self.encode(item)
+            try:
+                prompt = self.encode(item)
+            except ConfigError as error:
+                raise ConfigError(f"task: {type(task).__name__}[{index}]: {error}") from None
             if not prompt:
                 raise TrainerError(
                     f"task: {type(task).__name__}[{index}] is a prompt without tokens: remove it, or set "
@@ -144,7 +147,10 @@ class Sampler:
         return drawn
 
     def encode(self, item: Item) -> list[int]:
-        """Token ids of an item's prompt, by the chat template or as plain text."""
+        """Token ids of an item's prompt, by the chat template or as plain text.
+
+        Raises ConfigError if the chat template refuses the item, or is needed and missing.
+        """
         text, special = render(item["question"], self.tokenizer, self.config)
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -155,16 +161,36 @@ class Sampler:
         return self._shuffled[1]
 
 
-def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer adds special tokens (a chat template brings its own)."""
-    text = config.prompt_template.replace("{question}", question)
+def render(question: Question, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
+    """The prompt's text, and whether the tokenizer adds special tokens (a chat template brings its own).
+
+    prompt_template is put around a text, or around the last one of several messages. system_prompt comes
+    first, unless there is a system message. Raises ConfigError if the chat template refuses the messages, and
+    for messages without a chat template.
+    """
+    chat = isinstance(question, list)
+    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": question}]
+    text = config.prompt_template.replace("{question}", messages[-1]["content"])
     if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
-        messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        messages.append({"role": "user", "content": text})
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+        messages[-1] = {**messages[-1], "content": text}
+        if config.system_prompt and all(message["role"] != "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": config.system_prompt})
+        try:  # chat templates are programs that come with the model; some refuse a system role
+            rendered: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+            )
+        except Exception as error:
+            remedy = "change the messages" if chat else "set chat_template: never"
+            raise ConfigError(
+                f"chat template: {one_line(error, 200)}: drop system_prompt, or {remedy}"
+            ) from error
+        return rendered, False
+    if chat:
+        why = "chat_template is never" if tokenizer.chat_template else "the tokenizer has no chat template"
+        raise ConfigError(
+            f"question: it is a list of messages, but {why}: use a model with a chat template and "
+            "chat_template: auto, or give the question as a text"
         )
-        return text, False
     return f"{config.system_prompt}\n\n{text}" if config.system_prompt else text, True
 
 
