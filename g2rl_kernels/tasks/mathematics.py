@@ -131,7 +131,15 @@ def _written(value: Fraction, text: str) -> str:
 
 
 def _listed(brackets: str, parts: Sequence[str], depth: int) -> Form:
-    forms = tuple(_read(notation.strip(part), depth + 1) for part in parts)
+    read_parts = [_read(notation.strip(part), depth + 1) for part in parts]
+    if brackets in ("", "{}"):  # 2 \pm 1 in a list is two of its items
+        forms = tuple(
+            item
+            for form in read_parts
+            for item in (form.value if form.kind == "list" and not form.brackets else [form])
+        )
+    else:
+        forms = tuple(read_parts)
     left, right = (
         ("\\{", "\\}") if brackets == "{}" else ("", "") if brackets in ("", ":") else tuple(brackets)
     )
@@ -199,7 +207,9 @@ def equal(first: Form, second: Form) -> bool:
     if kinds == {"list"}:
         return _equal_lists(first, second)
     if "list" in kinds:  # an interval may be written as an inequality, a set with signs
-        single = first if second.kind == "list" else second
+        single, listed = (first, second) if second.kind == "list" else (second, first)
+        if listed.brackets == ":" and single.kind == "number" and len(listed.value) == 2:
+            return arithmetic.close(listed.value[0].value, listed.value[1].value * single.value)
         if single.kind != "symbolic" or not _SETS.search(single.value):
             return False
     if "words" in kinds:
@@ -237,6 +247,8 @@ def _equal_lists(first: Form, second: Form) -> bool:
         ones, twos = _distinct(ones), _distinct(twos)
     if len(ones) != len(twos):
         return False
+    if kinds == {":"} and len(ones) == 2:
+        return arithmetic.close(ones[0].value * twos[1].value, ones[1].value * twos[0].value)
     if len(kinds) > 1 and not (
         kinds <= {"", "{}"} or kinds == {"", "()"} or (kinds == {"", "[]"} and len(ones) > 2)
     ):

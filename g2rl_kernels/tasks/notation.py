@@ -60,7 +60,8 @@ _SHORTER = {
 }
 _REWRITES: list[tuple[str, Any]] = [
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|bf|rm)(?![a-zA-Z])\s*\.?(?=\S|$)", ""),
-    (r"(?<!\\)\\[,;:!> ]|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\})(?![a-zA-Z])|~|&nbsp;", " "),
+    (r"(?<!\\)\\!\s*", ""),
+    (r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\})(?![a-zA-Z])|~|&nbsp;", " "),
     (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:d|t)binom(?![a-zA-Z])", r"\\binom"),
     (r"\\(?:leq|leqslant|geqslant|geq|neq|to|varnothing)(?![a-zA-Z])", lambda m: _SHORTER[m[0]]),
@@ -122,7 +123,9 @@ def strip(text: str) -> str:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) and left not in inner:
                 text = inner.strip()
         text = re.sub(
-            r"(?<!\\)(?<!\.)[.;:,]+$|(?<=\w)[!?]+$" if not re.search(r"\d!+$", text) else r"\.$", "", text
+            r"(?<!\\)(?<!\.)[.;:,]+$|(?<=[a-zA-Z]{2})[!?]+$" if not re.search(r"\d!+$", text) else r"\.$",
+            "",
+            text,
         )
         text = text.strip(_QUOTES).strip()
         if re.fullmatch(rf"{TEXT}\s*\{{[^{{}}]*\}}", text) or re.fullmatch(r"\{[^{}]*\}", text):
@@ -131,7 +134,9 @@ def strip(text: str) -> str:
 
 
 _FUNCTIONS = re.compile(r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|mod|lim|det")
-_NOT_WORDS = re.compile(r"[\d+*/^=<>|&#@%]|\\(?!text|math|mbox)[a-zA-Z{}(\[]|[()\[\]{}]\s*[-,]")
+_NOT_WORDS = re.compile(
+    r"[\d+*/^=<>|&#@%]|\\(?!text|math(?!bb|cal|frak|scr)|mbox)[a-zA-Z{}(\[]|[()\[\]{}]\s*[-,]"
+)
 
 
 def words_of(text: str) -> str | None:

@@ -23,7 +23,8 @@ def small(text: str) -> bool:
         return False
     if len(re.findall(r"\\(?:int|sum|prod|lim|exp)(?![a-zA-Z])", text)) > 2:
         return False
-    for factorial in re.finditer(r"(\d*)\s*([)}\]!]?)\s*!(?!=)", text):
+    counted = re.sub(r"\(([a-z]|[-+]|\d{1,2}|\s)+\)\s*!", "x", text)  # (n-1)!
+    for factorial in re.finditer(r"(\d*)\s*([)}\]!]?)\s*!(?!=)", counted):
         if factorial[2] or int(factorial[1] or 0) > MAX_EXPONENT:
             return False
     for number in re.findall(r"\\binom\s*\{(.*?)\}", text):
@@ -204,9 +205,11 @@ def _same_expressions(one: Any, two: Any) -> bool | None:
     names = sorted(one.free_symbols | two.free_symbols, key=str)
     if len({str(name).lower() for name in names}) < len(names):
         return None
+    counting = one.has(sympy.Sum, sympy.Product) or two.has(sympy.Sum, sympy.Product)
+    counts = [("3", "5", "2"), ("7", "4", "6")]
     compared = 0
     for signs, points in enumerate(_POINTS):
-        for values in points:
+        for values in counts if counting else points:
             chosen = (sympy.Rational(values[i % 3]) + sympy.Rational(i // 3, 7) for i in range(len(names)))
             point = dict(zip(names, chosen))
             try:

@@ -73,8 +73,9 @@ _NUMBER_WORDS = {word: number for number, word in enumerate(f"{_ONES} {_TEENS}".
 _NUMBER_WORDS |= {word: number for number, word in zip(range(30, 110, 10), _TENS.split())}
 _CURRENCY = re.compile(r"^(-?)\s*(?:US|USD|AU|CA|HK|NZ)?\s*(\\?\$|€|£|¥|₹|Rs\.?)\s*(?=[-\d.(\\])")
 _WORD = r"[a-zA-Z][a-zA-Z.'/]*"
+_UPRIGHT = r"\\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*?"
 _LABEL = re.compile(
-    rf"(?:(?<=[\d)}}%\]])|(?<=\s))\s*(?P<label>(?:{TEXT}\{{(?P<text>[^{{}}]*)\}}"
+    rf"(?:(?<=[\d)}}%\]])|(?<=\s))\s*(?P<label>(?:{_UPRIGHT}\{{(?P<text>[^{{}}]*)\}}"
     rf"|\^\\circ\s*(?:{TEXT}\{{[CF]\}}|[CF](?![a-z]))?|(?P<bare>{_WORD}(?:[\s-]+{_WORD}){{0,3}})"
     r"|(?P<sign>€|£|¥|₹|¢|\\?\$))(?P<power>\s*\^\s*\{?\s*[-+]?\d\s*\}?)?)\s*\.?$"
 )

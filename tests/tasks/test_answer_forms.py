@@ -105,23 +105,9 @@ def test_forms_of_one_number_are_one_answer(number: Fraction, data: st.DataObjec
 @CALM
 @given(numbers, st.data())
 def test_near_misses_are_wrong(number: Fraction, data: st.DataObject) -> None:
-    miss = data.draw(
-        st.sampled_from(
-            [
-                number + 1,
-                number - 1,
-                -number,
-                number * 10,
-                number / 10,
-                number * 100,
-                number / 100,
-                number * 1000,
-                number + Fraction(1, 10),
-                2 * number,
-                number * Fraction(101, 100),
-            ]
-        )
-    )
+    scales = [Fraction(1, 1000), Fraction(1, 100), Fraction(1, 10), Fraction(101, 100), -1, 2, 10, 100, 1000]
+    misses = [number + 1, number - 1, number + Fraction(1, 10), *(number * scale for scale in scales)]
+    miss = data.draw(st.sampled_from(misses))
     assume(miss != number)
     completion = data.draw(st.sampled_from(settings_of(data.draw(st.sampled_from(forms(miss))))))
     for gold in forms(number):
@@ -145,21 +131,8 @@ def test_scientific_numbers_are_compared_relatively(
     assert JUDGE.score(f"The answer is {text}e{power}.", gold) == 1
 
 
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "north",
-    "south",
-    "Paris",
-    "London",
-    "even",
-    "odd",
-    "silent",
-    "listen",
-    "stone",
-]
-WORDS += ["notes", "angel", "glean", "Tuesday", "triangle"]
+WORDS = ["red", "green", "blue", "north", "south", "Paris", "London", "even", "odd", "silent", "listen"]
+WORDS += ["stone", "notes", "angel", "glean", "Tuesday", "triangle"]
 
 
 @CALM
