@@ -23,9 +23,9 @@ jsonl and hub take `score: module:function`, called with (completion, item), in 
 from 0 or the option's text, and `score` is not allowed. `extract` says which part of the completion is the
 answer: all (default) | boxed | answer_tag | last_number.
 
-mathematics.py has `MathJudge`: what a completion answers, and which answers are equal. extract.py and phrases.py
-find the answer; notation.py and units.py bring it into one notation; arithmetic.py compares numbers exactly;
-symbolic.py hands the rest to sympy and math-verify, once it is small enough. docs/evaluation.md has the rules.
+mathematics.py has `MathJudge`: what a completion answers, and which answers are equal. extract.py and
+phrases.py find the answer; notation.py and units.py bring it into one notation; arithmetic.py compares
+numbers; symbolic.py hands the rest to math-verify, once it is small enough. docs/evaluation.md has the rules.
 """
 
 from __future__ import annotations

@@ -34,6 +34,20 @@ _PROGRAM = re.compile(r"\bprint\s*\(|\bdef \w|\bimport \w|\breturn\b|;\s*$", re.
 _DATA = ("json", "output", "text", "txt", "yaml", "plaintext", "latex", "math", "markdown", "md")
 
 
+# Full-width punctuation and digits, as in Chinese and Japanese
+_WIDE = {
+    0xFF0C: ", ",
+    0xFF1A: ": ",
+    0xFF1B: "; ",
+    0xFF01: "! ",
+    0xFF1F: "? ",
+    0xFF08: "(",
+    0xFF09: ")",
+    0xFF05: "%",
+}
+_WIDE |= {0xFF1D: "=", 0xFF0D: "-", 0xFF0E: ".", **{0xFF10 + digit: str(digit) for digit in range(10)}}
+
+
 def spoken(completion: str) -> str:
     """What follows </think>, "" while the completion still thinks; without programs and special tokens."""
     text = completion.rpartition("<|channel|>final<|message|>")[2]
@@ -41,6 +55,7 @@ def spoken(completion: str) -> str:
         text = completion[close.end() :]
     opens = _OPENS.search(text)
     text = (text[: opens.start()] if opens else text)[-WINDOW:]
+    text = text.translate(_WIDE)
     text = _CODE.sub(_without_program, text) if "```" in text else text
     text = re.sub(r"(?m)^[ \t]*>[ \t]+", "", text)
     return re.sub(r"<\|(?!im_start|start_header_id)[^|<>\n]{1,40}\|>|</?s>", "\n", text)
@@ -89,7 +104,8 @@ def _boxes(text: str) -> Iterator[Found]:
             inner = text[opened + 1 : end - 1].strip()
         else:
             continue
-        if not _PLACEHOLDER.fullmatch(inner):
+        denied = re.search(r"\bnot\s*[$(\[\\]*\s*$", text[max(box.start() - 12, 0) : box.start()])
+        if not denied and not _PLACEHOLDER.fullmatch(inner):
             yield Found(box.start(), end, inner, "box")
 
 
@@ -123,11 +139,16 @@ def _tags(text: str) -> Iterator[Found]:
 
 _MARKUP = r"[*_`\"']*"
 _ANSWER = r"\b(?:answers?|ans|réponse|antwort|respuesta|resposta|risposta|ответ|antwoord|svar|jawaban)\b"
-_IS = r"(?:is|are|would be|should be|must be|will be|equals|remains|est|ist|lautet|es|é|è|är|adalah)"
+_IS = (
+    r"(?:comes (?:out )?to(?: be)?|turns out to be|is equal to|is|are|would be|should be|must be|will be"
+    r"|equals|remains|est|ist|lautet|es|é|è|är|adalah)"
+)
 _STATED = re.compile(
     rf"(?:{_ANSWER}\.?{_MARKUP}"
-    rf"(?:[ \t]*[:=:→-]|[^.\n:=:!?]{{0,100}}?(?<!\w){_IS}(?!\w)(?!n['’]t|[ \t]+(?:not|in the)\b)[ \t]*:?"
-    rf"|[ \t]+(?=-?\d)|{_MARKUP}[ \t]*(?=\n))|(?:答案|答え|答|정답은|답은|답|उत्तर|الجواب)[是为為はが:: ]*"
+    rf"(?:[ \t]*[:=→-]"
+    rf"|[^.\n:=!?]{{0,100}}?(?<!\w){_IS}(?!\w)(?!n['’]t|[ \t]+(?:not|in the)\b)[ \t]*:?"
+    rf"|[ \t]+(?=-?\d)|{_MARKUP}[ \t]*(?=\n))"
+    rf"|(?:答案|答え|答|정답은|답은|답|उत्तर|الجواب)[是为為はが: ]*"
     rf"|(?:^|(?<=\n))[ \t]*(?:A|Ans)[ \t]*:)[ \t]*{_MARKUP}",
     re.IGNORECASE,
 )

@@ -165,7 +165,8 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
     if last.kind == "symbolic" and last.value == "":
         return Form("symbolic", text, text)
     name = sides[0] if notation.is_name(sides[0]) else ""
-    for side in sides[1 if name or not sides[0] else 0 : -1]:
+    named = bool(name) or not sides[0]
+    for side in sides[named:-1]:
         form = _read(side, depth + 1)
         if form.kind == "number" and last.kind == "number":
             if not arithmetic.close(form.value, last.value):
@@ -174,7 +175,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
         from . import symbolic
 
         true = symbolic.holds(side, sides[-1])
-        if true is False or (true is None and not name and not equal(form, last)):
+        if true is False or (true is None and not named and not equal(form, last)):
             return Form("symbolic", _compact(text), _compact(text))
     name = name or last.name
     text = f"{_compact(name)}={last.value}" if last.kind == "symbolic" and name else last.text

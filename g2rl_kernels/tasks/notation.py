@@ -97,6 +97,11 @@ JOINT = r"(?:and|or|und|oder|et|ou|и|или|和|或|與|与)"
 
 def clean(text: str) -> str:
     """An answer's text in one notation: ASCII or LaTeX symbols, without spacing, delimiters and end marks."""
+    rows = re.search(
+        r"\\begin\{(aligned|align\*?|gathered|split|eqnarray\*?)\}(.*)\\end\{\1\}", text, re.DOTALL
+    )
+    if rows:  # a derivation: its last line
+        text = [row for row in re.split(r"\\\\|\n", rows[2]) if row.strip()][-1:][0].replace("&", "")
     for symbol, ascii_text in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, ascii_text)

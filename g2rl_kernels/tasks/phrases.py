@@ -11,7 +11,7 @@ _ENVIRONMENT = re.compile(
     r"\$\$([^$]+)\$\$|\\\[(.{1,1000}?)\\\]|(?<![\\$])\$((?:\\[$%]|[^$\n])+?)(?<!\\)\$(?!\d)|\\\((.{1,1000}?)\\\)",
     re.DOTALL,
 )
-_SENTENCE_END = re.compile(r"\n|[.!?](?=[\s\"”*)]|$)|[。!?]")
+_SENTENCE_END = re.compile(r"\n|[.!?](?=[\s\"”*)]|$)|。")
 # Where what follows no longer belongs to the answer
 _AFTERWARDS = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|not|and not|but|instead of|rather than|given|if|that is"
@@ -112,9 +112,19 @@ def _with_unit(text: str, number: re.Match[str]) -> str:
     return number[0] + (f" {unit[1]}" if unit and len(unit[1]) > 1 and is_unit(unit[1]) else "")
 
 
+def _denied(text: str, found: re.Match[str]) -> bool:
+    return bool(re.search(r"(?:\bnot\s+|[\^_]\{?)$", text[max(found.start() - 6, 0) : found.start()]))
+
+
 _YES_NO = re.compile(r"\W*(yes|no)\b[*_]*[,.;:!]", re.IGNORECASE)
 _IT_IS = re.compile(
     r"^(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:(?:it|this|that|he|she|they)(?:['’]s|\s+is|\s+are)\s+)?",
+    re.IGNORECASE,
+)
+
+
+_CONCLUDED = re.compile(
+    r"(?:(so|thus|therefore|hence)\b,?\s*)?(?:the|this|that|it|my|our)\b[^,.]*\s(?:is|are|was|were)\s+([^,.]+)[.!]?$",
     re.IGNORECASE,
 )
 
@@ -127,6 +137,9 @@ def last_words(text: str, most: int = 6) -> str | None:
     yes = _YES_NO.match(lines[-1]) or _YES_NO.match(text)
     if yes:
         return yes[1]
+    concluded = _CONCLUDED.match(lines[-1].strip())
+    if concluded and (most > 1 or concluded[1]) and len(concluded[2].split()) <= 3:
+        return concluded[2]
     for short in (text.strip(), lines[-1].strip()):
         short = _IT_IS.sub("", short, count=1)
         if len(short.split()) <= most:
@@ -140,8 +153,17 @@ def last_mathematics(text: str) -> str | None:
 
     Looks at the last line with any of them, and leaves out what the text denies ("x = 3 is not a solution").
     """
-    if len(text) < 100 and "\n" not in text.strip() and is_mathematics(text.strip(" .*`>")):
-        return text.strip(" .*`>")
+    lines = [line.replace("**", "").strip(" \t.*`>") for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    explained = len(lines[-1].split()) > 3 and not re.search(
+        r"\b(?:so|thus|hence|therefore)\b", lines[-1], re.I
+    )
+    alone = len(lines) == 1 or (explained and "=" not in lines[0])
+    if (
+        alone and len(lines[0]) < 100 and is_mathematics(lines[0])
+    ):  # the answer alone, or before its explanation
+        return lines[0]
     place = len(text)
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
@@ -154,15 +176,22 @@ def last_mathematics(text: str) -> str | None:
     else:
         return None
     text = text[: place + 1 + len(line)]
-    environments = [e for e in _ENVIRONMENT.finditer(text) if re.search(r"\d|\\[a-zA-Z]|=", _content(e))]
-    kept = [e for e in environments if not _NEGATED.match(text, e.end())] or environments
-    numbers = list(_QUANTITY.finditer(text))
+    environments = [
+        e
+        for e in _ENVIRONMENT.finditer(text)
+        if re.search(r"^(?!\^).*(?:\d|\\[a-zA-Z]|=)", _content(e), re.S)
+    ]
+    kept = [
+        e for e in environments if not _NEGATED.match(text, e.end()) and not _denied(text, e)
+    ] or environments
+    numbers = [n for n in _QUANTITY.finditer(text) if not _denied(text, n)]
     if kept and (not numbers or numbers[-1].end() <= environments[-1].end()):
         first = len(kept) - 1
         between = rf"\s*,?\s*(?:{JOINT}|,)\s*"
         while first and re.fullmatch(between, text[kept[first - 1].end() : kept[first].start()]):
             first -= 1
-        return mathematics_at(text, kept[first].start())
+        found = mathematics_at(text, kept[first].start()) or ""
+        return f"={found}" if re.search(r"=\s*$", text[: kept[first].start()]) else found
     sentence = re.split(r"[.!?]\s", line.strip().rstrip(".;,! "))[-1]
     equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", sentence)
     if equation and is_mathematics(equation[2]) and (not equation[1] or is_name(equation[1])):

@@ -142,7 +142,11 @@ def _sign(sign: str) -> str:
 
 
 def number_word(words: str) -> int | None:
-    """The number that words such as "five" and "twenty one" name; None for others."""
+    """The number that words such as "five" and "minus twenty one" name; None for others."""
+    minus = re.match(r"(?:minus|negative) (.*)", words)
+    if minus:
+        positive = number_word(minus[1])
+        return None if positive is None else -positive
     if words in _NUMBER_WORDS:
         return _NUMBER_WORDS[words]
     tens, _, ones = words.partition(" ")
