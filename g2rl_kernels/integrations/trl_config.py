@@ -62,7 +62,7 @@ class G2RLConfig(GRPOConfig):
     g2rl_answer_func: str | None = option(
         None,
         "For evol_rl and majority labels: dotted path of a function from a completion's text to its answer, "
-        "or None without an answer. Unset: the last answer that math-verify finds.",
+        "or None without an answer. Unset: the final answer as tasks read it.",
     )
     g2rl_encoder: str = option(
         DEFAULT_ENCODER,
@@ -143,7 +143,7 @@ def correctness_column(names: list[str], asked: str | None) -> int:
 
 
 def answer_function(path: str | None) -> Callable[[str], str | None]:
-    """The function at a dotted path; for None, the one that reads answers with math-verify."""
+    """The function at a dotted path; for None, the one that reads answers as tasks do."""
     if path is None:
         try:
             import math_verify  # noqa: F401
