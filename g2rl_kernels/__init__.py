@@ -45,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "find_head":  # imported at its first use: it loads torch.distributed.fsdp
+    if name == "find_head":  # imported at its first use: the ops need no models
         from .models.lm_head import find_head
 
         return find_head

@@ -36,6 +36,37 @@ def need(package: str, error: ImportError, extra: str = "train") -> TrainerError
     return TrainerError(f"{package} is not usable here ({error}): pip install 'g2rl-kernels[{extra}]'")
 
 
+def import_failure(error: BaseException) -> str | None:
+    """What to say of an error that began with a failed import, and what to do; None for another error.
+
+    Libraries that import late hide the first error behind others; it names the package at fault.
+    """
+    chain = [error]
+    while True:
+        last = chain[-1]
+        before = last.__cause__
+        if before is None and isinstance(last, ImportError) and not last.__suppress_context__:
+            before = last.__context__  # other errors may come after an import that was given up on purpose
+        if before is None:
+            break
+        chain.append(before)
+    if not any(isinstance(one, ImportError) for one in chain):
+        return None
+    what = f"{type(last).__name__}: {one_line(last, 160)}"
+    if isinstance(last, ModuleNotFoundError) and last.name:
+        return f"an import failed ({what}): pip install {last.name.partition('.')[0]}"
+    package, trace = "", last.__traceback__
+    while trace is not None:  # the innermost frame is that of the package at fault
+        package, trace = (
+            trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] or package,
+            trace.tb_next,
+        )
+    return (
+        f"an import failed in {package} ({what}): install a {package} that fits the other packages, or "
+        "uninstall it if nothing needs it"
+    )
+
+
 def one_line(error: BaseException, limit: int = 240) -> str:
     """The error's message on one line, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]

@@ -47,6 +47,7 @@ options=(
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean   # equal weight for every response, as in equation 3
   actor_rollout_ref.actor.use_kl_loss=True
   actor_rollout_ref.actor.kl_loss_coef=0.001
+  actor_rollout_ref.actor.kl_loss_type=k2                # the default, low_var_kl, has no gradient beyond 2.6 nats: docs/verl.md
   actor_rollout_ref.actor.entropy_coeff=0
   actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2
 

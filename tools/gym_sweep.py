@@ -1,7 +1,7 @@
 """Checks every data set of the installed reasoning-gym: python tools/gym_sweep.py [name ...]
 
 Items are the same in another process, with another hash seed, order and size; the known answer scores 1.
-Prints a line for each data set that is otherwise, or where a constant answer earns full reward. Takes minutes.
+Prints a line for each data set that is otherwise, or where a constant answer earns full reward; minutes.
 """
 
 from __future__ import annotations

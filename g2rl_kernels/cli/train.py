@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, TrainerError, need
+from ..errors import ConfigError, TrainerError, import_failure, need
 from ..group.options import ShapingOptions
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
@@ -130,8 +130,11 @@ def _train_by_trl(path: str, arguments: list[str]) -> int:
     try:
         from ..integrations import trl  # noqa: F401 (names what is missing)
         from . import train_trl
-    except ImportError as error:
-        raise TrainerError(f"engine: trl: {error}") from None
+    except (ImportError, RuntimeError) as error:
+        failed = import_failure(error)
+        if failed is None:
+            raise
+        raise TrainerError(f"engine: trl: {failed if error.__cause__ else error}") from None
     return train_trl.main(path, arguments)
 
 

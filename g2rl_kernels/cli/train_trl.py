@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 from trl.scripts import grpo
 
-from ..errors import ConfigError, TrainerError
+from ..errors import ConfigError, TrainerError, import_failure
 from ..integrations.trl import G2RLConfig, G2RLTrainer
 from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
@@ -134,6 +134,9 @@ def main(config: str, arguments: Sequence[str]) -> int:
                 args.model_init_kwargs = None
             try:
                 super().__init__(model, args=args, **parts)
+            except ImportError as error:  # its own message only asks to look at the log
+                failed = import_failure(error)
+                raise ConfigError(f"model_name_or_path={model}: cannot be loaded: {failed}") from error
             except (OSError, HFValidationError, SafetensorError) as error:
                 if getattr(error, "filename", None):  # a file, perhaps in output_dir, not the model
                     raise

@@ -15,14 +15,15 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, TrainerError, need, one_line
 from ..tasks.answers import AnswerTask
-from ..tasks.base import Item
-from ..tasks.choices import ChoiceTask
+from ..tasks.base import Item, brief, is_number, is_text
+from ..tasks.choices import LETTERS, ChoiceTask, read_options
 from ..tasks.sources import load_task, read_hub, read_jsonl
 from .samples import DataSet
 
@@ -37,50 +38,72 @@ def _answered(question: Sequence[str], answer: Sequence[str]) -> Callable[[Item]
     """
 
     def read(row: Item) -> Item:
-        return {"question": _first(row, question), "answer": _first(row, answer)}
+        asked, known = _first(row, question), _first(row, answer)
+        if not isinstance(asked[1], list):
+            _need(is_text(asked[1]), *asked, "a text or a list of messages")
+        _need(is_text(known[1]) or is_number(known[1]), *known, "a text or a number")
+        return {"question": asked[1], "answer": known[1]}
 
     return read
 
 
 def _gsm8k(row: Item) -> Item:
     """The answer is what follows "####" at the end of a worked solution."""
-    solution = str(_first(row, ("answer",)))
-    return {"question": _first(row, ("question",)), "answer": solution.rpartition("####")[2].strip()}
+    answer = _first(row, ("answer",))[1]
+    if not is_number(answer):
+        answer = _text(row, "answer").rpartition("####")[2].strip()
+    return {"question": _text(row, "question"), "answer": answer}
 
 
 def _gpqa(row: Item) -> Item:
     """The file lists the right answer first; the options are shuffled with the question as the seed."""
-    right = str(_first(row, ("Correct Answer",))).strip()
-    options = [right, *(str(_first(row, (f"Incorrect Answer {i}",))).strip() for i in (1, 2, 3))]
-    order = list(range(4))
-    question = str(_first(row, ("Question",)))
+    names = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
+    options = [_text(row, name).strip() for name in names]
+    question, order = _text(row, "Question"), list(range(4))
     random.Random(question).shuffle(order)
-    return {"question": question, "choices": [options[i] for i in order], "answer": order.index(0)}
+    return _lettered(question, [options[i] for i in order], order.index(0))
 
 
 def _mmlu_pro(row: Item) -> Item:
     """Up to ten options; earlier copies of the data set fill them up with "N/A", which is dropped."""
-    options = _first(row, ("options",))
+    _, options = _first(row, ("options",))
     if isinstance(options, str):  # as a CSV file holds them
-        options = json.loads(options)
-    letter, letters = str(_first(row, ("answer",))).strip(), "ABCDEFGHIJ"[: len(options)]
+        with suppress(ValueError):
+            options = json.loads(options)
+    options, _ = read_options(options, "options")
+    letter = _first(row, ("answer",))[1]
+    letter, letters = letter.strip() if isinstance(letter, str) else letter, LETTERS[: len(options)]
     if letter not in tuple(letters):
-        raise ValueError(f"answer={letter!r} is not a letter of its {len(options)} options")
+        raise ValueError(f"answer={brief(letter)} is not a letter of its {len(options)} options")
     right = letters.index(letter)
-    kept = [(at, option) for at, option in enumerate(options) if option != "N/A" or at == right]
-    places = [at for at, _ in kept]
-    return {
-        "question": _first(row, ("question",)),
-        "choices": [option for _, option in kept],
-        "answer": places.index(right),
-    }
+    kept = [at for at, option in enumerate(options) if option != "N/A" or at == right]
+    return _lettered(_text(row, "question"), [options[at] for at in kept], kept.index(right))
 
 
-def _first(row: Item, names: Sequence[str]) -> Any:
+def _lettered(question: str, options: Sequence[str], right: int) -> Item:
+    """A row in which the answer cannot be taken for an option's text."""
+    letters = list(LETTERS[: len(options)])
+    return {"question": question, "choices": {"text": options, "label": letters}, "answer": letters[right]}
+
+
+def _first(row: Item, names: Sequence[str]) -> tuple[str, Any]:
+    """The first of these fields that the row has, and its value; KeyError without one."""
     for name in names:
         if name in row:
-            return row[name]
+            return name, row[name]
     raise KeyError(" or ".join(names))
+
+
+def _text(row: Item, name: str) -> str:
+    """row[name]; ValueError unless it is a text that is not blank."""
+    value = _first(row, (name,))[1]
+    _need(is_text(value), name, value, "a text")
+    return str(value)
+
+
+def _need(fits: bool, name: str, value: Any, what: str) -> None:
+    if not fits:
+        raise ValueError(f"{name}={brief(value)}: needs {what}")
 
 
 @dataclass(frozen=True)
@@ -141,13 +164,15 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
     rows = []
     for number, row in enumerate(raw, 1):
         try:
+            _need(isinstance(row, dict), "row", row, "an object")
+            _need(None not in row, "row", row.get(None), "as many values as the header has names")  # of CSV
             rows.append(dataset.read(row))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            missing = f"no field {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-            fields = f", only {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-            raise ConfigError(
-                f"data {found}: {source}, item {number}: {missing}{fields}: expected rows of {dataset.hub}"
-            ) from None
+        except (KeyError, ValueError, ConfigError) as error:
+            what = str(error)
+            if isinstance(error, KeyError):
+                what = f"no field {error.args[0]!r}, only {', '.join(map(str, row))}"
+            where = f"data {found}: {source}, item {number}"
+            raise ConfigError(f"{where}: {what}: expected rows of {dataset.hub}") from None
     task = ChoiceTask(rows, source) if dataset.choice else AnswerTask(rows, source)
     return DataSet(found, source, task, dataset.template, limit)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,16 @@ import torch
 from ..errors import ConfigError, TrainerError
 from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
-from ..trainer.sampling import Sampler, end_tokens, prepare_tokenizer, response_text
+from ..trainer.sampling import (
+    Sampler,
+    autocast,
+    check_embedded,
+    check_room,
+    end_tokens,
+    prepare_tokenizer,
+    response_text,
+)
+from ..trainer.startup import check_policy
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,12 @@ class TransformersEngine:
         if decoding.temperature == 0:
             generation.do_sample, generation.temperature, generation.top_p = False, None, None
             generation.top_k = None
+        check_policy(
+            model,
+            tokenizer.pad_token_id,
+            temperature=decoding.temperature or 1.0,
+            context=lambda: autocast(self.sampler.config, model.device),
+        )
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
         device = self.model.device
@@ -140,6 +155,21 @@ class VllmEngine:
         if ends:
             tokens = tokens[: ends[0] + 1]
         return Response(tokens, response_text(tokens, self.tokenizer, self.end_tokens), not ends)
+
+
+def check_prompts(
+    prompts: Mapping[str, list[int]], model_config: Any, tokenizer: Any, config: TrainerConfig
+) -> None:
+    """Raises ConfigError or TrainerError, naming the problem, for a prompt that the model cannot answer.
+
+    prompts: {problem: token ids}.
+    """
+    rows = model_config.get_text_config().vocab_size
+    for problem, tokens in prompts.items():
+        what = f"data: problem {problem}"
+        check_embedded(tokens, rows, tokenizer, what)
+        what += f" ({len(tokens)} tokens)"
+        check_room(len(tokens), config.max_new_tokens, model_config, what, "--max-new-tokens")
 
 
 def choose_engine(name: str, model: str) -> str:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError, one_line
-from ..models.loading import load_tokenizer
+from ..errors import ConfigError, TrainerError
+from ..models.loading import load_config, load_tokenizer
 from ..tasks import verify as verification
-from ..tasks.base import Item, Task, item_of
+from ..tasks.base import Item, Task, digest, item_of, question_text
 from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
-from .engines import Decoding, Engine, Response, load_engine
+from .engines import Decoding, Engine, Response, check_prompts, load_engine
 from .rows import Sample, is_right, read_line, short, without_texts, write_line
 
 # Keys of the trainer's configuration that change what a model answers; the others are ignored here.
@@ -153,7 +153,9 @@ def sample(
             if start * n <= len(rows):
                 continue
             if engine is None:
-                longest = max(len(problem.tokens) for mine in problems for problem in mine)
+                prompts = {problem.id: problem.tokens for mine in problems for problem in mine}
+                check_prompts(prompts, load_config(config), tokenizer, config)
+                longest = max(map(len, prompts.values()))
                 engine = load_engine(
                     settings.engine, tokenizer, _engine_config(settings, longest), settings.decoding
                 )
@@ -226,7 +228,7 @@ def verify(rows: Sequence[Sample], data: Sequence[DataSet], limits: Limits | Non
                 f"samples: problem {row['problem']} is not in the data ({known}): give its --data"
             )
         item = named[name].task[int(index)]
-        if item["question"] != row["question"]:
+        if question_text(item["question"]) != row["question"]:
             raise ConfigError(f"samples: problem {row['problem']} is another one in {named[name].source}")
         items.append((named[name].task, item))
     return _verified(rows, items, limits)
@@ -281,12 +283,10 @@ def _problems(data: DataSet, config: TrainerConfig, tokenizer: Any) -> list[Prob
         config = replace(config, prompt_template=data.template)
     found = []
     for index, item in enumerate(data.items()):
-        try:  # chat templates are programs that come with the model; some refuse a system role
+        try:
             text, special = render(item["question"], tokenizer, config)
-        except Exception as error:
-            raise ConfigError(
-                f"chat template: {one_line(error, 200)}: drop system_prompt, or set chat_template: never"
-            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"data: problem {data.name}/{index}: {error}") from error
         tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not tokens:
             raise ConfigError(
@@ -312,7 +312,7 @@ def _row(problem: Problem, index: int, response: Response) -> Sample:
         "problem": problem.id,
         "sample": index,
         "data": problem.data.name,
-        "question": problem.item["question"],
+        "question": question_text(problem.item["question"]),
         "prompt": problem.prompt,
         "add_special_tokens": problem.special,
         "completion": response.text,
@@ -361,10 +361,8 @@ def describe(data: Sequence[DataSet]) -> dict[str, dict[str, Any]]:
     """{data set: source, number of problems, template, digest}: what must be the same to resume a run."""
     found = {}
     for one in data:
-        text = json.dumps(one.items(), sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        about = {"source": one.source, "problems": len(one), "template": one.template, "sha256": digest}
-        found[one.name] = about
+        about = {"source": one.source, "problems": len(one), "template": one.template}
+        found[one.name] = {**about, "sha256": digest(one.items())}
     return found
 
 

@@ -12,10 +12,12 @@ elsewhere it samples some itself. Losses and weights are those of a run without 
 from __future__ import annotations
 
 import functools
+import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy
@@ -30,6 +32,8 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 import g2rl_kernels as g2
 
 from .._clock import clock
+from ..errors import RewardError
+from ..evaluation.rows import short
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
 from ..group.options import SCORE_GATE, ShapingOptions
@@ -37,9 +41,18 @@ from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import evaluation_mode, find_head
 from ..trainer.config import TrainerConfig
-from ..trainer.sampling import Sampler
+from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check_room, embedded_rows
+from ..trainer.startup import check_adapter, check_policy
 from .trl import correctness_column  # importing .trl checks TRL's version
-from .trl_head import completion_text, current_head, has_weights, head_inputs, innermost
+from .trl_head import (
+    completion_text,
+    count_positions,
+    current_head,
+    has_weights,
+    head_inputs,
+    innermost,
+    settle_positions,
+)
 
 # Metrics of `describe`; those about shaping are left out.
 ALWAYS = ("cos_mean", "negative_pairs")
@@ -88,7 +101,9 @@ class GeometryCallback(TrainerCallback):
         TypeError: the trainer is a G2RLTrainer that shapes, which logs `g2rl/*` itself.
         ValueError: no prompts for a trainer that does not sample, or prompts for one that does; sampling
             under FSDP or ZeRO-3; an unknown correctness_reward; every below 1.
-        TrainerError: `find_head` refuses the model.
+        TrainerError: `find_head` or `check_policy` refuses the model; a prompt holds a token that the model
+            does not embed, or leaves no room for max_new_tokens. RewardError, while training: reward_func
+            returned something else than a number or None for each completion.
     """
 
     def __init__(
@@ -117,6 +132,7 @@ class GeometryCallback(TrainerCallback):
         self.model = innermost(trainer.model)
         self._last = -1  # the step of the last measurement
         self._running: list[tuple[Tensor, Tensor]] | None = None  # while measuring: features, has_tokens
+        self._positions = False  # whether a measurement passes position_ids
         if hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_calculate_rewards"):
             if prompts is not None or reward_func is not None:
                 kind = type(trainer).__name__
@@ -128,6 +144,7 @@ class GeometryCallback(TrainerCallback):
             raise ValueError(f"prompts: {type(trainer).__name__} samples nothing itself; give some to answer")
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError("trainer: FSDP and ZeRO-3 shard the weights that sampling needs; use DDP")
+        check_adapter(trainer.model)
         self.head = find_head(self.model)
         self.prompts, self.reward_func, self.seed = list(prompts), reward_func, seed
         tokenizer = trainer.processing_class
@@ -136,7 +153,12 @@ class GeometryCallback(TrainerCallback):
             tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
             for prompt, text in zip(self.prompts, rendered)
         ]
-        self.sampler = TrainerConfig.from_dict(
+        for prompt, ids in zip(self.prompts, self.prompt_ids):
+            what = f"prompts: {short(prompt)}"
+            check_embedded(ids, embedded_rows(self.model), tokenizer, what)
+            what += f" ({len(ids)} tokens)"
+            check_room(len(ids), max_new_tokens, self.model.config, what, "max_new_tokens")
+        self.sampler = sampler = TrainerConfig.from_dict(
             {
                 "group_size": num_generations,
                 "batch_size": num_generations,
@@ -147,6 +169,13 @@ class GeometryCallback(TrainerCallback):
                 "autocast": "bfloat16" if trainer.accelerator.mixed_precision == "bf16" else "none",
             }
         ).resolved()
+        check_policy(
+            self.model,
+            tokenizer.pad_token_id,
+            head=self.head,
+            temperature=temperature,
+            context=lambda: autocast(sampler, self.model.device),
+        )
 
     # --- trainers with rollouts -----------------------------------------------------------------------------
 
@@ -183,6 +212,8 @@ class GeometryCallback(TrainerCallback):
             if self._running is None or not inputs.pop("fused_lm_head", False):
                 return forward(*args, **inputs)
             labels = inputs.pop("labels")
+            if self._positions:
+                count_positions(inputs)
             now = current_head(head, model)
             hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
             with maybe_gather_lm_head_ctx(now.output.weight, now.output.bias):
@@ -197,6 +228,34 @@ class GeometryCallback(TrainerCallback):
 
         trainer._generate_and_score_completions, trainer._calculate_rewards = measured, noted
         model.forward = features_instead
+        settle_positions(trainer.accelerator, model, self._check_rollouts, self._use_positions)
+
+    def _check_rollouts(self) -> None:
+        """The measured log-probs are the model's."""
+        trainer = self.trainer
+
+        def logprobs(probe: Rollout) -> Tensor:
+            self._running = []
+            try:
+                length = probe.mask.shape[1]
+                found = trainer._get_per_token_logps_and_entropies(
+                    trainer.model, probe.ids, probe.attention, length
+                )
+            finally:
+                self._running = None
+            return found[0][probe.mask]
+
+        check_policy(
+            trainer.model,
+            trainer._tokenizer.pad_token_id,
+            logprobs=logprobs,
+            temperature=trainer.temperature,
+            samples=False,
+            context=trainer.accelerator.autocast,
+        )
+
+    def _use_positions(self) -> None:
+        self._positions = True
 
     def _measure_rollouts(self, batch: dict[str, Any], rewards: Tensor, completions: list[Any]) -> None:
         if "pixel_values" in batch:
@@ -296,8 +355,7 @@ class GeometryCallback(TrainerCallback):
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions)
         ]
-        found = self.reward_func(prompts=prompts, completions=given)
-        return torch.tensor([torch.nan if score is None else float(score) for score in found])
+        return torch.tensor(_checked(self.reward_func(prompts=prompts, completions=given), len(asked)))
 
     # --- all trainers ---------------------------------------------------------------------------------------
 
@@ -335,6 +393,27 @@ class GeometryCallback(TrainerCallback):
             if values:
                 metrics[name] = sum(values) / len(values)
         return metrics
+
+
+def _checked(found: Any, count: int) -> list[float]:
+    """`found`, what reward_func returned for `count` completions, as numbers; NaN for None."""
+    scores = found.tolist() if hasattr(found, "tolist") else found
+    if isinstance(scores, (str, bytes, dict)) or not isinstance(scores, Iterable):
+        raise RewardError(f"reward_func: returned {short(found)}, needs a list of {count} numbers or None")
+    scores = [
+        score.item() if hasattr(score, "item") and getattr(score, "ndim", 1) == 0 else score
+        for score in scores
+    ]
+    if len(scores) != count:
+        raise RewardError(
+            f"reward_func: returned {len(scores)} rewards for {count} completions, needs one for each"
+        )
+    for score in scores:
+        if score is not None and not (isinstance(score, Real) and not math.isinf(score)):
+            raise RewardError(
+                f"reward_func: returned {short(score)} for a completion, needs a finite number or None"
+            )
+    return [math.nan if score is None else float(score) for score in scores]
 
 
 @contextmanager

@@ -60,12 +60,15 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 import g2rl_kernels as g2
 
 from .._clock import clock
+from ..evaluation.rows import short
 from ..group.evol import compared_text
 from ..group.options import ShapingOptions
 from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
-from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column
+from ..trainer.sampling import Rollout, check_embedded, embedded_rows
+from ..trainer.startup import check_policy, warn_unmoved
+from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
 from .trl_head import (
     completion_text,
     current_head,
@@ -74,6 +77,8 @@ from .trl_head import (
     innermost,
     last_hidden_state,
     pad_like,
+    pass_positions,
+    settle_positions,
 )
 
 
@@ -149,6 +154,54 @@ class G2RLTrainer(GRPOTrainer):
             self._add_ops(innermost(self.model), fused, compare=has_weights(self.accelerator))
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
+        self._check_policy()
+        warn_save_steps(args, self.num_iterations)
+        warn_unmoved(
+            self.model.parameters(),
+            args.learning_rate,
+            "load it in float32 (model_init_kwargs={'dtype': 'float32'}; in a recipe dtype: float32) and set "
+            "bf16=True for bf16's speed, or raise learning_rate",
+        )
+
+    # --- checks before work ---------------------------------------------------------------------------------
+
+    def _check_policy(self) -> None:
+        """Sampler, update and model give the same log-probs; positions are passed where that needs them."""
+        model = innermost(self.model)
+
+        def logprobs(probe: Rollout) -> Tensor:
+            length = probe.mask.shape[1]
+            found = self._get_per_token_logps_and_entropies(self.model, probe.ids, probe.attention, length)
+            return found[0][probe.mask]
+
+        def check() -> None:
+            check_policy(
+                self.model,
+                self._tokenizer.pad_token_id,
+                logprobs=logprobs,
+                temperature=self.temperature,
+                samples=not (self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm),
+                context=self.accelerator.autocast,
+            )
+
+        def use_positions() -> None:
+            for one in (self.model, self.ref_model):
+                if one is not None:
+                    pass_positions(innermost(one))
+
+        if settle_positions(self.accelerator, model, check, use_positions):
+            warnings.warn(
+                f"{type(model).__name__} needs position_ids for prompts padded on the left, and TRL passes "
+                "none: they are passed here, so log-probs are right and differ from GRPOTrainer's",
+                stacklevel=3,
+            )
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[Any, ...]:
+        tokenized: tuple[Any, ...] = super()._tokenize_prompts(prompts)
+        rows = embedded_rows(innermost(self.model))
+        for prompt, ids in zip(prompts, tokenized[0]):
+            check_embedded(ids, rows, self._tokenizer, f"prompt {short(prompt)}")
+        return tokenized
 
     # --- the model's forward --------------------------------------------------------------------------------
 

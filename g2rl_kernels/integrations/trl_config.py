@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +62,7 @@ class G2RLConfig(GRPOConfig):
     g2rl_answer_func: str | None = option(
         None,
         "For evol_rl and majority labels: dotted path of a function from a completion's text to its answer, "
-        "or None without an answer. Unset: the last answer that math-verify finds.",
+        "or None without an answer. Unset: the final answer as tasks read it.",
     )
     g2rl_encoder: str = option(
         DEFAULT_ENCODER,
@@ -109,6 +111,25 @@ def check_prompts(train_dataset: Any, args: G2RLConfig) -> None:
         )
 
 
+def warn_save_steps(args: G2RLConfig, num_iterations: int) -> None:
+    """Warns where a checkpoint falls between two generations: a run resumed from it gives other numbers.
+
+    TRL generates every steps_per_generation * num_iterations micro-batches, an optimiser step takes
+    gradient_accumulation_steps of them, and a resumed run generates at once.
+    """
+    between = args.steps_per_generation * num_iterations
+    needed = between // math.gcd(between, args.gradient_accumulation_steps)
+    every = args.save_steps
+    if args.save_strategy == "steps" and every >= 1 and int(every) % needed:
+        warnings.warn(
+            f"save_steps={int(every)}: a run resumed from such a checkpoint gives other numbers, as TRL "
+            f"generates every {needed} steps (steps_per_generation={args.steps_per_generation} * "
+            f"num_iterations={num_iterations} / gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}): set save_steps to a multiple of {needed}",
+            stacklevel=3,
+        )
+
+
 def correctness_column(names: list[str], asked: str | None) -> int:
     """Index of the reward function whose rewards are shaped; `asked` is g2rl_correctness_reward."""
     if asked is None and len(names) == 1:
@@ -122,7 +143,7 @@ def correctness_column(names: list[str], asked: str | None) -> int:
 
 
 def answer_function(path: str | None) -> Callable[[str], str | None]:
-    """The function at a dotted path; for None, the one that reads answers with math-verify."""
+    """The function at a dotted path; for None, the one that reads answers as tasks do."""
     if path is None:
         try:
             import math_verify  # noqa: F401

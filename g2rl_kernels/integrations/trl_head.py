@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
 
-from ..models.lm_head import LMHead
+from ..errors import TrainerError
+from ..models.lm_head import LMHead, backbone_of
 
 
 class HeadInputs(NamedTuple):
@@ -58,9 +61,71 @@ def has_weights(accelerator: Any) -> bool:
     return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
 
 
+def takes_positions(model: Any) -> bool:
+    """Whether the backbone's forward takes `position_ids`."""
+    return "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+
+
+def count_positions(inputs: dict[str, Any]) -> None:
+    """Adds to a forward's inputs the positions counted from the first token that is not padding, in place.
+
+    TRL passes no position_ids: a model with learned positions then counts them from the padding.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and inputs.get("position_ids") is None:
+        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[
+            :, -given.shape[1] :
+        ]  # a prefix has passed
+
+
+def pass_positions(model: Any) -> None:
+    """Makes `model(..., fused_lm_head=True)` count positions by `count_positions`."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def counted(*args: Any, **inputs: Any) -> Any:
+        if inputs.get("fused_lm_head"):
+            count_positions(inputs)
+        return forward(*args, **inputs)
+
+    model.forward = counted
+
+
+def settle_positions(
+    accelerator: Any, model: Any, check: Callable[[], None], use: Callable[[], None]
+) -> bool:
+    """Runs `check`; if it fails, calls `use`, which makes forwards count positions, and checks again.
+
+    check: raises TrainerError; it runs where this process has the weights. use: runs on all ranks, if one
+    needs it. Returns whether it was called. All ranks must call this, and all raise the TrainerError of one.
+    """
+    said, used = None, False
+    if has_weights(accelerator):
+        try:
+            try:
+                check()
+            except TrainerError:
+                if not takes_positions(model):
+                    raise
+                used = True
+                use()
+                check()
+        except TrainerError as error:
+            said = str(error)
+    everyone = gather_object([(said, used)])
+    for told, _ in everyone:
+        if told is not None:
+            raise TrainerError(told)
+    anywhere = any(by for _, by in everyone)
+    if anywhere and not used:
+        use()
+    return anywhere
+
+
 def current_head(head: LMHead, model: Any) -> LMHead:
     """`head` with the modules that the model has now: FSDP and PEFT replace those found before training."""
-    return replace(head, backbone=model.base_model, output=model.get_output_embeddings())
+    return replace(head, backbone=backbone_of(model), output=model.get_output_embeddings())
 
 
 @contextmanager

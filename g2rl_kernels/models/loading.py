@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError, TrainerError, need, one_line, out_of_memory
+from ..errors import ConfigError, TrainerError, import_failure, need, one_line, out_of_memory
 
 
 class ModelSource(Protocol):
@@ -29,6 +29,13 @@ def load_tokenizer(config: ModelSource) -> Any:
     source, gguf = _source(config)
     with _loading(config):
         return _transformers().AutoTokenizer.from_pretrained(source, **gguf)
+
+
+def load_config(config: ModelSource) -> Any:
+    """The configuration of config.model, of transformers; its weights are not read."""
+    source, gguf = _source(config)
+    with _loading(config):
+        return _transformers().AutoConfig.from_pretrained(source, **gguf)
 
 
 def load_model(config: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -102,6 +109,8 @@ def _loading(config: ModelSource) -> Iterator[None]:
     except Exception as error:  # damaged folders raise many types: safetensors has its own
         if isinstance(error, TrainerError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
+        if failed := import_failure(error):
+            raise ConfigError(f"model: cannot load {config.model!r}: {failed}") from error
         reason = one_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "the tensors in its safetensors have other shapes than its config.json says"

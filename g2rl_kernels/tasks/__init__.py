@@ -13,15 +13,19 @@ For votes (labels=majority, maj@k) it may have a fourth; without it whole comple
 A configuration lists tasks under `tasks`, each as one of these mappings; their items are joined:
 
     {kind: reasoning_gym, name: chain_sum, size: 1000, seed: 0, cfg: {max_terms: 2}, extract: last_number}
-    {kind: jsonl, path: train.jsonl, question: problem, answer: solution}       # checked by math-verify
+    {kind: jsonl, path: train.jsonl, question: problem, answer: solution}       # checked by MathJudge
     {kind: hub, path: org/dataset, split: train, question: ..., answer: ...}    # the same, from the hub
     {kind: python, function: my_package.my_module:make_task, args: {level: 3}}  # returns any task
 
 `question` and `answer` name fields (defaults: themselves); `name` picks a configuration of a hub data set.
-jsonl and hub take `score: module:function`, called with (completion, item), in place of math-verify. With
+jsonl and hub take `score: module:function`, called with (completion, item), in place of `MathJudge`. With
 `choices: options` (a field with a list of texts) they are multiple choice: the answer is a letter, an index
 from 0 or the option's text, and `score` is not allowed. `extract` says which part of the completion is the
 answer: all (default) | boxed | answer_tag | last_number.
+
+mathematics.py has `MathJudge`: what a completion answers, and which answers are equal. extract.py and
+phrases.py find the answer; notation.py and units.py bring it into one notation; arithmetic.py compares
+numbers; symbolic.py hands the rest to math-verify, once it is small enough. docs/evaluation.md has the rules.
 """
 
 from __future__ import annotations

@@ -1,36 +1,21 @@
-"""Questions with a known answer: finds the answer in a completion, and verifies it."""
+"""Questions with a known answer, verified by the judge of mathematics or by a user's function."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, need
-from .base import Item, check_rows, import_function
-
-
-def boxed(text: str) -> str:
-    """The content of the last \\boxed{...} with balanced braces; "" without one."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for end in range(start + 6, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start + 7 : end].strip()
-    return ""
-
-
-def _last(pattern: str, text: str) -> str:
-    found = re.findall(pattern, text, re.DOTALL)
-    return found[-1].strip() if found else ""
-
+from .base import Item, Verdict, check_rows, import_function
+from .extract import answer_tag, boxed, last_number
+from .mathematics import MathJudge
+from .verify import verify
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {
     "all": str.strip,
     "boxed": boxed,
-    "answer_tag": lambda text: _last(r"<answer>(.*?)</answer>", text),
-    "last_number": lambda text: _last(r"-?\d+(?:\.\d+)?", text.replace(",", "")),
+    "answer_tag": answer_tag,
+    "last_number": last_number,
 }
 
 
@@ -42,7 +27,7 @@ def extractor(name: str) -> Callable[[str], str]:
 
 
 class AnswerTask:
-    """Questions with a known answer, verified by math-verify or by a function.
+    """Questions with a known answer, verified by `MathJudge` in worker processes, or by a function.
 
     Args:
         rows: the items; other fields are passed on to the function.
@@ -50,6 +35,9 @@ class AnswerTask:
         score: the function that verifies, "module:function", called with (completion, item).
         question, answer: the names of these fields in a row.
         extract: which part of a completion is the answer, a key of EXTRACTORS.
+
+    Attributes:
+        judge: the `MathJudge`; None with a function.
     """
 
     def __init__(
@@ -62,11 +50,12 @@ class AnswerTask:
         answer: str = "answer",
         extract: str = "all",
     ):
-        check_rows(rows, source, (question,) if score else (question, answer))
+        check_rows(rows, source, question, None if score else answer)
         self.rows, self.question_key, self.answer_key = rows, question, answer
         self.extract = extractor(extract)
         self.function = import_function(score) if score else None
-        if self.function is None:
+        self.judge = None if score else MathJudge(extract)
+        if self.judge is not None:
             try:
                 import math_verify  # noqa: F401
             except ImportError as error:
@@ -77,46 +66,45 @@ class AnswerTask:
 
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
-        return {**row, "question": str(row[self.question_key])}
+        return {**row, "question": row[self.question_key]}
+
+    def known(self, item: Item) -> Any:
+        """The known answer, as the data has it."""
+        return item[self.answer_key]
 
     def score(self, completion: str, item: Item) -> float:
-        completion = self.extract(completion)
+        """1 for a right completion, 0 for a wrong one or one that the judge could not verify."""
         if self.function is not None:
-            return self.function(completion, item)
-        from math_verify import parse, verify
-
-        gold = self._parsed_gold(item)
-        if not gold:
-            return float(completion.strip() == str(item[self.answer_key]).strip())
-        return float(verify(gold, parse(completion)))
+            return self.function(self.extract(completion), item)
+        return self._verdict(completion, item).score
 
     def answer(self, completion: str, item: Item) -> str | None:
-        """The extracted answer; written by `math_answer` where math-verify judges, so that 0.5 is 1/2."""
-        completion = self.extract(completion)
-        by_text = self.function is not None or not self._parsed_gold(item)
-        return completion if by_text else math_answer(completion)
+        """The final answer, the same text for equal numbers; with a function, the extracted text."""
+        if self.function is not None:
+            return self.extract(completion)
+        return self._verdict(completion, item).answer
 
-    def _parsed_gold(self, item: Item) -> list[Any]:
-        """The known answer, parsed by math-verify; [] if it finds no mathematics: then texts are compared."""
-        from math_verify import parse
+    def _verdict(self, completion: str, item: Item) -> Verdict:
+        return verify([(self, item, completion)])[0]
 
-        # A bare answer such as 3/4 or (0, 2] is put into a box; a worked solution has one already
-        gold = str(item[self.answer_key])
-        return parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}")
+
+class KnownAnswers:
+    """Known answers that a caller holds, for `verify`: an item is {"answer": the known answer, or None}."""
+
+    def __init__(self, extract: str = "all"):
+        self.judge = MathJudge(extract)
+
+    def known(self, item: Item) -> Any:
+        return item["answer"]
+
+
+def verdicts(completions: Sequence[str], known: Sequence[Any], extract: str = "all") -> list[Verdict]:
+    """`MathJudge`'s verdicts on completions, from worker processes; without a score where `known` is None."""
+    task: Any = KnownAnswers(extract)
+    asked = [(task, {"answer": answer}, text) for text, answer in zip(completions, known, strict=True)]
+    return verify(asked)
 
 
 def math_answer(completion: str) -> str | None:
-    """The final answer as math-verify parses it, as text: the same for 0.5 and 1/2. None without one."""
-    from math_verify import parse
-
-    parsed = parse(completion)
-    return str(_exact(parsed[0])) if parsed else None
-
-
-def _exact(expression: Any) -> Any:
-    """A rational number as a fraction; any other expression unchanged."""
-    if not getattr(expression, "is_number", False):
-        return expression
-    import sympy
-
-    return sympy.nsimplify(expression, rational=True)
+    """The final answer of a completion as `MathJudge` reads it, one text for 0.5 and 1/2; None without."""
+    return verdicts([completion], [None])[0].answer

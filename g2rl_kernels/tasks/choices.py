@@ -1,36 +1,16 @@
-"""Multiple choice: letters the options, and finds the letter that a completion chooses."""
+"""Multiple choice: letters the options, and takes the letter that a completion chooses (letters.py)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ConfigError
-from .answers import boxed, extractor
-from .base import Item, check_rows
+from .answers import extractor
+from .base import Item, Question, brief, check_rows, is_text
+from .letters import LETTERS, choice_letter
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LETTER = r"[*_(\[{$\s]*(?:\\(?:text|textbf|mathrm|mathbf)\{)?[*_(\[\s]*([A-Z])(?![A-Za-z0-9'’])"
-_STATED = re.compile(
-    r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would be|must be|choice|option)\b)*)\s*[:=]?" + _LETTER
-)
-_LAST_LINE = re.compile(r"^" + _LETTER + r"(?:[*_)\]}$.,:\s]*$|[).:]\s)")
-
-
-def choice_letter(text: str, count: int) -> str | None:
-    """The letter, A, B, ..., of the option that a completion chooses among `count`; None without a choice.
-
-    Looks at the last \\boxed{}, then at the last "answer is (B)" or "Answer: B", then at a last line that is
-    a letter or begins as an option does ("B. Paris").
-    """
-    lines = [line for line in text.splitlines() if line.strip()]
-    in_box = re.match(_LETTER, boxed(text))
-    stated = _STATED.findall(text)
-    last = _LAST_LINE.match(lines[-1]) if lines else None
-    for letter in (in_box and in_box[1], stated and stated[-1], last and last[1]):
-        if letter and LETTERS.index(letter) < count:
-            return str(letter)
-    return None
+__all__ = ["LETTERS", "ChoiceTask", "choice_letter", "chosen", "read_options", "right_letter"]
 
 
 class ChoiceTask:
@@ -39,9 +19,12 @@ class ChoiceTask:
     Args:
         rows: the items.
         source: where they came from, for messages.
-        question, answer, choices: the names of these fields in a row. choices holds a list of texts; answer
-            holds the right option's letter, its index from 0, or its text.
+        question, answer, choices: the names of these fields in a row. `read_options` and `right_letter` say
+            which values choices and answer may have. The options are put below the last message of a question
+            that is a list of messages.
         extract: which part of a completion is searched for the letter, a key of EXTRACTORS.
+
+    Raises ConfigError, with item and field, for a row that cannot be used.
     """
 
     def __init__(
@@ -53,32 +36,90 @@ class ChoiceTask:
         choices: str = "choices",
         extract: str = "all",
     ):
-        check_rows(rows, source, (question, answer, choices))
-        self.extract, self.items = extractor(extract), list[Item]()
+        check_rows(rows, source, question, others=(answer, choices))
+        self.extract, self.rows = extractor(extract), list[Item]()
         for number, row in enumerate(rows, 1):
-            options, gold = [str(option) for option in row[choices]], row[answer]
-            known = LETTERS[: len(options)]
-            if isinstance(gold, int) and 0 <= gold < len(known):
-                letter = known[gold]
-            elif str(gold).strip() in tuple(known):
-                letter = str(gold).strip()
-            elif str(gold) in options:
-                letter = known[options.index(str(gold))]
-            else:
-                what = f"{answer}={gold!r} is not one of its {len(options)} {choices}"
-                raise ConfigError(f"task: {source}, item {number}: {what}")
-            listed = "\n".join(f"{name}. {option}" for name, option in zip(known, options))
-            text = f"{str(row[question]).strip()}\n\n{listed}"
-            self.items.append({"question": text, "choices": options, "letter": letter})
+            where = f"task: {source}, item {number}"
+            options, labels = read_options(row[choices], f"{where}: {choices}")
+            letter = right_letter(row[answer], options, labels, f"{where}: {answer}")
+            text = _with_options(row[question], options)
+            self.rows.append({"question": text, "choices": options, "letter": letter})
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        return self.items[index]
+        return self.rows[index]
 
     def score(self, completion: str, item: Item) -> float:
         return float(self.answer(completion, item) == item["letter"])
 
     def answer(self, completion: str, item: Item) -> str | None:
-        return choice_letter(self.extract(completion), len(item["choices"]))
+        return chosen(self.extract(completion), item["choices"])
+
+
+def chosen(text: str, options: Sequence[str]) -> str | None:
+    """The letter that a text chooses (`choice_letter`); the first one of options with equal texts."""
+    letter = choice_letter(text, len(options), options)
+    return None if letter is None else LETTERS[options.index(options[LETTERS.index(letter)])]
+
+
+def read_options(value: Any, where: str) -> tuple[list[str], list[Any] | None]:
+    """The options' texts, and their labels if they have some.
+
+    value: a list of texts, or {"text": [...], "label": [...]}, whose labels are texts or numbers. where: item
+    and field, for messages. Raises ConfigError for anything else, fewer than 2 options or more than 26.
+    """
+    labels: Any = None
+    texts = value
+    if isinstance(value, dict):
+        texts, labels = value.get("text"), value.get("label")
+    if not isinstance(texts, list) or (isinstance(value, dict) and not isinstance(labels, list)):
+        form = "a list of texts, or {'text': [...], 'label': [...]}"
+        raise ConfigError(f"{where}={brief(value)}: needs {form}")
+    for place, text in enumerate(texts):
+        if not is_text(text):
+            raise ConfigError(f"{where}[{place}]={brief(text)}: needs a text: options are texts, in quotes")
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise ConfigError(f"{where} has {len(texts)} options: needs 2 to {len(LETTERS)}")
+    if labels is not None:
+        wrong = [one for one in labels if not is_text(one) and type(one) is not int]
+        if wrong or len(labels) != len(texts) or len({str(one).strip() for one in labels}) != len(labels):
+            what = f"needs {len(texts)} different texts or numbers, one for each option"
+            raise ConfigError(f"{where}: label={brief(labels)}: {what}")
+    return [text.strip() for text in texts], labels
+
+
+def right_letter(value: Any, options: Sequence[str], labels: Sequence[Any] | None, where: str) -> str:
+    """The letter of the right option; the first one of options with equal texts.
+
+    value: with labels a label, else the option's letter, or its index from 0 as a number; or the option's
+    text. where: item and field, for messages. Raises ConfigError for another value, and for one that could be
+    one option's letter or index and another one's text.
+    """
+    text = value.strip() if isinstance(value, str) else str(value) if type(value) is int else None
+    names = LETTERS[: len(options)] if labels is None else [str(label).strip() for label in labels]
+    found = {place for place, name in enumerate(names) if name == text}
+    if labels is None and type(value) is int and 0 <= value < len(options):
+        found.add(value)
+    if text in options and not (found and labels):
+        found.add(options.index(text))
+    found = {options.index(options[place]) for place in found}
+    if len(found) == 1:
+        return LETTERS[found.pop()]
+    got = f"{where}={brief(value)}"
+    if found:
+        both = " and ".join(LETTERS[place] for place in sorted(found))
+        hint = "give the choices as {'text': [...], 'label': [...]}, and the label here"
+        raise ConfigError(f"{got} may be option {both}, by its place or by its text: {hint}")
+    form = "the label" if labels else "the letter, the index from 0 as a number,"
+    raise ConfigError(f"{got} is not one of its {len(options)} options: needs {form} or the text")
+
+
+def _with_options(question: Question, options: Sequence[str]) -> Question:
+    """The question with the options and their letters below."""
+    listed = "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, options))
+    if isinstance(question, str):
+        return f"{question.strip()}\n\n{listed}"
+    *before, last = question
+    return [*before, {**last, "content": f"{last['content'].strip()}\n\n{listed}"}]

@@ -2,9 +2,11 @@
 
     output_dir/checkpoint-000050/
         model.safetensors + config.json + tokenizer   the policy, for from_pretrained
+        generation_config.json                        its own end tokens and sampling settings
         optimizer.safetensors                         AdamW's moments, "<parameter>.<moment>"
         rng.safetensors                               states of torch's generators
-        state.json                                    step, data position, Python's generators, configuration
+        state.json                                    step, data position, Python's generators, configuration,
+                                                      fingerprints of the tasks' data
 
 A checkpoint is written to a temporary directory, flushed (fsync) and renamed, so every directory of that name
 is complete.
@@ -17,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .._files import flush, temporary_name, whole_directory
-from ..errors import TrainerError
+from ..errors import ConfigError, TrainerError
+from .config import TrainerConfig
 
 NAME = "checkpoint-{:06d}"
 
@@ -48,8 +52,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    generation: Any = None,
 ) -> Path:
     """Writes checkpoint-<step> with `state` (JSON values), then deletes all but the newest `keep`.
+
+    generation: the model's own generation settings, which the sampler has emptied in the model
+    (`Sampler.own_generation`); None: model.generation_config.
 
     Returns its path. Raises TrainerError if it cannot be written; older checkpoints then stay.
     """
@@ -69,6 +77,7 @@ def save(
         save_file(moments, directory / "optimizer.safetensors")
         save_file(generators, directory / "rng.safetensors")
         model.config.save_pretrained(directory)
+        (generation or model.generation_config).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "state.json").write_text(json.dumps({**state, "step": step, **_python_generators()}))
     for old in find_all(output_dir)[:-keep]:
@@ -83,6 +92,54 @@ def remove(path: Path) -> None:
     os.rename(path, nameless)
     flush(path.parent)
     shutil.rmtree(nameless, ignore_errors=True)
+
+
+def newest(output_dir: Path, config: TrainerConfig, data: list[dict[str, Any]]) -> Path | None:
+    """The newest checkpoint in `output_dir`, from which a run with this configuration and data continues.
+
+    data: a `fingerprint` for each task. A checkpoint without any is used, with a warning.
+
+    Raises:
+        ConfigError: it has other settings or other data, or is past config.steps.
+        TrainerError: it is damaged.
+    """
+    found = find_all(output_dir)
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        state = json.loads((path / "state.json").read_text())
+        then, step = state["config"], state["step"]
+        keys = config.differences(then)
+    except (OSError, ValueError, KeyError):
+        raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
+    remedy = "choose another output_dir, or resume=overwrite to start over"
+    if keys:
+        now = config.to_dict()
+        what = ", ".join(f"{key}={then[key]!r} (now {now.get(key, 'no such key')!r})" for key in keys)
+        raise ConfigError(f"{path} has {what}: {remedy}")
+    if step > config.steps:
+        raise ConfigError(f"{path} is past steps={config.steps}: raise it, or choose another output_dir")
+    if "data" not in state:
+        warnings.warn(
+            f"{path} is of an earlier version: it cannot tell if the data has changed", stacklevel=2
+        )
+    elif state["data"] != data:
+        raise ConfigError(f"{path}: {_changed(state['data'], data, config.tasks)}: restore it, {remedy}")
+    return path
+
+
+def _changed(then: list[dict[str, Any]], now: list[dict[str, Any]], specs: list[Any]) -> str:
+    """Which task's data is another one, for a message."""
+    for number, (before, after) in enumerate(zip(then, now)):
+        if before != after:
+            spec = specs[number] if number < len(specs) else {}
+            named = [str(spec[key]) for key in ("kind", "path", "name", "function") if key in spec]
+            task = f"tasks.{number}" + (f" ({' '.join(named)})" if named else "")
+            had, has = before["items"], after["items"]
+            counts = f"{had} items then, {has} now" if had != has else f"{has} items with another content"
+            return f"the data of {task} has changed since: {counts}"
+    return f"there were {len(then)} tasks then, {len(now)} now"
 
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from .._files import flush, save_figure, write_whole
+from ..tasks.base import Question
 
 BAR = ("reward", "accuracy", "length", "entropy", "cos_mean", "negative_pairs", "tokens_per_second")
 BAR_NAMES = ("reward", "acc", "len", "ent", "cos", "neg", "tok/s")
@@ -62,6 +63,13 @@ class Report:
         path = self.dir / "curves.png"
         draw(self.metrics, self.title, path)
         return path
+
+
+def shown(question: Question) -> str:
+    """A question for people: a text as it is, messages as "role: content", one a line."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message['role']}: {message['content']}" for message in question)
 
 
 def bar_text(metrics: dict[str, Any]) -> str:

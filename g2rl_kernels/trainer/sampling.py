@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, TrainerError
-from ..tasks.base import Item, Task, item_of
+from ..errors import ConfigError, TrainerError, one_line
+from ..tasks.base import Item, Question, Task, item_of
 from .config import TrainerConfig
 
 
@@ -110,7 +110,7 @@ class Sampler:
     def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
         """The next `count` prompts, in an order set by seed and position alone, without those too long.
 
-        Raises TrainerError for an empty prompt, and if every prompt is too long.
+        Raises TrainerError for an item that cannot be a prompt, and if every prompt is too long.
         """
         total, skipped = sum(map(len, self.tasks)), 0
         drawn: list[tuple[Task, Item, list[int]]] = []
@@ -125,12 +125,17 @@ class Sampler:
                     break
                 index -= len(task)
             item = item_of(task, index)
-            prompt = self.encode(item)
+            try:
+                prompt = self.encode(item)
+            except ConfigError as error:
+                raise ConfigError(f"task: {type(task).__name__}[{index}]: {error}") from None
             if not prompt:
                 raise TrainerError(
                     f"task: {type(task).__name__}[{index}] is a prompt without tokens: remove it, or set "
                     "system_prompt or prompt_template"
                 )
+            where = f"task: {type(task).__name__}[{index}]"
+            check_embedded(prompt, embedded_rows(self.model), self.tokenizer, where)
             if len(prompt) <= self.config.max_prompt_tokens:
                 drawn.append((task, item, prompt))
                 skipped = 0
@@ -142,7 +147,10 @@ class Sampler:
         return drawn
 
     def encode(self, item: Item) -> list[int]:
-        """Token ids of an item's prompt, by the chat template or as plain text."""
+        """Token ids of an item's prompt, by the chat template or as plain text.
+
+        Raises ConfigError if the chat template refuses the item, or is needed and missing.
+        """
         text, special = render(item["question"], self.tokenizer, self.config)
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -153,16 +161,36 @@ class Sampler:
         return self._shuffled[1]
 
 
-def render(question: str, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer adds special tokens (a chat template brings its own)."""
-    text = config.prompt_template.replace("{question}", question)
+def render(question: Question, tokenizer: Any, config: TrainerConfig) -> tuple[str, bool]:
+    """The prompt's text, and whether the tokenizer adds special tokens (a chat template brings its own).
+
+    prompt_template is put around a text, or around the last one of several messages. system_prompt comes
+    first, unless there is a system message. Raises ConfigError if the chat template refuses the messages, and
+    for messages without a chat template.
+    """
+    chat = isinstance(question, list)
+    messages = list(question) if isinstance(question, list) else [{"role": "user", "content": question}]
+    text = config.prompt_template.replace("{question}", messages[-1]["content"])
     if config.chat_template == "always" or (config.chat_template == "auto" and tokenizer.chat_template):
-        messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        messages.append({"role": "user", "content": text})
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+        messages[-1] = {**messages[-1], "content": text}
+        if config.system_prompt and all(message["role"] != "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": config.system_prompt})
+        try:  # chat templates are programs that come with the model; some refuse a system role
+            rendered: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **config.chat_template_args
+            )
+        except Exception as error:
+            remedy = "change the messages" if chat else "set chat_template: never"
+            raise ConfigError(
+                f"chat template: {one_line(error, 200)}: drop system_prompt, or {remedy}"
+            ) from error
+        return rendered, False
+    if chat:
+        why = "chat_template is never" if tokenizer.chat_template else "the tokenizer has no chat template"
+        raise ConfigError(
+            f"question: it is a list of messages, but {why}: use a model with a chat template and "
+            "chat_template: auto, or give the question as a text"
         )
-        return text, False
     return f"{config.system_prompt}\n\n{text}" if config.system_prompt else text, True
 
 
@@ -184,12 +212,45 @@ def prepare_tokenizer(tokenizer: Any, model_config: Any, config: TrainerConfig) 
         )
     if config.chat_template == "always" and not tokenizer.chat_template:
         raise ConfigError("chat_template=always: this tokenizer has none; use never and a prompt_template")
-    longest = config.max_prompt_tokens + config.max_new_tokens
+    check_room(config.max_prompt_tokens, config.max_new_tokens, model_config, "max_prompt_tokens")
+
+
+def check_room(prompt: int, new: int, model_config: Any, what: str, option: str | None = None) -> None:
+    """Raises ConfigError if a prompt of `prompt` tokens leaves no room for `new` in the model's positions.
+
+    what: names the prompt; option: sets `new`, where the length of the prompt is given.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
+    if limit and prompt + new > limit:
+        remedy = "lower one"
+        if option is not None:
+            room = limit - prompt
+            remedy = (
+                f"lower {option} to {room} or less" if room > 0 else "shorten the prompt, or leave it out"
+            )
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens = {longest}: the model has {limit} positions; lower one"
+            f"{what} + max_new_tokens = {prompt + new}: the model has {limit} positions; {remedy}"
         )
+
+
+def embedded_rows(model: Any) -> int:
+    """How many tokens the model embeds, also where its weights are sharded."""
+    embeddings = model.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", None) or len(embeddings.weight))
+
+
+def check_embedded(ids: Iterable[int], rows: int, tokenizer: Any, where: str) -> None:
+    """Raises TrainerError for a prompt token that a model of `rows` tokens has no embedding for.
+
+    where: names the prompt, e.g. "task: JsonlTask[3]".
+    """
+    for token in ids:
+        if token >= rows:
+            raise TrainerError(
+                f"{where}: its prompt has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
+                f"{token}, but the model embeds {rows} tokens: resize_token_embeddings(len(tokenizer)) and "
+                "save the model, or use the tokenizer that belongs to it"
+            )
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) -> list[int]:

@@ -20,7 +20,7 @@ import g2rl_kernels as g2
 
 from .._clock import clock
 from .._files import whole_directory, write_whole
-from ..errors import ConfigError, TrainerError, check_packages, one_line
+from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
 from ..group.options import ShapingOptions
@@ -29,13 +29,14 @@ from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden
-from ..tasks.base import Task, item_of
+from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
 from .config import TrainerConfig
 from .objective import policy_loss, token_weights
-from .report import Report, SampleRow, bar_text
+from .report import Report, SampleRow, bar_text, shown
 from .sampling import Rollout, Sampler, autocast
+from .startup import check_adapter, check_policy, warn_unmoved
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Trainer:
             choose_backend(config.backend, self.device)
         except (ValueError, ImportError) as error:
             raise ConfigError(str(error)) from None
+        check_adapter(model)
         self.head = find_head(model)
         self.sampler = Sampler(model, tokenizer, self.tasks, config)
         self.ops_dtype: torch.dtype = self.head.output.weight.dtype
@@ -88,6 +90,13 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
+        check_policy(
+            model,
+            tokenizer.pad_token_id,
+            logprobs=lambda probe: self._logprobs(self.head, probe, slice(None))[0][probe.mask],
+            temperature=config.temperature,
+            context=lambda: autocast(config, self.device),
+        )
         if config.algorithm == "evol_rl":
             self.encoder = SentenceEncoder(config.encoder, self.device)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
@@ -97,6 +106,11 @@ class Trainer:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise TrainerError("model: no parameter requires a gradient, so nothing would be trained")
+        warn_unmoved(
+            self.trained,
+            config.lr,
+            "set dtype=float32 (with autocast=bfloat16 for bf16's speed), or raise lr",
+        )
         self.optimizer = torch.optim.AdamW(
             self.trained,
             lr=config.lr,
@@ -374,37 +388,19 @@ class Trainer:
     def resume_point(self) -> Path | None:
         """The checkpoint that `train` will continue from, or None.
 
-        Raises ConfigError if it was made with other settings, TrainerError if it is damaged.
+        Raises ConfigError if it was made with other settings or data, TrainerError if it is damaged.
         """
-        found = checkpoint.find_all(self.output_dir)
-        if not found or self.config.resume == "overwrite":
+        if self.config.resume == "overwrite":
             return None
-        path = found[-1]
-        try:
-            other = json.loads((path / "state.json").read_text())
-            keys = self.config.differences(other["config"])
-        except (OSError, ValueError, KeyError):
-            raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
-        if keys:
-            now = self.config.to_dict()
-            what = ", ".join(
-                f"{key}={other['config'][key]!r} (now {now.get(key, 'no such key')!r})" for key in keys
-            )
-            raise ConfigError(
-                f"{path} has {what}: choose another output_dir, or resume=overwrite to start over"
-            )
-        if other["step"] > self.config.steps:
-            raise ConfigError(
-                f"{path} is past steps={self.config.steps}: raise it, or choose another output_dir"
-            )
-        return path
+        return checkpoint.newest(self.output_dir, self.config, self.data)
 
     def save_checkpoint(self) -> Path:
         """Writes checkpoint-<step>; returns its path."""
-        state = {"position": self.sampler.position, "config": self.config.to_dict()}
+        state = {"position": self.sampler.position, "config": self.config.to_dict(), "data": self.data}
         saved = self.model, self.tokenizer, self.optimizer
+        keep, generation = self.config.keep_checkpoints, self.sampler.own_generation
         self.report.flush()
-        return checkpoint.save(self.output_dir, self.step_number, *saved, state, self.config.keep_checkpoints)
+        return checkpoint.save(self.output_dir, self.step_number, *saved, state, keep, generation)
 
     def save_model(self) -> Path:
         """Writes the trained model to output_dir/model, with its original generation_config."""
@@ -429,7 +425,7 @@ class Trainer:
         return [
             SampleRow(
                 step=self.step_number,
-                question=rollout.items[row][1]["question"],
+                question=shown(rollout.items[row][1]["question"]),
                 completion=rollout.completions[row],
                 score=measured.scores[row].item(),
                 reward=measured.rewards[row].item(),
@@ -456,15 +452,11 @@ class Trainer:
         for task in self.tasks:
             if len(task) == 0:
                 raise ConfigError(f"task: {type(task).__name__} holds no items")
-            item = item_of(task, 0)  # the others are checked when they are drawn
-            try:  # chat templates are programs; some refuse a system role
-                self.sampler.encode(item)
-            except Exception as error:
-                what = one_line(error, 200)
-                raise ConfigError(
-                    f"chat template: {what}: drop system_prompt, or set chat_template: never"
-                ) from error
+            item = item_of(task, 0)  # rows of files have been checked; other items are when they are drawn
+            for one in (item, *stored_messages(task)):
+                self.sampler.encode(one)
             verify([(task, item, "")], limits=self.limits)  # fail early if the function is broken
+        self.data = [fingerprint(task) for task in self.tasks]
         self.sampler.draw(1)  # fail early if every prompt is too long
         self.sampler.position = 0
 

@@ -60,7 +60,7 @@ FORMATS: list[tuple[str, dict[str, Any], str, str, str]] = [
             "unique_id": "test/precalculus/807.json",
         },
         "so it is $\\boxed{(3, \\frac{\\pi}{2})}$",
-        "(3, pi/2)",
+        "(3, \\frac{\\pi}{2})",
         "$\\boxed{(3, \\pi)}$",
     ),
     (

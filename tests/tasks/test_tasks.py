@@ -32,6 +32,19 @@ CHAIN_SUM = {
         ("last_number", "3 + 4 = 7.", "7"),
         ("last_number", "it is -1,024.5 in all", "-1024.5"),
         ("last_number", "none", ""),
+        ("last_number", "The roots are 2,3", "3"),
+        ("last_number", "(1,2)", "2"),
+        ("last_number", "x = −3", "-3"),
+        ("last_number", ".5", "0.5"),
+        ("last_number", "10-3", "3"),
+        ("last_number", "10 - 3", "3"),
+        ("last_number", "- 4", "4"),
+        ("last_number", "from 5–10", "10"),
+        ("last_number", "-$5", "-5"),
+        ("last_number", r"1{,}024 or 1\,024", "1024"),
+        ("last_number", "3.0e-7", "3.0e-7"),
+        ("last_number", "version 1.2.3", "3"),
+        ("last_number", "12 %", "12"),
     ],
 )
 def test_extract(name: str, text: str, answer: str) -> None:
@@ -78,7 +91,7 @@ def test_jsonl_with_math_verify(tmp_path: Path, gold: str, completion: str, righ
     [
         ("3/4", r"so it is \boxed{0.75}", "3/4"),
         ("3/4", r"so it is \boxed{\frac{3}{4}}", "3/4"),  # the same text for the same number
-        ("5", r"\boxed{7} or \boxed{6}", "{6, 7}"),  # a set, as math-verify reads it
+        ("5", r"\boxed{7} or \boxed{6}", "6, 7"),  # one answer of two values, in any order
         ("5", "I do not know.", None),
         ("5", "", None),
     ],
@@ -97,11 +110,6 @@ def test_answers_of_other_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     task = load_task(spec)
     assert final_answer(task, "so <answer> b </answer>", task[0]) == "b"
     assert final_answer(task, "so b", task[0]) is None
-    words = load_task(
-        {"kind": "jsonl", "path": write_jsonl(tmp_path / "y.jsonl", [{"question": "?", "answer": ""}])}
-    )
-    assert words.score("", words[0]) == 1  # no mathematics: texts are compared, and voted on
-    assert final_answer(words, " yes ", words[0]) == "yes"
 
     class WithoutAnswers:
         pass

@@ -10,9 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from engines import save_model
 from steps import compose_config
 from tiny import make_tokenizer
+from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -60,9 +62,21 @@ def test_the_recipe_is_the_papers(model):
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-1.7B-Base"
     assert (rollout.n, rollout.temperature, rollout.val_kwargs.temperature) == (16, 1.0, 0.8)
     assert (actor.optim.lr, actor.kl_loss_coef, actor.use_kl_loss) == (5e-7, 0.001, True)
+    assert actor.kl_loss_type == "k2"  # low_var_kl has no gradient beyond 2.6 nats
     assert (config.data.train_batch_size, config.data.max_response_length) == (16, 8192)
     assert actor.ppo_mini_batch_size * rollout.n == 32
     assert actor.ppo_micro_batch_size_per_gpu == 2
+
+
+def test_the_recipes_kl_has_a_gradient_where_verls_default_has_not():
+    gradients = {}
+    for kind in ("low_var_kl", "k2"):
+        logprob = torch.tensor([-2.7, -2.5], requires_grad=True)
+        kl_penalty(logprob, torch.zeros(2), kind).sum().backward()
+        gradients[kind] = logprob.grad.tolist()
+    assert gradients["low_var_kl"][0] == 0
+    assert gradients["low_var_kl"][1] < -1
+    assert gradients["k2"] == pytest.approx([-2.7, -2.5])
 
 
 def test_the_recipe_takes_more_options_and_its_variables():

@@ -1,0 +1,175 @@
+"""The patterns of letters.py. Every repetition is bounded, so that a search is linear in the text.
+
+Statements end where the letter, or the option's text, is expected.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+
+def _plain_characters() -> dict[int, str]:
+    """Full-width, bold and circled letters, and other punctuation, as ASCII."""
+    ranges = ((0xFF01, 0xFF5F), (0x24B6, 0x24EA), (0x1F110, 0x1F12A), (0x1D400, 0x1D800))
+    codes = [code for start, stop in ranges for code in range(start, stop)]
+    table = {code: unicodedata.normalize("NFKC", chr(code)) for code in codes}
+    same = {
+        '"': "“”„«»「」『』",
+        "'": "‘’",
+        "[": "【《",
+        "]": "】》",
+        "-": "–—−",
+        ",": "，、",
+        " ": "\u3000\xa0",
+    }
+    for one, others in same.items():
+        table |= dict.fromkeys(map(ord, others), one)
+    return table | {ord("；"): ";", ord("。"): ". ", ord("→"): "->", ord("⇒"): "=>"}
+
+
+_CHARACTERS = _plain_characters()
+_FONTS = (
+    "text|mathrm|mathbf|mathsf|mathit|boldsymbol|textbf|textit|textrm|textsf|emph|underline|bf|rm|left|right"
+)
+_MARKUP = re.compile(rf"\\(?:{_FONTS})(?![A-Za-z])\s?|[$`]|</?(?:b|strong|i|em|u)>")
+_SPACE = re.compile(r"\\(?:[()\[\],;:! ]|(?:quad|qquad|displaystyle)(?![A-Za-z]))|<br ?/?>|~")
+_EMPHASIS = re.compile(  # stars and underscores, but for those between letters or spaces
+    r"\*\*+|__+|(?<=\S)\*(?!\S)|(?<!\S)\*(?=\S)|(?<=[\W_])\*(?=\w)|(?<=\w)\*(?=[^\w\s])|(?<!\w)_(?=\w)|"
+    r"(?<=[^\W_])_(?!\w)"
+)
+
+
+def plain(text: str) -> str:
+    """The text without emphasis, fonts and mathematical delimiters."""
+    text = _MARKUP.sub("", text.translate(_CHARACTERS))
+    return _EMPHASIS.sub("", _SPACE.sub(" ", text))
+
+
+# --- what stands around a letter ---------------------------------------------------------------------------
+
+OPEN = re.compile(r"[\s\"'(\[{]{0,12}(?:\\(?:boxed|fbox)\s?\{[\s\"'(\[{]{0,6})?")
+LETTER = re.compile(r"([A-Za-z])(?![A-Za-z0-9_]|'[A-Za-z])")
+CLOSE = re.compile(r"[\"')\]}]{0,8}")
+OVER = re.compile(r"\s{0,3}(?:[.;!\n]|,? it is\b|$)")  # the sentence is over
+PAUSE = re.compile(  # the letter is over: A and I are English words before others
+    r"\s{0,3}(?:[;!\n:<]|\.(?!\d)|,(?!\d)|\(|$|- |(?:because|since|as|and|or|but|which|with|by|for|due|so|"
+    r"not|hence|thus|therefore|if|when|where|while|whereas|rather|instead|from|according|here|too|also|is|was|in|"
+    r"based)\b)"
+)
+AND = re.compile(r"\s{0,3}(?:and|or|&|/)")
+QUESTION = re.compile(r"\s?\?")
+WORD = re.compile(r"\s{0,3}\w")
+OPERATOR = re.compile(  # the letter is a variable
+    r" {0,3}(?:[=+<>^*/×·÷≤≥≠|](?!/)|\\[a-zA-Z]|\d|-\s?(?:[A-Za-z]?\d|[A-Za-z]\b))|_|\([A-Za-z0-9,. ]{1,4}\)"
+)
+MARKS = re.compile(r"[\s,:=]{0,4}")
+SEPARATOR = re.compile(r"\s?[.):,-]{1,2}\s?|\s(?=\()")  # between a letter and its option's text
+BETWEEN = re.compile(r"[\s.):,=({-]{1,6}")
+NEXT = re.compile(  # before another letter
+    r" {0,3}(?:(?:,|/|&|and|or|und|oder|y|et|ou) {0,3}){1,2}(?:(?:option|choice|possibly|maybe|perhaps) )?"
+    r"[\"'(\[]{0,2}"
+)
+BUT = re.compile(r"[\s,;.]{1,3}(?:but|rather|instead|it's|it is)\s(?:rather |instead |option )?")
+SEVERAL = re.compile(r"[A-Z]{2,8}")
+KIND = re.compile(r"(?:the )?(?:(?:option|choice|answer|letter|alternative)[\s:]{1,3})?[\s\"'(\[]{0,6}", re.I)
+
+_VERBS = (
+    r"(?:(?:is|are|was|were|can|could|must|should|would|has|have|does|do|did|will|seems?|looks?|be|been|both|"
+    r"all|also|therefore|thus|then|[a-z]{2,12}ly)\s?)"
+)
+WRONG = re.compile(  # after an option, on its line
+    r"[)\]\"' ]{0,3}(?:\([^()\n]{2,60}\) ?)?[:-]? {0,2}"
+    rf"(?:{_VERBS}{{1,5}}(?:not\b|n't)|{_VERBS}{{0,5}}(?:cannot|can't|incorrect|wrong|false|eliminated|"
+    r"ruled out|excluded|out\b|impossible|invalid|inconsistent|discarded|rejected|too\b|fails?\b|"
+    r"a distractor)|是?错误|不正确|不对)",
+    re.I,
+)
+UNLIKE = re.compile(  # before an option, and before a list of options that ends with it
+    r"\b(?:not|never|neither|nor|cannot|rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|discard\w{0,4}|"
+    r"reject\w{0,4}|unlike|instead of|rather than|over|than|except|against|without|wrong(?:ly)?|"
+    r"incorrect(?:ly)?)[\s,:]{1,3}(?:(?:both|options?|choices?|answers?)\s{1,2})?"
+    r"(?:(?:options?\s)?\(?[A-Z]\)?[\s,]{1,3}(?:(?:and|or|nor)\s)?){0,8}[\s(\"']{0,3}$",
+    re.I,
+)
+_THEY = r"(?:one|you|people|students?|others|many|they|beginners|readers)"
+OTHERS = re.compile(  # before another person's choice, or a hypothetical one
+    rf"\b(?:(?:{_THEY}|some(?:one)?|most)(?: \w{{1,12}}){{0,3}}? (?:think|thinks|say|says|believe|assume|"
+    r"guess|suspect|expect|suppose|argue|tempted|conclude|mistakenly|might|may|could|pick|choose|select|answer)|"
+    rf"{_THEY}|thought|if|whether|suppose|assume|assuming|can't|cannot|don't|didn't|won't|wouldn't|never|not|"
+    r"neither|nor)(?: (?!(?:so|but|then|hence|thus|should|must)\b)[\w']{1,14}){0,3}\s{0,2}$",
+    re.I,
+)
+NOT_THIS = re.compile(  # before "answer"
+    r"\b(?:wrong|incorrect|false|other|another|no|possible|second|tempting|common|any|each|every|whose)"
+    r"(?: [a-z]{1,12})?\s{1,2}$",
+    re.I,
+)
+UNREAL = re.compile(r"\b(?:if|were|had|unless|otherwise)\b", re.I)
+LISTED = re.compile(  # before the last letter of a list
+    r"(?<![A-Za-z])[A-Z][)\]]?\s?(?:,|/|&|\b(?:and|or|nor))\s{0,2}(?:and |or |option |choice )?\(?$"
+)
+
+# --- statements --------------------------------------------------------------------------------------------
+
+_WORD = r"(?<![A-Za-z0-9])"  # a word begins: \b does not know one after a Chinese character
+_END = r"(?![A-Za-z])"
+_MARKS = r"(?:[\s,:=]|-(?=\s)){0,4}"  # no minus sign of a number
+_FILLER = (
+    r"(?P<filler>(?:[\s,:>=-]{0,4}(?:[a-z]{2,12}ly|most|likely|therefore|thus|then|hence|indeed|just|still|"
+    r"in fact|of course|only|either|both|(?:I|we) (?:think|believe|guess)|I'?(?: woul)?d say|"
+    r"(?:the )?(?:correct |right |final |best )?(?:option|choice|answer|letter|alternative)"
+    rf"(?!\s(?:is|was|must|should|would))){_END}){{0,3}}{_MARKS})"
+)
+_BE = (
+    r"(?: is|'s| was| remains| becomes| (?:would|should|must|will|ought to|has to|have to|seems to|"
+    r"appears to) be)"
+)
+_MAY = r" (?:might|may|could|can) be"
+_NOUN = (
+    r"(?:answer|ans|choice|option|solution|pick|selection|guess|verdict|decision|letter|respuesta|réponse|"
+    r"antwort|resposta|risposta|ответ|(?:correct|right|best) [a-z]{3,12})"
+)
+STATED = re.compile(  # the answer is B; Answer: B
+    rf"{_WORD}{_NOUN}{_END}(?:(?P<gap>(?:,?\s[a-z]{{1,14}}){{0,6}}?),?"
+    rf"(?:(?P<be>{_BE}| es| est| ist| [eé]| è)|(?P<may>{_MAY}))(?P<negated>n't| not| never)?{_END}"
+    r"|(?: choice| option| letter| is)?[\s\"']{0,3}(?::|=>?|-{1,2}>?(?!\d)|>|\n)(?:[\s:=>]|-(?=[\s>-])){0,6}"
+    rf"){_FILLER}",
+    re.I,
+)
+CHINESE = re.compile(
+    r"(?:答案(?:应该|应)?[是为為选選]?|(?<!不)[选選][择擇]?)[:\s]{0,3}(?:(?:选项|[Oo]ption|[Cc]hoice)\s?)?"
+)
+PICKED = re.compile(  # I'd go with B
+    rf"{_WORD}(?:(?:go|going|went|stick|sticking) with|choose|chose|choosing|pick|picked|picking|select|"
+    rf"selected|selecting|opt for|settle (?:on|for)|vote for|(?:lean|leaning) towards?|say){_END}{_FILLER}",
+    re.I,
+)
+CONCLUDED = re.compile(  # it must be B; Hence (B); a line "Answer B"
+    rf"{_WORD}(?:(?:it|this|that)(?:{_BE}|(?P<may>{_MAY}))|so|thus|hence|therefore|consequently|"
+    rf"(?:(?<=\n)|^)(?:the |my )?(?:final |correct |best )?answer){_END}{_FILLER}",
+    re.I | re.M,
+)
+CALLED = re.compile(  # B is correct; B. Paris - correct
+    rf"{_WORD}\(?([A-Z])(?:[)\"']{{0,2}}(?:{_BE}|\s?[:-])|[.:)]\s[^\n.:-]{{1,60}}[:-])"
+    r"(?:\s(?:[a-z]{2,12}ly|therefore|thus|indeed|the|our|my|a)){0,3}"
+    r"\s(?:only )?(?:correct|right|best|answer|solution|(?P<may>true|accurate))"
+    r"(?![a-z])(?! (?:if|when|only|for|but|in|about|unless))"
+)
+CONTAINER = re.compile(r"\\(?:boxed|fbox|framebox)\s?\{|\\.|[{}]|<(/?)(?:final_?)?answer>", re.I | re.S)
+
+# --- the last sentence and line ----------------------------------------------------------------------------
+
+SENTENCES = re.compile(r"(?<=[.!?;])\s")
+MARKED = re.compile(
+    r"(?<![A-Za-z0-9\\])[(\[]\s?(?P<inside>[A-Z])\s?[)\]]"
+    r"|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Aa]lternative)\s[(\"'\[]?(?P<after>[A-Z])(?![A-Za-z0-9_])[)\"'\]]?"
+)
+CONCLUDES = re.compile(
+    r"\b(?:leav(?:es|ing)|match(?:es)?|corresponds? to|gives|is|so|thus|hence|therefore|only|clearly|"
+    r"obviously|namely|get)[\s,:]{1,3}(?:with |us |only |the |just )?$",
+    re.I,
+)
+BULLET = re.compile(r"[\s#>=*•-]{0,12}(?:\d{1,3}\.\s)?(?:(?:[Oo]ption|[Cc]hoice)\s)?")
+LABEL = re.compile(r"[\s#>*•-]{0,12}[(\[]?([A-Z])(?:[)\]]|[.:](?!\d))")
+ANYTHING = re.compile(r".{0,400}", re.S)

@@ -1,0 +1,157 @@
+"""Units, money and number words beside a quantity. Imports no sympy."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from .notation import TEXT, words_of
+
+# dimension, factor to its own unit, names
+_TABLE = """
+length 1 m meter meters metre metres
+length 1/100 cm centimeter centimeters centimetre centimetres
+length 1/1000 mm millimeter millimeters millimetre millimetres
+length 1000 km kilometer kilometers kilometre kilometres
+length 381/1250 ft foot feet
+length 127/5000 in inch inches
+length 1143/1250 yd yard yards
+length 201168/125 mi mile miles
+mass 1 kg kilogram kilograms kilo kilos
+mass 1/1000 g gram grams
+mass 1/1000000 mg milligram milligrams
+mass 45359237/100000000 lb lbs pound pounds
+mass 45359237/1600000000 oz ounce ounces
+time 1 s sec secs second seconds
+time 60 min mins minute minutes
+time 3600 h hr hrs hour hours
+time 86400 day days
+time 604800 week weeks
+month 1 month months
+year 1 year years yr yrs
+volume 1 L l liter liters litre litres
+volume 1/1000 mL ml milliliter milliliters millilitre millilitres
+money 1 dollar dollars usd bucks
+money 1/100 cent cents ¢
+euro 1 euro euros eur €
+sterling 1 gbp £
+yen 1 yen jpy ¥
+rupee 1 rupee rupees rs ₹
+angle 1 degree degrees deg
+radian 1 radian radians rad
+celsius 1 celsius
+fahrenheit 1 fahrenheit
+speed 1 m/s mps
+speed 5/18 km/h kmh kph
+speed 1397/3125 mph
+forenoon 1 am a.m
+afternoon 1 pm p.m
+newton 1 N newton newtons
+joule 1 J joule joules
+watt 1 W watt watts
+volt 1 V volt volts
+ampere 1 A ampere amperes amps
+kelvin 1 K kelvin
+hertz 1 Hz hz hertz
+pascal 1 Pa pascal pascals
+mole 1 mol mole moles
+"""
+_UNITS = {
+    name: (line.split()[0], Fraction(line.split()[1]))
+    for line in _TABLE.strip().splitlines()
+    for name in line.split()[2:]
+}
+# Units that may follow a number without a space; shorter ones could be products of variables
+_ATTACHED = {"cm", "mm", "km", "kg", "ft", "lb", "lbs", "oz", "min", "mins", "hr", "hrs", "am", "pm", "mph"}
+_ATTACHED |= {name for name in _UNITS if len(name) > 4}
+_MULTIPLES = {"dozen": 12, "hundred": 100}
+_MULTIPLES |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+_TEENS = "sixteen seventeen eighteen nineteen twenty"
+_TENS = "thirty forty fifty sixty seventy eighty ninety hundred"
+_NUMBER_WORDS = {word: number for number, word in enumerate(f"{_ONES} {_TEENS}".split())}
+_NUMBER_WORDS |= {word: number for number, word in zip(range(30, 110, 10), _TENS.split())}
+_CURRENCY = re.compile(r"^(-?)\s*(?:US|USD|AU|CA|HK|NZ)?\s*(\\?\$|€|£|¥|₹|Rs\.?)\s*(?=[-\d.(\\])")
+_WORD = r"[a-zA-Z][a-zA-Z.'/]*"
+_UPRIGHT = r"\\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*?"
+_LABEL = re.compile(
+    rf"(?:(?<=[\d)}}%\]])|(?<=\s))\s*(?P<label>(?:{_UPRIGHT}\{{(?P<text>[^{{}}]*)\}}"
+    rf"|\^\\circ\s*(?:{TEXT}\{{[CF]\}}|[CF](?![a-z]))?|(?P<bare>{_WORD}(?:[\s-]+{_WORD}){{0,3}})"
+    r"|(?P<sign>€|£|¥|₹|¢|\\?\$))(?P<power>\s*\^\s*\{?\s*[-+]?\d\s*\}?)?)\s*\.?$"
+)
+
+
+def is_unit(name: str) -> bool:
+    """Whether a word names a unit in the table."""
+    return name in _UNITS or name.lower() in _UNITS
+
+
+def unit_of(label: str) -> tuple[str, Fraction]:
+    """The (dimension, factor) of a unit's name; an unknown name is a dimension of its own."""
+    label = re.sub(r"\s+", " ", label.strip(" .-"))
+    worded = re.match(r"(square|sq\.?|cubic|cu\.?) (.*)", label)
+    raised = re.match(r"(.*?)\s*\^\s*\{?\s*(\d)\s*\}?$", label)
+    if worded or raised:
+        name = worded[2] if worded else raised[1]  # type: ignore[index]
+        exponent = (2 if worded[1].startswith("sq") else 3) if worded else int(raised[2])  # type: ignore[index]
+        dimension, factor = unit_of(name)
+        return f"{dimension}^{exponent}", factor**exponent
+    known = _UNITS.get(label) or _UNITS.get(label.lower())
+    if known:
+        return known
+    label = label.lower()
+    return (label[:-1] if label.endswith("s") and len(label) > 3 else label), Fraction(1)
+
+
+def split_label(text: str) -> tuple[str, str, Fraction]:
+    """(the quantity, its unit or noun, the multiple that words such as million stand for).
+
+    A label is \\text{...} or up to four words after the quantity, a degree sign, or a sign of money on either
+    side. A single letter is a unit only in \\text{...} or after a space; in 5m it is a variable.
+    """
+    alone = text, "", Fraction(1)
+    money = _CURRENCY.match(text)
+    if money:
+        rest, label, multiple = split_label(money[1] + text[money.end() :])
+        return rest, label or _sign(money[2]), multiple
+    found = _LABEL.search(text)
+    if not found or not found.start():
+        return alone
+    before, bare = text[: found.start()].strip(), (found["bare"] or "").strip()
+    if bare:
+        spaced = text[found.start()].isspace()
+        if not re.search(r"[\d)}\]%]$", before) or not (spaced or bare in _ATTACHED):
+            return alone
+        rest = re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "", before)
+        if "\\" in rest if len(bare) == 1 else not (is_unit(bare) or words_of(bare)):
+            return alone  # variables, as in 2 xy
+    if "\\circ" in found["label"]:
+        kind = re.search(r"[CF]", found["label"])
+        return before, {"C": "celsius", "F": "fahrenheit"}[kind[0]] if kind else "degree", Fraction(1)
+    if found["sign"]:
+        return before, _sign(found["sign"]), Fraction(1)
+    words, multiple = (bare or found["text"]).split(), Fraction(1)
+    while words and words[0].lower() in _MULTIPLES:
+        multiple *= _MULTIPLES[words.pop(0).lower()]
+    words = words[1:] if words[:1] == ["of"] else words
+    return before, " ".join(words) + (found["power"] or "").replace(" ", ""), multiple
+
+
+def _sign(sign: str) -> str:
+    return "dollar" if sign.endswith("$") else sign.lower().rstrip(".")
+
+
+def number_word(words: str) -> int | None:
+    """The number that words such as "five" and "minus twenty one" name; None for others."""
+    minus = re.match(r"(?:minus|negative) (.*)", words)
+    if minus:
+        positive = number_word(minus[1])
+        return None if positive is None else -positive
+    if words in _NUMBER_WORDS:
+        return _NUMBER_WORDS[words]
+    tens, _, ones = words.partition(" ")
+    if tens in ("a", "one") and ones == "hundred":
+        return 100
+    if tens.endswith("ty") and tens in _NUMBER_WORDS and 0 < _NUMBER_WORDS.get(ones, 0) < 10:
+        return _NUMBER_WORDS[tens] + _NUMBER_WORDS[ones]
+    return None
