@@ -42,7 +42,7 @@ PROBES = (
     "{}",
 )
 ITEMS, FEWEST_ITEMS = 100, 20  # items to try constant answers on, and how few say anything
-SECONDS, MOST_SECONDS = 0.5, 3.0  # for making and for scoring more than FEWEST_ITEMS, and for those alone
+SECONDS, MOST_SECONDS = 0.5, 3.0  # of processor time, to make and to score more than those few, and those
 
 
 class Probed(NamedTuple):
@@ -77,7 +77,7 @@ class Maker:
 
 def probe(judge: GymJudge, items: Iterator[Any]) -> Probed:
     """Gives constant answers to the items, in order, until it has taken long enough."""
-    start, made = time.monotonic(), []
+    start, made = time.process_time(), []
     with suppress(Exception):  # an item that cannot be made: whoever asks for it is told
         for item in items:
             made.append(item)
@@ -85,11 +85,11 @@ def probe(judge: GymJudge, items: Iterator[Any]) -> Probed:
                 break
     right = Counter(item["answer"] for item in made if isinstance(item["answer"], str))
     probes = dict.fromkeys((*PROBES, *(answer for answer, _ in right.most_common(3))))
-    credits, count, start = Counter[str](), 0, time.monotonic()
+    credits, count, start = Counter[str](), 0, time.process_time()
     for item in made:
         full = []
         for answer in probes:
-            if time.monotonic() - start > MOST_SECONDS:  # without this item
+            if time.process_time() - start > MOST_SECONDS:  # without this item
                 return Probed(count, dict(credits))
             if _is_full(judge, answer, item):
                 full.append(answer)
@@ -102,7 +102,7 @@ def probe(judge: GymJudge, items: Iterator[Any]) -> Probed:
 
 def _enough(start: float, count: int) -> bool:
     """Whether `count` items since `start` took too long to go on."""
-    spent = time.monotonic() - start
+    spent = time.process_time() - start
     return spent > SECONDS and (count >= FEWEST_ITEMS or spent / count * FEWEST_ITEMS > MOST_SECONDS)
 
 

@@ -25,7 +25,7 @@ from tiny import make_model, make_trainer
 
 from g2rl_kernels.evaluation.datasets import load_data
 from g2rl_kernels.group.options import SCORE_GATE
-from g2rl_kernels.tasks import Item, gym_process
+from g2rl_kernels.tasks import Item, gym_process, processes
 from g2rl_kernels.tasks.gym_judge import MOST_PARTIAL_CREDIT, GymJudge, GymSpec
 from g2rl_kernels.tasks.gym_maker import PROBES, Probed
 from g2rl_kernels.tasks.procedural import ReasoningGymTask, constant_answer
@@ -175,6 +175,13 @@ def test_process_that_dies_is_replaced() -> None:
         process.wait()
         forget(task)
         assert [task[index] for index in range(3)] == first
+
+
+def test_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_BOOT", "raise SystemError('no interpreter')")
+    monkeypatch.setattr(gym_process, "process", gym_process.GymProcess())
+    with pytest.raises(TrainerError, match=r"gcd: cfg {}: .* ended twice \(exit code 1: SystemError: no inter"):
+        ReasoningGymTask("gcd")
 
 
 def test_process_ends_with_this_one() -> None:

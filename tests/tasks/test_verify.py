@@ -16,6 +16,7 @@ from judges import JudgedTask, Loaded, Obedient, Unloadable
 
 from g2rl_kernels.errors import ConfigError, RewardError, TrainerError
 from g2rl_kernels.tasks import pool as pools
+from g2rl_kernels.tasks import processes
 from g2rl_kernels.tasks import verify as verification
 from g2rl_kernels.tasks.base import Verdict
 from g2rl_kernels.tasks.pool import Limits
@@ -139,7 +140,7 @@ def test_a_judge_that_cannot_be_loaded_stops_the_run() -> None:
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "_BOOT", "raise SystemError('no interpreter')")
+    monkeypatch.setattr(processes, "_BOOT", "raise SystemError('no interpreter')")
     with pytest.raises(TrainerError, match=r"a worker process cannot start \(SystemError: no interpreter\)"):
         verify(asked(["yes"]), limits=Limits(workers=1, seconds=7))
 
