@@ -66,6 +66,8 @@ from ..group.options import ShapingOptions
 from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
+from ..tasks.mathematics import MathJudge
+from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import check_policy, warn_unmoved
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
@@ -142,8 +144,9 @@ class G2RLTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._shapes = args.g2rl_algorithm != "g2rl" or args.g2rl_lam > 0 or args.g2rl_labels != "truth"
         self._measurement: _Measurement | None = None
+        self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
         self._answer = None
-        if args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority":
+        if self._votes:
             self._answer = answer_function(args.g2rl_answer_func)
         if args.g2rl_algorithm == "evol_rl":
             self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
@@ -350,10 +353,14 @@ class G2RLTrainer(GRPOTrainer):
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
         """What `shape_scores` needs to know of all ranks' completions, from the texts of this rank's."""
-        if self._answer is None:
+        if not self._votes:
             return {}
         args, device = self.args, self.accelerator.device
-        answers = gather_object([(self._answer(text) or "").strip() or None for text in texts])
+        if self._answer is None:
+            judge, mine = MathJudge(), answers_of(MathJudge(), texts)
+        else:
+            judge, mine = None, [(self._answer(text) or "").strip() or None for text in texts]
+        answers: list[str | None] = gather_object(mine)
         if answers.count(None) == len(answers):
             warnings.warn(
                 "no completion of the batch has an answer: g2rl_answer_func names the function that finds it",
@@ -361,7 +368,9 @@ class G2RLTrainer(GRPOTrainer):
             )
         found: dict[str, Any] = {}
         if args.g2rl_labels == "majority":
-            found["votes"] = answers
+            m = self.num_generations
+            groups = [(judge, answers[at : at + m]) for at in range(0, len(answers), m)]
+            found["votes"] = [answer for group in unify(groups) for answer in group]
         if args.g2rl_algorithm == "evol_rl":
             found["answered"] = torch.tensor([answer is not None for answer in answers], device=device)
             found["embeddings"] = gather(self._encoder([compared_text(text) for text in texts]))

@@ -14,7 +14,6 @@ from trl import GRPOConfig
 from ..group.options import SCORE_GATE, option, option_field
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
 from ..models.encoder import DEFAULT_ENCODER
-from ..tasks.answers import math_answer
 
 
 @dataclass
@@ -142,14 +141,14 @@ def correctness_column(names: list[str], asked: str | None) -> int:
     return names.index(asked)
 
 
-def answer_function(path: str | None) -> Callable[[str], str | None]:
-    """The function at a dotted path; for None, the one that reads answers as tasks do."""
+def answer_function(path: str | None) -> Callable[[str], str | None] | None:
+    """The function at a dotted path; None for None, where `MathJudge` reads and compares answers."""
     if path is None:
         try:
             import math_verify  # noqa: F401
         except ImportError:
             raise ValueError("g2rl_answer_func: name a function, or pip install math-verify") from None
-        return math_answer
+        return None
     module, _, name = path.rpartition(".")
     try:
         function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)

@@ -3,12 +3,19 @@
 A task is any object with three methods; it inherits from nothing:
 
     len(task)                    -> int    how many items there are
-    task[i]                      -> dict   with "question" (text), and whatever its score needs
+    task[i]                      -> dict   with "question", and whatever its score needs
     task.score(completion, item) -> float  1 for a right completion; less is partial credit
+
+A question is a text, or a list of messages, each with the texts "role" and "content": the chat template
+renders them as they are. system_prompt comes first unless they have a system message, prompt_template is put
+around the last one, and without a chat template they are an error.
 
 For votes (labels=majority, maj@k) it may have a fourth; without it whole completions are compared:
 
     task.answer(completion, item) -> str | None   the final answer, the same text for equal ones
+
+A run is resumed with the same data only. Items of files and data sets are compared whole, items that a task
+computes by their number and the first question; `task.fingerprint() -> str`, if there, replaces that.
 
 A configuration lists tasks under `tasks`, each as one of these mappings; their items are joined:
 
@@ -19,9 +26,10 @@ A configuration lists tasks under `tasks`, each as one of these mappings; their 
 
 `question` and `answer` name fields (defaults: themselves); `name` picks a configuration of a hub data set.
 jsonl and hub take `score: module:function`, called with (completion, item), in place of `MathJudge`. With
-`choices: options` (a field with a list of texts) they are multiple choice: the answer is a letter, an index
-from 0 or the option's text, and `score` is not allowed. `extract` says which part of the completion is the
-answer: all (default) | boxed | answer_tag | last_number.
+`choices: options` they are multiple choice, and `score` is not allowed: options holds a list of texts, and
+the answer is a letter, an index from 0 (a number) or the option's text; or {"text": [...], "label": [...]},
+and the answer is a label. `extract` says which part of the completion is the answer: all (default) | boxed |
+answer_tag | last_number. All rows are checked at the start; an error names item and field.
 
 mathematics.py has `MathJudge`: what a completion answers, and which answers are equal. extract.py and
 phrases.py find the answer; notation.py and units.py bring it into one notation; arithmetic.py compares

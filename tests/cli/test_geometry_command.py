@@ -292,3 +292,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "g2rl geometry MODEL" in capsys.readouterr().out
+
+
+def test_questions_that_are_messages(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}b="
+    tokenizer.save_pretrained("runs/g2rl/model")
+    (folder / "geometry_task.py").write_text(
+        "from tiny import LetterTask\n\n\n"
+        "class make(LetterTask):\n"
+        "    def __getitem__(self, index):\n"
+        "        question = super().__getitem__(index)['question']\n"
+        "        return {'question': [{'role': 'user', 'content': question}]}\n"
+    )
+    run("runs/g2rl/model", "--data", TASK, "--out", "out", *QUICK)
+    (line, *_) = (row for row in map(json.loads, Path("out/g2rl/samples.jsonl").read_text().splitlines()))
+    assert json.loads(line["question"]) == [{"role": "user", "content": "abc="}]
+    assert "abc=" in Path("out/report.html").read_text()

@@ -111,3 +111,8 @@ def test_answers_are_math_verifys_unless_a_function_is_named(make: Callable[...,
     assert completion_text("text") == "text"
     texts = [completion_text(conversation), r"\boxed{\frac{1}{2}}", "who knows", ""]
     assert trainer._read(texts) == {"votes": ["1/2", "1/2", None, None]}
+    votes = trainer._read([r"\boxed{10^{-3}}", r"\boxed{x = 0.001}", r"\boxed{0.1\%}", r"\boxed{0.01}"])[
+        "votes"
+    ]
+    assert votes[0] is not None
+    assert votes[0] == votes[1] == votes[2] != votes[3]
