@@ -180,7 +180,9 @@ def test_process_that_dies_is_replaced() -> None:
 def test_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_BOOT", "raise SystemError('no interpreter')")
     monkeypatch.setattr(gym_process, "process", gym_process.GymProcess())
-    with pytest.raises(TrainerError, match=r"gcd: cfg {}: .* ended twice \(exit code 1: SystemError: no inter"):
+    with pytest.raises(
+        TrainerError, match=r"gcd: cfg {}: .* ended twice \(exit code 1: SystemError: no inter"
+    ):
         ReasoningGymTask("gcd")
 
 
