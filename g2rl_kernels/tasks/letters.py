@@ -124,8 +124,11 @@ class _Reader:
         return self._at(text, match.end())
 
     def _picked(self, text: str, match: re.Match[str]) -> Said | None:
-        """I'd go with B."""
-        return None if p.OTHERS.search(_before(text, match.start())) else self._object(text, match)
+        """I'd go with B; not: choose B such that ..."""
+        said = self._object(text, match)
+        if said is None or p.OTHERS.search(_before(text, match.start())):
+            return None
+        return said if p.PAUSE.match(text, said.end) or text[said.end - 1] in ")]}\"'" else None
 
     def _concluded(self, text: str, match: re.Match[str]) -> Said | None:
         """It must be B. Hence (B)."""
