@@ -32,7 +32,7 @@ _CHARACTERS = _plain_characters()
 _FONTS = (
     "text|mathrm|mathbf|mathsf|mathit|boldsymbol|textbf|textit|textrm|textsf|emph|underline|bf|rm|left|right"
 )
-_MARKUP = re.compile(rf"\\(?:{_FONTS})(?![A-Za-z])\s?|[$`]|</?(?:b|strong|i|em|u)>")
+_MARKUP = re.compile(rf"\\(?:{_FONTS})(?![A-Za-z])\s?|\\(?=[%$&#])|[$`]|</?(?:b|strong|i|em|u)>")
 _SPACE = re.compile(r"\\(?:[()\[\],;:! ]|(?:quad|qquad|displaystyle)(?![A-Za-z]))|<br ?/?>|~")
 _EMPHASIS = re.compile(  # stars and underscores, but for those between letters or spaces
     r"\*\*+|__+|(?<=\S)\*(?!\S)|(?<!\S)\*(?=\S)|(?<=[\W_])\*(?=\w)|(?<=\w)\*(?=[^\w\s])|(?<!\w)_(?=\w)|"

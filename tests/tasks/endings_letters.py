@@ -12,6 +12,10 @@ PAIRS = ("I only", "II only", "I and II only", "Both I and II are wrong")
 KEYS = ("G major", "C major", "A minor", "None of the above")
 TEN = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 VARIABLES = ("a", "c", "b", "ab")
+TRUTHS = ("True", "False", "Impossible to say")
+UNITS = ("5 mA", "5 MA", "5 kA")
+TWICE = ("Paris", "Rome", "Paris", "London")
+POINTS = (".5", "5", "-5", "50\\%")
 NESTED = ("New York", "York", "New York City", "Newark")
 
 ENDINGS: list[tuple[str, str | None]] = [
@@ -253,6 +257,29 @@ OTHERS: list[tuple[tuple[str, ...], str, str | None]] = [
     (VARIABLES, "The answer is $b$.", "C"),
     (VARIABLES, "The answer is B.", "B"),
     (VARIABLES, r"\boxed{c}", "B"),
+    (TRUTHS, "Answer: B - False", "B"),
+    (TRUTHS, "Answer: B (False)", "B"),
+    (TRUTHS, "The answer is False.", "B"),
+    (TRUTHS, "B. False", "B"),
+    (TRUTHS, "A: True", "A"),
+    (TRUTHS, r"\boxed{\text{B. False}}", "B"),
+    (TRUTHS, r"\boxed{\text{C) Impossible to say}}", "C"),
+    (TRUTHS, "The answer is C: impossible to say.", "C"),
+    (TRUTHS, "It is false.", "B"),
+    (UNITS, "The answer is 5 MA.", "B"),
+    (UNITS, "The answer is 5 mA.", "A"),
+    (UNITS, r"\boxed{5\text{ MA}}", "B"),
+    (UNITS, "The answer is 5 ma.", None),
+    (TWICE, "The answer is Paris.", "A"),
+    (TWICE, r"\boxed{Paris}", "A"),
+    (TWICE, "Answer: C", "C"),
+    (POINTS, r"\boxed{.5}", "A"),
+    (POINTS, "The answer is 5.", "B"),
+    (POINTS, "The answer is -5.", "C"),
+    (POINTS, "The answer is $-5$.", "C"),
+    (POINTS, "The answer is .5.", "A"),
+    (POINTS, "Answer: -5", "C"),
+    (POINTS, "The answer is 50%.", "D"),
     (NESTED, "The answer is New York City.", "C"),
     (NESTED, "The answer is New York.", "A"),
     (NESTED, "The answer is York.", "B"),
