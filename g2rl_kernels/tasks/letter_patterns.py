@@ -63,6 +63,7 @@ WORD = re.compile(r"\s{0,3}\w")
 OPERATOR = re.compile(  # the letter is a variable
     r" {0,3}(?:[=+<>^*/×·÷≤≥≠|](?!/)|\\[a-zA-Z]|\d|-\s?(?:[A-Za-z]?\d|[A-Za-z]\b))|_|\([A-Za-z0-9,. ]{1,4}\)"
 )
+CLOSED_OPERATOR = re.compile(r" {0,3}[=+<>^*×·÷≤≥≠](?!/)")  # the same after a letter in brackets
 MARKS = re.compile(r"[\s,:=]{0,4}")
 SEPARATOR = re.compile(r"\s?[.):,-]{1,2}\s?|\s(?=\()")  # between a letter and its option's text
 BETWEEN = re.compile(r"[\s.):,=({-]{1,6}")

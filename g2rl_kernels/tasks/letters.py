@@ -148,7 +148,7 @@ class _Reader:
 
     def _contained(self, text: str, match: re.Match[str]) -> Said | None:
         """A container's content, if it is a letter or an option's text, and nothing else."""
-        content = " ".join(re.sub(r"[{}]", "", match[0]).split())
+        content = " ".join(re.sub(r"[{}]", " ", match[0]).split())
         at = _skip(p.KIND, content, 0)
         letter = p.LETTER.match(content, at)
         end = _skip(p.CLOSE, content, letter.end()) if letter else 0
@@ -195,7 +195,7 @@ class _Reader:
         name, end = letter[1].upper(), _skip(p.CLOSE, text, letter.end())
         wrapped = wrapped or end > letter.end() or not set("([{\"'").isdisjoint(text[at:start])
         own, pause = self._own_text(text, end, name), p.PAUSE.match(text, end)
-        operator = p.OPERATOR.match(text, letter.end()) or p.OPERATOR.match(text, end)
+        operator = (p.CLOSED_OPERATOR if end > letter.end() else p.OPERATOR).match(text, end)
         if p.QUESTION.match(text, end) or (operator and not own):
             return None
         word = name in "AI" and not wrapped
@@ -265,7 +265,7 @@ class _Reader:
         """Letters marked as options, (B) or option B, that are not called wrong; with start and end."""
         for found in p.MARKED.finditer(sentence):
             letter, end = found["inside"] or found["after"], found.end()
-            if letter not in self.letters or p.OPERATOR.match(sentence, end):
+            if letter not in self.letters or p.CLOSED_OPERATOR.match(sentence, end):
                 continue
             before = sentence[max(0, found.start() - SENTENCE) : found.start()]
             if not p.UNLIKE.search(before) and not p.WRONG.match(

@@ -262,3 +262,53 @@ MORE: list[tuple[str, str | None]] = [
     ("A IS CORRECT", "A"),
     ("SO B IS WRONG", None),
 ]
+
+FRACTIONS = ("\\frac{1}{2}", "$\\frac{3}{4}$", "2\\pi", "\\sqrt{2}")
+STATEMENTS = ("The cell divides.", "The cell dies.", "Both (A) and (B)", "None of these")
+CHANGES = ("increase", "decrease", "remain the same", "increase, then decrease")
+SENTENCES = (
+    "Energy is conserved in all processes, including friction",
+    "Energy is lost to heat",
+    "Momentum is lost",
+    "Mass is lost",
+)
+MOLECULES = ("H2O", "CO2", "O", "He")
+
+MORE_OTHERS: list[tuple[tuple[str, ...], str, str | None]] = [
+    (FRACTIONS, "\\boxed{\\frac{3}{4}}", "B"),
+    (FRACTIONS, "The answer is $\\frac{1}{2}$.", "A"),
+    (FRACTIONS, "\\boxed{\\dfrac{3}{4}}", None),
+    (FRACTIONS, "\\boxed{2\\pi}", "C"),
+    (FRACTIONS, "The answer is $2 \\pi$.", None),
+    (FRACTIONS, "So $x=\\boxed{\\sqrt{2}}$.", "D"),
+    (FRACTIONS, "$\\boxed{\\textbf{(D) }\\sqrt{2}}$", "D"),
+    (FRACTIONS, "The answer is $\\boxed{B}$, i.e. $\\frac34$.", "B"),
+    (FRACTIONS, "\\boxed{\\text{(B) } \\frac{3}{4}}", "B"),
+    (FRACTIONS, "The probability is $\\frac{3}{4}$, option B.", "B"),
+    (STATEMENTS, "The answer is both (A) and (B).", "C"),
+    (STATEMENTS, "Both A and B are correct, so the answer is C.", "C"),
+    (STATEMENTS, "The answer is C: both A and B.", "C"),
+    (STATEMENTS, "(C)", "C"),
+    (STATEMENTS, "Both (A) and (B) are correct. Therefore, (C).", "C"),
+    (STATEMENTS, "A is correct. B is correct. So C is the answer.", "C"),
+    (STATEMENTS, "A is correct and B is correct. Hence the answer is (C) Both (A) and (B).", "C"),
+    (STATEMENTS, "none of these", "D"),
+    (STATEMENTS, "Answer: The cell dies.", "B"),
+    (STATEMENTS, "The answer is that the cell dies.", None),
+    (CHANGES, "The pressure will increase. The answer is increase.", "A"),
+    (CHANGES, "The answer is increase, then decrease.", "D"),
+    (CHANGES, "The answer is: remain the same", "C"),
+    (CHANGES, "Answer: (D) increase, then decrease", "D"),
+    (CHANGES, "\\boxed{\\text{decrease}}", "B"),
+    (CHANGES, "It will decrease. So the correct answer is B, decrease.", "B"),
+    (SENTENCES, "The answer is A: Energy is conserved in all processes, including friction.", "A"),
+    (SENTENCES, "The correct answer is: Energy is lost to heat.", "B"),
+    (SENTENCES, "**B. Energy is lost to heat**", "B"),
+    (SENTENCES, "B. Energy is lost to heat because friction converts it.", "B"),
+    (MOLECULES, "The answer is CO2.", "B"),
+    (MOLECULES, "The answer is O.", None),
+    (MOLECULES, "The answer is C (O).", "C"),
+    (MOLECULES, "\\boxed{He}", "D"),
+    (MOLECULES, "The answer is H2O, not CO2.", "A"),
+    (MOLECULES, "The answer is $\\text{CO}_2$.", None),
+]

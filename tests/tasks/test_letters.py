@@ -7,7 +7,7 @@ import time
 
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
-from endings_letters_more import MORE
+from endings_letters_more import MORE, MORE_OTHERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from g2rl_kernels.integrations.rewards import choice_letter as letter_reward
 from g2rl_kernels.tasks.letters import LETTERS, choice_letter
 from g2rl_kernels.trainer import ConfigError
 
-TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS
+TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS
 
 
 def test_the_table_is_large_and_has_no_row_twice() -> None:
@@ -37,10 +37,9 @@ def test_endings_that_are_not_read(
 
 
 def test_a_letter_needs_no_texts_of_options() -> None:
-    texts = "paris|rome|london|m/s|i only|major|minor|none of|york|[$]b[$]|[35]|c}|false|true|impossible"
-    for options, text, letter in TABLE:
-        if letter is not None and not re.search(texts, text, re.I):
-            assert choice_letter(text, len(options)) == letter, text
+    for text, letter in ENDINGS + MORE:
+        if letter is not None and not re.search("paris|rome|london", text, re.I):
+            assert choice_letter(text, 4) == letter, text
 
 
 # --- generated sentences ----------------------------------------------------------------------------------
