@@ -51,14 +51,17 @@ def last_number(
 
 def choice_letter(
     completions: Sequence[Any], answer: Sequence[Any], choices: Sequence[Any], **_: Any
-) -> list[float]:
+) -> list[float | None]:
     """1.0 where a completion (a text or a conversation) chooses the right option.
 
-    answer, choices: columns of the data set, with the values that `kind: jsonl, choices: ...` takes. Raises
-    ConfigError for a row with other values.
+    answer, choices: columns of the data set, with the values that `kind: jsonl, choices: ...` takes. None in
+    answer: no reward. Raises ConfigError for a row with other values.
     """
-    found = []
+    found: list[float | None] = []
     for number, (completion, right, row) in enumerate(zip(completions, answer, choices)):
+        if right is None:
+            found.append(None)
+            continue
         options, labels = read_options(row, f"choice_letter: row {number}: choices")
         letter = right_letter(right, options, labels, f"choice_letter: row {number}: answer")
         found.append(float(chosen(_text(completion), options) == letter))

@@ -32,7 +32,7 @@ _CHARACTERS = _plain_characters()
 _FONTS = (
     "text|mathrm|mathbf|mathsf|mathit|boldsymbol|textbf|textit|textrm|textsf|emph|underline|bf|rm|left|right"
 )
-_MARKUP = re.compile(rf"\\(?:{_FONTS})(?![A-Za-z])\s?|[$`]|</?(?:b|strong|i|em|u)>")
+_MARKUP = re.compile(rf"\\(?:{_FONTS})(?![A-Za-z])\s?|\\(?=[%$&#])|[$`]|</?(?:b|strong|i|em|u)>")
 _SPACE = re.compile(r"\\(?:[()\[\],;:! ]|(?:quad|qquad|displaystyle)(?![A-Za-z]))|<br ?/?>|~")
 _EMPHASIS = re.compile(  # stars and underscores, but for those between letters or spaces
     r"\*\*+|__+|(?<=\S)\*(?!\S)|(?<!\S)\*(?=\S)|(?<=[\W_])\*(?=\w)|(?<=\w)\*(?=[^\w\s])|(?<!\w)_(?=\w)|"
@@ -54,7 +54,7 @@ CLOSE = re.compile(r"[\"')\]}]{0,8}")
 OVER = re.compile(r"\s{0,3}(?:[.;!\n]|,? it is\b|$)")  # the sentence is over
 PAUSE = re.compile(  # the letter is over: A and I are English words before others
     r"\s{0,3}(?:[;!\n:<]|\.(?!\d)|,(?!\d)|\(|$|- |(?:because|since|as|and|or|but|which|with|by|for|due|so|"
-    r"not|hence|thus|therefore|if|when|where|while|whereas|rather|instead|from|according|here|too|also|is|was|in|"
+    r"not|hence|thus|therefore|if|when|where|while|whereas|rather|instead|over|from|according|here|too|also|is|was|in|"
     r"based)\b)"
 )
 AND = re.compile(r"\s{0,3}(?:and|or|&|/)")
@@ -63,6 +63,7 @@ WORD = re.compile(r"\s{0,3}\w")
 OPERATOR = re.compile(  # the letter is a variable
     r" {0,3}(?:[=+<>^*/×·÷≤≥≠|](?!/)|\\[a-zA-Z]|\d|-\s?(?:[A-Za-z]?\d|[A-Za-z]\b))|_|\([A-Za-z0-9,. ]{1,4}\)"
 )
+CLOSED_OPERATOR = re.compile(r" {0,3}[=+<>^*×·÷≤≥≠](?!/)")  # the same after a letter in brackets
 MARKS = re.compile(r"[\s,:=]{0,4}")
 SEPARATOR = re.compile(r"\s?[.):,-]{1,2}\s?|\s(?=\()")  # between a letter and its option's text
 BETWEEN = re.compile(r"[\s.):,=({-]{1,6}")
@@ -101,7 +102,8 @@ OTHERS = re.compile(  # before another person's choice, or a hypothetical one
     re.I,
 )
 NOT_THIS = re.compile(  # before "answer"
-    r"\b(?:wrong|incorrect|false|other|another|no|possible|second|tempting|common|any|each|every|whose)"
+    r"\b(?:wrong|incorrect|false|other|another|no|one|an|any|each|every|whose|possible|tempting|common|first|second|"
+    r"third|fourth|last|next|missing)"
     r"(?: [a-z]{1,12})?\s{1,2}$",
     re.I,
 )
@@ -128,10 +130,11 @@ _BE = (
 _MAY = r" (?:might|may|could|can) be"
 _NOUN = (
     r"(?:answer|ans|choice|option|solution|pick|selection|guess|verdict|decision|letter|respuesta|réponse|"
-    r"antwort|resposta|risposta|ответ|(?:correct|right|best) [a-z]{3,12})"
+    r"antwort|resposta|risposta|ответ|"
+    r"(?:correct|right|best) (?!angle|triangle|side|hand|way|time|half|foot|arm|line|view)[a-z]{3,12})"
 )
 STATED = re.compile(  # the answer is B; Answer: B
-    rf"{_WORD}{_NOUN}{_END}(?:(?P<gap>(?:,?\s[a-z]{{1,14}}){{0,6}}?),?"
+    rf"{_WORD}{_NOUN}{_END}(?:(?P<gap>(?:,?\s(?!answer|option|choice)(?-i:[Ia-z][a-z]{{0,13}})){{0,6}}?),?"
     rf"(?:(?P<be>{_BE}| es| est| ist| [eé]| è)|(?P<may>{_MAY}))(?P<negated>n't| not| never)?{_END}"
     r"|(?: choice| option| letter| is)?[\s\"']{0,3}(?::|=>?|-{1,2}>?(?!\d)|>|\n)(?:[\s:=>]|-(?=[\s>-])){0,6}"
     rf"){_FILLER}",
@@ -141,26 +144,27 @@ CHINESE = re.compile(
     r"(?:答案(?:应该|应)?[是为為选選]?|(?<!不)[选選][择擇]?)[:\s]{0,3}(?:(?:选项|[Oo]ption|[Cc]hoice)\s?)?"
 )
 PICKED = re.compile(  # I'd go with B
-    rf"{_WORD}(?:(?:go|going|went|stick|sticking) with|choose|chose|choosing|pick|picked|picking|select|"
-    rf"selected|selecting|opt for|settle (?:on|for)|vote for|(?:lean|leaning) towards?|say){_END}{_FILLER}",
+    rf"{_WORD}(?:(?:go|going|went|stick|sticking|left) with|choose|chose|choosing|pick|picked|picking|select|"
+    rf"selected|selecting|opt for|settle (?:on|for)|vote for|(?:lean|leaning) towards?|(?<=d )say){_END}"
+    rf"{_FILLER}",
     re.I,
 )
 CONCLUDED = re.compile(  # it must be B; Hence (B); a line "Answer B"
     rf"{_WORD}(?:(?:it|this|that)(?:{_BE}|(?P<may>{_MAY}))|so|thus|hence|therefore|consequently|"
-    rf"(?:(?<=\n)|^)(?:the |my )?(?:final |correct |best )?answer){_END}{_FILLER}",
+    rf"only|(?:(?<=\n)|^)(?:(?:the |my )?(?:final |correct |best )?answer|correct)){_END}{_FILLER}",
     re.I | re.M,
 )
 CALLED = re.compile(  # B is correct; B. Paris - correct
-    rf"{_WORD}\(?([A-Z])(?:[)\"']{{0,2}}(?:{_BE}|\s?[:-])|[.:)]\s[^\n.:-]{{1,60}}[:-])"
+    rf"{_WORD}\(?([A-Z])(?i:(?:[)\"']{{0,2}}(?:{_BE}|\s?[:-])|[.:)]\s[^\n.:-]{{1,60}}[:-])"
     r"(?:\s(?:[a-z]{2,12}ly|therefore|thus|indeed|the|our|my|a)){0,3}"
     r"\s(?:only )?(?:correct|right|best|answer|solution|(?P<may>true|accurate))"
-    r"(?![a-z])(?! (?:if|when|only|for|but|in|about|unless))"
+    r"(?![a-z])(?! (?:if|when|only|for|but|in|about|unless)))"
 )
 CONTAINER = re.compile(r"\\(?:boxed|fbox|framebox)\s?\{|\\.|[{}]|<(/?)(?:final_?)?answer>", re.I | re.S)
 
 # --- the last sentence and line ----------------------------------------------------------------------------
 
-SENTENCES = re.compile(r"(?<=[.!?;])\s")
+SENTENCES = re.compile(r"(?<=[.!?;])(?<!i\.e\.)(?<!e\.g\.)\s")
 MARKED = re.compile(
     r"(?<![A-Za-z0-9\\])[(\[]\s?(?P<inside>[A-Z])\s?[)\]]"
     r"|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Aa]lternative)\s[(\"'\[]?(?P<after>[A-Z])(?![A-Za-z0-9_])[)\"'\]]?"

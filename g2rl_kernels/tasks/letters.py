@@ -58,7 +58,7 @@ class _Reader:
     """Reads completions about some options."""
 
     def __init__(self, count: int, options: tuple[str, ...]):
-        self.letters = LETTERS[:count]
+        self.letters, self.options = LETTERS[:count], options
         words = [_words(option) for option in options]
         self.texts = [" ".join(some).casefold() for some in words]
         self.patterns = [  # in sentences, texts of one letter are not looked for
@@ -124,8 +124,11 @@ class _Reader:
         return self._at(text, match.end())
 
     def _picked(self, text: str, match: re.Match[str]) -> Said | None:
-        """I'd go with B."""
-        return None if p.OTHERS.search(_before(text, match.start())) else self._object(text, match)
+        """I'd go with B; not: choose B such that ..."""
+        said = self._object(text, match)
+        if said is None or p.OTHERS.search(_before(text, match.start())):
+            return None
+        return said if p.PAUSE.match(text, said.end) or text[said.end - 1] in ")]}\"'" else None
 
     def _concluded(self, text: str, match: re.Match[str]) -> Said | None:
         """It must be B. Hence (B)."""
@@ -145,14 +148,15 @@ class _Reader:
 
     def _contained(self, text: str, match: re.Match[str]) -> Said | None:
         """A container's content, if it is a letter or an option's text, and nothing else."""
-        content = " ".join(re.sub(r"[{}]", "", match[0]).split())
+        content = " ".join(re.sub(r"[{}]", " ", match[0]).split())
         at = _skip(p.KIND, content, 0)
         letter = p.LETTER.match(content, at)
         end = _skip(p.CLOSE, content, letter.end()) if letter else 0
         bare = letter is not None and not content[end:].strip(" .")
-        whole = content.casefold().strip(" .")
-        if whole in self.texts and not (bare and letter and letter[1].isupper()):
-            return self._option(whole, match.end())
+        if not (bare and letter and letter[1].isupper()):
+            option = self._option(content, match.end())
+            if option is not None:
+                return option
         if (
             p.SEVERAL.fullmatch(content)
             and len(set(content)) == len(content)
@@ -191,7 +195,7 @@ class _Reader:
         name, end = letter[1].upper(), _skip(p.CLOSE, text, letter.end())
         wrapped = wrapped or end > letter.end() or not set("([{\"'").isdisjoint(text[at:start])
         own, pause = self._own_text(text, end, name), p.PAUSE.match(text, end)
-        operator = p.OPERATOR.match(text, letter.end()) or p.OPERATOR.match(text, end)
+        operator = (p.CLOSED_OPERATOR if end > letter.end() else p.OPERATOR).match(text, end)
         if p.QUESTION.match(text, end) or (operator and not own):
             return None
         word = name in "AI" and not wrapped
@@ -203,20 +207,23 @@ class _Reader:
         elif word and not own and not pause and p.WORD.match(text, end):
             return None
         several = self._several(text, end)
-        if p.WRONG.match(text, several or end):
+        if p.WRONG.match(text, several or end) and not own:
             return self._letter(name, end) if several else None  # "B, C and D are wrong" chooses B
         return Said(None, several, several=True) if several else self._letter(name, end)
 
     def _option_at(self, text: str, at: int) -> Said | None:
         """The longest option whose text stands here, if it ends there."""
         start = _skip(p.OPEN, text, _skip(p.MARKS, text, at))
-        found = [(match.end(), name) for name, one in self.patterns if (match := one.match(text, start))]
-        if not found:
+        ends = [match.end() for _, one in self.patterns if (match := one.match(text, start))]
+        if not ends:
             return None
-        end, name = max(found, key=lambda one: one[0])
-        end = _skip(p.CLOSE, text, end)
+        said, end = text[start : max(ends)], _skip(p.CLOSE, text, max(ends))
         over = p.PAUSE.match(text, end) and not p.AND.match(text, end) and not p.WRONG.match(text, end)
-        return Said(name, end) if over else None
+        return (
+            self._option(re.sub(r"^(?:the|an?)\s+", "", said), end) or self._option(said, end)
+            if over
+            else None
+        )
 
     def _own_text(self, text: str, end: int, letter: str) -> bool:
         """Whether a letter that ends here is followed by its option's text."""
@@ -241,10 +248,16 @@ class _Reader:
     def _letter(self, name: str, end: int) -> Said:
         return Said(name if name in self.letters else None, end)
 
-    def _option(self, text: str, end: int) -> Said:
-        """The option with this text; no answer if several have it."""
-        several = self.texts.count(text) > 1
-        return Said(None if several else self.letters[self.texts.index(text)], end, several)
+    def _option(self, text: str, end: int) -> Said | None:
+        """The option with this text, if there is one; no answer if several have it, and not to the letter."""
+        words = _words(text)
+        alike = [place for place, one in enumerate(self.texts) if one == " ".join(words).casefold()]
+        exact = [place for place in alike if _words(self.options[place]) == words]
+        if not alike:
+            return None
+        found = exact or alike
+        several = len({self.options[place].strip() for place in found}) > 1
+        return Said(None if several else self.letters[found[0]], end, several)
 
     # --- the last sentence and line ------------------------------------------------------------------------
 
@@ -252,7 +265,7 @@ class _Reader:
         """Letters marked as options, (B) or option B, that are not called wrong; with start and end."""
         for found in p.MARKED.finditer(sentence):
             letter, end = found["inside"] or found["after"], found.end()
-            if letter not in self.letters or p.OPERATOR.match(sentence, end):
+            if letter not in self.letters or p.CLOSED_OPERATOR.match(sentence, end):
                 continue
             before = sentence[max(0, found.start() - SENTENCE) : found.start()]
             if not p.UNLIKE.search(before) and not p.WRONG.match(
@@ -277,14 +290,17 @@ class _Reader:
         end = _skip(p.CLOSE, line, letter.end()) if letter else 0
         if letter and not line[end:].strip(" .,:!"):
             small = letter[1].islower()
-            if small and letter[1] in self.texts:
-                return self._option(letter[1], end).letter
+            option = self._option(letter[1], end) if small else None
+            if option is not None:
+                return option.letter
             return None if small and len(lines) > 1 else self._letter(letter[1].upper(), end).letter
-        whole = " ".join(_words(line)).casefold() if len(line) <= CONTENT else ""
-        if whole in self.texts:
-            return self._option(whole, 0).letter
+        option = self._option(line, 0) if len(line) <= CONTENT else None
+        if option is not None:
+            return option.letter
         label = p.LABEL.match(line)
-        if label is None or label[1] not in self.letters or p.WRONG.search(line[:SENTENCE]):
+        if label is None or label[1] not in self.letters:
+            return None
+        if p.WRONG.search(line[:SENTENCE]) and not self._own_text(line, label.end(), label[1]):
             return None
         labels = {found[1] for found in map(p.LABEL.match, lines) if found}
         return label[1] if labels == {label[1]} else None
@@ -292,7 +308,7 @@ class _Reader:
 
 def _words(option: str) -> list[str]:
     """An option's text as words, without emphasis, braces and a full stop."""
-    return [word for word in re.split(r"[\s{}]+", p.plain(option).strip(" \t\r\n{}.")) if word]
+    return [word for word in re.split(r"[\s{}]+", p.plain(option).rstrip(" \t\r\n{}.")) if word]
 
 
 def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:

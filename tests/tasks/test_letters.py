@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
+from endings_letters_more import MORE, MORE_OTHERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,11 +15,11 @@ from g2rl_kernels.integrations.rewards import choice_letter as letter_reward
 from g2rl_kernels.tasks.letters import LETTERS, choice_letter
 from g2rl_kernels.trainer import ConfigError
 
-TABLE = [(CITIES, text, letter) for text, letter in ENDINGS] + OTHERS
+TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS
 
 
 def test_the_table_is_large_and_has_no_row_twice() -> None:
-    assert len(TABLE) > 300
+    assert len(TABLE) > 400
     assert len({(options, text) for options, text, _ in TABLE}) == len(TABLE)
 
 
@@ -35,23 +37,9 @@ def test_endings_that_are_not_read(
 
 
 def test_a_letter_needs_no_texts_of_options() -> None:
-    by_text = (
-        "Paris",
-        "Rome",
-        "m/s",
-        "I only",
-        "major",
-        "minor",
-        "none of",
-        "York",
-        "$b$",
-        "Berlin",
-        "3",
-        "c}",
-    )
-    for options, text, letter in TABLE:
-        if letter is not None and not any(part in text for part in by_text):
-            assert choice_letter(text, len(options)) == letter, text
+    for text, letter in ENDINGS + MORE:
+        if letter is not None and not re.search("paris|rome|london", text, re.I):
+            assert choice_letter(text, 4) == letter, text
 
 
 # --- generated sentences ----------------------------------------------------------------------------------
