@@ -234,5 +234,6 @@ def test_the_reward_function() -> None:
         1.0,
         0.0,
     ]
-    with pytest.raises(ConfigError, match=r"choice_letter: row 1: answer=None is not one of its 4 options"):
-        letter_reward(completions, answer=["B", None, 0], choices=choices)
+    assert letter_reward(completions, answer=["B", None, 0], choices=choices) == [1.0, None, 0.0]
+    with pytest.raises(ConfigError, match=r"choice_letter: row 1: answer='5' is not one of its 4 options"):
+        letter_reward(completions, answer=["B", "5", 0], choices=choices)
