@@ -60,6 +60,7 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 import g2rl_kernels as g2
 
 from .._clock import clock
+from ..errors import one_line
 from ..evaluation.rows import short
 from ..group.evol import compared_text
 from ..group.options import ShapingOptions
@@ -170,7 +171,8 @@ class G2RLTrainer(GRPOTrainer):
 
     def _check_policy(self) -> None:
         """Sampler, update and model give the same log-probs; positions are passed where that needs them."""
-        model = innermost(self.model)
+        model, pad = innermost(self.model), self._tokenizer.pad_token_id
+        check_embedded([pad], embedded_rows(model), self._tokenizer, "processing_class: its padding")
 
         def logprobs(probe: Rollout) -> Tensor:
             length = probe.mask.shape[1]
@@ -178,14 +180,21 @@ class G2RLTrainer(GRPOTrainer):
             return found[0][probe.mask]
 
         def check() -> None:
-            check_policy(
-                self.model,
-                self._tokenizer.pad_token_id,
-                logprobs=logprobs,
-                temperature=self.temperature,
-                samples=not (self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm),
-                context=self.accelerator.autocast,
-            )
+            padless = self.use_vllm or self.use_transformers_continuous_batching
+            try:
+                check_policy(
+                    self.model,
+                    pad,
+                    logprobs=logprobs,
+                    temperature=self.temperature,
+                    samples=not (padless or self._is_vlm),
+                    context=self.accelerator.autocast,
+                )
+            except (TypeError, ValueError, AttributeError) as error:
+                if not self._is_vlm:
+                    raise
+                what = f"{type(error).__name__}: {one_line(error, 160)}"
+                warnings.warn(f"log-probs were not checked, as text alone fails ({what})", stacklevel=3)
 
         def use_positions() -> None:
             for one in (self.model, self.ref_model):

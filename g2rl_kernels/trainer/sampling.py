@@ -240,14 +240,14 @@ def embedded_rows(model: Any) -> int:
 
 
 def check_embedded(ids: Iterable[int], rows: int, tokenizer: Any, where: str) -> None:
-    """Raises TrainerError for a prompt token that a model of `rows` tokens has no embedding for.
+    """Raises TrainerError for a token that a model of `rows` tokens has no embedding for.
 
-    where: names the prompt, e.g. "task: JsonlTask[3]".
+    where: what has the token, e.g. "task: JsonlTask[3]".
     """
     for token in ids:
         if token >= rows:
             raise TrainerError(
-                f"{where}: its prompt has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
+                f"{where} has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
                 f"{token}, but the model embeds {rows} tokens: resize_token_embeddings(len(tokenizer)) and "
                 "save the model, or use the tokenizer that belongs to it"
             )

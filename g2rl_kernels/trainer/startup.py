@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import g2rl_kernels as g2
 
@@ -178,11 +178,15 @@ class _Own:
     def apart(self, logprobs: Tensor) -> float:
         """Nats between log-probs [N] and these: the largest if `exact`, else the larger median of a response.
 
-        NaN counts as infinitely far; equal infinities as equal.
+        NaN counts as infinitely far. Tokens that the model excludes (-inf) do not count: they are never
+        sampled.
         """
         own = self.logprobs
-        logprobs = logprobs.to(own.device).float()
-        nats = torch.where(logprobs == own, 0.0, (logprobs - own).abs()).nan_to_num(nan=math.inf)
+        nats = (logprobs.to(own.device).float() - own).abs().nan_to_num(nan=math.inf)
+        excluded = own == -math.inf
+        if excluded.all():
+            return math.inf
+        nats = nats.masked_fill(excluded, 0.0)
         return max((r.max() if self.exact else r.median()).item() for r in nats.split(self.lengths))
 
 
@@ -260,12 +264,16 @@ class _Policy:
         return _chosen(z, probe.ids[:, _width(probe) :])[probe.mask]
 
     def _exact(self) -> bool:
+        """Whether every product is computed in float32 or better."""
         device = self.model.get_input_embeddings().weight.device
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
         with self.context():
             if torch.is_autocast_enabled(device.type):
                 dtypes.add(torch.get_autocast_dtype(device.type))
-        tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        convolves = any(
+            isinstance(module, nn.Conv1d) for module in self.model.modules()
+        )  # in TF32 by default
+        tf32 = device.type == "cuda" and (convolves or torch.get_float32_matmul_precision() != "highest")
         return dtypes <= {torch.float32, torch.float64} and not tf32
 
 

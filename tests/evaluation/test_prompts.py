@@ -41,9 +41,7 @@ def test_a_prompt_without_room_is_named_with_an_option(tmp_path: Path, capsys: A
 
 def test_a_prompt_token_without_embedding_is_named(tmp_path: Path, capsys: Any) -> None:
     assert evaluate(tmp_path, ["1+1=", "a<new>"], "--max-new-tokens", "4", tokens=("<new>",)) == 2
-    said = (
-        "data: problem letters/1: its prompt has the token '<new>', number 25, but the model embeds 25 tokens"
-    )
+    said = "data: problem letters/1 has the token '<new>', number 25, but the model embeds 25 tokens"
     assert said in capsys.readouterr().err
 
 

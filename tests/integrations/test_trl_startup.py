@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 import peft
 import transformers
 from datasets import Dataset
-from tiny_trl import G2RLTrainer, Watched, logged, make_tokenizer, weights
+from tiny_trl import G2RLTrainer, Watched, logged, make_model, make_tokenizer, weights
 from torch import Tensor
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -132,6 +133,36 @@ def test_a_family_that_ignores_the_mask_is_refused(
         make(model=path, g2rl_lam=lam)
 
 
+@pytest.mark.parametrize("lam", [0.5, 0.0])
+def test_infinite_logits_are_seen_by_trainer_and_callback(make: Callable[..., Any], lam: float) -> None:
+    def masked() -> Any:
+        model = make_model()
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def excluding(*args: Any, **inputs: Any) -> Any:
+            out = forward(*args, **inputs)
+            out.logits[..., 3:9] = -torch.inf
+            return out
+
+        model.forward = excluding
+        return model
+
+    given = {"model": masked(), "processing_class": make_tokenizer()}
+    with pytest.raises(TrainerError, match=r"unknown.* between (its )?hidden states and logits"):
+        make(g2rl_lam=lam, **given)
+    trainer = make(GRPOTrainer, **{**given, "model": masked()})
+    with pytest.raises(TrainerError, match=r"unknown.* between (its )?hidden states and logits"):
+        GeometryCallback(trainer)
+
+
+def test_padding_without_embedding_is_named(make: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    with pytest.raises(TrainerError, match="processing_class: its padding has the token '<new>', number 25"):
+        make(processing_class=tokenizer)
+
+
 def test_positions_that_do_not_matter_are_not_passed(make: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -180,7 +211,7 @@ def test_a_prompt_token_without_embedding_is_named(make: Callable[..., Any]) -> 
     tokenizer.add_tokens(["<new>"])
     rows = Dataset.from_dict({"prompt": ["abc<new>="] * 16})
     trainer = make(processing_class=tokenizer, train_dataset=rows)
-    said = "prompt 'abc<new>=': its prompt has the token '<new>', number 25, but the model embeds 25 tokens"
+    said = "prompt 'abc<new>=' has the token '<new>', number 25, but the model embeds 25 tokens"
     with pytest.raises(TrainerError, match=said):
         trainer.train()
 
@@ -270,7 +301,7 @@ def test_the_callback_names_prompts_that_the_model_cannot_take(
     ):
         GeometryCallback(trainer, prompts=["1+1=", "a" * 60], max_new_tokens=9)
     trainer.processing_class.add_tokens(["<new>"])
-    with pytest.raises(TrainerError, match="prompts: 'a<new>': its prompt has the token '<new>', number 25"):
+    with pytest.raises(TrainerError, match="prompts: 'a<new>' has the token '<new>', number 25"):
         GeometryCallback(trainer, prompts=["a<new>"], max_new_tokens=9)
 
 

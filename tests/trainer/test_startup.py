@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -120,22 +121,36 @@ def test_bfloat16_does_not_hide_them(family: str) -> None:
             check(make(family, settings, keys.get("dtype", torch.float32)), bool(keys.get("autocast")))
 
 
-def test_infinite_logits_do_not_switch_it_off() -> None:
-    model = make_model()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(3)
+def masked(model: Any, excluded: slice) -> Any:
+    """The model with -inf among its logits, as some families exclude tokens."""
     forward = model.forward
 
-    def masked(*args: Any, **inputs: Any) -> Any:
+    @functools.wraps(forward)
+    def excluding(*args: Any, **inputs: Any) -> Any:
         out = forward(*args, **inputs)
-        out.logits = out.logits.index_fill(-1, torch.arange(3, 9), -torch.inf)
+        out.logits[..., excluded] = -torch.inf
         return out
 
-    model.forward = masked
-    head = find_head(make_model(), compare=False)
-    head.backbone, head.output = model.model, model.lm_head
-    with pytest.raises(TrainerError, match="unknown happens between its hidden states and logits"):
-        check(model, head=head)
+    model.forward = excluding
+    return model
+
+
+def test_infinite_logits_do_not_switch_it_off(tmp_path: Path) -> None:
+    said = "unknown.* between (its )?hidden states and logits"
+    with pytest.raises(TrainerError, match=said):
+        make_trainer(tmp_path, model=masked(make_model(), slice(3, 9)))
+    model = make_model()
+    head = find_head(model)
+    with pytest.raises(TrainerError, match=said):
+        check(masked(model, slice(3, 9)), head=head)
+
+
+def test_excluded_tokens_without_probability_are_no_fault() -> None:
+    """As rows of a padded vocabulary."""
+    model = make_model(tie_word_embeddings=False)
+    model.lm_head.bias = nn.Parameter(torch.zeros(25).index_fill(0, torch.arange(15, 25), -60.0))
+    head = find_head(model)
+    check(masked(model, slice(15, 25)), head=head)
 
 
 def test_not_a_number_differs_from_everything() -> None:
@@ -247,7 +262,7 @@ def test_a_token_without_embedding_is_named(tmp_path: Path) -> None:
         def score(self, completion: str, item: dict[str, Any]) -> float:
             return 0.0
 
-    said = r"task: Task\[[01]\]: its prompt has the token '<new>', number 25, but the model embeds 25 tokens"
+    said = r"task: Task\[[01]\] has the token '<new>', number 25, but the model embeds 25 tokens"
     with pytest.raises(TrainerError, match=f"{said}: resize_token_embeddings"):
         make_trainer(tmp_path, task=Task(), tokenizer=tokenizer)
     model = make_model()
