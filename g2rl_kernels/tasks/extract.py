@@ -10,6 +10,7 @@ from .notation import JOINT, TEXT
 from .phrases import SIGN, UNSIGNED, is_mathematics, last_mathematics, last_words, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
+MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
 
 
 class Found(NamedTuple):
@@ -159,7 +160,7 @@ _HASHES = re.compile(r"(?:^|(?<=\n))[ \t]*####[ \t]*(.+)")
 
 def _statements(text: str, words: bool | None) -> Iterator[Found]:
     """What "the answer is", "Answer:" and the like say, and lines that begin with ####."""
-    for stated in _STATED.finditer(text):
+    for stated in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
         before = re.split(r"[.!?\n]", text[max(stated.start() - 200, 0) : stated.start()])[-1]
         if _VERB.search(before) or ("would" in stated[0] and _SUPPOSED.match(before)):
             continue

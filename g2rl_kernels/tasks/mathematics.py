@@ -26,7 +26,7 @@ class Form(NamedTuple):
     name: str = ""  # x of x = 5
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def read(text: str) -> Form:
     """The form of an answer's text. One that is too large to evaluate is symbolic, equal to its text only."""
     if len(text) > MAX_ANSWER:
@@ -293,7 +293,7 @@ def known_text(known: Any) -> str:
     return _known_text(known)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _known_text(known: str) -> str:
     stated = extract.marked(known)
     if stated is not None:
@@ -301,6 +301,11 @@ def _known_text(known: str) -> str:
     if len(re.findall(r"(?<![\\{a-zA-Z])[a-zA-Z]{2,}", known)) > 8 or "\n" in known.strip():
         return extract.final(known, words=False) or known
     return known
+
+
+@lru_cache(maxsize=4096)
+def _same(first: str, second: str) -> bool:
+    return equal(read(first), read(second))
 
 
 @dataclass(frozen=True)
@@ -347,4 +352,4 @@ class MathJudge:
 
     def same(self, first: str, second: str) -> bool:
         """Whether two answers are equal; symmetric."""
-        return first == second or equal(read(first), read(second))
+        return first == second or _same(*sorted((first, second)))
