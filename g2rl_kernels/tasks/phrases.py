@@ -167,6 +167,7 @@ def last_words(text: str, most: int = 6) -> str | None:
 def last_mathematics(text: str) -> str | None:
     """The last mathematics of a text: in bold or in delimiters, the right side of an equation, or a number.
 
+    A text that breaks off within a sentence, more than four words after the number, has none.
     Looks at the last line with any of them, and leaves out what the text denies ("x = 3 is not a solution").
     """
     lines = [line.replace("**", "").strip(" \t.*`>") for line in text.splitlines() if line.strip()]
@@ -191,7 +192,7 @@ def last_mathematics(text: str) -> str | None:
             break
     else:
         return None
-    text = text[: place + 1 + len(line)]
+    after, text = text[place + 1 + len(line) :], text[: place + 1 + len(line)]
     environments = [
         e
         for e in _ENVIRONMENT.finditer(text)
@@ -219,4 +220,8 @@ def last_mathematics(text: str) -> str | None:
     copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", sentence)
     if copula and is_mathematics(copula[1]) and not re.search(rf"{TEXT}", copula[1]):
         return copula[1].strip()
-    return _with_unit(text, numbers[-1]) if numbers else None
+    if not numbers:
+        return None
+    rest = text[numbers[-1].end() :] + after
+    cut_off = len(rest.split()) > 4 and not re.search(r"[.!?)\]}$*:|`。]\s*$", rest)
+    return None if cut_off else _with_unit(text, numbers[-1])
