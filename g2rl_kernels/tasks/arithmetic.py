@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 1 << 17  # of a numerator or denominator: 40 thousand digits
+MAX_BITS = 1 << 15  # of a numerator or denominator: 9864 digits
 MAX_DIGITS = 4000  # of a number as it is written; Python converts up to 4300
 MAX_DEPTH = 30
 NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6})?"

@@ -10,6 +10,7 @@ from .notation import JOINT, TEXT
 from .phrases import SIGN, UNSIGNED, is_mathematics, last_mathematics, last_words, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
+MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
 
 
 class Found(NamedTuple):
@@ -152,12 +153,17 @@ _STATED = re.compile(
     rf"|(?:^|(?<=\n))[ \t]*(?:A|Ans)[ \t]*:)[ \t]*{_MARKUP}",
     re.IGNORECASE,
 )
+_VERB = re.compile(r"\b(?:to|people|students|you|we|they|would|could|might|may|who)\s+$", re.IGNORECASE)
+_SUPPOSED = re.compile(r"\s*(?:if|had|without|suppose|were)\b", re.IGNORECASE)
 _HASHES = re.compile(r"(?:^|(?<=\n))[ \t]*####[ \t]*(.+)")
 
 
 def _statements(text: str, words: bool | None) -> Iterator[Found]:
     """What "the answer is", "Answer:" and the like say, and lines that begin with ####."""
-    for stated in _STATED.finditer(text):
+    for stated in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
+        before = re.split(r"[.!?\n]", text[max(stated.start() - 200, 0) : stated.start()])[-1]
+        if _VERB.search(before) or ("would" in stated[0] and _SUPPOSED.match(before)):
+            continue
         rest = text[stated.end() : stated.end() + 1000]
         if not rest.partition("\n")[0].strip(" *_`:\"'#."):  # a heading: the answer stands below
             rest = re.sub(r"^[ \t*_`:\"'#.]*\n\s*(?:[-*•][ \t]+)?", "", rest)

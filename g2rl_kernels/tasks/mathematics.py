@@ -26,7 +26,7 @@ class Form(NamedTuple):
     name: str = ""  # x of x = 5
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def read(text: str) -> Form:
     """The form of an answer's text. One that is too large to evaluate is symbolic, equal to its text only."""
     if len(text) > MAX_ANSWER:
@@ -195,7 +195,7 @@ def equal(first: Form, second: Form) -> bool:
         return False
     if first.unit and second.unit:
         (dimension, factor), (other, other_factor) = map(units.unit_of, (first.unit, second.unit))
-        if dimension != other:
+        if dimension != other and not units.same_noun(first.unit, second.unit):
             return False
         if factor != other_factor:
             both = first.kind == second.kind == "number"
@@ -209,7 +209,7 @@ def equal(first: Form, second: Form) -> bool:
         return _equal_lists(first, second)
     if "list" in kinds:  # an interval may be written as an inequality, a set with signs
         single, listed = (first, second) if second.kind == "list" else (second, first)
-        if listed.brackets == ":" and single.kind == "number" and len(listed.value) == 2:
+        if single.kind == "number" and _is_ratio(listed):
             return arithmetic.close(listed.value[0].value, listed.value[1].value * single.value)
         if single.kind != "symbolic" or not _SETS.search(single.value):
             return False
@@ -248,7 +248,7 @@ def _equal_lists(first: Form, second: Form) -> bool:
         ones, twos = _distinct(ones), _distinct(twos)
     if len(ones) != len(twos):
         return False
-    if kinds == {":"} and len(ones) == 2:
+    if _is_ratio(first) and _is_ratio(second):
         return arithmetic.close(ones[0].value * twos[1].value, ones[1].value * twos[0].value)
     if len(kinds) > 1 and not (
         kinds <= {"", "{}"} or kinds == {"", "()"} or (kinds == {"", "[]"} and len(ones) > 2)
@@ -264,6 +264,11 @@ def _equal_lists(first: Form, second: Form) -> bool:
             return False
         del twos[place]
     return True
+
+
+def _is_ratio(form: Form) -> bool:
+    """Whether a list is the ratio of two numbers, 1:2, which has their quotient's value."""
+    return form.brackets == ":" and len(form.value) == 2 and all(item.kind == "number" for item in form.value)
 
 
 def _distinct(forms: list[Form]) -> list[Form]:
@@ -293,14 +298,19 @@ def known_text(known: Any) -> str:
     return _known_text(known)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _known_text(known: str) -> str:
-    stated = extract.marked(known)
+    stated = extract.marked(known, words=None)
     if stated is not None:
         return stated
     if len(re.findall(r"(?<![\\{a-zA-Z])[a-zA-Z]{2,}", known)) > 8 or "\n" in known.strip():
         return extract.final(known, words=False) or known
     return known
+
+
+@lru_cache(maxsize=4096)
+def _same(first: str, second: str) -> bool:
+    return equal(read(first), read(second))
 
 
 @dataclass(frozen=True)
@@ -347,4 +357,4 @@ class MathJudge:
 
     def same(self, first: str, second: str) -> bool:
         """Whether two answers are equal; symmetric."""
-        return first == second or equal(read(first), read(second))
+        return first == second or _same(*sorted((first, second)))

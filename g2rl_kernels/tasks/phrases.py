@@ -35,6 +35,7 @@ _QUANTITY = re.compile(
     r"|\d{1,3}(?: \d{3})+(?!\d))"
     r"(?:\s*\\?%|\s+percent\b|\s+(?:million|billion|trillion|thousand|hundred|dozen)\b)?"
 )
+_JOINT_BETWEEN = re.compile(rf"\s*,?\s*(?:{JOINT}|,)\s*")
 _NEGATED = re.compile(
     r"\s*(?:(?:is|are|was|were|does|do|did|can)\s*(?:not|n['’]t)"
     r"|(?:is|are)\s+(?:extraneous|invalid|rejected|impossible)|fails?)\b"
@@ -55,8 +56,9 @@ def mathematics_at(text: str, place: int) -> str | None:
     while environment := _ENVIRONMENT.match(text, place):
         parts.append(_content(environment))
         place = environment.end()
-        joint = re.compile(rf"\s*,?\s*(?:{JOINT}|,)\s*(?=\$|\\[(\[])").match(text, place)
-        if not joint:
+        joint = _JOINT_BETWEEN.match(text, place)
+        following = _ENVIRONMENT.match(text, joint.end()) if joint else None
+        if not joint or not following or not _alike(environment, following):
             break
         place = joint.end()
     if len(parts) == 1 and re.fullmatch(r"[-−\d.,\s]+", parts[0]):
@@ -66,6 +68,14 @@ def mathematics_at(text: str, place: int) -> str | None:
         if unit and is_unit(unit[1]):
             return f"{parts[0]} \\text{{{unit[1]}}}"
     return ", ".join(parts) or None
+
+
+def _alike(first: re.Match[str], second: re.Match[str]) -> bool:
+    """Whether two pieces of mathematics can be values of one answer: x = 1 and x = 2, or 1 and 2."""
+    kinds = [re.search(r"[=<>]|\\[lg]e", _content(piece)) for piece in (first, second)]
+    if not any(kinds):
+        return True
+    return all(re.match(r"[a-zA-Z](?:_\{?\w+\}?)?\s*=", _content(piece)) for piece in (first, second))
 
 
 def _content(environment: re.Match[str]) -> str:
@@ -86,12 +96,16 @@ def phrase(text: str, words: bool | None) -> str | None:
     end = _SENTENCE_END.search(text)
     sentence = text[: end.start()] if end else text
     whole = _AFTERWARDS.sub("", sentence, count=1).split("**")[0].strip("*_`\"' ")
+    whole = re.sub(r"^([-\d.,]+)\s+\([^a-zA-Z]*\)$", r"\1", whole)  # 9 (3 + 6)
     if whole.endswith("}") and whole.count("}") > whole.count("{"):  # JSON
         whole = whole[:-1].strip("\"' \n")
     if words:
         return whole if whole and len(whole.split()) <= 8 else None
     if whole and (is_mathematics(whole) or number_word(words_of(whole) or "") is not None):
         return whole
+    bold = re.search(r"\*\*([^*]+)\*\*", sentence)
+    if bold and re.search(r"\d", bold[1]):
+        return phrase(bold[1], words)
     bracketed = re.match(r"\([^()]*,[^()]*\)|\[[^\[\]]*\]", text)
     if bracketed:
         return bracketed[0]
@@ -140,17 +154,20 @@ def last_words(text: str, most: int = 6) -> str | None:
     concluded = _CONCLUDED.match(lines[-1].strip())
     if concluded and (most > 1 or concluded[1]) and len(concluded[2].split()) <= 3:
         return concluded[2]
+    bold = [part for part in re.findall(r"\*\*([^*\n]+)\*\*", lines[-1]) if not part.endswith(":")]
+    if bold and len(bold[-1].split()) <= max(most, 3):
+        return str(bold[-1])
     for short in (text.strip(), lines[-1].strip()):
         short = _IT_IS.sub("", short, count=1)
         if len(short.split()) <= most:
             return short.strip() or None
-    bold = re.findall(r"\*\*([^*\n]+)\*\*", lines[-1])
-    return str(bold[-1]) if bold else None
+    return None
 
 
 def last_mathematics(text: str) -> str | None:
     """The last mathematics of a text: in bold or in delimiters, the right side of an equation, or a number.
 
+    A text that breaks off within a sentence, more than four words after the number, has none.
     Looks at the last line with any of them, and leaves out what the text denies ("x = 3 is not a solution").
     """
     lines = [line.replace("**", "").strip(" \t.*`>") for line in text.splitlines() if line.strip()]
@@ -175,7 +192,7 @@ def last_mathematics(text: str) -> str | None:
             break
     else:
         return None
-    text = text[: place + 1 + len(line)]
+    after, text = text[place + 1 + len(line) :], text[: place + 1 + len(line)]
     environments = [
         e
         for e in _ENVIRONMENT.finditer(text)
@@ -187,8 +204,9 @@ def last_mathematics(text: str) -> str | None:
     numbers = [n for n in _QUANTITY.finditer(text) if not _denied(text, n)]
     if kept and (not numbers or numbers[-1].end() <= environments[-1].end()):
         first = len(kept) - 1
-        between = rf"\s*,?\s*(?:{JOINT}|,)\s*"
-        while first and re.fullmatch(between, text[kept[first - 1].end() : kept[first].start()]):
+        while first and _alike(kept[first - 1], kept[first]):
+            if not _JOINT_BETWEEN.fullmatch(text[kept[first - 1].end() : kept[first].start()]):
+                break
             first -= 1
         found = mathematics_at(text, kept[first].start()) or ""
         return f"={found}" if re.search(r"=\s*$", text[: kept[first].start()]) else found
@@ -196,7 +214,14 @@ def last_mathematics(text: str) -> str | None:
     equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", sentence)
     if equation and is_mathematics(equation[2]) and (not equation[1] or is_name(equation[1])):
         return equation[2].strip()
+    pair = re.search(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]$", sentence)
+    if pair and is_mathematics(pair[0]):
+        return pair[0]
     copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", sentence)
     if copula and is_mathematics(copula[1]) and not re.search(rf"{TEXT}", copula[1]):
         return copula[1].strip()
-    return _with_unit(text, numbers[-1]) if numbers else None
+    if not numbers:
+        return None
+    rest = text[numbers[-1].end() :] + after
+    cut_off = len(rest.split()) > 4 and not re.search(r"[.!?)\]}$*:|`。]\s*$", rest)
+    return None if cut_off else _with_unit(text, numbers[-1])

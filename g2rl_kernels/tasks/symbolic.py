@@ -13,6 +13,7 @@ from . import arithmetic
 MAX_LENGTH = 600  # characters of a symbolic answer
 MAX_NUMBER = 300  # digits of one number in it
 MAX_EXPONENT = 1000  # also of factorials, binomials and bounds of sums
+MAX_SOLVED = 12  # powers in equations and inequalities
 MAX_TOWER = 2  # powers above each other
 DIGITS = 40  # of an irrational number's approximation
 
@@ -20,6 +21,8 @@ DIGITS = 40  # of an irrational number's approximation
 def small(text: str) -> bool:
     """Whether a text can be handed to sympy: bounds on its length, nesting, numbers and powers."""
     if len(text) > MAX_LENGTH or re.search(rf"\d{{{MAX_NUMBER}}}", text) or not _balanced(text):
+        return False
+    if re.search(r"\\int(?![a-zA-Z])(?!\s*(?:\\limits)?\s*_)", text):  # not definite
         return False
     if len(re.findall(r"\\(?:int|sum|prod|lim|exp)(?![a-zA-Z])", text)) > 2:
         return False
@@ -94,7 +97,7 @@ def _config() -> Any:
     return [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def parse(text: str) -> Any:
     """The sympy object of a LaTeX text; None if it is not small or not understood."""
     if not small(text):
@@ -153,6 +156,8 @@ def same(first: str, second: str) -> bool:
         return False  # math-verify would take 2x = 6 for 6
     if isinstance(one, sympy.MatrixBase) and isinstance(two, sympy.MatrixBase):
         return one.shape == two.shape and all(map(_same_entries, one, two))
+    if any(int(power) > MAX_SOLVED for power in re.findall(r"\^\s*\{?\s*(\d{1,9})", first + second)):
+        return False  # math-verify solves equations and inequalities
     from math_verify import verify
 
     return any(verify([a], [b], strict=True, timeout_seconds=None) for a, b in ((one, two), (two, one)))
@@ -179,6 +184,8 @@ def _real(value: Any) -> Fraction | None:
     if abs(imaginary) > abs(real) * sympy.Float(10) ** -30:
         return None
     value = real
+    if value.is_Float and abs(value._mpf_[2]) > arithmetic.MAX_BITS:
+        return None  # the fraction would be long
     if value.is_Rational:
         return Fraction(int(value.p), int(value.q))
     return Fraction(str(sympy.Float(value, DIGITS)))
@@ -186,8 +193,11 @@ def _real(value: Any) -> Fraction | None:
 
 def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
     """The expression's value at a point, as a sympy number; None without one."""
+    import sympy
+
     value = expression.subs(point) if point else expression
-    value = value.doit() if hasattr(value, "doit") else value
+    if value.has(sympy.Limit, sympy.Derivative):
+        value = value.doit()
     value = value.evalf(DIGITS)
     return value if getattr(value, "is_number", False) and value.is_finite else None
 

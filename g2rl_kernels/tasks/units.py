@@ -103,6 +103,13 @@ def unit_of(label: str) -> tuple[str, Fraction]:
     return (label[:-1] if label.endswith("s") and len(label) > 3 else label), Fraction(1)
 
 
+def same_noun(first: str, second: str) -> bool:
+    """Whether one of two labels that are no units says more than the other: apples, red apples."""
+    nouns = [{unit_of(word)[0] for word in label.split()} for label in (first, second)]
+    unknown = not any(is_unit(word) for label in (first, second) for word in label.split())
+    return unknown and (nouns[0] <= nouns[1] or nouns[1] <= nouns[0])
+
+
 def split_label(text: str) -> tuple[str, str, Fraction]:
     """(the quantity, its unit or noun, the multiple that words such as million stand for).
 
@@ -134,6 +141,8 @@ def split_label(text: str) -> tuple[str, str, Fraction]:
     while words and words[0].lower() in _MULTIPLES:
         multiple *= _MULTIPLES[words.pop(0).lower()]
     words = words[1:] if words[:1] == ["of"] else words
+    if words and words[-1].lower() in ("unit", "units"):  # square units: of any kind
+        return before, "", multiple
     return before, " ".join(words) + (found["power"] or "").replace(" ", ""), multiple
 
 

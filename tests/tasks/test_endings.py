@@ -14,6 +14,9 @@ pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-
 
 # Endings that the judge reads otherwise than a person does, by a part of their text, and why
 LEFT = {
+    "John has 9 marbles and Mary has 3": "a sentence names two numbers, and only the question tells which",
+    "New York City? No": "a question and its answer stand in the place of the answer",
+    "The animal is a cat.": "without a known answer, a sentence in words is not taken for an answer",
     "every second one at 60%": "one sentence names five numbers, and only its meaning tells the answer",
     "The first term is 2, the second": "a text cut off within a sentence looks like one without a full stop",
 }

@@ -64,12 +64,18 @@ EXPLODING = [
     "1," * 900 + "1",
     "x^{" * 300 + "2" + "}" * 300,
     "-" * 1500 + "5a",
+    r"\sum_{k=1}^{1000} \frac{1}{k^{999}}",
+    r"x^{1000}-3x+1<0",
+    "x^{1000}+x=0",
+    "e^{e^{1000}}",
+    r"\int \int x^y dx dy",
+    r"\begin{pmatrix}x&2\\3&y\end{pmatrix}^{999}",
 ]
 
 
 @pytest.mark.parametrize("text", EXPLODING, ids=lambda text: text[:20])
 def test_numbers_that_explode_are_wrong_at_once(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for extract in ("all", "boxed", "answer_tag"):
         judge = MathJudge(extract)
         completion = f"<answer>{text}</answer>" if extract == "answer_tag" else f"so \\boxed{{{text}}}."
@@ -81,7 +87,7 @@ def test_numbers_that_explode_are_wrong_at_once(text: str) -> None:
             for other in ("7", r"2\pi", "x+1", "(1,2)"):
                 assert not judge.same(answer, other)
                 assert not judge.same(other, answer)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("extract", ["all", "boxed", "answer_tag", "last_number"])
@@ -114,10 +120,10 @@ def test_numbers_that_explode_are_wrong_at_once(text: str) -> None:
     ids=lambda text: repr(text[:10]),
 )
 def test_long_completions_take_no_time(text: str, extract: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     MathJudge(extract).score(text, "-12345")
     MathJudge(extract).score(text, "yes or so")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_verdicts_in_a_thread() -> None:
@@ -364,6 +370,13 @@ def test_the_last_answer_counts(gold: str, completion: str, right: bool, extract
         ("5 cm", r"\boxed{5\text{ m}}", False),
         ("5 cm", r"\boxed{5\text{ cm}^2}", False),
         ("25", r"\boxed{25\text{ square units}}", True),
+        ("25 cm^2", r"\boxed{25\text{ square units}}", True),
+        ("25 cm^2", r"\boxed{25\text{ square centimeters}}", True),
+        ("25 cm^2", r"\boxed{25\text{ cm}}", False),
+        ("3 apples", r"\boxed{3\text{ red apples}}", True),
+        ("4 July", r"\boxed{4\text{ August}}", False),
+        ("1:2", r"\boxed{\frac{1}{2}}", True),
+        ("1:2", r"\boxed{2}", False),
         ("90", r"\boxed{90^\circ}", True),
         ("0.5", "50 cents", False),
         ("$0.50", "50 cents", True),
@@ -522,10 +535,10 @@ def test_random_texts_never_raise() -> None:
         ),
     ]
     judge = MathJudge()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(1500):
         text = "".join(draw.choice(fragments) for _ in range(draw.randrange(1, 12)))
         answer = judge.answer(f"\\boxed{{{text}}}", None) or text
         judge.score(text, "5")
         assert judge.same(answer, "x+1") == judge.same("x+1", answer)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
