@@ -26,10 +26,12 @@ def small(text: str) -> bool:
         return False
     if len(re.findall(r"\\(?:int|sum|prod|lim|exp)(?![a-zA-Z])", text)) > 2:
         return False
-    counted = re.sub(r"\(([a-z]|[-+]|\d{1,2}|\s)+\)\s*!", "x", text)  # (n-1)!
+    counted = re.sub(r"\((?:(?!\d{3})[-+a-z\d\s])+\)\s*!", "x", text)  # (n-1)!
     for factorial in re.finditer(r"(\d*)\s*([)}\]!]?)\s*!(?!=)", counted):
         if factorial[2] or int(factorial[1] or 0) > MAX_EXPONENT:
             return False
+    if re.search(r"\\Gamma\s*[({]*\s*\d{4}", text):
+        return False
     for number in re.findall(r"\\binom\s*\{(.*?)\}", text):
         if len(re.sub(r"\D", "", number)) > 3:
             return False
@@ -132,7 +134,9 @@ def _complex(expression: Any, text: str) -> Any:
     """With the letter i as the imaginary unit, unless it counts terms."""
     import sympy
 
-    letters = {name for name in getattr(expression, "free_symbols", ()) if str(name) == "i"}
+    if not isinstance(expression, (sympy.Expr, sympy.MatrixBase)):  # i < x is about a variable
+        return expression
+    letters = {name for name in expression.free_symbols if str(name) == "i"}
     if not letters or re.search(r"\\(?:sum|prod|hat|vec)|_\{?i", text):
         return expression
     return expression.subs(dict.fromkeys(letters, sympy.I))
@@ -167,9 +171,12 @@ def _same_entries(one: Any, two: Any) -> bool:
     return bool(one == two or _same_expressions(_exact(one), _exact(two)))
 
 
+_COMPARES = re.compile(r"[<>]|\\(?:approx|equiv|sim|simeq|cong|neq?)(?![a-zA-Z])")
+
+
 def approximation(text: str) -> Fraction | None:
     """The value of a real constant such as \\pi to DIGITS digits; None for anything else."""
-    expression = parse(text)
+    expression = None if _COMPARES.search(text) else parse(text)
     if expression is None or getattr(expression, "free_symbols", True):
         return None
     return _real(_evaluated(expression, {}))
@@ -195,10 +202,16 @@ def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
     """The expression's value at a point, as a sympy number; None without one."""
     import sympy
 
-    value = expression.subs(point) if point else expression
-    if value.has(sympy.Limit, sympy.Derivative):
-        value = value.doit()
-    value = value.evalf(DIGITS)
+    try:
+        value = expression.subs(point) if point else expression
+        if value.has(sympy.Limit, sympy.Derivative):
+            value = value.doit()
+        for product in value.atoms(sympy.Product):  # others take minutes
+            if not all(bound.is_Integer for _, *bounds in product.limits for bound in bounds):
+                return None
+        value = value.evalf(DIGITS)
+    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
     return value if getattr(value, "is_number", False) and value.is_finite else None
 
 
@@ -222,10 +235,7 @@ def _same_expressions(one: Any, two: Any) -> bool | None:
         for values in counts if counting else points:
             chosen = (sympy.Rational(values[i % 3]) + sympy.Rational(i // 3, 7) for i in range(len(names)))
             point = dict(zip(names, chosen))
-            try:
-                a, b = _evaluated(one, point), _evaluated(two, point)
-            except (TypeError, ValueError, AttributeError, NotImplementedError, ZeroDivisionError):
-                return None
+            a, b = _evaluated(one, point), _evaluated(two, point)
             if a is None or b is None or (signs and not (a.is_real and b.is_real)):
                 continue
             size = max(abs(a), abs(b))
