@@ -87,6 +87,22 @@ class Loaded(Obedient):
         return str(value() if callable(value) else value)
 
 
+@dataclass(frozen=True)
+class Fussy:
+    """Right is what has an "a"; a "1" cannot be judged. Answers with an "a" are the same, and those without."""
+
+    def score(self, completion: str, known: Any) -> float:
+        if "1" in completion:
+            raise ValueError("a digit")
+        return float("a" in completion)
+
+    def answer(self, completion: str, known: Any) -> str | None:
+        return completion or None
+
+    def same(self, first: str, second: str) -> bool:
+        return ("a" in first) == ("a" in second)
+
+
 class JudgedTask:
     """A task with a judge; the right answer to every question is "yes"."""
 
