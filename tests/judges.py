@@ -89,7 +89,7 @@ class Loaded(Obedient):
 
 @dataclass(frozen=True)
 class Fussy:
-    """Right is what has an "a"; a "1" cannot be judged. Answers with an "a" are the same, and those without."""
+    """Right is what has an "a"; a "1" cannot be judged. Two answers with an "a", or without, are the same."""
 
     def score(self, completion: str, known: Any) -> float:
         if "1" in completion:
