@@ -133,7 +133,11 @@ def _complex(expression: Any, text: str) -> Any:
     import sympy
 
     letters = {name for name in getattr(expression, "free_symbols", ()) if str(name) == "i"}
-    if not letters or re.search(r"\\(?:sum|prod|hat|vec)|_\{?i", text):
+    if (
+        not letters
+        or not isinstance(expression, (sympy.Expr, sympy.MatrixBase))
+        or re.search(r"\\(?:sum|prod|hat|vec)|_\{?i", text)
+    ):
         return expression
     return expression.subs(dict.fromkeys(letters, sympy.I))
 
@@ -169,8 +173,10 @@ def _same_entries(one: Any, two: Any) -> bool:
 
 def approximation(text: str) -> Fraction | None:
     """The value of a real constant such as \\pi to DIGITS digits; None for anything else."""
+    import sympy
+
     expression = parse(text)
-    if expression is None or getattr(expression, "free_symbols", True):
+    if not isinstance(expression, sympy.Expr) or expression.free_symbols:
         return None
     return _real(_evaluated(expression, {}))
 
@@ -192,14 +198,17 @@ def _real(value: Any) -> Fraction | None:
 
 
 def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
-    """The expression's value at a point, as a sympy number; None without one."""
+    """The expression's value at a point, as a sympy number, perhaps infinite; None without one."""
     import sympy
 
     value = expression.subs(point) if point else expression
     if value.has(sympy.Limit, sympy.Derivative):
         value = value.doit()
     value = value.evalf(DIGITS)
-    return value if getattr(value, "is_number", False) and value.is_finite else None
+    if value.is_infinite or value.is_Float or value.is_Rational:
+        return value
+    parts = value.as_real_imag()
+    return value if all(part.is_Float or part.is_Rational for part in parts) else None
 
 
 # Values of variables: positive ones first, then of both signs, where only real values count
@@ -224,12 +233,14 @@ def _same_expressions(one: Any, two: Any) -> bool | None:
             point = dict(zip(names, chosen))
             try:
                 a, b = _evaluated(one, point), _evaluated(two, point)
+                if a is not None and b is not None and (a.is_infinite or b.is_infinite):
+                    return bool(a == b)
             except (TypeError, ValueError, AttributeError, NotImplementedError, ZeroDivisionError):
                 return None
             if a is None or b is None or (signs and not (a.is_real and b.is_real)):
                 continue
             size = max(abs(a), abs(b))
-            if abs(a - b) > size * sympy.Float(10) ** -25 and size > sympy.Float(10) ** -90:
+            if abs(a - b) > size * sympy.Float(10) ** -25 and size > sympy.Float(10) ** -110:
                 return False
             compared += 1
             if not names:
