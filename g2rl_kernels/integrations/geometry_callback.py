@@ -48,9 +48,9 @@ from .trl_head import (
     completion_text,
     count_positions,
     current_head,
-    has_weights,
     head_inputs,
     innermost,
+    runs_here,
     settle_positions,
 )
 
@@ -185,7 +185,7 @@ class GeometryCallback(TrainerCallback):
         self.correctness = None
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
-        head, forward = find_head(model, has_weights(trainer.accelerator)), model.forward
+        head, forward = find_head(model, runs_here(trainer.accelerator, model)), model.forward
         score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
         seen: list[Any] = []  # rewards and completions of the batch in hand
 

@@ -73,12 +73,12 @@ from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_
 from .trl_head import (
     completion_text,
     current_head,
-    has_weights,
     head_inputs,
     innermost,
     last_hidden_state,
     pad_like,
     pass_positions,
+    runs_here,
     settle_positions,
 )
 
@@ -152,7 +152,9 @@ class G2RLTrainer(GRPOTrainer):
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
         if fused or self._shapes:
-            self._add_ops(innermost(self.model), fused, compare=has_weights(self.accelerator))
+            self._add_ops(
+                innermost(self.model), fused, compare=runs_here(self.accelerator, innermost(self.model))
+            )
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
@@ -207,6 +209,8 @@ class G2RLTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple[Any, ...]:
         tokenized: tuple[Any, ...] = super()._tokenize_prompts(prompts)
+        if self._is_vlm:  # the embeddings of images may be elsewhere
+            return tokenized
         rows = embedded_rows(innermost(self.model))
         for prompt, ids in zip(prompts, tokenized[0]):
             check_embedded(ids, rows, self._tokenizer, f"prompt {short(prompt)}")

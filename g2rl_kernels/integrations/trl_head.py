@@ -53,12 +53,15 @@ def innermost(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def has_weights(accelerator: Any) -> bool:
-    """Whether this process has the model's weights before training, so that `find_head` can compare logits.
+def runs_here(accelerator: Any, model: Any) -> bool:
+    """Whether this process can run the model before training, to compare log-probs.
 
-    ZeRO-3 has sharded them by then, and FSDP may load them on one process of a node.
+    ZeRO-3 has sharded the weights by then. FSDP may load them on one process of a node, and leaves them on
+    the CPU, where FlashAttention cannot run.
     """
-    return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
+    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+    away = model.device.type != accelerator.device.type
+    return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled() and not (flash and away)
 
 
 def takes_positions(model: Any) -> bool:
@@ -97,11 +100,11 @@ def settle_positions(
 ) -> bool:
     """Runs `check`; if it fails, calls `use`, which makes forwards count positions, and checks again.
 
-    check: raises TrainerError; it runs where this process has the weights. use: runs on all ranks, if one
+    check: raises TrainerError; it runs where this process can run the model. use: runs on all ranks, if one
     needs it. Returns whether it was called. All ranks must call this, and all raise the TrainerError of one.
     """
     said, used = None, False
-    if has_weights(accelerator):
+    if runs_here(accelerator, model):
         try:
             try:
                 check()
