@@ -45,6 +45,7 @@ from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check
 from ..trainer.startup import check_adapter, check_policy
 from .trl import correctness_column  # importing .trl checks TRL's version
 from .trl_head import (
+    compare_log_probs,
     completion_text,
     count_positions,
     current_head,
@@ -245,14 +246,7 @@ class GeometryCallback(TrainerCallback):
                 self._running = None
             return found[0][probe.mask]
 
-        check_policy(
-            trainer.model,
-            trainer._tokenizer.pad_token_id,
-            logprobs=logprobs,
-            temperature=trainer.temperature,
-            samples=False,
-            context=trainer.accelerator.autocast,
-        )
+        compare_log_probs(trainer, logprobs, samples=False)
 
     def _use_positions(self) -> None:
         self._positions = True

@@ -68,9 +68,10 @@ from ..group.shaping import check_gap, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
-from ..trainer.startup import check_policy, warn_unmoved
+from ..trainer.startup import warn_unmoved
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
 from .trl_head import (
+    compare_log_probs,
     completion_text,
     current_head,
     head_inputs,
@@ -170,8 +171,9 @@ class G2RLTrainer(GRPOTrainer):
 
     def _check_policy(self) -> None:
         """Sampler, update and model give the same log-probs; positions are passed where that needs them."""
-        model, pad = innermost(self.model), self._tokenizer.pad_token_id
-        check_embedded([pad], embedded_rows(model), self._tokenizer, "processing_class: its padding")
+        model, tokenizer = innermost(self.model), self._tokenizer
+        rows = embedded_rows(model)
+        check_embedded([tokenizer.pad_token_id], rows, tokenizer, "processing_class: its padding")
 
         def logprobs(probe: Rollout) -> Tensor:
             length = probe.mask.shape[1]
@@ -181,14 +183,7 @@ class G2RLTrainer(GRPOTrainer):
         def check() -> None:
             padless = self.use_vllm or self.use_transformers_continuous_batching
             try:
-                check_policy(
-                    self.model,
-                    pad,
-                    logprobs=logprobs,
-                    temperature=self.temperature,
-                    samples=not (padless or self._is_vlm),
-                    context=self.accelerator.autocast,
-                )
+                compare_log_probs(self, logprobs, samples=not (padless or self._is_vlm))
             except (TypeError, ValueError, AttributeError) as error:
                 if not self._is_vlm:
                     raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import g2rl_kernels as g2
 
 from ..errors import TrainerError
 from ..models.lm_head import LMHead
+from ..trainer.startup import Logprobs, check_policy, runs_exactly
 
 
 class HeadInputs(NamedTuple):
@@ -93,6 +94,20 @@ def pass_positions(model: Any) -> None:
         return forward(*args, **inputs)
 
     model.forward = counted
+
+
+def compare_log_probs(trainer: Any, logprobs: Logprobs, samples: bool) -> None:
+    """`check_policy` for one of TRL's trainers; where float32 weights are autocast, first without that."""
+    model, accelerator = trainer.model, trainer.accelerator
+    settings: dict[str, Any] = {"temperature": trainer.temperature, "samples": samples, "logprobs": logprobs}
+    pad = trainer._tokenizer.pad_token_id
+    if runs_exactly(model) and not runs_exactly(model, accelerator.autocast):
+        accelerator.autocast = nullcontext  # TRL enters it around each forward
+        try:
+            check_policy(model, pad, **settings)
+        finally:
+            del accelerator.autocast
+    check_policy(model, pad, context=accelerator.autocast, **settings)
 
 
 def settle_positions(

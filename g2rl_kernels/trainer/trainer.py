@@ -82,6 +82,7 @@ class Trainer:
         check_policy(
             model,
             tokenizer.pad_token_id,
+            head=self.head,
             logprobs=lambda probe: self._logprobs(self.head, probe, slice(None))[0][probe.mask],
             temperature=config.temperature,
             context=lambda: autocast(config, self.device),

@@ -100,6 +100,24 @@ def test_learned_positions_are_passed(
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
+def test_positions_that_matter_little_are_passed_under_autocast(
+    make: Callable[..., Any], save: Callable[..., str]
+) -> None:
+    path = save("GPT2LMHeadModel", **GPT)
+    model = transformers.GPT2LMHeadModel.from_pretrained(path)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(0.02)
+    model.save_pretrained(path)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel needs position_ids"):
+        trainer = make(model=path, bf16=True)
+    assert "autocast" not in vars(trainer.accelerator)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel needs position_ids"):
+        make(model=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True))._positions
+
+
 def test_features_of_learned_positions(make: Callable[..., Any], save: Callable[..., str]) -> None:
     with pytest.warns(UserWarning, match="needs position_ids"):
         trainer = make(Watched, model=save("GPT2LMHeadModel", **GPT), max_steps=1)
