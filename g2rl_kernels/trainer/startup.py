@@ -26,7 +26,7 @@ import g2rl_kernels as g2
 
 from ..errors import TrainerError, one_line, out_of_memory
 from ..models.lm_head import LMHead, evaluation_mode, response_hidden
-from .sampling import Rollout
+from .sampling import Rollout, autocast
 
 PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long
 
@@ -42,6 +42,21 @@ LORA = "LoRA, or another adapter that changes weights"
 
 Logprobs = Callable[[Rollout], Tensor]  # of the N response tokens, row by row: [N]
 Context = Callable[[], AbstractContextManager]  # makes the autocast context of one forward
+
+
+def check_trainer(trainer: Any) -> None:
+    """`check_policy` and `warn_unmoved` for a `Trainer` whose parameters to train are known."""
+    config, head = trainer.config, trainer.head
+    check_policy(
+        trainer.model,
+        trainer.tokenizer.pad_token_id,
+        head=head,
+        logprobs=lambda probe: trainer._logprobs(head, probe, slice(None))[0][probe.mask],
+        temperature=config.temperature,
+        context=lambda: autocast(config, trainer.device),
+    )
+    remedy = "set dtype=float32 (with autocast=bfloat16 for bf16's speed), or raise lr"
+    warn_unmoved(trainer.trained, config.lr, remedy)
 
 
 def check_policy(
