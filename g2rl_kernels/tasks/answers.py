@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import ConfigError, need
 from .base import Item, Verdict, check_rows, import_function
-from .extract import answer_tag, boxed, last_number
 from .mathematics import MathJudge
+from .mathematics.extract import answer_tag, boxed, last_number
 from .verify import verify
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from g2rl_kernels.errors import ConfigError
 from g2rl_kernels.tasks.answers import AnswerTask, math_answer
 from g2rl_kernels.tasks.base import final_answer
-from g2rl_kernels.tasks.mathematics import MathJudge, known_text, read
+from g2rl_kernels.tasks.mathematics.judge import MathJudge, known_text, read
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-kernels[train]'")
 
@@ -96,14 +97,21 @@ def test_numbers_are_compared_relatively(gold: str, answer: str, right: bool) ->
         (7.0, "7", True),
         (7, "7.0", True),
         (-0.5, r"-\frac12", True),
-        (True, r"\text{true}", True),
-        (False, "True", False),
         (1, "1", True),
     ],
 )
 def test_json_numbers(gold: Any, answer: str, right: bool) -> None:
     agrees(gold, rf"\boxed{{{answer}}}", right)
     agrees(gold, f"The answer is {answer}." if "\\" not in answer else f"The answer is ${answer}$.", right)
+
+
+def test_booleans_reach_the_judge_from_columns_of_a_data_set() -> None:
+    """Rows of tasks must say what to write: base.py `check_rows` refuses them there."""
+    judge = MathJudge()
+    assert judge.score(r"\boxed{\text{true}}", True) == judge.score("The answer is False.", False) == 1
+    assert judge.score("The answer is True.", False) == 0
+    with pytest.raises(ConfigError, match="answer=True: needs a text or a number; write the word"):
+        AnswerTask([{"question": "?", "answer": True}], "a test")
 
 
 def test_a_known_answer_of_another_kind_is_told() -> None:
