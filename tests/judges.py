@@ -103,6 +103,22 @@ class Heavy(Obedient):
         del kept
 
 
+@dataclass(frozen=True)
+class Fussy:
+    """Right is what has an "a"; a "1" cannot be judged. Two answers with an "a", or without, are the same."""
+
+    def score(self, completion: str, known: Any) -> float:
+        if "1" in completion:
+            raise ValueError("a digit")
+        return float("a" in completion)
+
+    def answer(self, completion: str, known: Any) -> str | None:
+        return completion or None
+
+    def same(self, first: str, second: str) -> bool:
+        return ("a" in first) == ("a" in second)
+
+
 class JudgedTask:
     """A task with a judge; the right answer to every question is "yes"."""
 

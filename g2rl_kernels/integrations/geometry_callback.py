@@ -45,12 +45,13 @@ from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check
 from ..trainer.startup import check_adapter, check_policy
 from .trl import correctness_column  # importing .trl checks TRL's version
 from .trl_head import (
+    compare_log_probs,
     completion_text,
     count_positions,
     current_head,
-    has_weights,
     head_inputs,
     innermost,
+    runs_here,
     settle_positions,
 )
 
@@ -185,7 +186,7 @@ class GeometryCallback(TrainerCallback):
         self.correctness = None
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
-        head, forward = find_head(model, has_weights(trainer.accelerator)), model.forward
+        head, forward = find_head(model, runs_here(trainer.accelerator, model)), model.forward
         score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
         seen: list[Any] = []  # rewards and completions of the batch in hand
 
@@ -245,14 +246,7 @@ class GeometryCallback(TrainerCallback):
                 self._running = None
             return found[0][probe.mask]
 
-        check_policy(
-            trainer.model,
-            trainer._tokenizer.pad_token_id,
-            logprobs=logprobs,
-            temperature=trainer.temperature,
-            samples=False,
-            context=trainer.accelerator.autocast,
-        )
+        compare_log_probs(trainer, logprobs, samples=False)
 
     def _use_positions(self) -> None:
         self._positions = True

@@ -70,17 +70,18 @@ from ..models.lm_head import LMHead, find_head
 from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
-from ..trainer.startup import check_policy, warn_unmoved
+from ..trainer.startup import warn_unmoved
 from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
 from .trl_head import (
+    compare_log_probs,
     completion_text,
     current_head,
-    has_weights,
     head_inputs,
     innermost,
     last_hidden_state,
     pad_like,
     pass_positions,
+    runs_here,
     settle_positions,
 )
 
@@ -155,7 +156,9 @@ class G2RLTrainer(GRPOTrainer):
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
         if fused or self._shapes:
-            self._add_ops(innermost(self.model), fused, compare=has_weights(self.accelerator))
+            self._add_ops(
+                innermost(self.model), fused, compare=runs_here(self.accelerator, innermost(self.model))
+            )
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
@@ -171,8 +174,9 @@ class G2RLTrainer(GRPOTrainer):
 
     def _check_policy(self) -> None:
         """Sampler, update and model give the same log-probs; positions are passed where that needs them."""
-        model, pad = innermost(self.model), self._tokenizer.pad_token_id
-        check_embedded([pad], embedded_rows(model), self._tokenizer, "processing_class: its padding")
+        model, tokenizer = innermost(self.model), self._tokenizer
+        rows = embedded_rows(model)
+        check_embedded([tokenizer.pad_token_id], rows, tokenizer, "processing_class: its padding")
 
         def logprobs(probe: Rollout) -> Tensor:
             length = probe.mask.shape[1]
@@ -182,14 +186,7 @@ class G2RLTrainer(GRPOTrainer):
         def check() -> None:
             padless = self.use_vllm or self.use_transformers_continuous_batching
             try:
-                check_policy(
-                    self.model,
-                    pad,
-                    logprobs=logprobs,
-                    temperature=self.temperature,
-                    samples=not (padless or self._is_vlm),
-                    context=self.accelerator.autocast,
-                )
+                compare_log_probs(self, logprobs, samples=not (padless or self._is_vlm))
             except (TypeError, ValueError, AttributeError) as error:
                 if not self._is_vlm:
                     raise
@@ -210,6 +207,8 @@ class G2RLTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple[Any, ...]:
         tokenized: tuple[Any, ...] = super()._tokenize_prompts(prompts)
+        if self._is_vlm:  # the embeddings of images may be elsewhere
+            return tokenized
         rows = embedded_rows(innermost(self.model))
         for prompt, ids in zip(prompts, tokenized[0]):
             check_embedded(ids, rows, self._tokenizer, f"prompt {short(prompt)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import g2rl_kernels as g2
 
 from ..errors import TrainerError
 from ..models.lm_head import LMHead, backbone_of
+from ..trainer.startup import Logprobs, check_policy, runs_exactly
 
 
 class HeadInputs(NamedTuple):
@@ -53,12 +54,15 @@ def innermost(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def has_weights(accelerator: Any) -> bool:
-    """Whether this process has the model's weights before training, so that `find_head` can compare logits.
+def runs_here(accelerator: Any, model: Any) -> bool:
+    """Whether this process can run the model before training, to compare log-probs.
 
-    ZeRO-3 has sharded them by then, and FSDP may load them on one process of a node.
+    ZeRO-3 has sharded the weights by then. FSDP may load them on one process of a node, and leaves them on
+    the CPU, where FlashAttention cannot run.
     """
-    return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled()
+    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+    away = model.device.type != accelerator.device.type
+    return accelerator.is_local_main_process and not is_deepspeed_zero3_enabled() and not (flash and away)
 
 
 def takes_positions(model: Any) -> bool:
@@ -92,16 +96,30 @@ def pass_positions(model: Any) -> None:
     model.forward = counted
 
 
+def compare_log_probs(trainer: Any, logprobs: Logprobs, samples: bool) -> None:
+    """`check_policy` for one of TRL's trainers; where float32 weights are autocast, first without that."""
+    model, accelerator = trainer.model, trainer.accelerator
+    settings: dict[str, Any] = {"temperature": trainer.temperature, "samples": samples, "logprobs": logprobs}
+    pad = trainer._tokenizer.pad_token_id
+    if runs_exactly(model) and not runs_exactly(model, accelerator.autocast):
+        accelerator.autocast = nullcontext  # TRL enters it around each forward
+        try:
+            check_policy(model, pad, **settings)
+        finally:
+            del accelerator.autocast
+    check_policy(model, pad, context=accelerator.autocast, **settings)
+
+
 def settle_positions(
     accelerator: Any, model: Any, check: Callable[[], None], use: Callable[[], None]
 ) -> bool:
     """Runs `check`; if it fails, calls `use`, which makes forwards count positions, and checks again.
 
-    check: raises TrainerError; it runs where this process has the weights. use: runs on all ranks, if one
+    check: raises TrainerError; it runs where this process can run the model. use: runs on all ranks, if one
     needs it. Returns whether it was called. All ranks must call this, and all raise the TrainerError of one.
     """
     said, used = None, False
-    if has_weights(accelerator):
+    if runs_here(accelerator, model):
         try:
             try:
                 check()

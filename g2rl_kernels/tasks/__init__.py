@@ -31,9 +31,7 @@ the answer is a letter, an index from 0 (a number) or the option's text; or {"te
 and the answer is a label. `extract` says which part of the completion is the answer: all (default) | boxed |
 answer_tag | last_number. All rows are checked at the start; an error names item and field.
 
-mathematics.py has `MathJudge`: what a completion answers, and which answers are equal. extract.py and
-phrases.py find the answer; notation.py and units.py bring it into one notation; arithmetic.py compares
-numbers; symbolic.py hands the rest to math-verify, once it is small enough. docs/evaluation.md has the rules.
+docs/evaluation.md says what counts as right; mathematics/ holds its rules.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import ConfigError, need
 from .base import Item, Verdict, check_rows, import_function
-from .extract import answer_tag, boxed, last_number
 from .mathematics import MathJudge
+from .mathematics.extract import answer_tag, boxed, last_number
 from .verify import verify
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {
@@ -55,7 +55,7 @@ class AnswerTask:
         self.extract = extractor(extract)
         self.function = import_function(score) if score else None
         self.judge = None if score else MathJudge(extract)
-        if self.judge is not None:
+        if self.judge is not None and extract != "last_number":  # numbers alone are compared without it
             try:
                 import math_verify  # noqa: F401
             except ImportError as error:

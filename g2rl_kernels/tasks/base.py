@@ -132,7 +132,8 @@ def check_rows(
         if fault:
             raise ConfigError(f"{where}: {question}{fault}")
         if answer is not None and not is_text(row[answer]) and not is_number(row[answer]):
-            raise ConfigError(f"{where}: {answer}={brief(row[answer])}: needs a text or a number")
+            hint = "; write the word that is to be answered" if isinstance(row[answer], bool) else ""
+            raise ConfigError(f"{where}: {answer}={brief(row[answer])}: needs a text or a number{hint}")
 
 
 def is_number(value: Any) -> bool:

@@ -7,11 +7,11 @@ import pickle
 import warnings
 
 from ..errors import ConfigError, need
-from . import gym_process
 from .answers import extractor
 from .base import Item
-from .gym_judge import GymJudge, GymSpec
-from .gym_maker import FEWEST_ITEMS, PROBES, Probed
+from .gym import process
+from .gym.judge import GymJudge, GymSpec
+from .gym.maker import FEWEST_ITEMS, PROBES, Probed
 from .verify import verify
 
 CONSTANT_SHARE = 2 / 3  # warn of a constant answer that is right this often; yes or no is by chance at 1/2
@@ -20,7 +20,7 @@ CONSTANT_SHARE = 2 / 3  # warn of a constant answer that is right this often; ye
 class ReasoningGymTask:
     """A procedural data set of reasoning-gym, by name; `cfg` goes to its configuration.
 
-    An item is made when it is asked for, by a process of its own (gym_maker.py): the same one in every
+    An item is made when it is asked for, by a process of its own (gym/maker.py): the same one in every
     process and after resuming. Warns if a constant answer is right for most items.
 
     Raises:
@@ -44,7 +44,7 @@ class ReasoningGymTask:
         self.spec = GymSpec(str(name), size, seed, dict(cfg or {}))
         self.judge = GymJudge(self.spec, extract)
         self._items: dict[int, bytes] = {}  # pickled, so that nobody changes them
-        self._length, probed = gym_process.process.ask("open", self.spec)
+        self._length, probed = process.process.ask("open", self.spec)
         warning = constant_answer(probed, extract)
         if warning:
             warnings.warn(f"task: reasoning-gym {name}: {warning}", stacklevel=2)
@@ -55,7 +55,7 @@ class ReasoningGymTask:
     def __getitem__(self, index: int) -> Item:
         index = range(self._length)[index]
         if index not in self._items:
-            self._items[index] = gym_process.process.ask("item", self.spec, index)
+            self._items[index] = process.process.ask("item", self.spec, index)
         item: Item = pickle.loads(self._items[index])
         return item
 

@@ -244,13 +244,13 @@ def check_embedded(ids: Iterable[int], rows: int, tokenizer: Any, where: str) ->
 
     where: what has the token, e.g. "task: JsonlTask[3]".
     """
-    for token in ids:
-        if token >= rows:
-            raise TrainerError(
-                f"{where} has the token {tokenizer.convert_ids_to_tokens(token)!r}, number "
-                f"{token}, but the model embeds {rows} tokens: resize_token_embeddings(len(tokenizer)) and "
-                "save the model, or use the tokenizer that belongs to it"
-            )
+    token = max(ids, default=0)
+    if token >= rows:
+        name = tokenizer.convert_ids_to_tokens(token)
+        raise TrainerError(
+            f"{where} has the token {name!r}, number {token}, but the model embeds {rows} tokens: "
+            "resize_token_embeddings(len(tokenizer)) and save the model, or use the model's own tokenizer"
+        )
 
 
 def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) -> list[int]:

@@ -26,7 +26,7 @@ import g2rl_kernels as g2
 
 from ..errors import TrainerError, one_line, out_of_memory
 from ..models.lm_head import LMHead, evaluation_mode, response_hidden
-from .sampling import Rollout
+from .sampling import Rollout, autocast
 
 PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long
 
@@ -44,6 +44,21 @@ Logprobs = Callable[[Rollout], Tensor]  # of the N response tokens, row by row: 
 Context = Callable[[], AbstractContextManager]  # makes the autocast context of one forward
 
 
+def check_trainer(trainer: Any) -> None:
+    """`check_policy` and `warn_unmoved` for a `Trainer` whose parameters to train are known."""
+    config, head = trainer.config, trainer.head
+    check_policy(
+        trainer.model,
+        trainer.tokenizer.pad_token_id,
+        head=head,
+        logprobs=lambda probe: trainer._logprobs(head, probe, slice(None))[0][probe.mask],
+        temperature=config.temperature,
+        context=lambda: autocast(config, trainer.device),
+    )
+    remedy = "set dtype=float32 (with autocast=bfloat16 for bf16's speed), or raise lr"
+    warn_unmoved(trainer.trained, config.lr, remedy)
+
+
 def check_policy(
     model: Any,
     pad_token_id: int,
@@ -56,12 +71,14 @@ def check_policy(
 ) -> None:
     """Compares the log-probs of sampler and update with the model's own, on two padded prompts.
 
+    Where autocast rounds the products of float32 weights, a first comparison without it is the sharper one.
+
     Args:
         model: a causal language model of transformers, also within PEFT.
         pad_token_id: the token that pads prompts and responses.
         head: of `find_head`; the update's log-probs then come from `response_hidden` and `linear_logprobs`.
-        logprobs: gives the update's log-probs at `temperature` for a probe, instead of head. Without both
-            only the sampler is compared.
+        logprobs: gives the update's log-probs at `temperature` for a probe, instead of head, which then
+            serves without autocast. Without both only the sampler is compared.
         temperature: of sampling.
         samples: whether model.generate() samples; False for another engine (it adds no padding).
         context: makes the autocast context of each forward.
@@ -70,6 +87,9 @@ def check_policy(
         TrainerError: they differ by more than rounding explains, or generate() fails. The message says which
             of them differs, by how many nats, and what the model does.
     """
+    given: dict[str, Any] = {"temperature": temperature, "samples": samples}
+    if runs_exactly(model) and not runs_exactly(model, context) and (head is not None or logprobs is None):
+        check_policy(model, pad_token_id, head=head, **given)
     if logprobs is None and head is not None:
         logprobs = _head_logprobs(head, temperature, context)
     policy = _Policy(model, pad_token_id, temperature, context)
@@ -92,6 +112,18 @@ def check_policy(
         f"without padding (rounding explains {own.tolerance:.1g}){agrees}. The run would go wrong: "
         f"use {LORA if _learned_prompt(model) else 'another model'}"
     )
+
+
+def runs_exactly(model: Any, context: Context = nullcontext) -> bool:
+    """Whether every product of a forward in this context is computed in float32 or better."""
+    device = model.get_input_embeddings().weight.device
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    with context():
+        if torch.is_autocast_enabled(device.type):
+            dtypes.add(torch.get_autocast_dtype(device.type))
+    convolves = any(isinstance(module, nn.Conv1d) for module in model.modules())  # in TF32 by default
+    tf32 = device.type == "cuda" and (convolves or torch.get_float32_matmul_precision() != "highest")
+    return dtypes <= {torch.float32, torch.float64} and not tf32
 
 
 def check_adapter(model: Any) -> None:
@@ -213,7 +245,7 @@ class _Policy:
             found.append(out.logits[0, -row.mask.shape[1] - 1 : -1].float() / self.temperature)
         z = torch.cat(found)
         tokens = probe.ids[:, _width(probe) :][probe.mask]
-        exact, finite = self._exact(), z[z.isfinite()]
+        exact, finite = runs_exactly(self.model, self.context), z[z.isfinite()]
         share, tolerance = EXACT if exact else COARSE, 1e-5  # of log-softmax itself, in float32
         if finite.numel() > 1:
             tolerance += share["spread"] * finite.std().item() + share["last"] * finite.abs().max().item()
@@ -262,19 +294,6 @@ class _Policy:
             out = self.model(input_ids=probe.ids, attention_mask=attention, use_cache=False)
         z = out.logits[:, -probe.mask.shape[1] - 1 : -1].float() / self.temperature
         return _chosen(z, probe.ids[:, _width(probe) :])[probe.mask]
-
-    def _exact(self) -> bool:
-        """Whether every product is computed in float32 or better."""
-        device = self.model.get_input_embeddings().weight.device
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        with self.context():
-            if torch.is_autocast_enabled(device.type):
-                dtypes.add(torch.get_autocast_dtype(device.type))
-        convolves = any(
-            isinstance(module, nn.Conv1d) for module in self.model.modules()
-        )  # in TF32 by default
-        tf32 = device.type == "cuda" and (convolves or torch.get_float32_matmul_precision() != "highest")
-        return dtypes <= {torch.float32, torch.float64} and not tf32
 
 
 def _head_logprobs(head: LMHead, temperature: float, context: Context) -> Logprobs:

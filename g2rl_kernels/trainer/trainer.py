@@ -36,7 +36,7 @@ from .config import TrainerConfig
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text, shown
 from .sampling import Rollout, Sampler, autocast
-from .startup import check_adapter, check_policy, warn_unmoved
+from .startup import check_adapter, check_trainer
 
 
 @dataclass
@@ -90,13 +90,6 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
-        check_policy(
-            model,
-            tokenizer.pad_token_id,
-            logprobs=lambda probe: self._logprobs(self.head, probe, slice(None))[0][probe.mask],
-            temperature=config.temperature,
-            context=lambda: autocast(config, self.device),
-        )
         if config.algorithm == "evol_rl":
             self.encoder = SentenceEncoder(config.encoder, self.device)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
@@ -106,11 +99,7 @@ class Trainer:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise TrainerError("model: no parameter requires a gradient, so nothing would be trained")
-        warn_unmoved(
-            self.trained,
-            config.lr,
-            "set dtype=float32 (with autocast=bfloat16 for bf16's speed), or raise lr",
-        )
+        check_trainer(self)
         self.optimizer = torch.optim.AdamW(
             self.trained,
             lr=config.lr,

@@ -127,6 +127,22 @@ def test_errors_are_one_line(
     assert message in error
 
 
+def test_an_import_that_fails_while_the_model_loads_is_named(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        try:
+            raise ModuleNotFoundError("No module named 'mamba_ssm'", name="mamba_ssm")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("Could not import module 'Qwen3ForCausalLM'.") from error
+
+    monkeypatch.setattr(trl_command.G2RLTrainer, "__init__", fail)
+    assert cli.main([recipe()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be loaded: an import failed (ModuleNotFoundError: No module named 'mamba_ssm')" in error
+    assert error.endswith("pip install mamba_ssm")
+
+
 @pytest.mark.parametrize("option", [["--learnin_rate", "1"], ["learnin_rate=1"], ["--learnin-rate=1"]])
 def test_an_unknown_option_is_told_with_the_nearest(
     recipe: Any, option: list[str], capsys: pytest.CaptureFixture[str]

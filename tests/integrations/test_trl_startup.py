@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from g2rl_kernels.errors import RewardError, TrainerError
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
+from g2rl_kernels.integrations.trl_head import runs_here
 from g2rl_kernels.trainer.startup import make_probe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
@@ -98,6 +100,24 @@ def test_learned_positions_are_passed(
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
+def test_positions_that_matter_little_are_passed_under_autocast(
+    make: Callable[..., Any], save: Callable[..., str]
+) -> None:
+    path = save("GPT2LMHeadModel", **GPT)
+    model = transformers.GPT2LMHeadModel.from_pretrained(path)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(0.02)
+    model.save_pretrained(path)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel needs position_ids"):
+        trainer = make(model=path, bf16=True)
+    assert "autocast" not in vars(trainer.accelerator)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel needs position_ids"):
+        make(model=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True))._positions
+
+
 def test_features_of_learned_positions(make: Callable[..., Any], save: Callable[..., str]) -> None:
     with pytest.warns(UserWarning, match="needs position_ids"):
         trainer = make(Watched, model=save("GPT2LMHeadModel", **GPT), max_steps=1)
@@ -169,6 +189,23 @@ def test_positions_that_do_not_matter_are_not_passed(make: Callable[..., Any]) -
         ours, theirs = make(g2rl_lam=0), make(GRPOTrainer)
     probe = make_probe(ours.model, 0)
     assert torch.equal(trained_on(ours, probe), trained_on(theirs, probe))
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "main", "runs"),
+    [
+        ("sdpa", "cuda", True, True),
+        ("flash_attention_2", "cuda", True, False),  # under FSDP the weights are on the CPU yet
+        ("flash_attention_2", "cpu", True, True),
+        ("sdpa", "cpu", False, False),
+    ],
+)
+def test_where_a_model_can_run_before_training(attention: str, device: str, main: bool, runs: bool) -> None:
+    model = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation=attention), device=torch.device("cpu")
+    )
+    accelerator = SimpleNamespace(is_local_main_process=main, device=torch.device(device))
+    assert runs_here(accelerator, model) == runs
 
 
 # --- learned prompts ------------------------------------------------------------------------------------

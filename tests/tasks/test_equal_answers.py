@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from g2rl_kernels.tasks.mathematics import MathJudge, read
+from g2rl_kernels.tasks.mathematics.judge import MathJudge, read
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-kernels[train]'")
 

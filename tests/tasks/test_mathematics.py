@@ -1,20 +1,16 @@
-"""The judge of mathematics, numbers and words: what is right, what is wrong, and that nothing holds it up."""
+"""The judge of mathematics, numbers and words: what is right and what is wrong."""
 
 from __future__ import annotations
 
-import pickle
-import random
-import subprocess
-import sys
 import threading
-import time
 from typing import Any
 
 import pytest
 
+from g2rl_kernels.errors import ConfigError
 from g2rl_kernels.tasks.answers import AnswerTask, math_answer
 from g2rl_kernels.tasks.base import final_answer
-from g2rl_kernels.tasks.mathematics import MathJudge, known_text, read
+from g2rl_kernels.tasks.mathematics.judge import MathJudge, known_text, read
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-kernels[train]'")
 
@@ -33,97 +29,6 @@ def agrees(gold: Any, completion: str, right: bool, extract: str = "all") -> Non
         known = known_text(gold)
         assert judge.same(answer, known) == judge.same(known, answer) == right
         assert read(answer).text == answer  # the form is final
-
-
-EXPLODING = [
-    r"1000 \cdot 1.05^{20000}",
-    r"9^{9^{9^9}}",
-    r"10^{10^{10}}",
-    r"2^{3^{4^{5^{6}}}}",
-    "9**9**9**9",
-    "10000000!",
-    "((5!)!)!",
-    "170!!!",
-    r"\binom{100000}{50000}",
-    "7" * 5000,
-    "0." + "3" * 5000,
-    "1e999999",
-    "1e-999999999999999999999",
-    r"x^{10^{10}}",
-    r"(x+1)^{100000}",
-    r"e^{e^{e^{e^{e^{e}}}}}",
-    r"\pi^{\pi^{\pi^{\pi}}}",
-    r"\sqrt{2}^{\sqrt{2}^{9999}}",
-    r"\sum_{k=1}^{10^9} k",
-    r"\sqrt[64]{" + "7" * 3000 + "}",
-    "(" * 5000 + "5" + ")" * 5000,
-    "{" * 3000 + "5" + "}" * 3000,
-    "1" + "+1" * 900,
-    "a" * 1900,
-    "a " * 900,
-    "1," * 900 + "1",
-    "x^{" * 300 + "2" + "}" * 300,
-    "-" * 1500 + "5a",
-    r"\sum_{k=1}^{1000} \frac{1}{k^{999}}",
-    r"x^{1000}-3x+1<0",
-    "x^{1000}+x=0",
-    "e^{e^{1000}}",
-    r"\int \int x^y dx dy",
-    r"\begin{pmatrix}x&2\\3&y\end{pmatrix}^{999}",
-]
-
-
-@pytest.mark.parametrize("text", EXPLODING, ids=lambda text: text[:20])
-def test_numbers_that_explode_are_wrong_at_once(text: str) -> None:
-    start = time.process_time()
-    for extract in ("all", "boxed", "answer_tag"):
-        judge = MathJudge(extract)
-        completion = f"<answer>{text}</answer>" if extract == "answer_tag" else f"so \\boxed{{{text}}}."
-        for gold in ("7", "x+1", r"\pi", "no", "1,2"):
-            assert judge.score(completion, gold) == 0
-        answer = judge.answer(completion, None)
-        if answer is not None:
-            assert judge.same(answer, answer)
-            for other in ("7", r"2\pi", "x+1", "(1,2)"):
-                assert not judge.same(answer, other)
-                assert not judge.same(other, answer)
-    assert time.process_time() - start < 3
-
-
-@pytest.mark.parametrize("extract", ["all", "boxed", "answer_tag", "last_number"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\\boxed{" * 20_000,
-        "<answer>" * 20_000,
-        "</answer>" * 20_000,
-        "the answer is " * 10_000,
-        "answer " * 20_000,
-        "$" * 100_000,
-        "$x$ and " * 20_000,
-        "**" * 50_000,
-        "(" * 100_000,
-        "1," * 50_000,
-        "-" * 100_000,
-        "{" * 50_000 + "}" * 50_000,
-        "\n" * 100_000,
-        "```\n" * 20_000,
-        "<think>" * 20_000,
-        "</think>" * 20_000,
-        "x = " * 30_000,
-        "\\[" * 50_000,
-        "9" * 100_000,
-        " " * 100_000 + ".",
-        "a b " * 30_000,
-        "that is wrong it is " * 5000 + "\\boxed{3}" + "that is wrong it is " * 5000,
-    ],
-    ids=lambda text: repr(text[:10]),
-)
-def test_long_completions_take_no_time(text: str, extract: str) -> None:
-    start = time.process_time()
-    MathJudge(extract).score(text, "-12345")
-    MathJudge(extract).score(text, "yes or so")
-    assert time.process_time() - start < 3
 
 
 def test_verdicts_in_a_thread() -> None:
@@ -148,6 +53,7 @@ def test_verdicts_in_a_thread() -> None:
         ("(1, 0.0000012)", "(1, 0.0000008)", False),
         (r"\{0.0000012\}", r"\{0.0000008\}", False),
         (r"10^{-20}\pi", r"10^{-20}", False),
+        (r"10^{-100}\pi", r"10^{-101}\pi", False),
         (r"10^{-20}x", r"2 \cdot 10^{-20}x", False),
         (r"\frac{1}{3}", "0.333333", True),
         (r"\frac{1}{3}", "0.333", False),
@@ -191,14 +97,21 @@ def test_numbers_are_compared_relatively(gold: str, answer: str, right: bool) ->
         (7.0, "7", True),
         (7, "7.0", True),
         (-0.5, r"-\frac12", True),
-        (True, r"\text{true}", True),
-        (False, "True", False),
         (1, "1", True),
     ],
 )
 def test_json_numbers(gold: Any, answer: str, right: bool) -> None:
     agrees(gold, rf"\boxed{{{answer}}}", right)
     agrees(gold, f"The answer is {answer}." if "\\" not in answer else f"The answer is ${answer}$.", right)
+
+
+def test_booleans_reach_the_judge_from_columns_of_a_data_set() -> None:
+    """Rows of tasks must say what to write: base.py `check_rows` refuses them there."""
+    judge = MathJudge()
+    assert judge.score(r"\boxed{\text{true}}", True) == judge.score("The answer is False.", False) == 1
+    assert judge.score("The answer is True.", False) == 0
+    with pytest.raises(ConfigError, match="answer=True: needs a text or a number; write the word"):
+        AnswerTask([{"question": "?", "answer": True}], "a test")
 
 
 def test_a_known_answer_of_another_kind_is_told() -> None:
@@ -454,129 +367,3 @@ def test_same_is_symmetric() -> None:
     for first in texts:
         for second in texts:
             assert judge.same(first, second) == judge.same(second, first), (first, second)
-
-
-def test_the_judge_is_picklable_and_equal() -> None:
-    judge = pickle.loads(pickle.dumps(MathJudge("boxed")))
-    assert judge == MathJudge("boxed")
-    assert hash(judge) == hash(MathJudge("boxed"))
-
-
-def test_numbers_and_words_need_no_sympy() -> None:
-    code = (
-        "import sys\n"
-        "from g2rl_kernels.tasks.mathematics import MathJudge\n"
-        "before = set(sys.modules)\n"
-        "assert MathJudge('last_number').score('2 + 3 = 5', '5') == 1\n"
-        r"assert MathJudge().score(r'\boxed{\frac{3}{4}}', '0.75') == 1" + "\n"
-        r"assert MathJudge().score(r'\boxed{(1, 2)}', '(1,2)') == 1" + "\n"
-        "assert MathJudge().score('The answer is yes.', 'yes') == 1\n"
-        "assert not {'sympy', 'math_verify'} & (set(sys.modules) - before), 'imported'\n"
-        "assert 'math_verify' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_random_texts_never_raise() -> None:
-    """Fragments of LaTeX and prose in any order."""
-    draw = random.Random(0)
-    fragments = [
-        *(
-            "\\boxed{",
-            "}",
-            "{",
-            "(",
-            ")",
-            "[",
-            "]",
-            "$",
-            "\\frac",
-            "\\sqrt",
-            "^",
-            "_",
-            "1",
-            "2.5",
-            "x",
-            "=",
-            ",",
-            "%",
-        ),
-        *(
-            "\\text{",
-            "and",
-            "answer is ",
-            "<answer>",
-            "</answer>",
-            "\\pm",
-            "\\circ",
-            "!",
-            ":",
-            "|",
-            "\\",
-            "cm",
-            "-",
-        ),
-        *(
-            "\\cdot",
-            "/",
-            "\n",
-            "**",
-            "\\left(",
-            "\\right)",
-            "\\{",
-            "\\}",
-            "e",
-            "i",
-            "\\pi",
-            "&",
-            "\\\\",
-            "~",
-            '"',
-        ),
-    ]
-    judge = MathJudge()
-    start = time.process_time()
-    for _ in range(1500):
-        text = "".join(draw.choice(fragments) for _ in range(draw.randrange(1, 12)))
-        answer = judge.answer(f"\\boxed{{{text}}}", None) or text
-        judge.score(text, "5")
-        assert judge.same(answer, "x+1") == judge.same("x+1", answer)
-    assert time.process_time() - start < 60
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold"),
-    [
-        ("(" + "1" * 50, "x + 1"),  # a pattern that tried all ways to part the digits
-        (r"\prod_{k=1}^{1/2} k", "x + 1"),
-        (r"\prod_{k=1}^{\infty} (1 + 1/k^2)", "3"),
-        (r"\Gamma(1000000)", "3"),
-        (r"\lfloor \pi \cdot 10^{900} \rfloor", "3"),
-        ("i < x < y", "x < 3"),
-    ],
-)
-def test_answers_that_took_minutes_or_raised(answer: str, gold: str) -> None:
-    started = time.process_time()
-    assert MathJudge().score(rf"\boxed{{{answer}}}", gold) == 0
-    assert time.process_time() - started < 3  # with sympy's import
-
-
-@pytest.mark.parametrize(
-    "text", ["either 3 or 4", "It is either **3** or **4**.", "The answer is either 3 or 4.", "So 3, or 4"]
-)
-def test_a_hedge_between_numbers_is_both_of_them(text: str) -> None:
-    judge = MathJudge()
-    assert [judge.score(text, gold) for gold in ("3", "4", "3, 4")] == [0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "right"),
-    [
-        (r"3 \approx 5", "3", False),
-        (r"0.5 \approx 3", "1/2", False),
-        (r"\frac13 \approx 0.33", r"\frac13", True),
-        (r"x \approx 3.14", "3.14", True),
-    ],
-)
-def test_approximations(answer: str, gold: str, right: bool) -> None:
-    assert MathJudge().score(rf"\boxed{{{answer}}}", gold) == right

@@ -25,9 +25,10 @@ from tiny import make_model, make_trainer
 
 from g2rl_kernels.evaluation.datasets import load_data
 from g2rl_kernels.group.options import SCORE_GATE
-from g2rl_kernels.tasks import Item, gym_process, processes
-from g2rl_kernels.tasks.gym_judge import MOST_PARTIAL_CREDIT, GymJudge, GymSpec
-from g2rl_kernels.tasks.gym_maker import PROBES, Probed
+from g2rl_kernels.tasks import Item, processes
+from g2rl_kernels.tasks.gym import process as gym_process
+from g2rl_kernels.tasks.gym.judge import MOST_PARTIAL_CREDIT, GymJudge, GymSpec
+from g2rl_kernels.tasks.gym.maker import PROBES, Probed
 from g2rl_kernels.tasks.procedural import ReasoningGymTask, constant_answer
 from g2rl_kernels.tasks.verify import unify, verify
 from g2rl_kernels.trainer import ConfigError, TrainerError
@@ -188,7 +189,8 @@ def test_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_process_ends_with_this_one() -> None:
     program = (
-        "import os, signal\nfrom g2rl_kernels.tasks import gym_process, load_task\n"
+        "import os, signal\nfrom g2rl_kernels.tasks import load_task\n"
+        "from g2rl_kernels.tasks.gym import process as gym_process\n"
         "load_task({'kind': 'reasoning_gym', 'name': 'gcd', 'size': 2})\n"
         "print(gym_process.process._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )

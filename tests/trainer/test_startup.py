@@ -121,6 +121,13 @@ def test_bfloat16_does_not_hide_them(family: str) -> None:
             check(make(family, settings, keys.get("dtype", torch.float32)), bool(keys.get("autocast")))
 
 
+def test_autocast_of_float32_weights_does_not_hide_small_faults(tmp_path: Path) -> None:
+    settings = next(row[1] for row in BAD if row[0] == "nemotron_h")
+    with pytest.raises(TrainerError, match=r"the sampler's log-probs by 0\.0\d+ nats"):
+        make_trainer(tmp_path, model=make("nemotron_h", settings), autocast="bfloat16")
+    check(make("nemotron_h", settings, torch.bfloat16))  # here rounding does
+
+
 def masked(model: Any, excluded: slice) -> Any:
     """The model with -inf among its logits, as some families exclude tokens."""
     forward = model.forward

@@ -9,7 +9,7 @@ import zlib
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from .answers import extractor
+from ..answers import extractor
 
 # Some scorers give nearly full credit to a wrong answer: 0.99 for one wrong cell of 100, 0.9999 for a second
 # too many, 1 - 1e-16 for a word with a letter too many. Full credit is 1.0 to the bit in all data sets.

@@ -134,10 +134,12 @@ def _complex(expression: Any, text: str) -> Any:
     """With the letter i as the imaginary unit, unless it counts terms."""
     import sympy
 
-    if not isinstance(expression, (sympy.Expr, sympy.MatrixBase)):  # i < x is about a variable
-        return expression
-    letters = {name for name in expression.free_symbols if str(name) == "i"}
-    if not letters or re.search(r"\\(?:sum|prod|hat|vec)|_\{?i", text):
+    letters = {name for name in getattr(expression, "free_symbols", ()) if str(name) == "i"}
+    if (
+        not letters
+        or not isinstance(expression, (sympy.Expr, sympy.MatrixBase))
+        or re.search(r"\\(?:sum|prod|hat|vec)|_\{?i", text)
+    ):
         return expression
     return expression.subs(dict.fromkeys(letters, sympy.I))
 
@@ -153,8 +155,8 @@ def same(first: str, second: str) -> bool:
 
     if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr):
         equal = _same_expressions(one, two)
-        if equal is not None:
-            return equal
+        if equal is not None or one.has(sympy.Product) or two.has(sympy.Product):
+            return bool(equal)  # math-verify takes minutes for products
     expressions = [isinstance(x, (sympy.Expr, sympy.MatrixBase)) for x in (one, two)]
     if any(expressions) and not all(expressions) and any("=" in text for text in (first, second)):
         return False  # math-verify would take 2x = 6 for 6
@@ -176,8 +178,10 @@ _COMPARES = re.compile(r"[<>]|\\(?:approx|equiv|sim|simeq|cong|neq?)(?![a-zA-Z])
 
 def approximation(text: str) -> Fraction | None:
     """The value of a real constant such as \\pi to DIGITS digits; None for anything else."""
+    import sympy
+
     expression = None if _COMPARES.search(text) else parse(text)
-    if expression is None or getattr(expression, "free_symbols", True):
+    if not isinstance(expression, sympy.Expr) or expression.free_symbols:
         return None
     return _real(_evaluated(expression, {}))
 
@@ -199,20 +203,24 @@ def _real(value: Any) -> Fraction | None:
 
 
 def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
-    """The expression's value at a point, as a sympy number; None without one."""
+    """The expression's value at a point, as a sympy number, perhaps infinite; None without one."""
     import sympy
+    from sympy.core.evalf import PrecisionExhausted
 
+    value = expression.subs(point) if point else expression
+    if value.has(sympy.Limit, sympy.Derivative):
+        value = value.doit()
+    for product in value.atoms(sympy.Product):  # others take minutes
+        if not all(bound.is_Integer for _, *bounds in product.limits for bound in bounds):
+            return None
     try:
-        value = expression.subs(point) if point else expression
-        if value.has(sympy.Limit, sympy.Derivative):
-            value = value.doit()
-        for product in value.atoms(sympy.Product):  # others take minutes
-            if not all(bound.is_Integer for _, *bounds in product.limits for bound in bounds):
-                return None
         value = value.evalf(DIGITS)
-    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+    except PrecisionExhausted:
         return None
-    return value if getattr(value, "is_number", False) and value.is_finite else None
+    if value.is_infinite or value.is_Float or value.is_Rational:
+        return value
+    parts = value.as_real_imag()
+    return value if all(part.is_Float or part.is_Rational for part in parts) else None
 
 
 # Values of variables: positive ones first, then of both signs, where only real values count
@@ -235,11 +243,16 @@ def _same_expressions(one: Any, two: Any) -> bool | None:
         for values in counts if counting else points:
             chosen = (sympy.Rational(values[i % 3]) + sympy.Rational(i // 3, 7) for i in range(len(names)))
             point = dict(zip(names, chosen))
-            a, b = _evaluated(one, point), _evaluated(two, point)
+            try:
+                a, b = _evaluated(one, point), _evaluated(two, point)
+                if a is not None and b is not None and (a.is_infinite or b.is_infinite):
+                    return bool(a == b)
+            except (TypeError, ValueError, AttributeError, NotImplementedError, ZeroDivisionError):
+                return None
             if a is None or b is None or (signs and not (a.is_real and b.is_real)):
                 continue
             size = max(abs(a), abs(b))
-            if abs(a - b) > size * sympy.Float(10) ** -25 and size > sympy.Float(10) ** -90:
+            if abs(a - b) > size * sympy.Float(10) ** -25 and size > sympy.Float(10) ** -110:
                 return False
             compared += 1
             if not names:

@@ -74,7 +74,7 @@ def _read(text: str, depth: int = 0) -> Form:
         label = (ratio[2] or "").lower().replace(".", "")
         return listed._replace(unit=label, text=f"{listed.text} {label}".strip())
     plus_minus = re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text)
-    if plus_minus:
+    if plus_minus and notation.split_top(text, r"(?!)"):
         signs = (("+", "-"), ("-", "+"))
         both = [re.sub(r"\\pm(?![a-zA-Z])", a, re.sub(r"\\mp(?![a-zA-Z])", b, text)) for a, b in signs]
         return _listed("", [side.strip().lstrip("+") for side in both], depth)
@@ -355,7 +355,7 @@ class MathJudge:
         found = extract.FINDERS[self.extract](completion, words)
         if found is None or len(found) > MAX_ANSWER:
             return None
-        return read(found).text or found.strip() or None
+        return read(found).text or None
 
     def same(self, first: str, second: str) -> bool:
         """Whether two answers are equal; symmetric."""

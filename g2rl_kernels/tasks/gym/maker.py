@@ -1,4 +1,4 @@
-"""What runs in the process that makes reasoning-gym's items; gym_process.py is the other side.
+"""What runs in the process that makes reasoning-gym's items; process.py is the other side.
 
 Six data sets depend on PYTHONHASHSEED, which is fixed there, and two draw from the global generator of
 `random` as well, which is seeded for each item. So an item depends on its data set and index alone, in
@@ -20,7 +20,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from .gym_judge import GymJudge, GymSpec, make_data, seed_globally
+from .judge import GymJudge, GymSpec, make_data, seed_globally
 
 # Answers that a lazy model may give to everything; the commonest right answers are tried, too.
 PROBES = (

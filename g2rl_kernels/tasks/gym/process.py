@@ -1,4 +1,4 @@
-"""The process that makes reasoning-gym's items for this one; gym_maker.py is what runs there.
+"""The process that makes reasoning-gym's items for this one; maker.py is what runs there.
 
 It is a plain Python with PYTHONHASHSEED=0, so that every process of a run, and one that resumes it, has the
 same items. It leaves this process's random state alone.
@@ -15,9 +15,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..errors import ConfigError, TrainerError, need
-from .gym_judge import GymSpec
-from .processes import start
+from ...errors import ConfigError, TrainerError, need
+from ..processes import start
+from .judge import GymSpec
 
 REQUEST_SECONDS = 600.0  # for one item: a configuration may allow no puzzle at all
 
@@ -72,7 +72,7 @@ class GymProcess:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self._process = start(
-                "gym_maker",
+                "gym.maker",
                 theirs.fileno(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # codeio's programs print
