@@ -14,6 +14,7 @@ from g2rl_kernels.tasks.mathematics import MathJudge
     [
         ("(" + "1" * 50, "x + 1"),  # a pattern that tried all ways to part the digits
         (r"\prod_{k=1}^{1/2} k", "x + 1"),
+        (r"0.5 = 3 + \prod_{k=1}^{0.5} k", "x + 1 = 0"),
         (r"\prod_{k=1}^{\infty} (1 + 1/k^2)", "3"),
         (r"\Gamma(1000000)", "3"),
         (r"\lfloor \pi \cdot 10^{900} \rfloor", "3"),

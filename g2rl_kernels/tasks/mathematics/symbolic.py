@@ -119,7 +119,16 @@ def parse(text: str) -> Any:
     )
     if not found or isinstance(found[0], str):
         return None
-    return _complex(_exact(found[0]), text)
+    return _complex(_exact(found[0]), text) if _finite_products(found[0]) else None
+
+
+def _finite_products(expression: Any) -> bool:
+    """Whether products have whole numbers, or variables, as bounds: sympy takes minutes for others."""
+    import sympy
+
+    products = getattr(expression, "atoms", lambda *_: ())(sympy.Product)
+    bounds = [bound for product in products for _, *bounds in product.limits for bound in bounds]
+    return all(bound.is_Integer or bound.free_symbols for bound in bounds)
 
 
 def _exact(expression: Any) -> Any:
@@ -210,9 +219,8 @@ def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
     value = expression.subs(point) if point else expression
     if value.has(sympy.Limit, sympy.Derivative):
         value = value.doit()
-    for product in value.atoms(sympy.Product):  # others take minutes
-        if not all(bound.is_Integer for _, *bounds in product.limits for bound in bounds):
-            return None
+    if not _finite_products(value):
+        return None
     try:
         value = value.evalf(DIGITS)
     except PrecisionExhausted:
