@@ -1,0 +1,196 @@
+"""Endings that name an option in prose, that contradict themselves, or that go on with another question.
+
+FAULTS were found in responses of a small model, and by hand. FRESH was written before the code was tried on it.
+"""
+
+from __future__ import annotations
+
+PLANETS = ("Venus", "Mars", "Jupiter", "Saturn")
+SUMS = ("11", "12", "13", "14")
+GASES = ("Oxygen", "Nitrogen", "Carbon dioxide", "Helium")
+MAMMALS = ("Whale", "Shark", "Trout", "Penguin")
+DEGREES = ("0 °C", "50 °C", "90 °C", "100 °C")
+EVEN = ("3", "7", "10", "15")
+WRITERS = ("Charles Dickens", "William Shakespeare", "Jane Austen", "Mark Twain")
+OCEANS = ("Atlantic", "Indian", "Arctic", "Pacific")
+LAYING = ("Dog", "Cat", "Chicken", "Horse")
+COLOURS = ("Green", "Purple", "Orange", "Brown")
+SIDES = ("4", "5", "6", "8")
+NESTED = ("New York", "York", "New York City", "Newark")
+TRUTHS = ("True", "False", "Impossible to say")
+RIVERS = ("Nile", "Amazon River", "Danube", "Both the Nile and the Danube")
+
+Row = tuple[tuple[str, ...], str, str | None]
+
+FAULTS: list[Row] = [
+    # a letter with another option's text
+    (LAYING, "C. Horse", None),
+    (LAYING, "C. Chicken", "C"),
+    (LAYING, "C) Horse, because it lays eggs.", None),
+    (MAMMALS, "The answer is C. Whale", None),
+    (MAMMALS, "The answer is C. Whale.", None),
+    (MAMMALS, "The answer is (C) Whale, because it has lungs.", None),
+    (MAMMALS, "Answer: C (Whale)", None),
+    (MAMMALS, "\\boxed{C. Whale}", None),
+    (MAMMALS, "<answer>C: Whale</answer>", None),
+    (MAMMALS, "The answer is: A. Whales are fish.", "A"),
+    (MAMMALS, "The answer is B. Trout is a fish too.", "B"),
+    (SIDES, "The answer is A. 6", None),
+    (SUMS, "So, the answer is: B. 13", None),
+    (NESTED, "The answer is C. New York City.", "C"),
+    (NESTED, "C. New York City", "C"),
+    (NESTED, "B. New York", None),
+    (PLANETS, "B. Mars\n\nMars is a planet in the outer solar system.", "B"),
+    (PLANETS, "A. Mars\n\nMars is a planet in the outer solar system.", None),
+    (GASES, "A. Oxygen\n\nIt's a gas that humans breathe, which is essential for life.", "A"),
+    (LAYING, "A. Dog\n\nThe answer is not a valid option. Dogs are mammals.", None),
+    (LAYING, "A. Dog\nB. Cat\nC. Chicken", None),
+    # A: as Answer:
+    (COLOURS, "A: There are no specific colors that can be mixed, but (blue, red) is possible.", None),
+    (COLOURS, "Q: What color do you get? A: Purple", "B"),
+    (COLOURS, "Q: What color do you get?\nA: Purple", "B"),
+    (COLOURS, "A: Green", "A"),
+    (COLOURS, "A: Mixing them gives green.", "A"),
+    (COLOURS, "A: The answer is C.", "C"),
+    # a leading option that the text denies
+    (COLOURS, "A. Green is not a color in the classical sense, but a mix of two.", None),
+    (COLOURS, "C. Orange is the only color not covered by the given options.", None),
+    (MAMMALS, "A. Whale is not a mammal.", None),
+    (MAMMALS, "A. Whale, because a shark is not a mammal.", "A"),
+    (
+        WRITERS,
+        "C. Jane Austen is a classic example. While there are many, including Charles Dickens, the actual "
+        "creator of Romeo and Juliet is actually William Shakespeare.",
+        "B",
+    ),
+    (GASES, "A. Oxygen is a gas that plants take in, while nitrogen is one that they can't do without.", "A"),
+    # the next question
+    (SIDES, "The answer is C.\n\nQuestion: next?\nAnswer: A", "C"),
+    (SIDES, "C\n\nQuestion: How many sides has a square?\nAnswer: A", "C"),
+    (SIDES, "Question: How many sides has a hexagon?\nA. 4\nB. 5\nAnswer: C", "C"),
+    (SIDES, "I restate the task.\n\nQuestion: How many sides?\nAnswer: C\n\nQuestion: More?\nAnswer: D", "C"),
+    (SIDES, "The answer is A or B.\n\nQuestion: next?\nAnswer: A", None),
+    # corrections
+    (SIDES, "The answer is B. Wait, no: C.", "C"),
+    (SIDES, "The answer is B. Sorry, C.", "C"),
+    (SIDES, "Answer: B\n\nActually, C.", "C"),
+    (SIDES, "The answer is B. Wait, C has 6 sides. Yes.", "B"),
+    (MAMMALS, "The answer is Shark. Wait, no: Whale.", "A"),
+    # an option in prose
+    (SIDES, "A hexagon has 6 sides.", "C"),
+    (SIDES, "A hexagon has 6 sides, which is a fundamental property of the geometry of hexagons.", "C"),
+    (SIDES, "A hexagon is a polygon with 6 sides. The formula gives 6^4, which equals 256.", None),
+    (SIDES, "Answer: 6 sides", "C"),
+    (SIDES, "Final Answer: (C) 6 sides", "C"),
+    (SIDES, "Answer: 6 + 5", None),
+    (SIDES, "There are 6, not 5, sides.", "C"),
+    (SIDES, "4 + 6 is a sum.", None),
+    (SUMS, "6 + 7 = 11", "A"),
+    (SUMS, "A. 11\nB. 12\nC. 13\nD. 14", None),
+    (EVEN, "We check what is divisible by 2. The number 10 is divisible by 2, so it is even.", "C"),
+    (EVEN, "The number is 3.5 or 7.5.", None),
+    (DEGREES, "Water boils at 100 °C at sea level.", "D"),
+    (DEGREES, "Water boils at 100°C.", "D"),
+    (DEGREES, "A. 0 °C\nB. 50 °C\nC. 90 °C\nD. 100 °C\n\nThe boiling point is approximately 100 °C.", "D"),
+    (DEGREES, "C. 100 °C\n\nThe boiling point is a specific temperature.", None),
+    (OCEANS, "The largest ocean is the **Pacific**.", "D"),
+    (OCEANS, "Pacific Ocean", "D"),
+    (OCEANS, "**Pacific Ocean**", "D"),
+    (OCEANS, "\\boxed{Pacific Ocean}", "D"),
+    (OCEANS, "\\boxed{\\text{the Pacific Ocean}}", "D"),
+    (OCEANS, "Answer: Pacific Ocean", "D"),
+    (OCEANS, "The answer is the Pacific Ocean.", "D"),
+    (OCEANS, "The largest ocean is the Arctic, which is larger than the Pacific.", "C"),
+    (OCEANS, "The largest ocean is not the Arctic.", None),
+    (OCEANS, "Is the largest ocean the Pacific?", None),
+    (OCEANS, "The Atlantic and the Pacific are oceans.", None),
+    (WRITERS, "Answer: Shakespeare", "B"),
+    (WRITERS, "It was Shakespeare.", "B"),
+    (WRITERS, "Romeo and Juliet was written by William Shakespeare.", "B"),
+    (WRITERS, "Answer: William", None),
+    (RIVERS, "Answer: the Danube", "C"),
+    (RIVERS, "Answer: Amazon", "B"),
+    (RIVERS, "Answer: Both the Nile and the Danube", "D"),
+    (GASES, "Answer: carbon", None),
+    (MAMMALS, "A shark is a fish. A penguin is a bird. Therefore the mammal is the whale.", "A"),
+    (MAMMALS, "The answer is a dolphin. A whale is large.", None),
+    (MAMMALS, "A whale is large. The answer is a dolphin.", None),
+    (TRUTHS, "The statement is true.", "A"),
+    (TRUTHS, "The statement is not true.", None),
+    (TRUTHS, "A true story was told.", None),
+    # other forms
+    (SUMS, "6+7=13, which is C.", "C"),
+    (SUMS, "The correct answer is not A or B. 6+7=13, which is C. Option D is too large.", "C"),
+    (SUMS, "The answer is C. 15 is more than 14, which is D.", "C"),
+    (SUMS, "Option D is too large.", None),
+    (SIDES, "Option C: 6", "C"),
+    (SIDES, "C, because A has 4.", "C"),
+    (SIDES, "**C**, as a hexagon has 6 sides. A is a square.", "C"),
+    (SIDES, "C ✅", "C"),
+    (SIDES, "A ❌ B ❌ C ✅ D ❌", "C"),
+    (SIDES, "A. 4 ❌\nB. 5 ❌\nC. 6 ✅\nD. 8 ❌", "C"),
+    (SIDES, "A ✅ B ✅", None),
+]
+
+FRESH: list[Row] = [
+    (PLANETS, "The planet nicknamed the Red Planet is Mars, thanks to its iron oxide.", "B"),
+    (PLANETS, "Mars has a red surface. Venus, on the other hand, is covered by clouds.", None),
+    (PLANETS, "Mars has a red surface. It is therefore called the Red Planet.", "B"),
+    (PLANETS, "It isn't Venus, and it isn't Saturn. The red one is Mars.", "B"),
+    (PLANETS, "Unlike Jupiter, Mars looks red.", "B"),
+    (PLANETS, "Which is red: Venus or Mars? I do not know.", None),
+    (PLANETS, "Options: Venus, Mars, Jupiter, Saturn", None),
+    (PLANETS, "D) Mars", None),
+    (PLANETS, "The answer is option D: Mars.", None),
+    (PLANETS, "The correct answer is **B. Mars**, not Venus.", "B"),
+    (PLANETS, "The answer is Pluto. Mars is only a distractor.", None),
+    (PLANETS, "B. Mars is the Red Planet.", "B"),
+    (PLANETS, "B. Venus is the Red Planet.", None),
+    (PLANETS, "B - Mars\n\nExplanation: its soil has iron oxide.", "B"),
+    (PLANETS, "Answer: the planet Mars", "B"),
+    (SUMS, "Adding 6 and 7 gives 13.", "C"),
+    (SUMS, "6 + 7 = 13 and 13 - 7 = 6, so the sum is right.", "C"),
+    (SUMS, "The sum equals 12 + 1.", None),
+    (SUMS, "The sum is 13, i.e. option C.", "C"),
+    (SUMS, "The sum is 113.", None),
+    (SUMS, "First, 6 + 6 = 12. Then add 1 to get 13.", "C"),
+    (SUMS, "The result is bigger than 12.", None),
+    (SUMS, "\\boxed{13 \\text{ apples}}", "C"),
+    (SUMS, "The answer is 13 (thirteen).", "C"),
+    (GASES, "During photosynthesis plants absorb carbon dioxide.", "C"),
+    (GASES, "Plants absorb carbon dioxide rather than oxygen.", "C"),
+    (GASES, "Plants do not take in helium.", None),
+    (GASES, "A. Carbon dioxide is taken in by plants.", None),
+    (GASES, "The gas is CO2, which is C.", "C"),
+    (GASES, "I first wrote A, but the answer is C. Correction: B.", "B"),
+    (MAMMALS, "Of the four, only the whale nurses its young.", "A"),
+    (MAMMALS, "If it were a shark, it would be a fish.", None),
+    (MAMMALS, "Many people think it is the penguin.", None),
+    (MAMMALS, "The answer is the blue whale.", "A"),
+    (MAMMALS, "Q: Which is a mammal?\nA: Whale\nQ: Which is a fish?\nA: Shark", "A"),
+    (MAMMALS, "A\n\nProblem 2: Which of these is a bird?\nAnswer: D", "A"),
+    (MAMMALS, "\\boxed{\\text{not the whale}}", None),
+    (MAMMALS, "The shark is not a mammal, but the whale is.", "A"),
+    (DEGREES, "At sea level, the boiling point is 100 °C (212 °F).", "D"),
+    (DEGREES, "It is 212 °F, which is the same as 100 °C.", "D"),
+    (DEGREES, "It lies between 90 °C and 100 °C.", None),
+    (DEGREES, "The answer is 100.", None),
+    (WRITERS, "The author was Mark Twain, although some name Charles Dickens.", None),
+    (WRITERS, "Shakespeare wrote it. Answer: William Shakespeare", "B"),
+    (WRITERS, "\\boxed{\\text{Shakespeare}}", "B"),
+    (WRITERS, "I would choose Jane Austen.", "C"),
+    (WRITERS, "The play is by the Bard.\n\nQuestion: Who wrote Emma?\nAnswer: C", None),
+    (OCEANS, "The Pacific is the largest ocean. It covers a third of the surface.", "D"),
+    (OCEANS, "The largest is the Pacific; the smallest is the Arctic.", None),
+    (OCEANS, "Hmm, Atlantic? No: Pacific.", "D"),
+    (LAYING, "C is right since chickens lay eggs.", "C"),
+    (LAYING, "A dog does not lay eggs. A chicken does.", "C"),
+    (LAYING, "C since hens lay eggs", "C"),
+    (LAYING, "✅ C. Chicken", "C"),
+    (COLOURS, "Blue plus yellow is green!", "A"),
+    (COLOURS, "A: It depends on the light.", None),
+    (COLOURS, "You get a greenish colour.", None),
+    (SIDES, "Hexagon means six angles, so the count is 6.", "C"),
+    (SIDES, "Step 4: count them. Step 5: done.", None),
+    (NESTED, "The capital of the state is not New York City but New York.", "A"),
+]
