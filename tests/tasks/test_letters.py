@@ -8,6 +8,7 @@ import time
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
 from endings_letters_more import MORE, MORE_OTHERS
+from endings_letters_prose import FAULTS, FRESH
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from g2rl_kernels.integrations.rewards import choice_letter as letter_reward
 from g2rl_kernels.tasks.letters import LETTERS, choice_letter
 from g2rl_kernels.trainer import ConfigError
 
-TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS
+TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS + FAULTS + FRESH
 
 
 def test_the_table_is_large_and_has_no_row_twice() -> None:
@@ -210,6 +211,28 @@ UNITS = (
         "Paris ",
         "the answer is Paris and ",
         "one might ",
+    ),
+    *(
+        "Paris",
+        "Paris is ",
+        "Paris. ",
+        "Paris\n",
+        "not Paris, ",
+        "A. Paris\n",
+        "C. Paris is ",
+        "\nQuestion: A",
+        "\nQ: ",
+        "Q: x? A: ",
+        "wait, ",
+        "wait, no: ",
+        "no: ",
+        "which is ",
+        "A ✅ ",
+        "A. x ",
+        "✅",
+        "actually ",
+        "5 - ",
+        "it is x ",
     ),
 )
 
