@@ -73,6 +73,7 @@ NEXT = re.compile(  # before another letter
     r"[\"'(\[]{0,2}"
 )
 BUT = re.compile(r"[\s,;.]{1,3}(?:but|rather|instead|it's|it is)\s(?:rather |instead |option )?")
+BUT_MAYBE = re.compile(r"\b(?:but|or|although|though)\s$")  # before a hedged option beside another
 SEVERAL = re.compile(r"[A-Z]{2,8}")
 KIND = re.compile(r"(?:the )?(?:(?:option|choice|answer|letter|alternative)[\s:]{1,3})?[\s\"'(\[]{0,6}", re.I)
 
@@ -219,8 +220,8 @@ DENIED = re.compile(  # before an option
     r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
     re.I,
 )
-SUPPOSED = re.compile(
-    r"\b(?:if|unless|suppose|supposing|assume|assuming|whether|might|maybe|perhaps|options|choices|"
+SUPPOSED = re.compile(  # before an option
+    r"\b(?:if|unless|suppose|supposing|assume|assuming|whether|might|could|maybe|perhaps|options|choices|"
     r"alternatives|candidates)\b",
     re.I,
 )
@@ -230,13 +231,17 @@ PEOPLE = re.compile(
     r"mistakenly|confuses?|mistakes?|picks?|chooses?|answers?|names?|tempted|may|could)\b[^.;]{0,40}$",
     re.I,
 )
+ITS_LETTER = re.compile(  # behind an option's text
+    r"[\"']?\s?(?:[,-]\s?)?(?:which is |that is |i\.e\.,? )?"
+    r"(?:\(?(?:option|choice|answer)\s\(?|\()([A-Z])(?![A-Za-z0-9])"
+)
 CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore|answer|correct|overall|conclusion|only)\b", re.I)
 NEVER = re.compile(r"(?!)")
 FOREIGN = re.compile(r",? (?:was|were) (?:my|the) first (?:guess|thought)", re.I)
 COMPUTED = re.compile(r"\s?[+*/×÷^=<>·≤≥≠]|\s?-\s?\d")  # after the number of a computation
-OPERATOR_BEFORE = re.compile(r"(?:[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$")
+OPERATOR_BEFORE = re.compile(r"(?:\d\s|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$")
 NUMBERED = re.compile(r"\b(?:steps?|cases?|options?|parts?|lines?|examples?|choices?|questions?)\s$", re.I)
-COMMON = {
+COMMON = {  # options that sentences say for other reasons
     "true",
     "false",
     "yes",
@@ -251,4 +256,6 @@ COMMON = {
     "one",
 }
 COMMON_BEFORE = re.compile(r"(?:\b(?:is|was|are|be|so|thus|hence|therefore),?|:)\s$|^\s*$", re.I)
+FIRST_WORD = re.compile(r"[,.;:!]|$")
+SO = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.I)
 KINDS = {"ocean", "sea", "river", "mountain", "mountains", "city", "island", "islands", "desert", "lake"}

@@ -174,7 +174,12 @@ class _Reader:
             return Said(letter, match.end()) if letter else None
         if said is None or said.several or not p.OVER.match(text, said.end):
             return None
-        return None if p.OTHERS.search(sentence_before(text, match.start())) else said
+        before = sentence_before(text, match.start())
+        return (
+            None
+            if p.OTHERS.search(before) or (match.groupdict().get("may") and p.BUT_MAYBE.search(before))
+            else said
+        )
 
     def _called(self, text: str, match: re.Match[str]) -> Said | None:
         """B is correct."""
@@ -304,6 +309,8 @@ class _Reader:
         marked = list(self._marked(sentence))
         if sentence.endswith("?") or len({letter for letter, _, _ in marked}) != 1:
             return None
+        if self.options.mismatched(sentence):
+            return None
         letter, start, end = marked[-1]
         ends = start > 0 and p.OVER.match(sentence, end)
         return letter if ends or p.CONCLUDES.search(sentence[:start]) else None
@@ -352,7 +359,9 @@ class _Reader:
         end, other = self.options.beside(line, label.end() - 1, label[1], label=True)
         if other or (not end and (label[0].endswith("A:") or p.WRONG.search(line[:SENTENCE]))):
             return None
-        return None if end and p.DENIED_LATER.match(line, end) else label[1]
+        if end and (p.DENIED_LATER.match(line, end) or p.QUESTION.match(line, end)):
+            return None
+        return label[1]
 
 
 def _labels(lines: list[str]) -> set[str]:

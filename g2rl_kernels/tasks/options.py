@@ -46,7 +46,11 @@ class Options:
         self._patterns = [
             (name, re.compile(rf"(?:(?:the|an?)\s{{1,2}})?{one}", re.I)) for name, one, _ in named
         ]
-        prose = [_bounded(one, text) for _, one, text in named if len(text) > 2 or not text.isalpha()]
+        prose = [
+            _bounded(one, text)
+            for _, one, text in named
+            if len(text) > 2 or not text.isalpha() or text == "no"
+        ]
         prose.sort(key=len, reverse=True)
         self._named = re.compile("|".join(prose), re.I) if prose else None
 
@@ -72,7 +76,11 @@ class Options:
         said, end = text[start : max(ends)], skip(p.CLOSE, text, max(ends))
         if not p.PAUSE.match(text, end) or p.AND.match(text, end) or p.WRONG.match(text, end):
             return None
-        return self.exactly(re.sub(r"^(?:the|an?)\s+", "", said), end) or self.exactly(said, end)
+        option = self.exactly(re.sub(r"^(?:the|an?)\s+", "", said), end) or self.exactly(said, end)
+        letter = p.ITS_LETTER.match(text, max(ends))
+        if option and letter and letter[1] in self.letters and letter[1] != option.letter:
+            return Said(None, end, several=True)
+        return option
 
     def beside(self, text: str, end: int, letter: str, label: bool = False) -> tuple[int, bool]:
         """Where the option's text beside a letter that ends here ends, or 0; whether it is another option's.
@@ -118,6 +126,10 @@ class Options:
         last = {name for name, at, affirmed in mentions if affirmed and start <= at < end}
         if len(last) == 1 and (everywhere == last or self._concludes(text[start:end])):
             return last.pop() or None
+        if len(last) > 1:
+            so = list(p.SO.finditer(text, start, end))
+            behind = {name for name, at, affirmed in mentions if so and affirmed and so[-1].end() <= at < end}
+            return behind.pop() or None if len(behind) == 1 else None
         if len(everywhere) == 1 and self._alone(text, *everywhere):
             return everywhere.pop()
         return None
@@ -156,8 +168,23 @@ class Options:
         for one, label in zip(found, labels):
             said = self.exactly(one[0], one.end())
             name = said.letter or "" if said else ""
-            wrong = label is not None and (listed or label[1] != name)
+            wrong = (label is not None and (listed or label[1] != name)) or self._mismatched(text, one, name)
             yield name, one.start(), not wrong and self._stands(text, one)
+
+    def mismatched(self, text: str) -> bool:
+        """Whether an option's text stands beside another option's letter: Paris (option A)."""
+        if self._named is None:
+            return False
+        found = deque(self._named.finditer(text), READ_BACK)
+        return any(
+            self._mismatched(text, one, said.letter or "")
+            for one in found
+            if (said := self.exactly(one[0], one.end()))
+        )
+
+    def _mismatched(self, text: str, one: re.Match[str], name: str) -> bool:
+        letter = p.ITS_LETTER.match(text, one.end())
+        return letter is not None and letter[1] in self.letters and letter[1] != name
 
     def _stands(self, text: str, one: re.Match[str]) -> bool:
         """Whether an option is affirmed where it stands."""
@@ -173,7 +200,8 @@ class Options:
         if one[0][0].isdigit() and not before.strip() and re.match(r"[.)]\s", after):
             return False  # 4. in a list
         if one[0].casefold() in p.COMMON:
-            return bool(p.COMMON_BEFORE.search(before) and p.OVER.match(after))
+            first = not before.strip() and p.FIRST_WORD.match(after)
+            return bool(first or (p.COMMON_BEFORE.search(before) and p.OVER.match(after)))
         return True
 
     def named_part(self, text: str) -> str | None:

@@ -193,3 +193,82 @@ FRESH: list[Row] = [
     (SIDES, "Step 4: count them. Step 5: done.", None),
     (NESTED, "The capital of the state is not New York City but New York.", "A"),
 ]
+
+YES = ("Yes", "No")
+DIRECTIONS = ("increases", "decreases", "stays the same", "cannot be determined")
+COUNTRIES = ("France", "Germany", "South Korea", "North Korea")
+ENERGY = ("It conserves energy", "It loses energy to heat", "It gains mass", "None of the above")
+PARTS = ("1/2", "1/4", "3/4", "2")
+MONEY = ("$5", "$10", "$15", "$20")
+ELEMENTS = ("He", "H", "O", "N")
+
+FRESH_TOO: list[Row] = [
+    (PLANETS, "It's Mars!", "B"),
+    (PLANETS, "The Red Planet is Mars. I hope this helps!", "B"),
+    (PLANETS, "Mars", "B"),
+    (PLANETS, "mars.", "B"),
+    (PLANETS, "The red planet? Mars.", "B"),
+    (PLANETS, "B\nMars is red because of rust.", "B"),
+    (PLANETS, "Saturn has rings. Jupiter is big. Mars is red.", None),
+    (PLANETS, "Not Mars.", None),
+    (PLANETS, "Mars isn't the right answer.", None),
+    (PLANETS, "I think it's probably Mars, but it could be Venus.", "B"),
+    (PLANETS, "The answer is not Venus, it's Mars.", "B"),
+    (PLANETS, "Answer: Mars or Venus", None),
+    (PLANETS, "\\boxed{\\text{Planet Mars}}", "B"),
+    (PLANETS, "\\boxed{Mars, Venus}", None),
+    (PLANETS, "A. Venus is too hot. B. Mars is red. So the answer is B.", "B"),
+    (PLANETS, "D. Saturn? No, it is not red.", None),
+    (PLANETS, "**Mars** (option B)", "B"),
+    (PLANETS, "**Mars** (option A)", None),
+    (PLANETS, "Correct answer: Mars (B)", "B"),
+    (PLANETS, "Correct answer: Mars (C)", None),
+    (PLANETS, "The answer is Mars, option D.", None),
+    (SUMS, "13", "C"),
+    (SUMS, "=13", "C"),
+    (SUMS, "The answer: 13.", "C"),
+    (SUMS, "It is more than 11 and less than 14.", None),
+    (SUMS, "6 + 7 = 14 - 1", None),
+    (SUMS, "We get 6 + 7 = 13 (not 12).", "C"),
+    (SUMS, "Total: 13", "C"),
+    (SUMS, "13 or 14", None),
+    (SUMS, "The answer is 13. Option B is 12.", "C"),
+    (SUMS, "12. 6 plus 7 is this.", None),
+    (SUMS, "I count 13 on my fingers", "C"),
+    (GASES, "Carbon dioxide.", "C"),
+    (GASES, "CO2 (carbon dioxide) is absorbed.", "C"),
+    (GASES, "Plants take in carbon dioxide and release oxygen.", None),
+    (GASES, "Answer: Carbon Dioxide (CO2)", "C"),
+    (GASES, "Answer: dioxide", None),
+    (GASES, "It's not oxygen or nitrogen.", None),
+    (YES, "No, because 51 = 3 × 17.", "B"),
+    (YES, "Yes. It is prime.", "A"),
+    (YES, "The answer is no.", "B"),
+    (YES, "There is no doubt about it.", None),
+    (YES, "Answer: B", "B"),
+    (DIRECTIONS, "As the temperature rises, the pressure increases.", "A"),
+    (DIRECTIONS, "The pressure stays the same.", "C"),
+    (DIRECTIONS, "It increases, then decreases.", None),
+    (DIRECTIONS, "This cannot be determined.", "D"),
+    (COUNTRIES, "Answer: Korea", None),
+    (COUNTRIES, "Seoul is in South Korea.", "C"),
+    (COUNTRIES, "Seoul is the capital of South Korea, not North Korea.", "C"),
+    (ENERGY, "None of the above is right.", "D"),
+    (ENERGY, "Answer: It loses energy to heat.", "B"),
+    (PARTS, "Half of a half is 1/4.", "B"),
+    (PARTS, "1/2 × 1/2 = 1/4", "B"),
+    (PARTS, "1 1/2", None),
+    (MONEY, "He pays $15.", "C"),
+    (MONEY, "He saves $5 of $20, so he pays $15.", "C"),
+    (ELEMENTS, "He is an element.", None),
+]
+
+LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
+    (SUMS, "6 + 7 = 13.\n\nCheck: 13 - 6 = 7.", "C", "the check ends with another number"),
+    (
+        GASES,
+        "Oxygen is released and not taken in. Carbon dioxide is taken in.",
+        "C",
+        "two options, and the last sentence does not say that it concludes",
+    ),
+]

@@ -8,7 +8,7 @@ import time
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
 from endings_letters_more import MORE, MORE_OTHERS
-from endings_letters_prose import FAULTS, FRESH
+from endings_letters_prose import FAULTS, FRESH, FRESH_TOO, LEFT_IN_PROSE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +16,14 @@ from g2rl_kernels.integrations.rewards import choice_letter as letter_reward
 from g2rl_kernels.tasks.letters import LETTERS, choice_letter
 from g2rl_kernels.trainer import ConfigError
 
-TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS + FAULTS + FRESH
+TABLE = (
+    [(CITIES, text, letter) for text, letter in ENDINGS + MORE]
+    + OTHERS
+    + MORE_OTHERS
+    + FAULTS
+    + FRESH
+    + FRESH_TOO
+)
 
 
 def test_the_table_is_large_and_has_no_row_twice() -> None:
@@ -29,7 +36,7 @@ def test_endings(options: tuple[str, ...], text: str, letter: str | None) -> Non
     assert choice_letter(text, len(options), options) == letter
 
 
-@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT)
+@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT + LEFT_IN_PROSE)
 def test_endings_that_are_not_read(
     request: pytest.FixtureRequest, options: tuple[str, ...], text: str, letter: str | None, reason: str
 ) -> None:
