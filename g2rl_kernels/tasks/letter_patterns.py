@@ -208,15 +208,15 @@ TAKEN_BACK = re.compile(
 # --- options' texts ----------------------------------------------------------------------------------------
 
 ENDED = re.compile(r"\s{0,3}(?:[.;!\n)\]}]|$)")  # nothing follows an option's text
-BOUND = re.compile(r"(?![\w])(?!'\w)(?![.,]\d)")
+BOUND = re.compile(r"(?![\w])(?!'\w)(?![.,]\d)(?!\s?[+*/×÷^=%°])")
 ASIDE = re.compile(r"\s{0,3}(?:[.,;!\n)\]}](?!\d)|$|\(|- |(?:because|since|as)\b)")
 ACTUAL = re.compile(r"\bactual(?:ly)?\b", re.I)
 LABELLED = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?:[.):]| -)[ \t]{0,2}$")
 SENTENCE_ENDS = re.compile(r"(?<!\b[A-Z])[.!?](?=\s)|\n")
 DENIED = re.compile(  # before an option
     r"(?:\b(?:not|never|neither|nor|cannot)|n't)\b(?: (?!but\b|only\b)[\w'-]{1,14}){0,5}\s{1,2}[\"'(]{0,2}$"
-    r"|\b(?:no|without|unlike|instead of|than|except|against|over|besides|like|least|most|below|above|under|"
-    r"near|compared (?:to|with)|opposed to|from|(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
+    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|least|most|below|above|"
+    r"under|near|like|compared (?:to|with)|opposed to|from|(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
     r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
     re.I,
 )
@@ -225,6 +225,10 @@ SUPPOSED = re.compile(  # before an option
     r"alternatives|candidates)\b",
     re.I,
 )
+BESIDE = re.compile(
+    r"\b(?:although|though|whereas|while|despite)\b[^,;]{0,60}$", re.I
+)  # a clause before an option
+BUT_OTHER = re.compile(r"[,;] (?:but|however)\b", re.I)
 PEOPLE = re.compile(
     r"\b(?:people|students?|some(?:one|body)?|others|many|most|one|you|they|beginners|readers)"
     r"(?: \w{1,12}){0,3}? (?:thinks?|says?|believes?|assumes?|guess(?:es)?|suspects?|expects?|argues?|"
@@ -237,7 +241,7 @@ ITS_LETTER = re.compile(  # behind an option's text
 )
 CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore|answer|correct|overall|conclusion|only)\b", re.I)
 NEVER = re.compile(r"(?!)")
-FOREIGN = re.compile(r",? (?:was|were) (?:my|the) first (?:guess|thought)", re.I)
+CROSSED = re.compile(r"[^\n]{0,40}[❌✗✘]")
 COMPUTED = re.compile(r"\s?[+*/×÷^=<>·≤≥≠]|\s?-\s?\d")  # after the number of a computation
 OPERATOR_BEFORE = re.compile(r"(?:\d\s|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$")
 NUMBERED = re.compile(r"\b(?:steps?|cases?|options?|parts?|lines?|examples?|choices?|questions?)\s$", re.I)

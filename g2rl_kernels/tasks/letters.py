@@ -41,8 +41,10 @@ def choice_letter(text: str, count: int, options: Sequence[str] = ()) -> str | N
     """
     reader = _reader(count, tuple(options))
     text = text[-READ:]
-    thought, _, rest = text.rpartition("</think>")
-    return (reader.read(rest) if thought else None) or reader.read(text)
+    thought, closed, rest = text.rpartition("</think>")
+    said = reader.read(rest, prose="<think>" not in rest) if thought or closed else None
+    said = said or reader.read(text, prose=not closed and "<think>" not in text)
+    return said.letter if said else None
 
 
 @lru_cache(maxsize=64)
@@ -57,17 +59,17 @@ class _Reader:
         self.letters = LETTERS[:count]
         self.options = Options(self.letters, options)
 
-    def read(self, text: str) -> str | None:
-        """The letter of the first part, up to another question, that answers."""
+    def read(self, text: str, prose: bool = True) -> Said | None:
+        """What the first part, up to another question, that answers says; in prose only if this is asked."""
         text = p.plain(text)
         cuts = [0, *(turn.start() for turn in islice(TURN.finditer(text), TURNS)), len(text)]
         for start, end in pairwise(cuts):
-            said = self._part(text[start:end])
+            said = self._part(text[start:end], prose)
             if said is not None:
-                return said.letter
+                return said
         return None
 
-    def _part(self, text: str) -> Said | None:
+    def _part(self, text: str, prose: bool) -> Said | None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             return None
@@ -86,8 +88,12 @@ class _Reader:
         letter = ticked.pop() if len(ticked) == 1 else None
         letter = letter or self._last_sentence(lines[-1]) or self.options.actual(text)
         letter = letter or self._last_line(lines) or self._first_line(lines)
-        if letter is None and not unread and not self._other_text(lines):
+        if letter is None and self._other_text(lines):
+            return Said(None, len(text), several=True)
+        if letter is None and prose and not unread:
             letter = self.options.prose(text)
+            if letter is None and len(text.split()) <= SHORT:
+                letter = self.options.phrase(text.strip())
             label = p.LABEL.match(lines[0])
             if label and label[1] == letter and not label[0].endswith("A:"):
                 letter = None  # the text takes back what it begins with
@@ -347,9 +353,14 @@ class _Reader:
         return letter[1] if _labels(lines) <= {letter[1]} else None
 
     def _other_text(self, lines: list[str]) -> bool:
-        """Whether the first line is a letter with another option's text."""
-        label = p.LABEL.match(lines[0])
-        return label is not None and self.options.beside(lines[0], label.end() - 1, label[1], label=True)[1]
+        """Whether the first or the last line is a letter with another option's text."""
+        for line in (lines[0], lines[-1]):
+            label = p.LABEL.match(line)
+            if label and len(_labels(lines)) == 1:
+                _, other = self.options.beside(line, label.end() - 1, label[1], label=True)
+                if other:
+                    return True
+        return False
 
     def _labelled(self, lines: list[str], line: str) -> str | None:
         """The letter of a line "B. ..." that is not called wrong, if no other line has another letter."""
@@ -361,7 +372,12 @@ class _Reader:
             return None
         if end and (p.DENIED_LATER.match(line, end) or p.QUESTION.match(line, end)):
             return None
-        return label[1]
+        but = p.BUT_OTHER.search(line, end)
+        return (
+            None
+            if p.CROSSED.match(line, label.end()) or (but and self.options.affirmed(line[but.end() :]))
+            else label[1]
+        )
 
 
 def _labels(lines: list[str]) -> set[str]:

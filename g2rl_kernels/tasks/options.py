@@ -189,9 +189,11 @@ class Options:
     def _stands(self, text: str, one: re.Match[str]) -> bool:
         """Whether an option is affirmed where it stands."""
         before, after = sentence_before(text, one.start()), sentence_after(text, one.end())
-        if after.rstrip().endswith("?") or p.DENIED.search(before) or p.SUPPOSED.search(before):
+        if after.rstrip().endswith("?") or any(
+            pattern.search(before) for pattern in (p.DENIED, p.SUPPOSED, p.BESIDE)
+        ):
             return False
-        if p.WRONG.match(after) or p.FOREIGN.match(after) or p.PEOPLE.search(before):
+        if p.WRONG.match(after) or p.CROSSED.match(after) or p.PEOPLE.search(before):
             return False
         if one[0][0].isdigit() and (
             p.COMPUTED.match(after) or p.OPERATOR_BEFORE.search(before) or p.NUMBERED.search(before)

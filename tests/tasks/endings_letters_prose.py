@@ -263,6 +263,85 @@ FRESH_TOO: list[Row] = [
     (ELEMENTS, "He is an element.", None),
 ]
 
+CAPITALS = ("Sydney", "Melbourne", "Canberra", "Perth")
+ORGANELLES = ("Mitochondria", "Nucleus", "Ribosome", "Golgi apparatus")
+POWERS = ("8", "16", "32", "64")
+AUTHORS = ("George Orwell", "Aldous Huxley", "Ray Bradbury", "H. G. Wells")
+KELVINS = ("273 K", "300 K", "373 K", "0 K")
+LAWS = ("Newton's first law", "Newton's second law", "Newton's third law", "Hooke's law")
+CLAIMS = (
+    "Only statement 1 is true",
+    "Only statement 2 is true",
+    "Both statements are true",
+    "Neither statement is true",
+)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
+METALS = ("Iron", "Gold", "Silver", "Copper")
+CHANCES = ("0.25", "0.5", "0.75", "1")
+SOLUBLE = ("It is soluble", "It is not soluble", "It is toxic", "It is inert")
+
+FRESH_AGAIN: list[Row] = [
+    (CAPITALS, "Canberra is the capital of Australia, even though Sydney is bigger.", "C"),
+    (CAPITALS, "Many believe that Sydney is the capital. It is Canberra, however.", "C"),
+    (CAPITALS, "The capital is neither Sydney nor Melbourne but Canberra.", "C"),
+    (CAPITALS, "Australia's capital: Canberra.", "C"),
+    (CAPITALS, "A: Canberra", None),
+    (CAPITALS, "Question: What is the capital?\nA: Canberra", "C"),
+    (CAPITALS, "I'd guess Perth.", "D"),
+    (CAPITALS, "C. Canberra\n\nQuestion: What is the capital of Peru?\nA. Lima\nB. Cusco\nAnswer: A", "C"),
+    (CAPITALS, "The answer is B. No wait, it's C.", "C"),
+    (CAPITALS, "The answer is B... hmm, actually C!", "C"),
+    (CAPITALS, "B) Sydney", None),
+    (CAPITALS, "\\boxed{\\text{(B) Sydney}}", None),
+    (CAPITALS, "<answer>D. Canberra</answer>", None),
+    (CAPITALS, "Sydney? Melbourne? Canberra? Perth?", None),
+    (CAPITALS, "The capital was moved from Melbourne to Canberra in 1927.", "C"),
+    (CAPITALS, "Canberra lies between Sydney and Melbourne.", None),
+    (ORGANELLES, "The powerhouse of the cell is the mitochondria.", "A"),
+    (ORGANELLES, "ATP is made in the mitochondria, not in the nucleus.", "A"),
+    (ORGANELLES, "Answer: The Golgi", None),
+    (ORGANELLES, "The Golgi apparatus packages proteins.", "D"),
+    (ORGANELLES, "B. Nucleus ❌", None),
+    (ORGANELLES, "**A** ✅ Mitochondria", "A"),
+    (ORGANELLES, "It is A since mitochondria make ATP.", "A"),
+    (ORGANELLES, "The answer: ribosomes", None),
+    (POWERS, "2^5 = 32", "C"),
+    (POWERS, "2 to the power of 5 is 32.", "C"),
+    (POWERS, "8 × 4 = 32, so the result is 32.", "C"),
+    (POWERS, "2 * 2 * 2 * 2 = 16, times 2 is 32.", None),
+    (POWERS, "The value is 3.2 × 10.", None),
+    (POWERS, "C. 16", None),
+    (POWERS, "The answer is 32 (C).", "C"),
+    (POWERS, "The answer is 32 (B).", None),
+    (POWERS, "There are 8 bits in a byte. The answer is D.", "D"),
+    (POWERS, "\\boxed{2^5 = 32}", "C"),
+    (POWERS, "16 = 2^4 and 32 = 2^5.", None),
+    (AUTHORS, "1984 was written by George Orwell in 1949.", "A"),
+    (AUTHORS, "Orwell", "A"),
+    (AUTHORS, "Answer: Wells", "D"),
+    (AUTHORS, "It was Huxley.", "B"),
+    (AUTHORS, "B. Aldous Huxley did not write 1984. George Orwell did.", "A"),
+    (AUTHORS, "Bradbury wrote Fahrenheit 451.", None),
+    (KELVINS, "Water boils at 373 K.", "C"),
+    (KELVINS, "0 °C equals 273 K.", "A"),
+    (KELVINS, "The answer is 300.", None),
+    (KELVINS, "T = 273 + 100 = 373 K", "C"),
+    (LAWS, "This is Newton's third law.", "C"),
+    (LAWS, "Answer: third law", None),
+    (LAWS, "By Newton's second law, F = ma.", "B"),
+    (CLAIMS, "Statement 1 is true and statement 2 is false. So only statement 1 is true.", "A"),
+    (CLAIMS, "Both statements are true.", "C"),
+    (CLAIMS, "Statement 2 is true.", None),
+    (DAYS, "Two days after Monday is Wednesday.", "C"),
+    (DAYS, "Monday, Tuesday, Wednesday: so it's Wednesday.", "C"),
+    (METALS, "The chemical symbol Au stands for gold.", "B"),
+    (METALS, "Not all that glitters is gold.", None),
+    (CHANCES, "P = 1/2 = 0.5", "B"),
+    (CHANCES, "The probability is 50%, i.e. 0.5.", "B"),
+    (SOLUBLE, "It is not soluble in water.", "B"),
+    (SOLUBLE, "Answer: It is not soluble", "B"),
+]
+
 LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
     (SUMS, "6 + 7 = 13.\n\nCheck: 13 - 6 = 7.", "C", "the check ends with another number"),
     (
@@ -271,4 +350,12 @@ LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
         "C",
         "two options, and the last sentence does not say that it concludes",
     ),
+    (
+        CAPITALS,
+        "A. Sydney is the largest city, but the capital is Canberra.",
+        "C",
+        "two options, and the last clause does not say that it concludes",
+    ),
+    (CAPITALS, "B. Wait, that's wrong. C.", "C", "a bare letter that is taken back"),
+    (AUTHORS, "The author is Orwell.", "A", "a part of a name, outside a statement of an answer"),
 ]

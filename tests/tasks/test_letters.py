@@ -8,7 +8,7 @@ import time
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
 from endings_letters_more import MORE, MORE_OTHERS
-from endings_letters_prose import FAULTS, FRESH, FRESH_TOO, LEFT_IN_PROSE
+from endings_letters_prose import FAULTS, FRESH, FRESH_AGAIN, FRESH_TOO, LEFT_IN_PROSE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,6 +121,58 @@ def test_the_last_statement_counts(
     text = between.join([*before, first[0], "Wait, that is wrong.", second[0]])
     assert choice_letter(text, 4, CITIES) == second[1]
     assert choice_letter(f"<think>{first[0]}</think>{between}{second[0]}", 4, CITIES) == second[1]
+
+
+@given(statements(), LETTER, st.sampled_from(("Question", "Problem 2", "**Q", "Human")))
+def test_the_next_question_is_not_read(said: tuple[str, str], other: str, turn: str) -> None:
+    text = f"{said[0]}\n\n{turn}: Which is older?\nAnswer: {other}\nThe answer is {other}."
+    assert choice_letter(text, 4, CITIES) == said[1]
+
+
+BESIDE = (
+    "{}. {}",
+    "The answer is {}. {}.",
+    "Answer: {}) {}",
+    "\\boxed{{{}. {}}}",
+    "<answer>({}) {}</answer>",
+)
+
+
+@given(st.sampled_from(BESIDE), LETTER, st.sampled_from(CITIES))
+def test_a_letter_with_another_text_is_no_answer(form: str, letter: str, city: str) -> None:
+    right = CITIES[LETTERS.index(letter)] == city
+    assert choice_letter(form.format(letter, city), 4, CITIES) == (letter if right else None)
+    assert choice_letter(f"<think>The answer is A.</think>{form.format(letter, city)}", 4, CITIES) == (
+        letter if right else None
+    )
+
+
+NAMED = (
+    "The capital is {}.",
+    "It lies in {}, a large city.",
+    "So **{}** is the oldest one.",
+    "{} has a wall.",
+)
+UNNAMED = (
+    "Is it {}?",
+    "It is not {}.",
+    "{} is wrong.",
+    "If it were {}, it would rain.",
+    "Some think it is {}.",
+)
+
+
+@given(st.lists(st.sampled_from(UNNAMED), max_size=3), st.sampled_from(NAMED), st.sampled_from(CITIES), BREAK)
+def test_an_option_in_prose(others: list[str], form: str, city: str, between: str) -> None:
+    other = next(one for one in CITIES if one != city)
+    before = [one.format(other) for one in others]
+    letter = LETTERS[CITIES.index(city)]
+    assert choice_letter(between.join([*before, form.format(city)]), 4, CITIES) == letter
+    assert choice_letter(between.join([form.format(city), *before]), 4, CITIES) == letter
+    if before:
+        assert choice_letter(between.join(before), 4, CITIES) is None
+    assert choice_letter(f"<think>{form.format(city)}</think>I can not tell.", 4, CITIES) is None
+    assert choice_letter(f"<think>{form.format(city)}", 4, CITIES) is None
 
 
 @given(NOISE_TEXT, BREAK)
