@@ -174,7 +174,8 @@ CORRECTED = re.compile(  # Wait, no: C. Sorry, C.
 REPLY = re.compile(r"(?:^|(?<=\n)|(?<=[?.!] ))A ?:(?P<filler>\s)")  # Q: ...? A: ...
 ASKED = re.compile(r"\?|\bQ ?:|\bQuestion\b")  # before a reply
 TICK = "✅✔☑"
-TICKED = re.compile(rf"{_WORD}([A-Z])(?:[)\]]?[.:)]\s[^\n❌✗✘{TICK}]{{1,60}}|[)\].:]{{0,2}})\s?[{TICK}]")
+TICKS = re.compile(f"[{TICK}]")
+TICKED = re.compile(rf"{_WORD}([A-Z])(?:[)\]]?[.:)]\s[^\n❌✗✘{TICK}]{{1,60}}|[)\].:]{{0,2}})\s?$")
 CONTAINER = re.compile(r"\\(?:boxed|fbox|framebox)\s?\{|\\.|[{}]|<(/?)(?:final_?)?answer>", re.I | re.S)
 
 # --- the last sentence and line ----------------------------------------------------------------------------
@@ -215,8 +216,9 @@ LABELLED = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?:[.):]| -)[ \t]{0,2}$")
 SENTENCE_ENDS = re.compile(r"(?<!\b[A-Z])[.!?](?=\s)|\n")
 DENIED = re.compile(  # before an option
     r"(?:\b(?:not|never|neither|nor|cannot)|n't)\b(?: (?!but\b|only\b)[\w'-]{1,14}){0,5}\s{1,2}[\"'(]{0,2}$"
-    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|least|most|below|above|"
-    r"under|near|like|compared (?:to|with)|opposed to|from|(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
+    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|least|most|below|"
+    r"above|under|near|like|compared (?:to|with)|opposed to|from|"
+    r"(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
     r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
     re.I,
 )
@@ -243,7 +245,9 @@ CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore|answer|correct|overall|co
 NEVER = re.compile(r"(?!)")
 CROSSED = re.compile(r"[^\n]{0,40}[❌✗✘]")
 COMPUTED = re.compile(r"\s?[+*/×÷^=<>·≤≥≠]|\s?-\s?\d")  # after the number of a computation
-OPERATOR_BEFORE = re.compile(r"(?:\d\s|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$")
+OPERATOR_BEFORE = re.compile(
+    r"(?:\d\s|\b(?:from|between)\s[^,;]{1,30}\s(?:to|and|until)\s|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$"
+)
 NUMBERED = re.compile(r"\b(?:steps?|cases?|options?|parts?|lines?|examples?|choices?|questions?)\s$", re.I)
 COMMON = {  # options that sentences say for other reasons
     "true",
@@ -262,4 +266,5 @@ COMMON = {  # options that sentences say for other reasons
 COMMON_BEFORE = re.compile(r"(?:\b(?:is|was|are|be|so|thus|hence|therefore),?|:)\s$|^\s*$", re.I)
 FIRST_WORD = re.compile(r"[,.;:!]|$")
 SO = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.I)
+PARTICLES = {"da", "de", "di", "van", "von", "der", "la", "le", "of", "the"}  # in names
 KINDS = {"ocean", "sea", "river", "mountain", "mountains", "city", "island", "islands", "desert", "lake"}

@@ -84,7 +84,11 @@ class _Reader:
                 hedged = hedged or said
         if hedged is not None:
             return hedged
-        ticked = {found[1] for found in p.TICKED.finditer(text)}
+        ticks = [
+            text[max(0, tick.start() - 80) : tick.start()]
+            for tick in deque(p.TICKS.finditer(text), READ_BACK)
+        ]
+        ticked = {found[1] for before in ticks if (found := p.TICKED.search(before))}
         letter = ticked.pop() if len(ticked) == 1 else None
         letter = letter or self._last_sentence(lines[-1]) or self.options.actual(text)
         letter = letter or self._last_line(lines) or self._first_line(lines)

@@ -76,6 +76,8 @@ class Options:
         said, end = text[start : max(ends)], skip(p.CLOSE, text, max(ends))
         if not p.PAUSE.match(text, end) or p.AND.match(text, end) or p.WRONG.match(text, end):
             return None
+        if text[start].isdigit() and p.COMPUTED.match(text, max(ends)):
+            return None
         option = self.exactly(re.sub(r"^(?:the|an?)\s+", "", said), end) or self.exactly(said, end)
         letter = p.ITS_LETTER.match(text, max(ends))
         if option and letter and letter[1] in self.letters and letter[1] != option.letter:
@@ -216,7 +218,7 @@ class Options:
             words = re.findall(r"[^\W\d_]+", option)
             some, size = [word.casefold() for word in words], len(said)
             low = [word.casefold() for word in said]
-            if size >= len(words) or not all(word[0].isupper() for word in words):
+            if size >= len(words) or not all(word[0].isupper() or word in p.PARTICLES for word in words):
                 continue
             if some[-size:] == low or (some[:size] == low and set(some[size:]) <= p.KINDS):
                 found.append(name)

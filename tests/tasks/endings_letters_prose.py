@@ -1,6 +1,7 @@
 """Endings that name an option in prose, that contradict themselves, or that go on with another question.
 
-FAULTS were found in responses of a small model, and by hand. FRESH was written before the code.
+FAULTS were found in responses of a small model, and by hand. The other lists were
+written before the code was tried on them; what it still misreads is in LEFT_IN_PROSE.
 """
 
 from __future__ import annotations
@@ -342,6 +343,83 @@ FRESH_AGAIN: list[Row] = [
     (SOLUBLE, "Answer: It is not soluble", "B"),
 ]
 
+HEART = ("Aorta", "Vena cava", "Left ventricle", "Right atrium")
+ATOMS = ("Hydrogen", "Helium", "Lithium", "Beryllium")
+DOZENS = ("12", "18", "24", "36")
+ANGLES = ("45°", "60°", "90°", "120°")
+PAINTERS = ("Leonardo da Vinci", "Michelangelo", "Raphael", "Vincent van Gogh")
+YEARS = ("1914", "1918", "1939", "1945")
+TRUE_FALSE = ("True", "False")
+GRAMMAR = ("run", "ran", "running", "has run")
+ECONOMY = ("Supply rises", "Demand rises", "Supply falls", "Demand falls")
+COSTS = ("O(1)", "O(n)", "O(log n)", "O(n^2)")
+
+FRESH_LAST: list[Row] = [
+    (HEART, "Blood leaves the heart through the aorta.", "A"),
+    (HEART, "The vena cava brings blood back, while the aorta carries it away.", "B"),
+    (
+        HEART,
+        "Step 1: blood enters the right atrium.\nStep 2: it leaves through the aorta.\n\nSo the largest artery is the aorta.",
+        "A",
+    ),
+    (HEART, "The answer is D. Right atrium", "D"),
+    (HEART, "The answer is D, the left ventricle.", None),
+    (HEART, "D. The right atrium", "D"),
+    (HEART, "It's the left ventricle (C).", "C"),
+    (HEART, "(A) aorta", "A"),
+    (HEART, "Could it be the aorta?", None),
+    (HEART, "I don't know whether it is the aorta.", None),
+    (HEART, "My answer is the aorta because it is the largest.", "A"),
+    (HEART, "The correct choice: left ventricle", "C"),
+    (HEART, "C: The left ventricle pumps blood into the aorta.", "C"),
+    (ATOMS, "Helium has two protons.", "B"),
+    (ATOMS, "The element with atomic number 3 is lithium.", "C"),
+    (ATOMS, "Hydrogen has 1, helium has 2, lithium has 3.", None),
+    (ATOMS, "Hydrogen has 1 proton and helium has 2. So the answer is helium.", "B"),
+    (ATOMS, "Answer: Li (lithium)", "C"),
+    (ATOMS, "Not hydrogen but helium.", "B"),
+    (ATOMS, "B. Helium\n\nB is correct because it has two protons.", "B"),
+    (ATOMS, "B. Lithium\n\nThe answer is lithium.", "C"),
+    (DOZENS, "3 × 8 = 24", "C"),
+    (DOZENS, "A dozen is 12, so three dozens are 36.", "D"),
+    (DOZENS, "There are 24 hours in a day.", "C"),
+    (DOZENS, "\\boxed{24 \\text{ hours}}", "C"),
+    (DOZENS, "He has 2 dozens, that is 24.", "C"),
+    (DOZENS, "12 + 12", None),
+    (DOZENS, "24/2 is what we need.", None),
+    (DOZENS, "The perimeter is 2(5+7) = 24 cm.", "C"),
+    (DOZENS, "Answer: 18 + 6 = 24", "C"),
+    (DOZENS, "D. 24", None),
+    (DOZENS, "Answer: 24 - 6", None),
+    (ANGLES, "A right angle measures 90°.", "C"),
+    (ANGLES, "The angle is 90 degrees.", None),
+    (ANGLES, "The angles are 45° and 45°, so the third is 90°.", "C"),
+    (ANGLES, "\\boxed{90^\\circ}", None),
+    (ANGLES, "The answer is $60°$.", "B"),
+    (PAINTERS, "The Mona Lisa was painted by Leonardo da Vinci.", "A"),
+    (PAINTERS, "Answer: da Vinci", "A"),
+    (PAINTERS, "Answer: van Gogh", "D"),
+    (PAINTERS, "It was Michelangelo, not Raphael.", "B"),
+    (PAINTERS, "B. Raphael painted it.", None),
+    (YEARS, "World War II began in 1939.", "C"),
+    (YEARS, "It lasted from 1939 to 1945.", None),
+    (YEARS, "World War I began in 1914 and ended in 1918.", None),
+    (YEARS, "The war that started in 1914 ended in 1918, so the answer is 1918.", "B"),
+    (TRUE_FALSE, "False. The sun is a star.", "B"),
+    (TRUE_FALSE, "This is false.", "B"),
+    (TRUE_FALSE, "The claim is not false.", None),
+    (TRUE_FALSE, "That's a false statement.", None),
+    (GRAMMAR, "He has run every day.", "D"),
+    (GRAMMAR, "The correct form is 'ran'.", "B"),
+    (GRAMMAR, 'The correct form is "running".', "C"),
+    (ECONOMY, "When incomes rise, demand rises.", "B"),
+    (ECONOMY, "Answer: The demand rises", "B"),
+    (COSTS, "Binary search takes O(log n) time.", "C"),
+    (COSTS, "The complexity is O(n^2), since there are two loops.", "D"),
+    (COSTS, "The answer is O(n).", "B"),
+    (COSTS, "\\boxed{O(n^2)}", "D"),
+]
+
 LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
     (SUMS, "6 + 7 = 13.\n\nCheck: 13 - 6 = 7.", "C", "the check ends with another number"),
     (
@@ -358,4 +436,7 @@ LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
     ),
     (CAPITALS, "B. Wait, that's wrong. C.", "C", "a bare letter that is taken back"),
     (AUTHORS, "The author is Orwell.", "A", "a part of a name, outside a statement of an answer"),
+    (DOZENS, "Half of 36 is 18.", "B", "two options in one sentence"),
+    (PAINTERS, "Answer: Leonardo", "A", "first names are not read"),
+    (TRUE_FALSE, "True or false? I say true.", "A", "a choice that begins like a word of speech"),
 ]

@@ -8,7 +8,7 @@ import time
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
 from endings_letters_more import MORE, MORE_OTHERS
-from endings_letters_prose import FAULTS, FRESH, FRESH_AGAIN, FRESH_TOO, LEFT_IN_PROSE
+from endings_letters_prose import FAULTS, FRESH, FRESH_AGAIN, FRESH_LAST, FRESH_TOO, LEFT_IN_PROSE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +22,8 @@ TABLE = (
     + MORE_OTHERS
     + FAULTS
     + FRESH
+    + FRESH_AGAIN
+    + FRESH_LAST
     + FRESH_TOO
 )
 
