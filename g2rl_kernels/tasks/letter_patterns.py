@@ -216,8 +216,8 @@ LABELLED = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?:[.):]| -)[ \t]{0,2}$")
 SENTENCE_ENDS = re.compile(r"(?<!\b[A-Z])[.!?](?=\s)|\n")
 DENIED = re.compile(  # before an option
     r"(?:\b(?:not|never|neither|nor|cannot)|n't)\b(?: (?!but\b|only\b)[\w'-]{1,14}){0,5}\s{1,2}[\"'(]{0,2}$"
-    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|least|most|below|"
-    r"above|under|near|like|compared (?:to|with)|opposed to|from|"
+    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|between|least|most|"
+    r"below|above|under|near|like|compared (?:to|with)|opposed to|from|"
     r"(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
     r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
     re.I,

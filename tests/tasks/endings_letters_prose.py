@@ -359,7 +359,8 @@ FRESH_LAST: list[Row] = [
     (HEART, "The vena cava brings blood back, while the aorta carries it away.", "B"),
     (
         HEART,
-        "Step 1: blood enters the right atrium.\nStep 2: it leaves through the aorta.\n\nSo the largest artery is the aorta.",
+        "Step 1: blood enters the right atrium.\nStep 2: it leaves through the aorta.\n\n"
+        "So the largest artery is the aorta.",
         "A",
     ),
     (HEART, "The answer is D. Right atrium", "D"),
