@@ -216,7 +216,7 @@ LABELLED = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?:[.):]| -)[ \t]{0,2}$")
 SENTENCE_ENDS = re.compile(r"(?<!\b[A-Z])[.!?](?=\s)|\n")
 DENIED = re.compile(  # before an option
     r"(?:\b(?:not|never|neither|nor|cannot)|n't)\b(?: (?!but\b|only\b)[\w'-]{1,14}){0,5}\s{1,2}[\"'(]{0,2}$"
-    r"|\b(?:no|without|unlike|instead of|than|except|against|over|after|before|besides|between|least|most|"
+    r"|\b(?:no|without|unlike|instead of|than|except|against|over|besides|opposite of|least|most|"
     r"below|above|under|near|like|compared (?:to|with)|opposed to|from|"
     r"(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
     r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
@@ -246,7 +246,7 @@ NEVER = re.compile(r"(?!)")
 CROSSED = re.compile(r"[^\n]{0,40}[❌✗✘]")
 COMPUTED = re.compile(r"\s?[+*/×÷^=<>·≤≥≠]|\s?-\s?\d")  # after the number of a computation
 OPERATOR_BEFORE = re.compile(
-    r"(?:\d\s|\b(?:from|between)\s[^,;]{1,30}\s(?:to|and|until)\s|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$"
+    r"(?:\d\s|\b(?:from|between)\s(?:[^,;]{1,30}\s(?:to|and|until)\s)?|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$"
 )
 NUMBERED = re.compile(r"\b(?:steps?|cases?|options?|parts?|lines?|examples?|choices?|questions?)\s$", re.I)
 COMMON = {  # options that sentences say for other reasons
@@ -264,6 +264,10 @@ COMMON = {  # options that sentences say for other reasons
     "one",
 }
 COMMON_BEFORE = re.compile(r"(?:\b(?:is|was|are|be|so|thus|hence|therefore),?|:)\s$|^\s*$", re.I)
+COUNTED = re.compile(  # a number of something else
+    r" (?:reasons|ways|steps|cases|options|choices|things|types|kinds|factors|points|possibilities)\b", re.I
+)
+IS = re.compile(r"(?:\s(?:is|was|are|equals|gives|makes)|\s=)\s", re.I)
 FIRST_WORD = re.compile(r"[,.;:!]|$")
 SO = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.I)
 PARTICLES = {"da", "de", "di", "van", "von", "der", "la", "le", "of", "the"}  # in names

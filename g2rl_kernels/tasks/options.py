@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from . import letter_patterns as p
@@ -131,7 +132,8 @@ class Options:
         if len(last) > 1:
             so = list(p.SO.finditer(text, start, end))
             behind = {name for name, at, affirmed in mentions if so and affirmed and so[-1].end() <= at < end}
-            return behind.pop() or None if len(behind) == 1 else None
+            behind = behind if len(behind) == 1 else self._predicate(text[start:end])
+            return behind.pop() or None if behind else None
         if len(everywhere) == 1 and self._alone(text, *everywhere):
             return everywhere.pop()
         return None
@@ -142,6 +144,17 @@ class Options:
         words = list(p.ACTUAL.finditer(text, max(start, end - 4 * SENTENCE), end))
         found = self.affirmed(text[words[-1].end() : end]) if words else set()
         return found.pop() if len(found) == 1 else None
+
+    def _predicate(self, sentence: str) -> set[str]:
+        """The option that a sentence with one verb ends with: half of 36 is 18."""
+        verbs = list(islice(p.IS.finditer(sentence), 2))
+        mentions = list(self._mentions(sentence))
+        name, at, affirmed = mentions[-1] if mentions else ("", 0, False)
+        ends = [one.end() for one in (self._named or p.NEVER).finditer(sentence, at)]
+        if len(verbs) != 1 or not affirmed or len(ends) != 1 or not p.OVER.match(sentence, ends[0]):
+            return set()
+        start = verbs[0].end()
+        return {name} if start <= at and sentence[start:at].casefold() in ("", "the ", "a ", "an ") else set()
 
     def _concludes(self, sentence: str) -> bool:
         """Whether a sentence is a conclusion, beside others that name other options."""
@@ -198,7 +211,10 @@ class Options:
         if p.WRONG.match(after) or p.CROSSED.match(after) or p.PEOPLE.search(before):
             return False
         if one[0][0].isdigit() and (
-            p.COMPUTED.match(after) or p.OPERATOR_BEFORE.search(before) or p.NUMBERED.search(before)
+            p.COMPUTED.match(after)
+            or p.COUNTED.match(after)
+            or p.OPERATOR_BEFORE.search(before)
+            or p.NUMBERED.search(before)
         ):
             return False
         if one[0][0].isdigit() and not before.strip() and re.match(r"[.)]\s", after):

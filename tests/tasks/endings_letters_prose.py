@@ -355,6 +355,7 @@ ECONOMY = ("Supply rises", "Demand rises", "Supply falls", "Demand falls")
 COSTS = ("O(1)", "O(n)", "O(log n)", "O(n^2)")
 
 FRESH_LAST: list[Row] = [
+    (DOZENS, "Half of 36 is 18.", "B"),
     (HEART, "Blood leaves the heart through the aorta.", "A"),
     (HEART, "The vena cava brings blood back, while the aorta carries it away.", "B"),
     (
@@ -437,7 +438,6 @@ LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
     ),
     (CAPITALS, "B. Wait, that's wrong. C.", "C", "a bare letter that is taken back"),
     (AUTHORS, "The author is Orwell.", "A", "a part of a name, outside a statement of an answer"),
-    (DOZENS, "Half of 36 is 18.", "B", "two options in one sentence"),
     (PAINTERS, "Answer: Leonardo", "A", "first names are not read"),
     (TRUE_FALSE, "True or false? I say true.", "A", "a choice that begins like a word of speech"),
 ]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
+from endings_letters_held_out import HELD_OUT, LEFT_OUT
 from endings_letters_more import MORE, MORE_OTHERS
 from endings_letters_prose import FAULTS, FRESH, FRESH_AGAIN, FRESH_LAST, FRESH_TOO, LEFT_IN_PROSE
 from hypothesis import given
@@ -23,6 +24,7 @@ TABLE = (
     + FAULTS
     + FRESH
     + FRESH_AGAIN
+    + HELD_OUT
     + FRESH_LAST
     + FRESH_TOO
 )
@@ -38,7 +40,7 @@ def test_endings(options: tuple[str, ...], text: str, letter: str | None) -> Non
     assert choice_letter(text, len(options), options) == letter
 
 
-@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT + LEFT_IN_PROSE)
+@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT + LEFT_IN_PROSE + LEFT_OUT)
 def test_endings_that_are_not_read(
     request: pytest.FixtureRequest, options: tuple[str, ...], text: str, letter: str | None, reason: str
 ) -> None:
