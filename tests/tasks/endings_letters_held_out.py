@@ -1,4 +1,4 @@
-"""Endings in prose, written when those of endings_letters_prose.py were read right: nine of 63 were misread."""
+"""Endings in prose, written when those of endings_letters_prose.py were read: nine of 63 were misread."""
 
 from __future__ import annotations
 
