@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Obedient:
         elif order == "wait":
             time.sleep(0.3)
             completion = rest
+        elif order == "garbage":  # code in a response may write into any of the process's files
+            for descriptor in range(3, 20):
+                with suppress(OSError):
+                    os.write(descriptor, b"\3\0\0\0{}]")
         elif order == "import":
             import no_such_package  # noqa: F401
         return float(completion == known)
@@ -58,7 +63,7 @@ class Obedient:
         return completion.rpartition(":")[2] or None
 
     def same(self, first: str, second: str) -> bool:
-        if "spin" in first and "spin" in second:
+        if ("spin" in first and "spin" in second) or "poison" in first + second:
             self.score("spin", None)
         return first.lower() == second.lower()
 
@@ -85,6 +90,17 @@ class Loaded(Obedient):
     def answer(self, completion: str, known: Any) -> str | None:
         value = seen[completion]
         return str(value() if callable(value) else value)
+
+
+class Heavy(Obedient):
+    """Needs more processor time and memory to be loaded than a response may have."""
+
+    def prepare(self) -> None:
+        end = time.process_time() + 3
+        kept = bytearray(1 << 30)
+        while time.process_time() < end:
+            pass
+        del kept
 
 
 @dataclass(frozen=True)

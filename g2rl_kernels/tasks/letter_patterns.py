@@ -192,6 +192,13 @@ CONCLUDES = re.compile(
 )
 BULLET = re.compile(r"[\s#>=*•✅✔☑-]{0,12}(?:\d{1,3}\.\s)?(?:(?:[Oo]ption|[Cc]hoice)\s)?")
 LABEL = re.compile(r"[\s#>*•-]{0,12}[(\[]?([A-Z])(?:[)\]]|[.:](?!\d))")
+# Between two containers that are both named: \boxed{A} or \boxed{B}
+JOINED = re.compile(
+    r"(?=.{0,80}$)(?=.*(?:[,;|&]|(?<!<)/|\b(?:and|or)\b))(?:[\s${}\\()*_,;/|&]|boxed|fbox|</?answer>|text|quad"
+    r"|\b(?:and|or|maybe|perhaps|possibly|else|also)\b)*",
+    re.I | re.S,
+)
+BRACKETED = re.compile(r"(?:\([A-Z]\)[\s,;/]{0,3}){2,26}")
 ANYTHING = re.compile(r".{0,400}", re.S)
 TRAILING = " .,:!✅✔☑"  # behind a letter, at the end of a line
 REASONED = re.compile(r",?\s(?:because|since)\b|,\s(?:as|for|given|due to)\b")  # C, because

@@ -122,10 +122,17 @@ class _Reader:
             for pattern, read in kinds.items()
             for match in deque(pattern.finditer(text), READ_BACK)
         ]
-        found += [(match.start(), self._contained, match) for match in deque(_contents(text), READ_BACK)]
+        contents = list(deque(_contents(text), READ_BACK))
+        found += [(match.start(), self._contained, match) for match in contents]
+        before = {after.start(): one for one, after in pairwise(contents)}
         found.sort(key=lambda one: one[0], reverse=True)
         for _, read, match in found:
             said = read(text, match)
+            other = before.get(match.start()) if read == self._contained else None
+            if said and other and p.JOINED.fullmatch(text[other.end() : match.start()][:100]):
+                first = self._contained(text, other)
+                if first and first.letter != said.letter:
+                    said = Said(None, match.end(), several=True)
             if said is not None:
                 yield said, match.groupdict().get("may") is None
 
@@ -212,6 +219,8 @@ class _Reader:
             option = self.options.exactly(content, match.end())
             if option is not None:
                 return option
+        if p.BRACKETED.fullmatch(content) and len(set(re.findall("[A-Z]", content))) > 1:
+            return Said(None, match.end(), several=True)
         if (
             p.SEVERAL.fullmatch(content)
             and len(set(content)) == len(content)
@@ -328,6 +337,8 @@ class _Reader:
     def _last_line(self, lines: list[str]) -> str | None:
         """A last line that is a letter, an option, or an option's text."""
         line = lines[-1][skip(p.BULLET, lines[-1], 0) :]
+        if p.BRACKETED.fullmatch(line.strip(" .")) and len(set(re.findall("[A-Z]", line))) > 1:
+            return None
         letter = p.LETTER.match(line, skip(p.OPEN, line, 0))
         end = skip(p.CLOSE, line, letter.end()) if letter else 0
         if letter and not line[end:].strip(p.TRAILING):

@@ -28,11 +28,12 @@ from typing import Any, NamedTuple, TypeVar
 from ..errors import ConfigError, TrainerError, one_line
 from .base import Judge
 from .processes import start
-from .worker import LENGTH, write_frame
+from .worker import LENGTH
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+STARTS = 5  # of a worker that something else ends while it starts
 START_SECONDS = 120.0  # for a worker to start, or a judge to load its libraries and data
 
 
@@ -93,6 +94,7 @@ class Worker:
         self.limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._known: set[str] = set()  # keys of the judges that the process has
+        self.interrupted = False  # the request's result is of no use any more
 
     def ask(self, judge: Packed, method: str, *arguments: Any) -> Reply:
         """What `method` of worker.py says about the arguments; a failure if it raised or exceeded a limit.
@@ -100,9 +102,9 @@ class Worker:
         A process that something else ends is replaced, and asked once more.
 
         Raises:
-            TrainerError: the worker cannot start, or the judge cannot be loaded in it.
+            TrainerError: the worker cannot start, the judge cannot be loaded in it, or it was interrupted.
         """
-        body = b""
+        reply: dict[str, Any] = {}
         for _ in range(2):
             process = self._start()
             new = judge.key not in self._known
@@ -110,8 +112,7 @@ class Worker:
             # The worker's own alarm comes first; it does not run while the judge is loaded
             seconds = self.limits.wall_seconds + (START_SECONDS if new else 2)
             try:
-                write_frame(process.stdin, request)  # type: ignore[arg-type]
-                body = _read_reply(process, seconds)
+                reply = _exchange(process, request, seconds)
             except TimeoutError:
                 self.close()
                 if new:
@@ -119,7 +120,7 @@ class Worker:
                         f"verify: a verifier was not loaded within {START_SECONDS:g} s in a worker process"
                     ) from None
                 return Reply(None, f"TimeoutError: took more than {self.limits.wall_seconds:g} s")
-            except (OSError, EOFError):
+            except (OSError, EOFError, ValueError):  # ValueError: no reply of worker.py
                 code = self.close()
                 if code == -signal.SIGXCPU:
                     what = f"{self.limits.seconds:g} s of processor time"
@@ -130,7 +131,6 @@ class Worker:
             break
         else:
             return Reply(None, f"the verifier's process ended twice ({_ended(code)})")
-        reply = json.loads(body)
         if "unusable" in reply:
             self.close()
             raise TrainerError(f"a worker process cannot verify: {reply['unusable']}")
@@ -140,6 +140,13 @@ class Worker:
                 self.close()  # what is left of it is not to be trusted
             return Reply(None, reply["raised"])
         return Reply(reply["value"])
+
+    def interrupt(self) -> None:
+        """Ends the process while another thread waits for it, and that thread's request with an error."""
+        self.interrupted = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> int | None:
         """Ends the process; returns its exit code, which is negative for a signal."""
@@ -159,21 +166,32 @@ class Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
+        for attempt in range(1, STARTS + 1):
+            if self.interrupted:
+                raise TrainerError("verify: interrupted")
+            with tempfile.TemporaryFile() as said:
+                try:
+                    return self._launch(said)
+                except (OSError, EOFError, ValueError) as error:
+                    killed = (self.close() or 0) < 0 and not isinstance(error, TimeoutError)
+                    said.seek(0)
+                    text = said.read().decode(errors="replace").strip()
+                    reason = text.splitlines()[-1] if text else one_line(error)
+            if not killed or attempt == STARTS:
+                break
+        raise TrainerError(f"verify: a worker process cannot start ({reason[:300]})")
+
+    def _launch(self, said: Any) -> subprocess.Popen[bytes]:
         limits = self.limits
         numbers = (limits.seconds, limits.wall_seconds, int(limits.memory_gb * 2**30))
-        with tempfile.TemporaryFile() as said:
-            try:
-                process = start(
-                    "worker", *numbers, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
-                )
-                self._process = process
-                _read_reply(process, START_SECONDS)
-            except (OSError, EOFError, TimeoutError) as error:
-                self.close()
-                said.seek(0)
-                text = said.read().decode(errors="replace").strip()
-                reason = text.splitlines()[-1] if text else one_line(error)
-                raise TrainerError(f"verify: a worker process cannot start ({reason[:300]})") from None
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
+        # Without buffers, which a process forked in the middle of a request would write again, and not
+        # stopped by Ctrl-Z, which would not stop its clock
+        process = start("worker", *numbers, bufsize=0, start_new_session=True, **pipes)
+        self._process = process
+        if self.interrupted:
+            raise EOFError("interrupted")
+        _exchange(process, None, START_SECONDS)
         return process
 
 
@@ -187,23 +205,41 @@ def _pickled(value: Any) -> bytes:
         ) from None
 
 
-def _read_reply(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The next frame. Raises TimeoutError after `seconds`, EOFError where the process has ended."""
-    end, got, wanted = time.monotonic() + seconds, b"", LENGTH.size
+def _exchange(process: subprocess.Popen[bytes], request: bytes | None, seconds: float) -> dict[str, Any]:
+    """Sends a request, if there is one, and returns the next reply.
+
+    Raises TimeoutError after `seconds`, OSError and EOFError where the process has ended, ValueError for what
+    is no reply.
+    """
+    assert process.stdin is not None
     assert process.stdout is not None
-    descriptor = process.stdout.fileno()
+    end, got, wanted = time.monotonic() + seconds, bytearray(), LENGTH.size
+    rest = memoryview(b"" if request is None else LENGTH.pack(len(request)) + request)
+    ends = process.stdin.fileno(), process.stdout.fileno()
+    os.set_blocking(ends[0], False)
     waiting = select.poll()
-    waiting.register(descriptor, select.POLLIN)
+    waiting.register(ends[1], select.POLLIN)
+    if rest:
+        waiting.register(ends[0], select.POLLOUT)
     while len(got) < wanted:
-        if not waiting.poll(max(end - time.monotonic(), 0) * 1000):
+        ready = waiting.poll(max(end - time.monotonic(), 0) * 1000)
+        if not ready:
             raise TimeoutError
-        part = os.read(descriptor, min(wanted - len(got), 1 << 20))
+        if ready[0][0] == ends[0] and len(ready) == 1:
+            rest = rest[os.write(ends[0], rest[: 1 << 20]) :]
+            if not rest:
+                waiting.unregister(ends[0])
+            continue
+        part = os.read(ends[1], min(wanted - len(got), 1 << 20))
         if not part:
             raise EOFError("the process has ended")
         got += part
         if wanted == len(got) == LENGTH.size:
             wanted += LENGTH.unpack(got)[0]
-    return got[LENGTH.size :]
+    reply = json.loads(got[LENGTH.size :])
+    if not isinstance(reply, dict) or reply.keys().isdisjoint(("value", "raised", "unusable")):
+        raise ValueError("not a reply")
+    return reply
 
 
 def _ended(code: int | None) -> str:
@@ -232,11 +268,20 @@ class Pool:
         done: called after each item, in this thread.
         """
 
+        busy: set[Worker] = set()
+        lock, stop = threading.Lock(), False
+
         def one(item: T) -> R:
             worker = self._idle.get()
             try:
+                with lock:
+                    worker.interrupted = stop
+                    busy.add(worker)
                 return work(worker, item)
             finally:
+                with lock:
+                    busy.discard(worker)
+                    worker.interrupted = False
                 self._idle.put(worker)
 
         threads = ThreadPoolExecutor(max(min(self.size, len(items)), 1), thread_name_prefix="verify")
@@ -246,8 +291,14 @@ class Pool:
                 results.append(result)
                 done()
             return results
+        except BaseException:  # Ctrl-C too: nothing is to wait for responses that nobody asks for any more
+            with lock:
+                stop = True
+                for worker in busy:
+                    worker.interrupt()
+            raise
         finally:
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(wait=not stop, cancel_futures=True)
 
     def close(self) -> None:
         for worker in self._workers:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ importlib.import_module("g2rl_kernels.tasks." + module).main(*numbers)
 def start(module: str, *numbers: float, **options: Any) -> subprocess.Popen[bytes]:
     """Runs main(*numbers) of a module of tasks/ in a new process; options are Popen's. Raises OSError."""
     package = str(Path(__file__).resolve().parent.parent)
-    paths = [path or os.getcwd() for path in sys.path]
+    here = ""
+    with suppress(FileNotFoundError):  # the current directory may be gone
+        here = os.getcwd()
+    paths = [path or here for path in sys.path if isinstance(path, str) and (path or here)]
     alone = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     call = json.dumps([module, package, paths, numbers])
+    if not sys.executable:
+        raise OSError("sys.executable is empty: set it to a Python interpreter")
     return subprocess.Popen([sys.executable, "-c", _BOOT, call], env={**os.environ, **alone}, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..errors import TrainerError, one_line
 from .base import Item, Judge, Task, Verdict, final_answer, score_completion
 from .pool import Limits, Packed, Reply, Worker, pool
 
+MAX_FAILURES = 2  # comparisons of an answer that may fail
 _shown: set[str] = set()  # kinds of judges whose first failure has been shown
 
 
@@ -72,8 +74,10 @@ def unify(
     """The answers of each group, where the same answers have one text: that of the first of them.
 
     A judge's `same` compares them, in worker processes; None compares texts. An answer is compared with the
-    first one of every class before it, and belongs to the first that is the same; one whose comparison fails
-    is a class of its own. Raises TrainerError as `verify`.
+    first one of every class before it, and belongs to the first that is the same. One whose comparison fails
+    is compared with each of them alone, where limits are for one comparison, and two that cannot be compared
+    differ. An answer that fails with MAX_FAILURES others is no longer compared. Raises TrainerError as
+    `verify`.
     """
     waiting = []
     for place, (judge, answers) in enumerate(groups):
@@ -84,11 +88,24 @@ def unify(
     def work(worker: Worker, one: tuple[int, Judge, list[str]]) -> dict[str, str]:
         _, judge, texts = one
         packed, first, classes = Packed.of(judge), dict[str, str](), list[str]()
+        failures = Counter[str]()
         for text in texts:
-            index = worker.ask(packed, "first_same", text, classes).value if classes else None
-            if index is None:
+            usable = [other for other in classes if failures[other] < MAX_FAILURES]
+            reply = worker.ask(packed, "first_same", text, usable) if usable else Reply(None)
+            first[text] = text if reply.value is None else usable[reply.value]
+            failed = list[str]()
+            for other in usable if reply.failure is not None else ():
+                reply = worker.ask(packed, "first_same", text, [other])
+                if reply.value is not None:
+                    first[text] = other
+                    break
+                failed += [other] * (reply.failure is not None)
+                if len(failed) == MAX_FAILURES:  # the fault is this one's
+                    failed = [text] * MAX_FAILURES
+                    break
+            failures.update([text, *failed] if failed else ())
+            if first[text] == text:
                 classes.append(text)
-            first[text] = text if index is None else classes[index]
         return first
 
     found = _map(work, waiting, limits, "compare answers")

@@ -8,7 +8,7 @@ JSON, since a verifier may have been fooled by the text that it read. pool.py is
 
 A response's processor time is limited by the kernel, which ends this process: code that holds Python's lock,
 such as the power of a large number, cannot delay that. So is the time on the clock, should the other side be
-gone. Memory is limited for the whole process.
+gone. Memory is limited for the whole process. Reading requests and loading judges has no limits.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
             key, pickled, method, arguments = pickle.loads(request)
             if pickled is not None:
                 judges[key] = _load(pickled)
-                _limit_memory(memory_bytes)  # judges load libraries and data
         except BaseException as error:
             _write(replies, {"unusable": f"{type(error).__name__}: {error}"[:2000]})
             continue
-        _limit_time(seconds, wall_seconds)
+        _limit(resource.RLIMIT_AS, memory_bytes)
+        _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 1)  # the kernel counts whole seconds
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+        signal.setitimer(signal.ITIMER_REAL, wall_seconds)
         random.seed(0)
         try:
             reply = {"value": _METHODS[method](judges[key], *arguments)}
@@ -55,6 +57,8 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         except BaseException as error:  # SystemExit too: a scorer may call exit()
             reply = {"raised": f"{type(error).__name__}: {error}"[:2000]}
         signal.setitimer(signal.ITIMER_REAL, 0)
+        for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
+            _limit(which, None)
         _write(replies, reply)
 
 
@@ -84,18 +88,12 @@ def _first_same(judge: Any, text: str, others: list[str]) -> int | None:
 _METHODS: dict[str, Callable[..., Any]] = {"verdict": _verdict, "answer": _answer, "first_same": _first_same}
 
 
-def _limit_memory(size: int) -> None:
-    with suppress(OSError, ValueError):  # macOS cannot limit it; a hard limit may be lower
-        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def _limit_time(seconds: float, wall_seconds: float) -> None:
-    until = int(time.process_time() + seconds) + 1  # the kernel counts whole seconds
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or until < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
-    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
+def _limit(which: int, value: int | None) -> None:
+    """Sets the soft limit of a resource, at most to the hard one; None: to the hard one."""
+    hard = resource.getrlimit(which)[1]
+    soft = hard if value is None else value if hard == resource.RLIM_INFINITY else min(value, hard)
+    with suppress(OSError, ValueError):  # macOS cannot limit memory
+        resource.setrlimit(which, (soft, hard))
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
@@ -108,14 +106,10 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return body if len(body) == size else None
 
 
-def write_frame(stream: BinaryIO, body: bytes) -> None:
-    stream.write(LENGTH.pack(len(body)) + body)
-    stream.flush()
-
-
 def _write(stream: BinaryIO, reply: dict[str, Any]) -> None:
     try:
         body = json.dumps(reply).encode()
     except (TypeError, ValueError) as error:  # not a value that a judge may return
         body = json.dumps({"raised": f"{type(error).__name__}: {error}"}).encode()
-    write_frame(stream, body)
+    stream.write(LENGTH.pack(len(body)) + body)
+    stream.flush()

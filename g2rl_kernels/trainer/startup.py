@@ -286,6 +286,11 @@ class _Policy:
                 f"model: {self.name}: generate() fails on padded prompts "
                 f"({type(error).__name__}: {one_line(error, 160)})"
             ) from error
+        if len(out.logits) < response.shape[1]:
+            raise TrainerError(
+                f"model: {self.name}: generate() ends after {len(out.logits)} tokens of {response.shape[1]}: "
+                "its generation_config limits it (max_time, for example)"
+            )
         return _chosen(torch.stack(out.logits, 1).float() / self.temperature, response)[probe.mask]
 
     def padded(self, probe: Rollout, attention: Tensor) -> Tensor:

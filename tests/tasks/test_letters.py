@@ -323,3 +323,24 @@ def test_the_reward_function() -> None:
     assert letter_reward(completions, answer=["B", None, 0], choices=choices) == [1.0, None, 0.0]
     with pytest.raises(ConfigError, match=r"choice_letter: row 1: answer='5' is not one of its 4 options"):
         letter_reward(completions, answer=["B", "5", 0], choices=choices)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{A} or \boxed{B}",
+        r"$\boxed{A}$, or maybe $\boxed{B}$",
+        r"\boxed{A}, \boxed{B}, \boxed{C}, \boxed{D}",
+        "<answer>A</answer> or <answer>B</answer>",
+        r"\boxed{(A)(B)}",
+        "(A) (B) (C) (D)",
+    ],
+)
+def test_several_containers_choose_nothing(text: str) -> None:
+    assert choice_letter(text, 4, CITIES) is None
+
+
+def test_a_later_container_replaces_an_earlier_one() -> None:
+    assert choice_letter("\\boxed{A} is wrong, so \\boxed{B}", 4, CITIES) == "B"
+    assert choice_letter("<answer>A</answer><answer>B</answer>", 4, CITIES) == "B"
+    assert choice_letter("<answer>\\boxed{A}</answer> and again \\boxed{A}", 4, CITIES) == "A"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judges import JudgedTask, Loaded, Obedient, Unloadable
+from judges import Heavy, JudgedTask, Loaded, Obedient, Unloadable
 
 from g2rl_kernels.errors import ConfigError, RewardError, TrainerError
 from g2rl_kernels.tasks import pool as pools
@@ -64,6 +64,7 @@ def test_the_number_of_workers_changes_nothing(workers: int) -> None:
         ("raise:it", "ValueError: cannot read 'it'"),
         ("exit", "SystemExit: 3"),
         ("vanish", "the verifier's process ended twice (exit code 3)"),
+        ("garbage", "the verifier's process ended twice"),
         ("nan", "ValueError: the score is nan"),
     ],
 )
@@ -145,6 +146,18 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
         verify(asked(["yes"]), limits=Limits(workers=1, seconds=7))
 
 
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    note = str(tmp_path / "starts")
+    count = (
+        f"import os\nopen({note!r}, 'a').write('x')\n"
+        f"if len(open({note!r}).read()) < 3:\n    os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setattr(processes, "_BOOT", f"{count}\n{processes._BOOT}")
+    assert verify(asked(["yes"]), limits=Limits(workers=1, seconds=8)) == [Verdict(1, "yes")]
+
+
 def test_a_users_function_still_stops_the_run() -> None:
     class Mine:
         def __len__(self) -> int:
@@ -171,6 +184,23 @@ def test_votes_by_the_judges_equality() -> None:
 def test_an_answer_that_cannot_be_compared_is_its_own() -> None:
     groups = [(Obedient(), ["spin 1", "spin 2", "x", "X", "spin 2"])]
     assert unify(groups, SHORT) == [["spin 1", "spin 2", "x", "x", "spin 2"]]
+
+
+def test_one_answer_that_cannot_be_compared_leaves_the_others_their_votes() -> None:
+    groups = [(Obedient(), ["x", "poison 1", "X", "y", "poison 2", "Y", "X"])]
+    assert unify(groups, SHORT) == [["x", "poison 1", "x", "y", "poison 2", "y", "x"]]
+
+
+def test_a_large_completion_and_a_large_answer() -> None:
+    text = "x" * 10_000_000
+    assert verify(asked([text, "yes"])) == [Verdict(0, text), Verdict(1, "yes")]
+
+
+def test_a_judge_that_loads_slowly_has_no_limits_for_that(tmp_path: Path) -> None:
+    """Neither the first judge of a process nor a later one."""
+    limits = Limits(seconds=0.2, memory_gb=0.5, workers=1)
+    both = [*asked(["yes"]), *asked(["loaded"], Heavy()), *asked(["yes"])]
+    assert verify(both, limits=limits) == [Verdict(1, "yes"), Verdict(0, "loaded"), Verdict(1, "yes")]
 
 
 def test_answers_without_a_known_one() -> None:
@@ -241,6 +271,50 @@ def test_workers_end_with_the_script(then: str) -> None:
         process.kill()
     process.wait(30)
     assert all(ends(pid, 10) for pid in workers)
+
+
+def test_ctrl_c_ends_a_script_at_once() -> None:
+    then = "verify([(task, task[0], 'sleep')] * 10)"
+    process, workers = run_script(then)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    assert process.wait(15) != 0
+    assert time.monotonic() - started < 8  # of the 20 s that a response may take
+    assert all(ends(pid, 5) for pid in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_ctrl_z_costs_no_response() -> None:
+    """The stopped process finds the reply when it goes on, later than the limit on the clock."""
+    text = SCRIPT.format(
+        tests=str(Path(__file__).parent.parent),
+        then="limits = pool.Limits(seconds=0.2)\nverify([(task, task[0], 'yes')] * 2, limits=limits)\n"
+        "print('ready', flush=True)\nprint(verify([(task, task[0], 'wait:yes')], limits=limits))",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        pass
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(3.5)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert "score=1.0" in process.communicate(timeout=30)[0]
+
+
+def test_paths_that_are_no_texts_and_a_folder_that_is_gone(tmp_path: Path) -> None:
+    then = (
+        "import os, pathlib\nsys.path += [pathlib.Path('/'), '']\npool.close_all()\n"
+        "os.chdir({gone!r}); os.rmdir({gone!r})\n"
+        "sys.exit(verify([(task, task[0], 'yes')])[0].score != 1)"
+    )
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    process, _ = run_script(then.replace("{gone!r}", repr(str(gone))))
+    assert process.wait(60) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

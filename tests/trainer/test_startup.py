@@ -285,3 +285,10 @@ def test_bfloat16_weights_that_will_not_move_are_counted(tmp_path: Path) -> None
     trainer.step()
     moved = [(a != b).float().mean().item() * a.numel() for a, b in zip(before, trainer.trained)]
     assert sum(moved) / sum(b.numel() for b in before) < 0.1
+
+
+def test_a_generation_that_ends_early_is_told() -> None:
+    model = make_model()
+    model.generation_config.max_time = 1e-9
+    with pytest.raises(TrainerError, match="ends after 1 tokens of 6: its generation_config limits it"):
+        check_policy(model, 0)

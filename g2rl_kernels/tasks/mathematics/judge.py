@@ -170,6 +170,8 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
         form = _read(side, depth + 1)
         if form.kind == "number" and last.kind == "number":
             if not arithmetic.close(form.value, last.value):
+                if "\\approx" in text and abs(form.value - last.value) <= abs(form.value) / 100:
+                    return form._replace(name=name)  # 1/3 \approx 0.33 is 1/3
                 return Form("symbolic", _compact(text), _compact(text))
             continue
         from . import symbolic

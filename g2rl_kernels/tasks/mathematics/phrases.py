@@ -20,8 +20,8 @@ _AFTERWARDS = re.compile(
     re.DOTALL,
 )
 _LEAD = re.compile(
-    r"(?:[:\s*_`]|(?:approximately|about|around|exactly|roughly|simply|just|indeed|also|then|therefore|thus|clearly"
-    r"|equal to|given by)(?!\w)|\\approx|≈|~|=)+",
+    r"(?:[:\s*_`]|(?:approximately|about|around|exactly|roughly|either|simply|just|indeed|also|then|therefore|thus"
+    r"|clearly|equal to|given by)(?!\w)|\\approx|≈|~|=)+",
     re.IGNORECASE,
 )
 UNSIGNED = (
@@ -184,6 +184,7 @@ def last_mathematics(text: str) -> str | None:
     place = len(text)
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
+        line = re.sub(r"\*\*(\s*,?\s*or\s+)\*\*", r"\1", line)  # **3** or **4**
         bold = [part for part in re.findall(r"\*\*([^*]+)\*\*", line) if not part.rstrip().endswith(":")]
         said = next((s for s in (phrase(part, False) for part in reversed(bold)) if s), None)
         if said:
@@ -224,4 +225,9 @@ def last_mathematics(text: str) -> str | None:
         return None
     rest = text[numbers[-1].end() :] + after
     cut_off = len(rest.split()) > 4 and not re.search(r"[.!?)\]}$*:|`。]\s*$", rest)
-    return None if cut_off else _with_unit(text, numbers[-1])
+    if cut_off:
+        return None
+    last = _with_unit(text, numbers[-1])
+    if len(numbers) > 1 and re.fullmatch(r"\s*,?\s*or\s+", text[numbers[-2].end() : numbers[-1].start()]):
+        return f"{numbers[-2][0]} or {last}"
+    return last

@@ -26,10 +26,12 @@ def small(text: str) -> bool:
         return False
     if len(re.findall(r"\\(?:int|sum|prod|lim|exp)(?![a-zA-Z])", text)) > 2:
         return False
-    counted = re.sub(r"\(([a-z]|[-+]|\d{1,2}|\s)+\)\s*!", "x", text)  # (n-1)!
+    counted = re.sub(r"\((?:(?!\d{3})[-+a-z\d\s])+\)\s*!", "x", text)  # (n-1)!
     for factorial in re.finditer(r"(\d*)\s*([)}\]!]?)\s*!(?!=)", counted):
         if factorial[2] or int(factorial[1] or 0) > MAX_EXPONENT:
             return False
+    if re.search(r"\\Gamma\s*[({]*\s*\d{4}", text):
+        return False
     for number in re.findall(r"\\binom\s*\{(.*?)\}", text):
         if len(re.sub(r"\D", "", number)) > 3:
             return False
@@ -117,7 +119,16 @@ def parse(text: str) -> Any:
     )
     if not found or isinstance(found[0], str):
         return None
-    return _complex(_exact(found[0]), text)
+    return _complex(_exact(found[0]), text) if _finite_products(found[0]) else None
+
+
+def _finite_products(expression: Any) -> bool:
+    """Whether products have whole numbers, or variables, as bounds: sympy takes minutes for others."""
+    import sympy
+
+    products = getattr(expression, "atoms", lambda *_: ())(sympy.Product)
+    bounds = [bound for product in products for _, *bounds in product.limits for bound in bounds]
+    return all(bound.is_Integer or bound.free_symbols for bound in bounds)
 
 
 def _exact(expression: Any) -> Any:
@@ -153,8 +164,8 @@ def same(first: str, second: str) -> bool:
 
     if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr):
         equal = _same_expressions(one, two)
-        if equal is not None:
-            return equal
+        if equal is not None or one.has(sympy.Product) or two.has(sympy.Product):
+            return bool(equal)  # math-verify takes minutes for products
     expressions = [isinstance(x, (sympy.Expr, sympy.MatrixBase)) for x in (one, two)]
     if any(expressions) and not all(expressions) and any("=" in text for text in (first, second)):
         return False  # math-verify would take 2x = 6 for 6
@@ -171,11 +182,14 @@ def _same_entries(one: Any, two: Any) -> bool:
     return bool(one == two or _same_expressions(_exact(one), _exact(two)))
 
 
+_COMPARES = re.compile(r"[<>]|\\(?:approx|equiv|sim|simeq|cong|neq?)(?![a-zA-Z])")
+
+
 def approximation(text: str) -> Fraction | None:
     """The value of a real constant such as \\pi to DIGITS digits; None for anything else."""
     import sympy
 
-    expression = parse(text)
+    expression = None if _COMPARES.search(text) else parse(text)
     if not isinstance(expression, sympy.Expr) or expression.free_symbols:
         return None
     return _real(_evaluated(expression, {}))
@@ -200,11 +214,17 @@ def _real(value: Any) -> Fraction | None:
 def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
     """The expression's value at a point, as a sympy number, perhaps infinite; None without one."""
     import sympy
+    from sympy.core.evalf import PrecisionExhausted
 
     value = expression.subs(point) if point else expression
     if value.has(sympy.Limit, sympy.Derivative):
         value = value.doit()
-    value = value.evalf(DIGITS)
+    if not _finite_products(value):
+        return None
+    try:
+        value = value.evalf(DIGITS)
+    except PrecisionExhausted:
+        return None
     if value.is_infinite or value.is_Float or value.is_Rational:
         return value
     parts = value.as_real_imag()
