@@ -38,12 +38,13 @@ _EMPHASIS = re.compile(  # stars and underscores, but for those between letters 
     r"\*\*+|__+|(?<=\S)\*(?!\S)|(?<!\S)\*(?=\S)|(?<=[\W_])\*(?=\w)|(?<=\w)\*(?=[^\w\s])|(?<!\w)_(?=\w)|"
     r"(?<=[^\W_])_(?!\w)"
 )
+_DEGREES = re.compile(r"(?<=\d)(°[CFK])")
 
 
 def plain(text: str) -> str:
     """The text without emphasis, fonts and mathematical delimiters."""
     text = _MARKUP.sub("", text.translate(_CHARACTERS))
-    return _EMPHASIS.sub("", _SPACE.sub(" ", text))
+    return _DEGREES.sub(r" \1", _EMPHASIS.sub("", _SPACE.sub(" ", text)))
 
 
 # --- what stands around a letter ---------------------------------------------------------------------------
@@ -72,6 +73,7 @@ NEXT = re.compile(  # before another letter
     r"[\"'(\[]{0,2}"
 )
 BUT = re.compile(r"[\s,;.]{1,3}(?:but|rather|instead|it's|it is)\s(?:rather |instead |option )?")
+BUT_MAYBE = re.compile(r"\b(?:but|or|although|though)\s$")  # before a hedged option beside another
 SEVERAL = re.compile(r"[A-Z]{2,8}")
 KIND = re.compile(r"(?:the )?(?:(?:option|choice|answer|letter|alternative)[\s:]{1,3})?[\s\"'(\[]{0,6}", re.I)
 
@@ -150,16 +152,30 @@ PICKED = re.compile(  # I'd go with B
     re.I,
 )
 CONCLUDED = re.compile(  # it must be B; Hence (B); a line "Answer B"
-    rf"{_WORD}(?:(?:it|this|that)(?:{_BE}|(?P<may>{_MAY}))|so|thus|hence|therefore|consequently|"
+    rf"{_WORD}(?:(?P<it>it|this|that)(?:{_BE}|(?P<may>{_MAY}))|so|thus|hence|therefore|consequently|"
     rf"only|(?:(?<=\n)|^)(?:(?:the |my )?(?:final |correct |best )?answer|correct)){_END}{_FILLER}",
     re.I | re.M,
 )
+WHICH = re.compile(
+    rf"{_WORD}(?P<may>which (?:is|means|gives|matches)){_END}{_FILLER}", re.I
+)  # 13, which is C
 CALLED = re.compile(  # B is correct; B. Paris - correct
     rf"{_WORD}\(?([A-Z])(?i:(?:[)\"']{{0,2}}(?:{_BE}|\s?[:-])|[.:)]\s[^\n.:-]{{1,60}}[:-])"
     r"(?:\s(?:[a-z]{2,12}ly|therefore|thus|indeed|the|our|my|a)){0,3}"
     r"\s(?:only )?(?:correct|right|best|answer|solution|(?P<may>true|accurate))"
     r"(?![a-z])(?! (?:if|when|only|for|but|in|about|unless)))"
 )
+CORRECTED = re.compile(  # Wait, no: C. Sorry, C.
+    rf"{_WORD}(?:(?:wait|sorry|oops|hmm|correction|scratch that|I mean|I meant|actually|make that)"
+    rf"(?:[\s,:;.!-]{{1,4}}(?:wait|no|sorry|actually|it's|it is)(?![A-Za-z])){{0,3}}[\s,:.!-]{{1,4}}"
+    rf"|no(?:, | ?[:-] ))(?P<filler>(?:it's |it is |the answer is )?(?:option |choice )?)",
+    re.I,
+)
+REPLY = re.compile(r"(?:^|(?<=\n)|(?<=[?.!] ))A ?:(?P<filler>\s)")  # Q: ...? A: ...
+ASKED = re.compile(r"\?|\bQ ?:|\bQuestion\b")  # before a reply
+TICK = "✅✔☑"
+TICKS = re.compile(f"[{TICK}]")
+TICKED = re.compile(rf"{_WORD}([A-Z])(?:[)\]]?[.:)]\s[^\n❌✗✘{TICK}]{{1,60}}|[)\].:]{{0,2}})\s?$")
 CONTAINER = re.compile(r"\\(?:boxed|fbox|framebox)\s?\{|\\.|[{}]|<(/?)(?:final_?)?answer>", re.I | re.S)
 
 # --- the last sentence and line ----------------------------------------------------------------------------
@@ -174,7 +190,7 @@ CONCLUDES = re.compile(
     r"obviously|namely|get)[\s,:]{1,3}(?:with |us |only |the |just )?$",
     re.I,
 )
-BULLET = re.compile(r"[\s#>=*•-]{0,12}(?:\d{1,3}\.\s)?(?:(?:[Oo]ption|[Cc]hoice)\s)?")
+BULLET = re.compile(r"[\s#>=*•✅✔☑-]{0,12}(?:\d{1,3}\.\s)?(?:(?:[Oo]ption|[Cc]hoice)\s)?")
 LABEL = re.compile(r"[\s#>*•-]{0,12}[(\[]?([A-Z])(?:[)\]]|[.:](?!\d))")
 # Between two containers that are both named: \boxed{A} or \boxed{B}
 JOINED = re.compile(
@@ -184,3 +200,82 @@ JOINED = re.compile(
 )
 BRACKETED = re.compile(r"(?:\([A-Z]\)[\s,;/]{0,3}){2,26}")
 ANYTHING = re.compile(r".{0,400}", re.S)
+TRAILING = " .,:!✅✔☑"  # behind a letter, at the end of a line
+REASONED = re.compile(r",?\s(?:because|since)\b|,\s(?:as|for|given|due to)\b")  # C, because
+DENIED_LATER = re.compile(  # A. Green is not a colour
+    r"(?!\s?(?:because|since|as|and|but|not|while|rather)\b)[^,.;:\n]{0,80}?"
+    r"(?:\b(?:not|never|cannot|wrong|incorrect|false)\b|n't\b)",
+    re.I,
+)
+TAKEN_BACK = re.compile(
+    r"\b(?:answer|option|choice|it|that|this)(?:\s\w{1,12})?\s(?:(?:is|was)\s)?(?:not\b|wrong|incorrect|false)"
+    r"|\b(?:isn't|wasn't)\b",
+    re.I,
+)
+
+# --- options' texts ----------------------------------------------------------------------------------------
+
+ENDED = re.compile(r"\s{0,3}(?:[.;!\n)\]}]|$)")  # nothing follows an option's text
+BOUND = re.compile(r"(?![\w])(?!'\w)(?![.,]\d)(?!\s?[+*/×÷^=%°])")
+ASIDE = re.compile(r"\s{0,3}(?:[.,;!\n)\]}](?!\d)|$|\(|- |(?:because|since|as)\b)")
+ACTUAL = re.compile(r"\bactual(?:ly)?\b", re.I)
+LABELLED = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?:[.):]| -)[ \t]{0,2}$")
+SENTENCE_ENDS = re.compile(r"(?<!\b[A-Z])[.!?](?=\s)|\n")
+DENIED = re.compile(  # before an option
+    r"(?:\b(?:not|never|neither|nor|cannot)|n't)\b(?: (?!but\b|only\b)[\w'-]{1,14}){0,5}\s{1,2}[\"'(]{0,2}$"
+    r"|\b(?:no|without|unlike|instead of|than|except|against|over|besides|opposite of|least|most|"
+    r"below|above|under|near|like|compared (?:to|with)|opposed to|from|"
+    r"(?:rul(?:e|es|ed|ing) out|eliminat\w{1,5}|exclud\w{1,4}|"
+    r"discard\w{0,4}|reject\w{0,4}))\s(?:(?:the|an?|in|of|is|just|even)\s){0,3}[\"'(]{0,2}$",
+    re.I,
+)
+SUPPOSED = re.compile(  # before an option
+    r"\b(?:if|unless|suppose|supposing|assume|assuming|whether|might|could|maybe|perhaps|options|choices|"
+    r"alternatives|candidates)\b",
+    re.I,
+)
+BESIDE = re.compile(
+    r"\b(?:although|though|whereas|while|despite)\b[^,;]{0,60}$", re.I
+)  # a clause before an option
+BUT_OTHER = re.compile(r"[,;] (?:but|however)\b", re.I)
+PEOPLE = re.compile(
+    r"\b(?:people|students?|some(?:one|body)?|others|many|most|one|you|they|beginners|readers)"
+    r"(?: \w{1,12}){0,3}? (?:thinks?|says?|believes?|assumes?|guess(?:es)?|suspects?|expects?|argues?|"
+    r"mistakenly|confuses?|mistakes?|picks?|chooses?|answers?|names?|tempted|may|could)\b[^.;]{0,40}$",
+    re.I,
+)
+ITS_LETTER = re.compile(  # behind an option's text
+    r"[\"']?\s?(?:[,-]\s?)?(?:which is |that is |i\.e\.,? )?"
+    r"(?:\(?(?:option|choice|answer)\s\(?|\()([A-Z])(?![A-Za-z0-9])"
+)
+CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore|answer|correct|overall|conclusion|only)\b", re.I)
+NEVER = re.compile(r"(?!)")
+CROSSED = re.compile(r"[^\n]{0,40}[❌✗✘]")
+COMPUTED = re.compile(r"\s?[+*/×÷^=<>·≤≥≠]|\s?-\s?\d")  # after the number of a computation
+OPERATOR_BEFORE = re.compile(
+    r"(?:\d\s|\b(?:from|between)\s(?:[^,;]{1,30}\s(?:to|and|until)\s)?|[+*/×÷^·<>≤≥≠]|[\w)]\s?-)\s?$"
+)
+NUMBERED = re.compile(r"\b(?:steps?|cases?|options?|parts?|lines?|examples?|choices?|questions?)\s$", re.I)
+COMMON = {  # options that sentences say for other reasons
+    "true",
+    "false",
+    "yes",
+    "no",
+    "correct",
+    "incorrect",
+    "all",
+    "none",
+    "both",
+    "i only",
+    "neither",
+    "one",
+}
+COMMON_BEFORE = re.compile(r"(?:\b(?:is|was|are|be|so|thus|hence|therefore),?|:)\s$|^\s*$", re.I)
+COUNTED = re.compile(  # a number of something else
+    r" (?:reasons|ways|steps|cases|options|choices|things|types|kinds|factors|points|possibilities)\b", re.I
+)
+IS = re.compile(r"(?:\s(?:is|was|are|equals|gives|makes)|\s=)\s", re.I)
+FIRST_WORD = re.compile(r"[,.;:!]|$")
+SO = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.I)
+PARTICLES = {"da", "de", "di", "van", "von", "der", "la", "le", "of", "the"}  # in names
+KINDS = {"ocean", "sea", "river", "mountain", "mountains", "city", "island", "islands", "desert", "lake"}

@@ -25,6 +25,7 @@ from bench_helpers import (
 )
 
 from g2rl_kernels.trainer import TrainerConfig
+from g2rl_kernels.trainer.trainer import Verified
 
 
 def test_head_measures_writes_and_draws(compiled, tmp_path, capsys):
@@ -210,7 +211,7 @@ def test_the_step_without_g2rl_is_the_trainers_with_lam_0():
     step = train.Step(train.make_model("tiny", "cpu"), TrainerConfig.from_dict(keys))
     rollout, scores = train.make_rollout(batch, 2048, "cpu")
     assert 0 < scores.sum() < len(scores)
-    grpo, g2rl = step.measure_grpo(rollout, scores), step.measure(rollout, scores)
+    grpo, g2rl = step.measure_grpo(rollout, scores), step.measure(rollout, Verified(scores))
     torch.testing.assert_close(grpo.logprobs, g2rl.logprobs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(grpo.geometry.advantages, g2rl.geometry.advantages, atol=1e-4, rtol=1e-4)
     assert grpo.logprobs[rollout.mask].max() < 0

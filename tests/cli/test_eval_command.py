@@ -136,7 +136,7 @@ def save_model(path: Path) -> str:
 
 
 def write_problems(path: Path) -> str:
-    rows = [{"id": i, "problem": "1" + "+1" * i + "=", "answer": str(i + 1)} for i in range(3)]
+    rows = [{"id": str(i), "problem": "1" + "+1" * i + "=", "answer": str(i + 1)} for i in range(3)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
 

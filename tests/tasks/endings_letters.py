@@ -283,6 +283,7 @@ OTHERS: list[tuple[tuple[str, ...], str, str | None]] = [
     (NESTED, "The answer is New York City.", "C"),
     (NESTED, "The answer is New York.", "A"),
     (NESTED, "The answer is York.", "B"),
+    (CITIES, "Rome, definitely. That city.", "B"),
 ]
 
 # What a careful person reads and the rules do not, with the reason.
@@ -295,5 +296,10 @@ LEFT: list[tuple[tuple[str, ...], str, str | None, str]] = [
     (CITIES, "Eliminating the others, D remains.", "D", "a bare letter without a statement"),
     (CITIES, "Only C is possible.", "C", "a bare letter without a statement"),
     (CITIES, "A, B and D can be ruled out.", "C", "an option that is left over is not inferred"),
-    (CITIES, "Rome, definitely. That city.", "B", "the option's text outside a statement of an answer"),
+    (
+        CITIES,
+        "It is an old city.\n\nQuestion: Which is older?\nAnswer: C",
+        None,
+        "a first part that does not answer may restate the question",
+    ),
 ]

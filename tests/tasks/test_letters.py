@@ -7,7 +7,9 @@ import time
 
 import pytest
 from endings_letters import CITIES, ENDINGS, LEFT, OTHERS
+from endings_letters_held_out import HELD_OUT, LEFT_OUT
 from endings_letters_more import MORE, MORE_OTHERS
+from endings_letters_prose import FAULTS, FRESH, FRESH_AGAIN, FRESH_LAST, FRESH_TOO, LEFT_IN_PROSE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,17 @@ from g2rl_kernels.integrations.rewards import choice_letter as letter_reward
 from g2rl_kernels.tasks.letters import LETTERS, choice_letter
 from g2rl_kernels.trainer import ConfigError
 
-TABLE = [(CITIES, text, letter) for text, letter in ENDINGS + MORE] + OTHERS + MORE_OTHERS
+TABLE = (
+    [(CITIES, text, letter) for text, letter in ENDINGS + MORE]
+    + OTHERS
+    + MORE_OTHERS
+    + FAULTS
+    + FRESH
+    + FRESH_AGAIN
+    + HELD_OUT
+    + FRESH_LAST
+    + FRESH_TOO
+)
 
 
 def test_the_table_is_large_and_has_no_row_twice() -> None:
@@ -28,7 +40,7 @@ def test_endings(options: tuple[str, ...], text: str, letter: str | None) -> Non
     assert choice_letter(text, len(options), options) == letter
 
 
-@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT)
+@pytest.mark.parametrize(("options", "text", "letter", "reason"), LEFT + LEFT_IN_PROSE + LEFT_OUT)
 def test_endings_that_are_not_read(
     request: pytest.FixtureRequest, options: tuple[str, ...], text: str, letter: str | None, reason: str
 ) -> None:
@@ -113,6 +125,58 @@ def test_the_last_statement_counts(
     text = between.join([*before, first[0], "Wait, that is wrong.", second[0]])
     assert choice_letter(text, 4, CITIES) == second[1]
     assert choice_letter(f"<think>{first[0]}</think>{between}{second[0]}", 4, CITIES) == second[1]
+
+
+@given(statements(), LETTER, st.sampled_from(("Question", "Problem 2", "**Q", "Human")))
+def test_the_next_question_is_not_read(said: tuple[str, str], other: str, turn: str) -> None:
+    text = f"{said[0]}\n\n{turn}: Which is older?\nAnswer: {other}\nThe answer is {other}."
+    assert choice_letter(text, 4, CITIES) == said[1]
+
+
+BESIDE = (
+    "{}. {}",
+    "The answer is {}. {}.",
+    "Answer: {}) {}",
+    "\\boxed{{{}. {}}}",
+    "<answer>({}) {}</answer>",
+)
+
+
+@given(st.sampled_from(BESIDE), LETTER, st.sampled_from(CITIES))
+def test_a_letter_with_another_text_is_no_answer(form: str, letter: str, city: str) -> None:
+    right = CITIES[LETTERS.index(letter)] == city
+    assert choice_letter(form.format(letter, city), 4, CITIES) == (letter if right else None)
+    assert choice_letter(f"<think>The answer is A.</think>{form.format(letter, city)}", 4, CITIES) == (
+        letter if right else None
+    )
+
+
+NAMED = (
+    "The capital is {}.",
+    "It lies in {}, a large city.",
+    "So **{}** is the oldest one.",
+    "{} has a wall.",
+)
+UNNAMED = (
+    "Is it {}?",
+    "It is not {}.",
+    "{} is wrong.",
+    "If it were {}, it would rain.",
+    "Some think it is {}.",
+)
+
+
+@given(st.lists(st.sampled_from(UNNAMED), max_size=3), st.sampled_from(NAMED), st.sampled_from(CITIES), BREAK)
+def test_an_option_in_prose(others: list[str], form: str, city: str, between: str) -> None:
+    other = next(one for one in CITIES if one != city)
+    before = [one.format(other) for one in others]
+    letter = LETTERS[CITIES.index(city)]
+    assert choice_letter(between.join([*before, form.format(city)]), 4, CITIES) == letter
+    assert choice_letter(between.join([form.format(city), *before]), 4, CITIES) == letter
+    if before:
+        assert choice_letter(between.join(before), 4, CITIES) is None
+    assert choice_letter(f"<think>{form.format(city)}</think>I can not tell.", 4, CITIES) is None
+    assert choice_letter(f"<think>{form.format(city)}", 4, CITIES) is None
 
 
 @given(NOISE_TEXT, BREAK)
@@ -210,6 +274,28 @@ UNITS = (
         "Paris ",
         "the answer is Paris and ",
         "one might ",
+    ),
+    *(
+        "Paris",
+        "Paris is ",
+        "Paris. ",
+        "Paris\n",
+        "not Paris, ",
+        "A. Paris\n",
+        "C. Paris is ",
+        "\nQuestion: A",
+        "\nQ: ",
+        "Q: x? A: ",
+        "wait, ",
+        "wait, no: ",
+        "no: ",
+        "which is ",
+        "A ✅ ",
+        "A. x ",
+        "✅",
+        "actually ",
+        "5 - ",
+        "it is x ",
     ),
 )
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ..turns import TURN
 from .notation import JOINT, TEXT
 from .phrases import SIGN, UNSIGNED, is_mathematics, last_mathematics, last_words, phrase
 
@@ -25,11 +26,6 @@ class Found(NamedTuple):
 _THOUGHT = r"(?:think|thinking|thoughts?|reasoning|scratchpad)"
 _OPENS = re.compile(rf"[<\[◁]{_THOUGHT}[>\]▷]", re.IGNORECASE)
 _CLOSES = re.compile(rf"[<\[◁]/{_THOUGHT}[>\]▷]", re.IGNORECASE)
-_TURN = re.compile(
-    r"\n[ \t#*>_]*(?:(?:next )?(?:question|problem)|q|exercise|human|user|instruction|input|example)"
-    r"(?: *\d+)?[ *_]*[:.](?=[\s*])|<\|(?:im_start|start_header_id)\|>\s*user",
-    re.IGNORECASE,
-)
 _CODE = re.compile(r"```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)```", re.DOTALL)
 _PROGRAM = re.compile(r"\bprint\s*\(|\bdef \w|\bimport \w|\breturn\b|;\s*$", re.MULTILINE)
 _DATA = ("json", "output", "text", "txt", "yaml", "plaintext", "latex", "math", "markdown", "md")
@@ -192,7 +188,7 @@ def _marks(text: str, words: bool | None) -> list[Found]:
         if not strong or is_mathematics(stated.text) or re.search(r"\d", stated.text):
             marks.append(stated)
     marks.sort()
-    turns = (turn.start() for turn in _TURN.finditer(text) if marks and turn.start() > marks[0].start)
+    turns = (turn.start() for turn in TURN.finditer(text) if marks and turn.start() > marks[0].start)
     turn = next(turns, len(text))
     return [mark for mark in marks if mark.start < turn]
 
@@ -220,7 +216,7 @@ def marked(text: str, words: bool | None = False) -> str | None:
     last = marks[-1]
     if last.mark == "tag":
         return marked(last.text, words) or last.text
-    turn = _TURN.search(text, last.end)
+    turn = TURN.search(text, last.end)
     tail = text[last.end : turn.start() if turn else len(text)][:2000]
     if words is not True and _REJECTED.search(tail):
         for instead in reversed(list(_INSTEAD.finditer(tail))):
@@ -239,7 +235,7 @@ def final(text: str, words: bool | None) -> str | None:
     if said is not None:
         return said
     text = text.strip()
-    turn = _TURN.search(text)
+    turn = TURN.search(text)
     if turn and re.search(r"\d", text[: turn.start()]):
         text = text[: turn.start()]
     if words:

@@ -1,0 +1,443 @@
+"""Endings that name an option in prose, that contradict themselves, or that go on with another question.
+
+FAULTS were found in responses of a small model, and by hand. The other lists were
+written before the code was tried on them; what it still misreads is in LEFT_IN_PROSE.
+"""
+
+from __future__ import annotations
+
+PLANETS = ("Venus", "Mars", "Jupiter", "Saturn")
+SUMS = ("11", "12", "13", "14")
+GASES = ("Oxygen", "Nitrogen", "Carbon dioxide", "Helium")
+MAMMALS = ("Whale", "Shark", "Trout", "Penguin")
+DEGREES = ("0 °C", "50 °C", "90 °C", "100 °C")
+EVEN = ("3", "7", "10", "15")
+WRITERS = ("Charles Dickens", "William Shakespeare", "Jane Austen", "Mark Twain")
+OCEANS = ("Atlantic", "Indian", "Arctic", "Pacific")
+LAYING = ("Dog", "Cat", "Chicken", "Horse")
+COLOURS = ("Green", "Purple", "Orange", "Brown")
+SIDES = ("4", "5", "6", "8")
+NESTED = ("New York", "York", "New York City", "Newark")
+TRUTHS = ("True", "False", "Impossible to say")
+RIVERS = ("Nile", "Amazon River", "Danube", "Both the Nile and the Danube")
+
+Row = tuple[tuple[str, ...], str, str | None]
+
+FAULTS: list[Row] = [
+    # a letter with another option's text
+    (LAYING, "C. Horse", None),
+    (LAYING, "C. Chicken", "C"),
+    (LAYING, "C) Horse, because it lays eggs.", None),
+    (MAMMALS, "The answer is C. Whale", None),
+    (MAMMALS, "The answer is C. Whale.", None),
+    (MAMMALS, "The answer is (C) Whale, because it has lungs.", None),
+    (MAMMALS, "Answer: C (Whale)", None),
+    (MAMMALS, "\\boxed{C. Whale}", None),
+    (MAMMALS, "<answer>C: Whale</answer>", None),
+    (MAMMALS, "The answer is: A. Whales are fish.", "A"),
+    (MAMMALS, "The answer is B. Trout is a fish too.", "B"),
+    (SIDES, "The answer is A. 6", None),
+    (SUMS, "So, the answer is: B. 13", None),
+    (NESTED, "The answer is C. New York City.", "C"),
+    (NESTED, "C. New York City", "C"),
+    (NESTED, "B. New York", None),
+    (PLANETS, "B. Mars\n\nMars is a planet in the outer solar system.", "B"),
+    (PLANETS, "A. Mars\n\nMars is a planet in the outer solar system.", None),
+    (GASES, "A. Oxygen\n\nIt's a gas that humans breathe, which is essential for life.", "A"),
+    (LAYING, "A. Dog\n\nThe answer is not a valid option. Dogs are mammals.", None),
+    (LAYING, "A. Dog\nB. Cat\nC. Chicken", None),
+    # A: as Answer:
+    (COLOURS, "A: There are no specific colors that can be mixed, but (blue, red) is possible.", None),
+    (COLOURS, "Q: What color do you get? A: Purple", "B"),
+    (COLOURS, "Q: What color do you get?\nA: Purple", "B"),
+    (COLOURS, "A: Green", "A"),
+    (COLOURS, "A: Mixing them gives green.", "A"),
+    (COLOURS, "A: The answer is C.", "C"),
+    # a leading option that the text denies
+    (COLOURS, "A. Green is not a color in the classical sense, but a mix of two.", None),
+    (COLOURS, "C. Orange is the only color not covered by the given options.", None),
+    (MAMMALS, "A. Whale is not a mammal.", None),
+    (MAMMALS, "A. Whale, because a shark is not a mammal.", "A"),
+    (
+        WRITERS,
+        "C. Jane Austen is a classic example. While there are many, including Charles Dickens, the actual "
+        "creator of Romeo and Juliet is actually William Shakespeare.",
+        "B",
+    ),
+    (GASES, "A. Oxygen is a gas that plants take in, while nitrogen is one that they can't do without.", "A"),
+    # the next question
+    (SIDES, "The answer is C.\n\nQuestion: next?\nAnswer: A", "C"),
+    (SIDES, "C\n\nQuestion: How many sides has a square?\nAnswer: A", "C"),
+    (SIDES, "Question: How many sides has a hexagon?\nA. 4\nB. 5\nAnswer: C", "C"),
+    (SIDES, "I restate the task.\n\nQuestion: How many sides?\nAnswer: C\n\nQuestion: More?\nAnswer: D", "C"),
+    (SIDES, "The answer is A or B.\n\nQuestion: next?\nAnswer: A", None),
+    # corrections
+    (SIDES, "The answer is B. Wait, no: C.", "C"),
+    (SIDES, "The answer is B. Sorry, C.", "C"),
+    (SIDES, "Answer: B\n\nActually, C.", "C"),
+    (SIDES, "The answer is B. Wait, C has 6 sides. Yes.", "B"),
+    (MAMMALS, "The answer is Shark. Wait, no: Whale.", "A"),
+    # an option in prose
+    (SIDES, "A hexagon has 6 sides.", "C"),
+    (SIDES, "A hexagon has 6 sides, which is a fundamental property of the geometry of hexagons.", "C"),
+    (SIDES, "A hexagon is a polygon with 6 sides. The formula gives 6^4, which equals 256.", None),
+    (SIDES, "Answer: 6 sides", "C"),
+    (SIDES, "Final Answer: (C) 6 sides", "C"),
+    (SIDES, "Answer: 6 + 5", None),
+    (SIDES, "There are 6, not 5, sides.", "C"),
+    (SIDES, "4 + 6 is a sum.", None),
+    (SUMS, "6 + 7 = 11", "A"),
+    (SUMS, "A. 11\nB. 12\nC. 13\nD. 14", None),
+    (EVEN, "We check what is divisible by 2. The number 10 is divisible by 2, so it is even.", "C"),
+    (EVEN, "The number is 3.5 or 7.5.", None),
+    (DEGREES, "Water boils at 100 °C at sea level.", "D"),
+    (DEGREES, "Water boils at 100°C.", "D"),
+    (DEGREES, "A. 0 °C\nB. 50 °C\nC. 90 °C\nD. 100 °C\n\nThe boiling point is approximately 100 °C.", "D"),
+    (DEGREES, "C. 100 °C\n\nThe boiling point is a specific temperature.", None),
+    (OCEANS, "The largest ocean is the **Pacific**.", "D"),
+    (OCEANS, "Pacific Ocean", "D"),
+    (OCEANS, "**Pacific Ocean**", "D"),
+    (OCEANS, "\\boxed{Pacific Ocean}", "D"),
+    (OCEANS, "\\boxed{\\text{the Pacific Ocean}}", "D"),
+    (OCEANS, "Answer: Pacific Ocean", "D"),
+    (OCEANS, "The answer is the Pacific Ocean.", "D"),
+    (OCEANS, "The largest ocean is the Arctic, which is larger than the Pacific.", "C"),
+    (OCEANS, "The largest ocean is not the Arctic.", None),
+    (OCEANS, "Is the largest ocean the Pacific?", None),
+    (OCEANS, "The Atlantic and the Pacific are oceans.", None),
+    (WRITERS, "Answer: Shakespeare", "B"),
+    (WRITERS, "It was Shakespeare.", "B"),
+    (WRITERS, "Romeo and Juliet was written by William Shakespeare.", "B"),
+    (WRITERS, "Answer: William", None),
+    (RIVERS, "Answer: the Danube", "C"),
+    (RIVERS, "Answer: Amazon", "B"),
+    (RIVERS, "Answer: Both the Nile and the Danube", "D"),
+    (GASES, "Answer: carbon", None),
+    (MAMMALS, "A shark is a fish. A penguin is a bird. Therefore the mammal is the whale.", "A"),
+    (MAMMALS, "The answer is a dolphin. A whale is large.", None),
+    (MAMMALS, "A whale is large. The answer is a dolphin.", None),
+    (TRUTHS, "The statement is true.", "A"),
+    (TRUTHS, "The statement is not true.", None),
+    (TRUTHS, "A true story was told.", None),
+    # other forms
+    (SUMS, "6+7=13, which is C.", "C"),
+    (SUMS, "The correct answer is not A or B. 6+7=13, which is C. Option D is too large.", "C"),
+    (SUMS, "The answer is C. 15 is more than 14, which is D.", "C"),
+    (SUMS, "Option D is too large.", None),
+    (SIDES, "Option C: 6", "C"),
+    (SIDES, "C, because A has 4.", "C"),
+    (SIDES, "**C**, as a hexagon has 6 sides. A is a square.", "C"),
+    (SIDES, "C ✅", "C"),
+    (SIDES, "A ❌ B ❌ C ✅ D ❌", "C"),
+    (SIDES, "A. 4 ❌\nB. 5 ❌\nC. 6 ✅\nD. 8 ❌", "C"),
+    (SIDES, "A ✅ B ✅", None),
+]
+
+FRESH: list[Row] = [
+    (PLANETS, "The planet nicknamed the Red Planet is Mars, thanks to its iron oxide.", "B"),
+    (PLANETS, "Mars has a red surface. Venus, on the other hand, is covered by clouds.", None),
+    (PLANETS, "Mars has a red surface. It is therefore called the Red Planet.", "B"),
+    (PLANETS, "It isn't Venus, and it isn't Saturn. The red one is Mars.", "B"),
+    (PLANETS, "Unlike Jupiter, Mars looks red.", "B"),
+    (PLANETS, "Which is red: Venus or Mars? I do not know.", None),
+    (PLANETS, "Options: Venus, Mars, Jupiter, Saturn", None),
+    (PLANETS, "D) Mars", None),
+    (PLANETS, "The answer is option D: Mars.", None),
+    (PLANETS, "The correct answer is **B. Mars**, not Venus.", "B"),
+    (PLANETS, "The answer is Pluto. Mars is only a distractor.", None),
+    (PLANETS, "B. Mars is the Red Planet.", "B"),
+    (PLANETS, "B. Venus is the Red Planet.", None),
+    (PLANETS, "B - Mars\n\nExplanation: its soil has iron oxide.", "B"),
+    (PLANETS, "Answer: the planet Mars", "B"),
+    (SUMS, "Adding 6 and 7 gives 13.", "C"),
+    (SUMS, "6 + 7 = 13 and 13 - 7 = 6, so the sum is right.", "C"),
+    (SUMS, "The sum equals 12 + 1.", None),
+    (SUMS, "The sum is 13, i.e. option C.", "C"),
+    (SUMS, "The sum is 113.", None),
+    (SUMS, "First, 6 + 6 = 12. Then add 1 to get 13.", "C"),
+    (SUMS, "The result is bigger than 12.", None),
+    (SUMS, "\\boxed{13 \\text{ apples}}", "C"),
+    (SUMS, "The answer is 13 (thirteen).", "C"),
+    (GASES, "During photosynthesis plants absorb carbon dioxide.", "C"),
+    (GASES, "Plants absorb carbon dioxide rather than oxygen.", "C"),
+    (GASES, "Plants do not take in helium.", None),
+    (GASES, "A. Carbon dioxide is taken in by plants.", None),
+    (GASES, "The gas is CO2, which is C.", "C"),
+    (GASES, "I first wrote A, but the answer is C. Correction: B.", "B"),
+    (MAMMALS, "Of the four, only the whale nurses its young.", "A"),
+    (MAMMALS, "If it were a shark, it would be a fish.", None),
+    (MAMMALS, "Many people think it is the penguin.", None),
+    (MAMMALS, "The answer is the blue whale.", "A"),
+    (MAMMALS, "Q: Which is a mammal?\nA: Whale\nQ: Which is a fish?\nA: Shark", "A"),
+    (MAMMALS, "A\n\nProblem 2: Which of these is a bird?\nAnswer: D", "A"),
+    (MAMMALS, "\\boxed{\\text{not the whale}}", None),
+    (MAMMALS, "The shark is not a mammal, but the whale is.", "A"),
+    (DEGREES, "At sea level, the boiling point is 100 °C (212 °F).", "D"),
+    (DEGREES, "It is 212 °F, which is the same as 100 °C.", "D"),
+    (DEGREES, "It lies between 90 °C and 100 °C.", None),
+    (DEGREES, "The answer is 100.", None),
+    (WRITERS, "The author was Mark Twain, although some name Charles Dickens.", "D"),
+    (WRITERS, "Shakespeare wrote it. Answer: William Shakespeare", "B"),
+    (WRITERS, "\\boxed{\\text{Shakespeare}}", "B"),
+    (WRITERS, "I would choose Jane Austen.", "C"),
+    (OCEANS, "The Pacific is the largest ocean. It covers a third of the surface.", "D"),
+    (OCEANS, "The largest is the Pacific; the smallest is the Arctic.", None),
+    (OCEANS, "Hmm, Atlantic? No: Pacific.", "D"),
+    (LAYING, "C is right since chickens lay eggs.", "C"),
+    (LAYING, "A dog does not lay eggs. A chicken does.", "C"),
+    (LAYING, "C since hens lay eggs", "C"),
+    (LAYING, "✅ C. Chicken", "C"),
+    (COLOURS, "Blue plus yellow is green!", "A"),
+    (COLOURS, "A: It depends on the light.", None),
+    (COLOURS, "You get a greenish colour.", None),
+    (SIDES, "Hexagon means six angles, so the count is 6.", "C"),
+    (SIDES, "Step 4: count them. Step 5: done.", None),
+    (NESTED, "The capital of the state is not New York City but New York.", "A"),
+]
+
+YES = ("Yes", "No")
+DIRECTIONS = ("increases", "decreases", "stays the same", "cannot be determined")
+COUNTRIES = ("France", "Germany", "South Korea", "North Korea")
+ENERGY = ("It conserves energy", "It loses energy to heat", "It gains mass", "None of the above")
+PARTS = ("1/2", "1/4", "3/4", "2")
+MONEY = ("$5", "$10", "$15", "$20")
+ELEMENTS = ("He", "H", "O", "N")
+
+FRESH_TOO: list[Row] = [
+    (PLANETS, "It's Mars!", "B"),
+    (PLANETS, "The Red Planet is Mars. I hope this helps!", "B"),
+    (PLANETS, "Mars", "B"),
+    (PLANETS, "mars.", "B"),
+    (PLANETS, "The red planet? Mars.", "B"),
+    (PLANETS, "B\nMars is red because of rust.", "B"),
+    (PLANETS, "Saturn has rings. Jupiter is big. Mars is red.", None),
+    (PLANETS, "Not Mars.", None),
+    (PLANETS, "Mars isn't the right answer.", None),
+    (PLANETS, "I think it's probably Mars, but it could be Venus.", "B"),
+    (PLANETS, "The answer is not Venus, it's Mars.", "B"),
+    (PLANETS, "Answer: Mars or Venus", None),
+    (PLANETS, "\\boxed{\\text{Planet Mars}}", "B"),
+    (PLANETS, "\\boxed{Mars, Venus}", None),
+    (PLANETS, "A. Venus is too hot. B. Mars is red. So the answer is B.", "B"),
+    (PLANETS, "D. Saturn? No, it is not red.", None),
+    (PLANETS, "**Mars** (option B)", "B"),
+    (PLANETS, "**Mars** (option A)", None),
+    (PLANETS, "Correct answer: Mars (B)", "B"),
+    (PLANETS, "Correct answer: Mars (C)", None),
+    (PLANETS, "The answer is Mars, option D.", None),
+    (SUMS, "13", "C"),
+    (SUMS, "=13", "C"),
+    (SUMS, "The answer: 13.", "C"),
+    (SUMS, "It is more than 11 and less than 14.", None),
+    (SUMS, "6 + 7 = 14 - 1", None),
+    (SUMS, "We get 6 + 7 = 13 (not 12).", "C"),
+    (SUMS, "Total: 13", "C"),
+    (SUMS, "13 or 14", None),
+    (SUMS, "The answer is 13. Option B is 12.", "C"),
+    (SUMS, "12. 6 plus 7 is this.", None),
+    (SUMS, "I count 13 on my fingers", "C"),
+    (GASES, "Carbon dioxide.", "C"),
+    (GASES, "CO2 (carbon dioxide) is absorbed.", "C"),
+    (GASES, "Plants take in carbon dioxide and release oxygen.", None),
+    (GASES, "Answer: Carbon Dioxide (CO2)", "C"),
+    (GASES, "Answer: dioxide", None),
+    (GASES, "It's not oxygen or nitrogen.", None),
+    (YES, "No, because 51 = 3 × 17.", "B"),
+    (YES, "Yes. It is prime.", "A"),
+    (YES, "The answer is no.", "B"),
+    (YES, "There is no doubt about it.", None),
+    (YES, "Answer: B", "B"),
+    (DIRECTIONS, "As the temperature rises, the pressure increases.", "A"),
+    (DIRECTIONS, "The pressure stays the same.", "C"),
+    (DIRECTIONS, "It increases, then decreases.", None),
+    (DIRECTIONS, "This cannot be determined.", "D"),
+    (COUNTRIES, "Answer: Korea", None),
+    (COUNTRIES, "Seoul is in South Korea.", "C"),
+    (COUNTRIES, "Seoul is the capital of South Korea, not North Korea.", "C"),
+    (ENERGY, "None of the above is right.", "D"),
+    (ENERGY, "Answer: It loses energy to heat.", "B"),
+    (PARTS, "Half of a half is 1/4.", "B"),
+    (PARTS, "1/2 × 1/2 = 1/4", "B"),
+    (PARTS, "1 1/2", None),
+    (MONEY, "He pays $15.", "C"),
+    (MONEY, "He saves $5 of $20, so he pays $15.", "C"),
+    (ELEMENTS, "He is an element.", None),
+]
+
+CAPITALS = ("Sydney", "Melbourne", "Canberra", "Perth")
+ORGANELLES = ("Mitochondria", "Nucleus", "Ribosome", "Golgi apparatus")
+POWERS = ("8", "16", "32", "64")
+AUTHORS = ("George Orwell", "Aldous Huxley", "Ray Bradbury", "H. G. Wells")
+KELVINS = ("273 K", "300 K", "373 K", "0 K")
+LAWS = ("Newton's first law", "Newton's second law", "Newton's third law", "Hooke's law")
+CLAIMS = (
+    "Only statement 1 is true",
+    "Only statement 2 is true",
+    "Both statements are true",
+    "Neither statement is true",
+)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday")
+METALS = ("Iron", "Gold", "Silver", "Copper")
+CHANCES = ("0.25", "0.5", "0.75", "1")
+SOLUBLE = ("It is soluble", "It is not soluble", "It is toxic", "It is inert")
+
+FRESH_AGAIN: list[Row] = [
+    (CAPITALS, "Canberra is the capital of Australia, even though Sydney is bigger.", "C"),
+    (CAPITALS, "Many believe that Sydney is the capital. It is Canberra, however.", "C"),
+    (CAPITALS, "The capital is neither Sydney nor Melbourne but Canberra.", "C"),
+    (CAPITALS, "Australia's capital: Canberra.", "C"),
+    (CAPITALS, "A: Canberra", None),
+    (CAPITALS, "Question: What is the capital?\nA: Canberra", "C"),
+    (CAPITALS, "I'd guess Perth.", "D"),
+    (CAPITALS, "C. Canberra\n\nQuestion: What is the capital of Peru?\nA. Lima\nB. Cusco\nAnswer: A", "C"),
+    (CAPITALS, "The answer is B. No wait, it's C.", "C"),
+    (CAPITALS, "The answer is B... hmm, actually C!", "C"),
+    (CAPITALS, "B) Sydney", None),
+    (CAPITALS, "\\boxed{\\text{(B) Sydney}}", None),
+    (CAPITALS, "<answer>D. Canberra</answer>", None),
+    (CAPITALS, "Sydney? Melbourne? Canberra? Perth?", None),
+    (CAPITALS, "The capital was moved from Melbourne to Canberra in 1927.", "C"),
+    (CAPITALS, "Canberra lies between Sydney and Melbourne.", None),
+    (ORGANELLES, "The powerhouse of the cell is the mitochondria.", "A"),
+    (ORGANELLES, "ATP is made in the mitochondria, not in the nucleus.", "A"),
+    (ORGANELLES, "Answer: The Golgi", None),
+    (ORGANELLES, "The Golgi apparatus packages proteins.", "D"),
+    (ORGANELLES, "B. Nucleus ❌", None),
+    (ORGANELLES, "**A** ✅ Mitochondria", "A"),
+    (ORGANELLES, "It is A since mitochondria make ATP.", "A"),
+    (ORGANELLES, "The answer: ribosomes", None),
+    (POWERS, "2^5 = 32", "C"),
+    (POWERS, "2 to the power of 5 is 32.", "C"),
+    (POWERS, "8 × 4 = 32, so the result is 32.", "C"),
+    (POWERS, "2 * 2 * 2 * 2 = 16, times 2 is 32.", None),
+    (POWERS, "The value is 3.2 × 10.", None),
+    (POWERS, "C. 16", None),
+    (POWERS, "The answer is 32 (C).", "C"),
+    (POWERS, "The answer is 32 (B).", None),
+    (POWERS, "There are 8 bits in a byte. The answer is D.", "D"),
+    (POWERS, "\\boxed{2^5 = 32}", "C"),
+    (POWERS, "16 = 2^4 and 32 = 2^5.", None),
+    (AUTHORS, "1984 was written by George Orwell in 1949.", "A"),
+    (AUTHORS, "Orwell", "A"),
+    (AUTHORS, "Answer: Wells", "D"),
+    (AUTHORS, "It was Huxley.", "B"),
+    (AUTHORS, "B. Aldous Huxley did not write 1984. George Orwell did.", "A"),
+    (AUTHORS, "Bradbury wrote Fahrenheit 451.", None),
+    (KELVINS, "Water boils at 373 K.", "C"),
+    (KELVINS, "0 °C equals 273 K.", "A"),
+    (KELVINS, "The answer is 300.", None),
+    (KELVINS, "T = 273 + 100 = 373 K", "C"),
+    (LAWS, "This is Newton's third law.", "C"),
+    (LAWS, "Answer: third law", None),
+    (LAWS, "By Newton's second law, F = ma.", "B"),
+    (CLAIMS, "Statement 1 is true and statement 2 is false. So only statement 1 is true.", "A"),
+    (CLAIMS, "Both statements are true.", "C"),
+    (CLAIMS, "Statement 2 is true.", None),
+    (DAYS, "Two days after Monday is Wednesday.", "C"),
+    (DAYS, "Monday, Tuesday, Wednesday: so it's Wednesday.", "C"),
+    (METALS, "The chemical symbol Au stands for gold.", "B"),
+    (METALS, "Not all that glitters is gold.", None),
+    (CHANCES, "P = 1/2 = 0.5", "B"),
+    (CHANCES, "The probability is 50%, i.e. 0.5.", "B"),
+    (SOLUBLE, "It is not soluble in water.", "B"),
+    (SOLUBLE, "Answer: It is not soluble", "B"),
+]
+
+HEART = ("Aorta", "Vena cava", "Left ventricle", "Right atrium")
+ATOMS = ("Hydrogen", "Helium", "Lithium", "Beryllium")
+DOZENS = ("12", "18", "24", "36")
+ANGLES = ("45°", "60°", "90°", "120°")
+PAINTERS = ("Leonardo da Vinci", "Michelangelo", "Raphael", "Vincent van Gogh")
+YEARS = ("1914", "1918", "1939", "1945")
+TRUE_FALSE = ("True", "False")
+GRAMMAR = ("run", "ran", "running", "has run")
+ECONOMY = ("Supply rises", "Demand rises", "Supply falls", "Demand falls")
+COSTS = ("O(1)", "O(n)", "O(log n)", "O(n^2)")
+
+FRESH_LAST: list[Row] = [
+    (DOZENS, "Half of 36 is 18.", "B"),
+    (HEART, "Blood leaves the heart through the aorta.", "A"),
+    (HEART, "The vena cava brings blood back, while the aorta carries it away.", "B"),
+    (
+        HEART,
+        "Step 1: blood enters the right atrium.\nStep 2: it leaves through the aorta.\n\n"
+        "So the largest artery is the aorta.",
+        "A",
+    ),
+    (HEART, "The answer is D. Right atrium", "D"),
+    (HEART, "The answer is D, the left ventricle.", None),
+    (HEART, "D. The right atrium", "D"),
+    (HEART, "It's the left ventricle (C).", "C"),
+    (HEART, "(A) aorta", "A"),
+    (HEART, "Could it be the aorta?", None),
+    (HEART, "I don't know whether it is the aorta.", None),
+    (HEART, "My answer is the aorta because it is the largest.", "A"),
+    (HEART, "The correct choice: left ventricle", "C"),
+    (HEART, "C: The left ventricle pumps blood into the aorta.", "C"),
+    (ATOMS, "Helium has two protons.", "B"),
+    (ATOMS, "The element with atomic number 3 is lithium.", "C"),
+    (ATOMS, "Hydrogen has 1, helium has 2, lithium has 3.", None),
+    (ATOMS, "Hydrogen has 1 proton and helium has 2. So the answer is helium.", "B"),
+    (ATOMS, "Answer: Li (lithium)", "C"),
+    (ATOMS, "Not hydrogen but helium.", "B"),
+    (ATOMS, "B. Helium\n\nB is correct because it has two protons.", "B"),
+    (ATOMS, "B. Lithium\n\nThe answer is lithium.", "C"),
+    (DOZENS, "3 × 8 = 24", "C"),
+    (DOZENS, "A dozen is 12, so three dozens are 36.", "D"),
+    (DOZENS, "There are 24 hours in a day.", "C"),
+    (DOZENS, "\\boxed{24 \\text{ hours}}", "C"),
+    (DOZENS, "He has 2 dozens, that is 24.", "C"),
+    (DOZENS, "12 + 12", None),
+    (DOZENS, "24/2 is what we need.", None),
+    (DOZENS, "The perimeter is 2(5+7) = 24 cm.", "C"),
+    (DOZENS, "Answer: 18 + 6 = 24", "C"),
+    (DOZENS, "D. 24", None),
+    (DOZENS, "Answer: 24 - 6", None),
+    (ANGLES, "A right angle measures 90°.", "C"),
+    (ANGLES, "The angle is 90 degrees.", None),
+    (ANGLES, "The angles are 45° and 45°, so the third is 90°.", "C"),
+    (ANGLES, "\\boxed{90^\\circ}", None),
+    (ANGLES, "The answer is $60°$.", "B"),
+    (PAINTERS, "The Mona Lisa was painted by Leonardo da Vinci.", "A"),
+    (PAINTERS, "Answer: da Vinci", "A"),
+    (PAINTERS, "Answer: van Gogh", "D"),
+    (PAINTERS, "It was Michelangelo, not Raphael.", "B"),
+    (PAINTERS, "B. Raphael painted it.", None),
+    (YEARS, "World War II began in 1939.", "C"),
+    (YEARS, "It lasted from 1939 to 1945.", None),
+    (YEARS, "World War I began in 1914 and ended in 1918.", None),
+    (YEARS, "The war that started in 1914 ended in 1918, so the answer is 1918.", "B"),
+    (TRUE_FALSE, "False. The sun is a star.", "B"),
+    (TRUE_FALSE, "This is false.", "B"),
+    (TRUE_FALSE, "The claim is not false.", None),
+    (TRUE_FALSE, "That's a false statement.", None),
+    (GRAMMAR, "He has run every day.", "D"),
+    (GRAMMAR, "The correct form is 'ran'.", "B"),
+    (GRAMMAR, 'The correct form is "running".', "C"),
+    (ECONOMY, "When incomes rise, demand rises.", "B"),
+    (ECONOMY, "Answer: The demand rises", "B"),
+    (COSTS, "Binary search takes O(log n) time.", "C"),
+    (COSTS, "The complexity is O(n^2), since there are two loops.", "D"),
+    (COSTS, "The answer is O(n).", "B"),
+    (COSTS, "\\boxed{O(n^2)}", "D"),
+]
+
+LEFT_IN_PROSE: list[tuple[tuple[str, ...], str, str | None, str]] = [
+    (SUMS, "6 + 7 = 13.\n\nCheck: 13 - 6 = 7.", "C", "the check ends with another number"),
+    (
+        GASES,
+        "Oxygen is released and not taken in. Carbon dioxide is taken in.",
+        "C",
+        "two options, and the last sentence does not say that it concludes",
+    ),
+    (
+        CAPITALS,
+        "A. Sydney is the largest city, but the capital is Canberra.",
+        "C",
+        "two options, and the last clause does not say that it concludes",
+    ),
+    (CAPITALS, "B. Wait, that's wrong. C.", "C", "a bare letter that is taken back"),
+    (AUTHORS, "The author is Orwell.", "A", "a part of a name, outside a statement of an answer"),
+    (PAINTERS, "Answer: Leonardo", "A", "first names are not read"),
+    (TRUE_FALSE, "True or false? I say true.", "A", "a choice that begins like a word of speech"),
+]
