@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
+import socket
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from typing import Any
 @dataclass(frozen=True)
 class Obedient:
     """Right is what equals the known answer; some completions are orders."""
-
-    folder: str = ""  # where "die once" leaves a note
 
     def score(self, completion: str, known: Any) -> float:
         order, _, rest = completion.partition(":")
@@ -36,12 +35,6 @@ class Obedient:
             raise SystemExit(3)
         elif order == "vanish":
             os._exit(3)
-        elif order == "die once":
-            note = Path(self.folder) / "died"
-            if not note.exists():
-                note.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            completion = rest
         elif order == "nan":
             return float("nan")
         elif order == "print":
@@ -55,6 +48,16 @@ class Obedient:
             for descriptor in range(3, 20):
                 with suppress(OSError):
                     os.write(descriptor, b"\3\0\0\0{}]")
+        elif order == "write":
+            Path(rest).write_text("x")
+        elif order == "run":
+            subprocess.run(["true"], check=True)
+        elif order == "signal":
+            os.kill(os.getppid(), 0)
+        elif order == "connect":
+            socket.create_connection(("localhost", 9), timeout=1)
+        elif order == "read":
+            completion = Path(__file__).read_text()[:3] and "yes"
         elif order == "import":
             import no_such_package  # noqa: F401
         return float(completion == known)
@@ -66,6 +69,24 @@ class Obedient:
         if ("spin" in first and "spin" in second) or "poison" in first + second:
             self.score("spin", None)
         return first.lower() == second.lower()
+
+
+@dataclass(frozen=True)
+class DiesOnce(Obedient):
+    """Its first process ends at its first response."""
+
+    folder: str = ""  # where it leaves a note
+
+    def prepare(self) -> None:
+        global dies
+        note = Path(self.folder) / "started"
+        dies = not note.exists()
+        note.touch()
+
+    def score(self, completion: str, known: Any) -> float:
+        if dies:
+            os._exit(137)
+        return super().score(completion, known)
 
 
 class Unloadable(Obedient):

@@ -9,10 +9,15 @@ JSON, since a verifier may have been fooled by the text that it read. pool.py is
 A response's processor time is limited by the kernel, which ends this process: code that holds Python's lock,
 such as the power of a large number, cannot delay that. So is the time on the clock, should the other side be
 gone. Memory is limited for the whole process. Reading requests and loading judges has no limits.
+
+Some scorers of libraries evaluate a response as Python. While a judge works, Python's audit hook refuses to
+write files, start or signal processes and use the network: the response then scores 0. That stops accidents
+and simple abuse; it is no sandbox against an attacker, for whom a container is the place.
 """
 
 from __future__ import annotations
 
+import ctypes  # noqa: F401 (now, since the guard refuses what its import does)
 import json
 import os
 import pickle
@@ -20,6 +25,7 @@ import random
 import resource
 import signal
 import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +42,8 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         os.dup2(nothing, descriptor)
     _write(replies, {"value": "ready"})
     os.dup2(nothing, 2)
+    guard = Guard()
+    sys.addaudithook(guard)
     judges: dict[str, Any] = {}
     while (request := read_frame(requests)) is not None:
         try:
@@ -51,15 +59,45 @@ def main(seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, wall_seconds)
         random.seed(0)
         try:
+            guard.active = True
             reply = {"value": _METHODS[method](judges[key], *arguments)}
-        except ImportError as error:
-            reply = {"unusable": f"{type(error).__name__}: {error}"}
         except BaseException as error:  # SystemExit too: a scorer may call exit()
             reply = {"raised": f"{type(error).__name__}: {error}"[:2000]}
+        guard.active = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
             _limit(which, None)
         _write(replies, reply)
+
+
+class Guard:
+    """An audit hook that, while `active`, refuses what a judge has no need for."""
+
+    # Python's names of audit events: whole ones, and first parts.
+    WHOLE = frozenset(
+        (
+            *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
+            *("os.symlink", "os.truncate", "os.utime", "os.setxattr", "os.removexattr"),
+            *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "pty.spawn"),
+            *("os.kill", "os.killpg", "signal.pthread_kill", "os.putenv", "os.unsetenv"),
+        )
+    )
+    PARTS = frozenset(("ctypes", "shutil", "socket", "subprocess", "tempfile", "urllib"))
+    WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def __init__(self) -> None:
+        self.active = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.active:
+            return
+        if event == "open":
+            path, mode, flags = arguments
+            if path == os.devnull or not (set(mode or "") & set("wax+") or (flags or 0) & self.WRITING):
+                return
+        elif event not in self.WHOLE and event.partition(".")[0] not in self.PARTS:
+            return
+        raise PermissionError(f"a verifier may not do this with a response: {event}")
 
 
 def _load(pickled: bytes) -> Any:
