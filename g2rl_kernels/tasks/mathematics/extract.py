@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .notation import JOINT, TEXT
-from .phrases import SIGN, UNSIGNED, is_mathematics, last_mathematics, last_words, phrase
+from .grammar import UNSIGNED
+from .notation import JOINT, TEXT, ascii_powers
+from .phrases import SIGN, is_mathematics, last_mathematics, last_words, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
 MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
@@ -56,7 +57,7 @@ def spoken(completion: str) -> str:
         text = completion[close.end() :]
     opens = _OPENS.search(text)
     text = (text[: opens.start()] if opens else text)[-WINDOW:]
-    text = text.translate(_WIDE)
+    text = ascii_powers(text.translate(_WIDE))
     text = _CODE.sub(_without_program, text) if "```" in text else text
     text = re.sub(r"(?m)^[ \t]*>[ \t]+", "", text)
     return re.sub(r"<\|(?!im_start|start_header_id)[^|<>\n]{1,40}\|>|</?s>", "\n", text)

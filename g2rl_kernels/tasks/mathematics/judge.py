@@ -47,7 +47,7 @@ def _read(text: str, depth: int = 0) -> Form:
     parts = notation.items_of(text)
     if words and (len(parts) < 2 or not all(map(notation.words_of, parts))):
         named = units.number_word(words)
-        return Form("words", words, words) if named is None else Form("number", Fraction(named), str(named))
+        return Form("words", words, words) if named is None else Form("number", named, str(named))
     if 1 < len(parts) <= MAX_ITEMS and not _binds(text):
         return _listed("", parts, depth)
     inner = text[1:-1] if text[:1] in "([" and text[-1:] in ")]" else None

@@ -49,7 +49,9 @@ _SYMBOLS = {
     **{"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"},
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "「": '"', "」": '"', "、": ",", "\u200b": "", "\ufeff": ""},
 }
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
+_IN_PROSE = {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "⩽": "\\le ", "⩾": "\\ge "}
+_FRACTIONS = {ord(symbol): _SYMBOLS[symbol].strip() for symbol in "½⅓⅔¼¾⅕⅛"}
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 TEXT = (
     r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|[mh]box|operatorname|boldsymbol|bm|emph)\*?"
@@ -83,6 +85,7 @@ _REWRITES: list[tuple[str, Any]] = [
     (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<![\\a-zA-Z])(?:pi|Pi|PI)(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)}])\s*\*\*\s*(?=[-\d({a-zA-Z])", "^"),
+    (r"(\\(?:text|mathrm)\s*\{[^{}]*)\^\s*\{\s*([-+]?\d)\s*\}", r"\1^\2"),  # \text{cm^{2}}
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"!=", r"\\ne "),
@@ -95,6 +98,22 @@ _QUOTES = "\"'`*_"
 JOINT = r"(?:and|or|und|oder|et|ou|и|или|和|或|與|与)"
 
 
+def ascii_powers(text: str) -> str:
+    """Unicode powers, indices, relations and fractions in LaTeX: x² as x^2, x₁ as x_1, ½ as 1/2, ≤ as \\le."""
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+(?=(\\d?))", lambda m: _group("^", m[0].translate(_SUPERSCRIPTS), m[1]), text
+    )
+    text = re.sub("[₀-₉]+(?=(\\d?))", lambda m: _group("_", m[0].translate(_SUBSCRIPTS), m[1]), text)
+    for symbol, latex in _IN_PROSE.items():
+        if symbol in text:
+            text = text.replace(symbol, latex)
+    return re.sub("(?<=\\d)[½⅓⅔¼¾⅕⅛]", lambda m: _SYMBOLS[m[0]], text).translate(_FRACTIONS)
+
+
+def _group(mark: str, inner: str, following: str) -> str:
+    return f"{mark}{inner}" if len(inner) == 1 and inner.isalnum() and not following else f"{mark}{{{inner}}}"
+
+
 def clean(text: str) -> str:
     """An answer's text in one notation: ASCII or LaTeX symbols, without spacing, delimiters and end marks."""
     rows = re.search(
@@ -105,8 +124,7 @@ def clean(text: str) -> str:
     for symbol, ascii_text in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, ascii_text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub("[₀-₉]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    text = ascii_powers(text)
     text = unicodedata.normalize("NFKC", text)
     for pattern, new in _REWRITES_COMPILED:
         text = pattern.sub(new, text)

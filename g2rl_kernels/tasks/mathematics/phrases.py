@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from .grammar import COMPARED, MINUS, UNSIGNED, run
 from .notation import JOINT, TEXT, is_name, words_of
-from .units import is_unit, number_word
+from .units import ATTACHED, number_word, unit_at
 
 _ENVIRONMENT = re.compile(
     r"\$\$([^$]+)\$\$|\\\[(.{1,1000}?)\\\]|(?<![\\$])\$((?:\\[$%]|[^$\n])+?)(?<!\\)\$(?!\d)|\\\((.{1,1000}?)\\\)",
@@ -24,27 +25,36 @@ _LEAD = re.compile(
     r"|equal to|given by)(?!\w)|\\approx|≈|~|=)+",
     re.IGNORECASE,
 )
-UNSIGNED = (
-    r"(?:\d{1,3}(?:(?:,|\{,\}|\\[,!]|[\u00a0\u2009\u202f])\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
-    r"(?:[eE][-+]?\d+(?!\w))?"
-)
 SIGN = r"(?:(?<![\w)\]}])[-−–](?=\s?[$€£¥]?[\d.])(?!\s))"
 _TIMES_TEN = r"\s*(?:×|x|\\times|\\cdot|\*)\s*10\s*(?:(?:\^|\*\*)\s*\{?\s*[-−+]?\d+\}?|[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)"
+_ENDS = rf"(?!\d|\s?(?:[π√]|\\pi|\\sqrt)|(?!(?:{'|'.join(sorted(ATTACHED))}|x)(?![a-zA-Z]))[a-zA-Z])"
 _QUANTITY = re.compile(
-    rf"{SIGN}?(?:US)?[$€£¥]?(?:{UNSIGNED}(?:{_TIMES_TEN}|\s*[/:]\s*{UNSIGNED}|\s\d+/\d+|\^\{{?\d+\}}?)?"
-    r"|\d{1,3}(?: \d{3})+(?!\d))"
+    rf"{SIGN}?(?:US)?[$€£¥]?(?:{UNSIGNED}(?:{_TIMES_TEN}|\s*[/:]\s*{UNSIGNED}|\s\d+/\d+|\^\{{?\d+\}}?)?{_ENDS}"
+    rf"|\d{{1,3}}(?: \d{{3}})+{_ENDS})"
     r"(?:\s*\\?%|\s+percent\b|\s+(?:million|billion|trillion|thousand|hundred|dozen)\b)?"
 )
+_YES_NO = re.compile(r"\W*(yes|no)\b[*_]*[,.;:!]", re.IGNORECASE)
 _JOINT_BETWEEN = re.compile(rf"\s*,?\s*(?:{JOINT}|,)\s*")
 _NEGATED = re.compile(
     r"\s*(?:(?:is|are|was|were|does|do|did|can)\s*(?:not|n['’]t)"
-    r"|(?:is|are)\s+(?:extraneous|invalid|rejected|impossible)|fails?)\b"
+    r"|(?:is|are)\s+(?:extraneous|invalid|rejected|impossible|wrong|incorrect|too (?:large|small|big))|fails?)\b"
+)
+_RESERVED = re.compile(
+    r"\b(?:multiples?|divisible|divisors?|factors?|less|greater|more|fewer|between|least|most|not|n['’]t|never|no"
+    r"|wrong|above|below|over|under|except|if|either|modulo|digits?)\b",
+    re.IGNORECASE,
 )
 
 
 def is_mathematics(text: str) -> bool:
     """Whether a phrase as a whole is mathematics: its words are commands, variables, joints or a unit."""
-    if len(text) > 200 or text.count("{") != text.count("}") or not re.search(r"[\d\\π√]|^[a-zA-Z]$", text):
+    if len(text) > 200 or text.count("{") != text.count("}"):
+        return False
+    if re.search(r"[\d+*/^=<>|]|^[a-zA-Z]$|[a-zA-Z] - [a-zA-Z]|√|π", text) and run(text) == len(
+        text.rstrip()
+    ):
+        return True
+    if not re.search(r"[\d\\π√]|^[a-zA-Z]$", text):
         return False
     plain = re.sub(rf"\\[a-zA-Z]+|[\d.)}}]\s*[a-zA-Z]+\s*$|(?<!\w){JOINT}(?!\w)", " ", text)
     return not re.search(r"[^\W\d_]{2,}", plain)
@@ -64,9 +74,10 @@ def mathematics_at(text: str, place: int) -> str | None:
     if len(parts) == 1 and re.fullmatch(r"[-−\d.,\s]+", parts[0]):
         if re.compile(r"\s*(?:\\?%|percent\b)").match(text, place):
             return parts[0] + "\\%"
-        unit = re.compile(r"\s*(?:\\text\{\s*)?([a-zA-Z]+)\b").match(text, place)
-        if unit and is_unit(unit[1]):
-            return f"{parts[0]} \\text{{{unit[1]}}}"
+        raised = re.compile(r"\s*([a-zA-Z]+)\s*\$(\^\{?\d\}?)\$").match(text, place)  # 36 cm$^3$
+        unit = unit_at(f"0 {raised[1]}{raised[2]}", 1) if raised else unit_at(text, place)
+        if unit:
+            return f"{parts[0]} {unit[0]}"
     return ", ".join(parts) or None
 
 
@@ -99,38 +110,70 @@ def phrase(text: str, words: bool | None) -> str | None:
     whole = re.sub(r"^([-\d.,]+)\s+\([^a-zA-Z]*\)$", r"\1", whole)  # 9 (3 + 6)
     if whole.endswith("}") and whole.count("}") > whole.count("{"):  # JSON
         whole = whole[:-1].strip("\"' \n")
+    decided = _YES_NO.match(sentence) if words is not True or len(whole.split()) > 1 else None
+    if decided:
+        return decided[1]
     if words:
         return whole if whole and len(whole.split()) <= 8 else None
-    if whole and (is_mathematics(whole) or number_word(words_of(whole) or "") is not None):
+    for compared, sign in COMPARED:
+        bound = compared.match(sentence)
+        if bound:
+            return f"{sign} {sentence[bound.end() :]}".strip()
+    said = _run(whole, sentence)
+    if said:
+        return said
+    if whole and number_word(words_of(whole) or "") is not None:
         return whole
     bold = re.search(r"\*\*([^*]+)\*\*", sentence)
-    if bold and re.search(r"\d", bold[1]):
+    if bold and (re.search(r"\d", bold[1]) or is_mathematics(bold[1])):
         return phrase(bold[1], words)
-    bracketed = re.match(r"\([^()]*,[^()]*\)|\[[^\[\]]*\]", text)
-    if bracketed:
-        return bracketed[0]
     environments = list(_ENVIRONMENT.finditer(sentence))
     if environments:
         return mathematics_at(sentence, environments[-1].start())
-    first = _QUANTITY.match(whole)
-    if first:
-        return _with_unit(whole, first)
+    result = re.search(r"=([^=]*)$", sentence)
+    if result and (said := _run(result[1].strip(), result[1].strip())):
+        return said
     numbers = list(_QUANTITY.finditer(sentence))
-    if numbers:
-        return _with_unit(sentence, numbers[-1])
+    if len(numbers) == 1 and not re.search(
+        r"[=<>^√π\\]|\d\s*[-+*/]|[-+*/]\s*\d", sentence.replace(numbers[0][0], "")
+    ):
+        return None if _RESERVED.search(sentence[: numbers[0].start()]) else _with_unit(sentence, numbers[0])
+    if numbers and not re.search(r"\d", text[len(sentence) :]):
+        return whole  # not understood: equal to its own text only
     return whole if words is None and whole and len(whole.split()) <= 4 else None
 
 
+def _run(whole: str, sentence: str) -> str | None:
+    """The mathematics that a sentence starts with, with a noun after it that ends the sentence."""
+    minus = MINUS.match(sentence)
+    if minus:
+        said = _run(whole[minus.end() :], sentence[minus.end() :])
+        return f"-{said}" if said else None
+    end = run(whole)
+    if not end or re.match(r"[a-zA-Z_^/√π]", whole[end:]):
+        end = run(sentence) if not end else 0
+    if not end:
+        return None
+    said = sentence[:end] if not whole.startswith(sentence[:end]) else whole[:end]
+    noun = re.fullmatch(r"\s+[a-zA-Z]+", whole[end:])
+    if noun and _QUANTITY.fullmatch(said):
+        said += noun[0]
+    return said.strip()
+
+
 def _with_unit(text: str, number: re.Match[str]) -> str:
-    unit = re.compile(r"\s*([a-zA-Z]+)").match(text, number.end())
-    return number[0] + (f" {unit[1]}" if unit and len(unit[1]) > 1 and is_unit(unit[1]) else "")
+    unit = None if re.match(r"(?:US)?[$€£¥]", number[0]) else unit_at(text, number.end())
+    return number[0] + (f" {unit[0]}" if unit else "")
 
 
 def _denied(text: str, found: re.Match[str]) -> bool:
-    return bool(re.search(r"(?:\bnot\s+|[\^_]\{?)$", text[max(found.start() - 6, 0) : found.start()]))
+    before = text[max(found.start() - 12, 0) : found.start()]
+    return bool(
+        re.search(r"(?:\bnot\s+|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*)$", before)
+        or _NEGATED.match(text, found.end())
+    )
 
 
-_YES_NO = re.compile(r"\W*(yes|no)\b[*_]*[,.;:!]", re.IGNORECASE)
 _IT_IS = re.compile(
     r"^(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:(?:it|this|that|he|she|they)(?:['’]s|\s+is|\s+are)\s+)?",
     re.IGNORECASE,
@@ -170,6 +213,7 @@ def last_mathematics(text: str) -> str | None:
     A text that breaks off within a sentence, more than four words after the number, has none.
     Looks at the last line with any of them, and leaves out what the text denies ("x = 3 is not a solution").
     """
+    text = re.sub(r"(?:\n\s*\d{1,3}[.)]\s*)+$", "", text)  # the number of an item that is not written
     lines = [line.replace("**", "").strip(" \t.*`>") for line in text.splitlines() if line.strip()]
     if not lines:
         return None
@@ -177,18 +221,20 @@ def last_mathematics(text: str) -> str | None:
         r"\b(?:so|thus|hence|therefore)\b", lines[-1], re.I
     )
     alone = len(lines) == 1 or (explained and "=" not in lines[0])
-    if (
-        alone and len(lines[0]) < 100 and is_mathematics(lines[0])
-    ):  # the answer alone, or before its explanation
-        return lines[0]
+    if alone and len(lines[0]) < 100:  # the answer alone, or before its explanation
+        said = MINUS.sub("-", lines[0])
+        if is_mathematics(said) or number_word(words_of(lines[0]) or "") is not None:
+            return said
     place = len(text)
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
         bold = [part for part in re.findall(r"\*\*([^*]+)\*\*", line) if not part.rstrip().endswith(":")]
-        said = next((s for s in (phrase(part, False) for part in reversed(bold)) if s), None)
+        said = next((s for s in (phrase(part, False) for part in reversed(bold)) if s), "")
         if said:
             return said
-        if re.search(r"\d|\\[a-zA-Z(\[\])]|\$", line):
+        if re.search(r"\d|\\[a-zA-Z(\[\])]|\$", line) or is_mathematics(
+            line.strip(" \t.*`>").rpartition("= ")[2]
+        ):
             break
     else:
         return None
@@ -210,18 +256,78 @@ def last_mathematics(text: str) -> str | None:
             first -= 1
         found = mathematics_at(text, kept[first].start()) or ""
         return f"={found}" if re.search(r"=\s*$", text[: kept[first].start()]) else found
-    sentence = re.split(r"[.!?]\s", line.strip().rstrip(".;,! "))[-1]
-    equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", sentence)
+    return _concluded(text, after, numbers)
+
+
+_VALUE = re.compile(r"(?:\b(?:is|are|equals|becomes|be)\b|:|≈|=|\\approx)\s+(?=\S)|(?<=[\w)])=(?=\S)")
+
+
+def _stated(sentence: str) -> str | None:
+    """The value that a sentence gives last after "=", "is", "equals" or a colon, up to a comma or its end."""
+    for value in reversed(list(_VALUE.finditer(sentence))[-6:]):
+        rest = sentence[value.end() :]
+        minus = MINUS.match(rest)
+        end = run(rest[minus.end() :] if minus else rest)
+        said = (f"-{rest[minus.end() : minus.end() + end]}" if minus else rest[:end]).strip()
+        following = rest[(minus.end() if minus else 0) + end :]
+        if not end or not re.search(r"[\d\\√π=]|^[a-zA-Z]$|[-+*/^]", said):
+            continue
+        counted = "=" in value[0] and re.search(r"\d\W*$", sentence[: value.start()])
+        ended = re.match(r"\W*$|\s*[,;(—–]|\s+[a-zA-Z]+\W*$", following) or (
+            counted and re.match(r"\s+[a-z]+(?![^,]*,)", following)
+        )
+        if not ended or (
+            re.search(r"\d", following)
+            and not _echoes(following, sentence[: value.end()] + said)
+            and not counted
+        ):
+            continue
+        left = re.search(r"(?:^|\s)(\S{1,20})\s*$", sentence[: value.start()])
+        if (
+            "=" in value[0]
+            and left
+            and not is_name(left[1])
+            and re.search(r"[a-zA-Z]\w*[-+*/]|\d[a-zA-Z]", left[1])
+        ):
+            return None
+        return said
+    return None
+
+
+def _echoes(later: str, earlier: str) -> bool:
+    """Whether each number of a text stands in an earlier one."""
+    return set(re.findall(r"\d+(?:\.\d+)?", later)) <= set(re.findall(r"\d+(?:\.\d+)?", earlier))
+
+
+def _concluded(text: str, after: str, numbers: list[re.Match[str]]) -> str | None:
+    """What the last finished sentences conclude: a stated value, a tuple, else the last number."""
+    tail = text.rstrip()[-3000:]
+    sentences = [
+        part.strip()
+        for part in re.split(r"(?<!\bvs)(?<!\d)[.!?]\s+|(?<=\d)[.!?]\s+(?=\D)|\n+", tail)
+        if part.strip()
+    ]
+    last = sentences[-1].rstrip(".;,! ") if sentences else ""
+    equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", last)
     if equation and is_mathematics(equation[2]) and (not equation[1] or is_name(equation[1])):
         return equation[2].strip()
-    pair = re.search(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]$", sentence)
-    if pair and is_mathematics(pair[0]):
-        return pair[0]
-    copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", sentence)
+    pair = re.search(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])(?:,?\s+(?:as|respectively|which)\b[^\d]*)?$", last)
+    if pair and is_mathematics(pair[1]):
+        return pair[1]
+    copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", last)
     if copula and is_mathematics(copula[1]) and not re.search(rf"{TEXT}", copula[1]):
         return copula[1].strip()
+    compared = re.search(r"(?<!\S)([a-zA-Z]\s*(?:\\(?:le|ge|ne)|[<>]=?|!=)\s*\S+)$", last)
+    if compared and is_mathematics(compared[1]):
+        return compared[1]
     if not numbers:
         return None
     rest = text[numbers[-1].end() :] + after
     cut_off = len(rest.split()) > 4 and not re.search(r"[.!?)\]}$*:|`。]\s*$", rest)
-    return None if cut_off else _with_unit(text, numbers[-1])
+    if cut_off:
+        return None
+    for place in range(len(sentences) - 1, max(len(sentences) - 4, -1), -1):
+        said = _stated(sentences[place].rstrip(".;,! "))
+        if said and _echoes(" ".join(sentences[place + 1 :]), sentences[place]):
+            return said
+    return _with_unit(text, numbers[-1])
