@@ -61,13 +61,15 @@ def run(text: str) -> int:
         last = tokens[-1]
         article = last.word in ("a", "A", "I") and len(tokens) > 1 and text[last.start - 1].isspace()
         alone = last.word in ("a", "A", "I") and len(tokens) == 1
-        if last.kind in ("operator", "comma", "joint", "function") and last.word not in (
-            "pi",
-            "infinity",
-            "theta",
-        ):
-            tokens.pop()
-        elif word_follows and last.end == place and (article or alone):
+        if (
+            last.kind in ("operator", "comma", "joint", "function")
+            and last.word
+            not in (
+                "pi",
+                "infinity",
+                "theta",
+            )
+        ) or (word_follows and last.end == place and (article or alone)):
             tokens.pop()
         elif (cut := _unpaired(tokens)) is not None:
             del tokens[cut:]
@@ -115,15 +117,15 @@ def _tokens(text: str) -> tuple[list[_Token], int]:
                 break
             if before is not None and before.kind == "unit":
                 break
-        elif kind == "close" and not _opened(tokens):
-            break
-        elif kind == "factorial" and not attached:
-            break
         elif (
-            kind == "number"
-            and before is not None
-            and before.kind in ("number", "unit")
-            and not _mixed(text, found)
+            (kind == "close" and not _opened(tokens))
+            or (kind == "factorial" and not attached)
+            or (
+                kind == "number"
+                and before is not None
+                and before.kind in ("number", "unit")
+                and not _mixed(text, found)
+            )
         ):
             break
         tokens.append(_Token(kind, found.start() + len(found["space"]), found.end(), word))

@@ -94,6 +94,10 @@ _REWRITES_COMPILED = [(re.compile(pattern), new) for pattern, new in _REWRITES]
 _PERCENT = re.compile(
     rf"\s*(?:\\%|{TEXT}\{{\s*\\?%\s*\}}|{TEXT}\{{\s*(?:percent|per cent)\s*\}}|\bper ?cent\b|\bpct\b)"
 )
+# What is no list and no thousands: 1.234,5 and 15,00
+_DECIMAL_COMMA = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+(?=,\d+)|\d+(?=,0\d(?!\d)|,0\d{3})),(\d+)(?![\d,])"
+)
 _QUOTES = "\"'`*_"
 JOINT = r"(?:and|or|und|oder|et|ou|и|или|和|或|與|与)"
 
@@ -126,6 +130,7 @@ def clean(text: str) -> str:
             text = text.replace(symbol, ascii_text)
     text = ascii_powers(text)
     text = unicodedata.normalize("NFKC", text)
+    text = _DECIMAL_COMMA.sub(lambda m: m[1].replace(".", "") + "." + m[2], text)
     for pattern, new in _REWRITES_COMPILED:
         text = pattern.sub(new, text)
     text = _PERCENT.sub("%", text)
@@ -227,6 +232,31 @@ def items_of(text: str) -> list[str]:
 def without_thousands(text: str) -> str:
     """1,024 as 1024; a list such as 1,2 unchanged."""
     return _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+
+
+def only_thousands(text: str) -> bool:
+    """Whether a text has commas, and all of them part thousands, as in 1,000 + 234 = 1,234."""
+    return "," in text and "," not in without_thousands(text)
+
+
+def decimal_comma(text: str) -> str:
+    """3,75 as 3.75, where the answer is one number; 1,024, 3, 75 and (3,75) unchanged."""
+    found = re.fullmatch(r"([^\d,()\[\]{}]*)(\d+),(\d+)([^\d,()\[\]]*)", text)
+    if not found or (len(found[3]) == 3 and len(found[2]) <= 3 and not found[2].startswith("0")):
+        return text
+    return f"{found[1]}{found[2]}.{found[3]}{found[4]}"
+
+
+_UNFINISHED = re.compile(
+    r"(?:[-+*/^_=<>≤≥×÷·(\[]|\\(?:cdot|times|div|le|leq|ge|geq|ne|neq|approx|pm|in|frac|sqrt))\s*$"
+)
+
+
+def complete(text: str) -> bool:
+    """Whether brackets have partners and no operator waits for what follows."""
+    text = strip(text)
+    turned = re.fullmatch(r"[\]\[(].*[\[\])]", text, re.DOTALL)  # ]0, 1[
+    return (not _UNFINISHED.search(text) or bool(turned)) and bool(split_top(text, r"(?!)") or turned)
 
 
 _NAME_PARTS = re.compile(

@@ -128,6 +128,18 @@ def unit_at(text: str, place: int) -> tuple[str, int] | None:
     return text[place:end].strip(), end
 
 
+def without(text: str) -> str:
+    """A text without the units beside its numbers: 5 cm * 3 cm as 5 * 3."""
+    text = re.sub(rf"\s*{_UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?", " ", text)
+    pieces, place = [], 0
+    for number in re.finditer(r"\d(?![\d.])", text):
+        unit = unit_at(text, number.end()) if number.end() >= place else None
+        if unit:
+            pieces.append(text[place : number.end()])
+            place = unit[1]
+    return "".join(pieces) + text[place:]
+
+
 def unit_of(label: str) -> tuple[str, Fraction]:
     """The (dimension, factor) of a unit's name; an unknown name is a dimension of its own."""
     powers: dict[str, int] = {}
