@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .grammar import UNSIGNED
 from .notation import JOINT, TEXT, ascii_powers
-from .phrases import SIGN, is_mathematics, last_mathematics, last_words, phrase
+from .phrases import SIGN, is_mathematics, last_mathematics, last_words, listed, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
 MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
@@ -183,7 +183,10 @@ def _statements(text: str, words: bool | None) -> Iterator[Found]:
         rest = text[stated.end() : stated.end() + 1000]
         if not rest.partition("\n")[0].strip(" *_`:\"'#."):  # a heading: the answer stands below
             rest = re.sub(r"^[ \t*_`:\"'#.]*\n\s*(?:[-*•][ \t]+)?", "", rest)
-        said = phrase(rest, words)
+        items = (
+            listed(rest.strip()) if rest.count("\n") > 1 and stated[0].rstrip(" *_").endswith(":") else None
+        )
+        said = items or phrase(rest, words)
         if said and not _PLACEHOLDER.fullmatch(said):
             end = stated.end() + max(text[stated.end() : stated.end() + 1000].find(said), 0) + len(said)
             yield Found(stated.start(), end, said, "statement")

@@ -32,7 +32,7 @@ _TOKEN = re.compile(
 MINUS = re.compile(r"(?:negative|minus)\s+(?=[\w\\(√π])", re.IGNORECASE)
 MORE = (
     (
-        r"(?:strictly )?(?:greater|more|larger|bigger|higher) than or equal to|at least|no (?:less|fewer) than",
+        r"(?:greater|more|larger|bigger|higher) than or equal to|at least|no (?:less|fewer) than",
         r"\ge",
     ),
     (r"(?:strictly )?(?:less|smaller|fewer|lower) than or equal to|at most|no more than|up to", r"\le"),
@@ -138,7 +138,7 @@ def _mixed(text: str, found: re.Match[str]) -> bool:
 
 
 def _product(word: str, tokens: list[_Token], attached: bool) -> bool:
-    """Whether letters are a product of variables, as in 2ab, or xy alone; no words, nor units beside a number."""
+    """Whether letters are a product of variables, as in 2ab, or xy alone; no words, nor units."""
     before = tokens[-1] if tokens else None
     if attached and before is not None and before.kind in ("number", "close", "operator"):
         return (

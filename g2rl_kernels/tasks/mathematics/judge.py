@@ -35,11 +35,11 @@ def known_text(known: Any) -> str:
 
 @lru_cache(maxsize=2048)
 def _known_text(known: str) -> str:
-    stated = extract.marked(known, words=None)
+    stated = extract.marked(notation.ascii_powers(known), words=None)
     if stated is not None:
         return stated
     if len(re.findall(r"(?<![\\{a-zA-Z])[a-zA-Z]{2,}", known)) > 8 or "\n" in known.strip():
-        return extract.final(known, words=False) or known
+        return extract.final(notation.ascii_powers(known), words=False) or known
     return known
 
 

@@ -103,7 +103,7 @@ JOINT = r"(?:and|or|und|oder|et|ou|и|или|和|或|與|与)"
 
 
 def ascii_powers(text: str) -> str:
-    """Unicode powers, indices, relations and fractions in LaTeX: x² as x^2, x₁ as x_1, ½ as 1/2, ≤ as \\le."""
+    """Unicode powers, indices, relations, fractions in LaTeX: x² as x^2, x₁ as x_1, ½ as 1/2, ≤ as \\le."""
     text = re.sub(
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+(?=(\\d?))", lambda m: _group("^", m[0].translate(_SUPERSCRIPTS), m[1]), text
     )

@@ -22,7 +22,7 @@ _AFTERWARDS = re.compile(
 )
 _LEAD = re.compile(
     r"(?:[:\s*_`]|(?:approximately|about|around|exactly|roughly|simply|just|indeed|also|then|therefore|thus|clearly"
-    r"|equal to|given by)(?!\w)|\\approx|≈|~|=)+",
+    r"|equal to|given by|either)(?!\w)|\\approx|≈|~|=)+",
     re.IGNORECASE,
 )
 SIGN = r"(?:(?<![\w)\]}])[-−–](?=\s?[$€£¥]?[\d.])(?!\s))"
@@ -37,7 +37,8 @@ _YES_NO = re.compile(r"\W*(yes|no)\b[*_]*[,.;:!]", re.IGNORECASE)
 _JOINT_BETWEEN = re.compile(rf"\s*,?\s*(?:{JOINT}|,)\s*")
 _NEGATED = re.compile(
     r"\s*(?:(?:is|are|was|were|does|do|did|can)\s*(?:not|n['’]t)"
-    r"|(?:is|are)\s+(?:extraneous|invalid|rejected|impossible|wrong|incorrect|too (?:large|small|big))|fails?)\b"
+    r"|(?:is|are)\s+(?:extraneous|invalid|rejected|impossible|wrong|incorrect|too (?:large|small|big))"
+    r"|fails?)\b"
 )
 _RESERVED = re.compile(
     r"\b(?:multiples?|divisible|divisors?|factors?|less|greater|more|fewer|between|least|most|not|n['’]t|never|no"
@@ -117,7 +118,7 @@ def phrase(text: str, words: bool | None) -> str | None:
         return whole if whole and len(whole.split()) <= 8 else None
     for compared, sign in COMPARED:
         bound = compared.match(sentence)
-        if bound:
+        if bound and run(sentence[bound.end() :]):
             return f"{sign} {sentence[bound.end() :]}".strip()
     said = _run(whole, sentence)
     if said:
@@ -181,7 +182,8 @@ _IT_IS = re.compile(
 
 
 _CONCLUDED = re.compile(
-    r"(?:(so|thus|therefore|hence)\b,?\s*)?(?:the|this|that|it|my|our)\b[^,.]*\s(?:is|are|was|were)\s+([^,.]+)[.!]?$",
+    r"(?:(so|thus|therefore|hence)\b,?\s*)?(?:the|this|that|it|my|our)\b[^,.]*\s(?:is|are|was|were)\s+([^,.]+)"
+    r"(?:,[^.]*)?[.!]?$",
     re.IGNORECASE,
 )
 
@@ -207,6 +209,23 @@ def last_words(text: str, most: int = 6) -> str | None:
     return None
 
 
+_ITEM = re.compile(r"[ \t]*(?:[-*•]|\d{1,3}[.)])[ \t]+(\S.*)")
+
+
+def listed(text: str) -> str | None:
+    """The items of a vertical list that ends a text, each a value without "=", as one list."""
+    items: list[str] = []
+    for line in reversed(text.rstrip().splitlines()[-100:]):
+        item = _ITEM.fullmatch(line.rstrip(" .,;"))
+        if not item:
+            break
+        said = item[1].strip("*$` ")
+        if "=" in said or not is_mathematics(said):
+            return None
+        items.insert(0, said)
+    return ", ".join(items) if len(items) > 1 else None
+
+
 def last_mathematics(text: str) -> str | None:
     """The last mathematics of a text: in bold or in delimiters, the right side of an equation, or a number.
 
@@ -223,8 +242,13 @@ def last_mathematics(text: str) -> str | None:
     alone = len(lines) == 1 or (explained and "=" not in lines[0])
     if alone and len(lines[0]) < 100:  # the answer alone, or before its explanation
         said = MINUS.sub("-", lines[0])
-        if is_mathematics(said) or number_word(words_of(lines[0]) or "") is not None:
+        if is_mathematics(said):
             return said
+        if number_word(words_of(lines[0]) or "") is not None:
+            return lines[0]
+    items = listed(text)
+    if items:
+        return items
     place = len(text)
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
@@ -307,27 +331,28 @@ def _concluded(text: str, after: str, numbers: list[re.Match[str]]) -> str | Non
         for part in re.split(r"(?<!\bvs)(?<!\d)[.!?]\s+|(?<=\d)[.!?]\s+(?=\D)|\n+", tail)
         if part.strip()
     ]
-    last = sentences[-1].rstrip(".;,! ") if sentences else ""
+    last = re.sub(r"^\W*[(\[](?=[^()\[\]]*[.!]?[)\]]$)", "", sentences[-1]) if sentences else ""
+    last = last.rstrip(".;,! ") if "[" in last or "(" in last else last.rstrip(".;,!)] ")
+    copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", last)
+    if copula and "=" in copula[1] and is_mathematics(copula[1]):
+        return copula[1].strip()
     equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", last)
     if equation and is_mathematics(equation[2]) and (not equation[1] or is_name(equation[1])):
         return equation[2].strip()
     pair = re.search(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])(?:,?\s+(?:as|respectively|which)\b[^\d]*)?$", last)
     if pair and is_mathematics(pair[1]):
         return pair[1]
-    copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", last)
     if copula and is_mathematics(copula[1]) and not re.search(rf"{TEXT}", copula[1]):
         return copula[1].strip()
     compared = re.search(r"(?<!\S)([a-zA-Z]\s*(?:\\(?:le|ge|ne)|[<>]=?|!=)\s*\S+)$", last)
     if compared and is_mathematics(compared[1]):
         return compared[1]
-    if not numbers:
-        return None
-    rest = text[numbers[-1].end() :] + after
+    rest = (text[numbers[-1].end() :] if numbers else "") + after
     cut_off = len(rest.split()) > 4 and not re.search(r"[.!?)\]}$*:|`。]\s*$", rest)
-    if cut_off:
-        return None
+    if cut_off and not after.strip():
+        sentences = sentences[:-1]
     for place in range(len(sentences) - 1, max(len(sentences) - 4, -1), -1):
         said = _stated(sentences[place].rstrip(".;,! "))
         if said and _echoes(" ".join(sentences[place + 1 :]), sentences[place]):
             return said
-    return _with_unit(text, numbers[-1])
+    return _with_unit(text, numbers[-1]) if numbers and not cut_off else None

@@ -1,4 +1,4 @@
-"""What an answer's text says: numbers, words, lists, equations, expressions. Imports no sympy but for these."""
+"""What an answer's text says: numbers, words, lists, equations. Imports no sympy but for expressions."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def _read(text: str, depth: int = 0) -> Form:
         return Form("words", decided[1], decided[1])
     if words and (len(parts) < 2 or not all(map(notation.words_of, parts))):
         named = units.number_word(words)
+        named = -named if named is not None and text.startswith("-") else named
         return Form("words", words, words) if named is None else Form("number", named, str(named))
     if 1 < len(parts) <= MAX_ITEMS and not _binds(text):
         return _listed("", parts, depth)
@@ -145,7 +146,7 @@ def _listed(brackets: str, parts: Sequence[str], depth: int) -> Form:
 
 
 def _equation(sides: list[str], text: str, depth: int) -> Form:
-    """x = 5 is 5, named x, and so is x = 10/2 = 5; 2 + 3 = 5 is 5; 2 = 3 is its text, and 2x = 6 no number."""
+    """x = 5 is 5, named x, and so is x = 10/2 = 5; 2 + 3 = 5 is 5; 2 = 3 is its text; 2x = 6 no number."""
     last = _read(sides[-1], depth + 1)
     if last.kind == "text" or (last.kind == "symbolic" and last.value == ""):
         return Form("text", compact(text), compact(text))
@@ -173,7 +174,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
 
 
 def _rounded(sides: list[str], text: str, depth: int) -> Form:
-    """9\\pi \\approx 28.27 is 9\\pi, which 28.27 is near: by less than one of its last digit. Else it is its text."""
+    """9\\pi \\approx 28.27 is 9\\pi, for they are near; 12 \\approx 13 is its text."""
     exact, last = sides[0].strip().removesuffix("=").strip(), _read(notation.strip(sides[-1]), depth + 1)
     if not exact or (notation.is_name(exact) and "=" not in exact):
         return last._replace(name=exact or last.name)

@@ -219,7 +219,7 @@ def split_label(text: str) -> tuple[str, str, Fraction]:
 
 
 def _compound(text: str) -> tuple[str, str, Fraction] | None:
-    """The quantity and the unit of km/h, \\frac{\\text{km}}{\\text{h}} and the like; None unless all parts are units."""
+    """The quantity and the unit of km/h, \\frac{\\text{km}}{\\text{h}}; None unless all parts are units."""
     start = max(len(text) - 120, 0)
     found = _COMPOUND.search(text, start)
     if not found or not found.start() or not re.search(r"(?:[\d)}\]%]|\\pi)$", text[: found.start()].strip()):
