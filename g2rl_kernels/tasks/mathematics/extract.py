@@ -181,11 +181,12 @@ def _statements(text: str, words: bool | None) -> Iterator[Found]:
         if _VERB.search(before) or ("would" in stated[0] and _SUPPOSED.match(before)):
             continue
         rest = text[stated.end() : stated.end() + 1000]
+        items = None
         if not rest.partition("\n")[0].strip(" *_`:\"'#."):  # a heading: the answer stands below
+            items = listed(rest.partition("\n")[2].strip().partition("\n\n")[0])
+            if not items and re.match(r"\W*1[.)]\s+\S.*\n+\s*2[.)]\s", rest):  # steps
+                continue
             rest = re.sub(r"^[ \t*_`:\"'#.]*\n\s*(?:[-*•][ \t]+)?", "", rest)
-        items = (
-            listed(rest.strip()) if rest.count("\n") > 1 and stated[0].rstrip(" *_").endswith(":") else None
-        )
         said = items or phrase(rest, words)
         if said and not _PLACEHOLDER.fullmatch(said):
             end = stated.end() + max(text[stated.end() : stated.end() + 1000].find(said), 0) + len(said)

@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     rf"(?P<space>\s*)(?:(?P<number>(?:(?:US)?\\?[$€£¥₹]\s?)?(?:\d{{1,3}}(?: \d{{3}})+(?!\d)|{UNSIGNED})"
     rf"(?:\s+(?:{_MULTIPLE})\b)?)"
     rf"|(?P<text>{TEXT}\s*\{{[^{{}}]*\}})|(?P<operator>\\(?:cdot|times|div|le|ge|ne|approx|in|pm|mp|to|cup|cap)"
-    r"(?![a-zA-Z])|\*\*|[-−–+*/^_=<>±·×÷≈~]|:(?=\s?\d))"
+    r"(?![a-zA-Z])|\*\*|[-−–+*/^_=<>±·×÷≈~]|:(?=\s?\d)|out of(?=\s\d))"
     rf"|(?P<percent>\\?%|percent\b)|(?P<command>\\[a-zA-Z]+|\\[{{}}|!])"
     rf"|(?P<function>(?:{FUNCTIONS})(?![a-zA-Z]))"
     rf"|(?P<comma>[,;])|(?P<joint>{JOINT}(?!\w))|(?P<open>[(\[{{])|(?P<close>[)\]}}])"

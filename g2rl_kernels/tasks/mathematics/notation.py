@@ -86,6 +86,7 @@ _REWRITES: list[tuple[str, Any]] = [
     (r"(?<![\\a-zA-Z])(?:pi|Pi|PI)(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)}])\s*\*\*\s*(?=[-\d({a-zA-Z])", "^"),
     (r"(\\(?:text|mathrm)\s*\{[^{}]*)\^\s*\{\s*([-+]?\d)\s*\}", r"\1^\2"),  # \text{cm^{2}}
+    (r"(?<=\d) out of (?=\d)", "/"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"!=", r"\\ne "),

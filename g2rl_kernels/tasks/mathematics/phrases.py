@@ -29,7 +29,8 @@ SIGN = r"(?:(?<![\w)\]}])[-−–](?=\s?[$€£¥]?[\d.])(?!\s))"
 _TIMES_TEN = r"\s*(?:×|x|\\times|\\cdot|\*)\s*10\s*(?:(?:\^|\*\*)\s*\{?\s*[-−+]?\d+\}?|[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)"
 _ENDS = rf"(?!\d|\s?(?:[π√]|\\pi|\\sqrt)|(?!(?:{'|'.join(sorted(ATTACHED))}|x)(?![a-zA-Z]))[a-zA-Z])"
 _QUANTITY = re.compile(
-    rf"{SIGN}?(?:US)?[$€£¥]?(?:{UNSIGNED}(?:{_TIMES_TEN}|\s*[/:]\s*{UNSIGNED}|\s\d+/\d+|\^\{{?\d+\}}?)?{_ENDS}"
+    rf"{SIGN}?(?:US)?[$€£¥]?(?:{UNSIGNED}"
+    rf"(?:{_TIMES_TEN}|\s*(?:[/:]|out of\b)\s*{UNSIGNED}|\s\d+/\d+|\^\{{?\d+\}}?)?{_ENDS}"
     rf"|\d{{1,3}}(?: \d{{3}})+{_ENDS})"
     r"(?:\s*\\?%|\s+percent\b|\s+(?:million|billion|trillion|thousand|hundred|dozen)\b)?"
 )
@@ -123,8 +124,10 @@ def phrase(text: str, words: bool | None) -> str | None:
     said = _run(whole, sentence)
     if said:
         return said
-    if whole and number_word(words_of(whole) or "") is not None:
-        return whole
+    counted = words_of(whole) or ""
+    for number in (counted, counted.rpartition(" ")[0]):  # five, five apples
+        if number_word(number) is not None:
+            return number
     bold = re.search(r"\*\*([^*]+)\*\*", sentence)
     if bold and (re.search(r"\d", bold[1]) or is_mathematics(bold[1])):
         return phrase(bold[1], words)
@@ -170,7 +173,10 @@ def _with_unit(text: str, number: re.Match[str]) -> str:
 def _denied(text: str, found: re.Match[str]) -> bool:
     before = text[max(found.start() - 12, 0) : found.start()]
     return bool(
-        re.search(r"(?:\bnot\s+|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*)$", before)
+        re.search(
+            r"(?:\bnot\s+|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*|\bat (?:least|most)\s+|\bthan\s+)$",
+            before,
+        )
         or _NEGATED.match(text, found.end())
     )
 
@@ -250,6 +256,9 @@ def last_mathematics(text: str) -> str | None:
     if items:
         return items
     place = len(text)
+    copula = re.search(r"\b(?:is|equals)\s+([a-z -]{3,30})$", lines[-1], re.IGNORECASE)
+    if copula and number_word(words_of(copula[1]) or "") is not None:
+        return copula[1]
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
         bold = [part for part in re.findall(r"\*\*([^*]+)\*\*", line) if not part.rstrip().endswith(":")]
@@ -283,7 +292,11 @@ def last_mathematics(text: str) -> str | None:
     return _concluded(text, after, numbers)
 
 
-_VALUE = re.compile(r"(?:\b(?:is|are|equals|becomes|be)\b|:|≈|=|\\approx)\s+(?=\S)|(?<=[\w)])=(?=\S)")
+_VALUE = re.compile(
+    r"(?:\b(?:is|are|equals|becomes|be)\b|:|≈|=|\\approx)\s+"
+    r"(?:(?:simply|just|about|exactly|approximately|therefore|thus|then|now|equal to|also) )?(?=\S)"
+    r"|(?<=[\w)])=(?=\S)"
+)
 
 
 def _stated(sentence: str) -> str | None:
@@ -320,7 +333,8 @@ def _stated(sentence: str) -> str | None:
 
 def _echoes(later: str, earlier: str) -> bool:
     """Whether each number of a text stands in an earlier one."""
-    return set(re.findall(r"\d+(?:\.\d+)?", later)) <= set(re.findall(r"\d+(?:\.\d+)?", earlier))
+    number = re.compile(r"(?<![\^_{\w])\d+(?:\.\d+)?")
+    return set(number.findall(later)) <= set(number.findall(earlier))
 
 
 def _concluded(text: str, after: str, numbers: list[re.Match[str]]) -> str | None:

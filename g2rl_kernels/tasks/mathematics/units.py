@@ -123,7 +123,11 @@ def unit_at(text: str, place: int) -> tuple[str, int] | None:
     if rest.startswith("^") or (attached and name not in ATTACHED and not (parts > 1 and name == "m")):
         return None
     spare = (len(name) == 1 or name.lower() in _WORDS_TOO) and parts == 1 and not found["power"]
-    if spare and rest and not re.match(r"[.,;:!?)\]*=<>+×·/−|\\\n-]", rest):
+    if (
+        spare
+        and rest
+        and not re.match(r"[.,;:!?)\]*=<>+×·/−|\\\n-]|(?:long|wide|high|tall|deep|thick|across)\b", rest)
+    ):
         return None
     return text[place:end].strip(), end
 
