@@ -264,7 +264,7 @@ def close(first: Fraction, second: Fraction, written: bool = True) -> bool:
 
 
 def near(exact: Fraction, rounded: Fraction) -> bool:
-    """Whether a value is what "about" says: it differs by less than one of the last digit, 28.27 of 9\\pi."""
+    """Whether a number is a value rounded or cut off at the number's last digit, as 28.27 is 9\\pi."""
     places = _places(rounded)
     if places is None and rounded.denominator > 1:
         return close(exact, rounded)
@@ -273,7 +273,7 @@ def near(exact: Fraction, rounded: Fraction) -> bool:
         digits = str(abs(rounded.numerator))[-400:]
         unit = Fraction(10 ** (len(digits) - len(digits.rstrip("0"))))
         return gap < unit and gap <= abs(exact) / 20
-    return gap < unit
+    return gap <= unit / 2 or (gap < unit and abs(rounded) < abs(exact))
 
 
 def _rounded(number: Fraction, places: int) -> Fraction:

@@ -59,7 +59,7 @@ def spoken(completion: str) -> str:
     text = (text[: opens.start()] if opens else text)[-WINDOW:]
     text = ascii_powers(text.translate(_WIDE))
     text = _CODE.sub(_without_program, text) if "```" in text else text
-    text = re.sub(r"(?m)^[ \t]*>[ \t]+", "", text)
+    text = re.sub(r"(?m)^[ \t]*>[ \t]+|[ \t][:;]-?[)(D](?=\s|$)", "", text)
     return re.sub(r"<\|(?!im_start|start_header_id)[^|<>\n]{1,40}\|>|</?s>", "\n", text)
 
 

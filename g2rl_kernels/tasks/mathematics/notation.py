@@ -112,7 +112,13 @@ def ascii_powers(text: str) -> str:
     for symbol, latex in _IN_PROSE.items():
         if symbol in text:
             text = text.replace(symbol, latex)
+    text = re.sub("[½⅓⅔¼¾⅕⅛](?=[a-zA-Z(√π])", lambda m: _fraction(_SYMBOLS[m[0]].strip()), text)
     return re.sub("(?<=\\d)[½⅓⅔¼¾⅕⅛]", lambda m: _SYMBOLS[m[0]], text).translate(_FRACTIONS)
+
+
+def _fraction(quotient: str) -> str:
+    top, _, bottom = quotient.partition("/")
+    return f"\\frac{{{top}}}{{{bottom}}}"
 
 
 def _group(mark: str, inner: str, following: str) -> str:

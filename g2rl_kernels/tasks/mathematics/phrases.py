@@ -17,7 +17,8 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?=[\s\"”*)]|$)|。")
 _AFTERWARDS = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|not|and not|but|instead of|rather than|given|if|that is"
     r"|i\.e\.|for|after|before|in total|altogether|と)\b.*|,\s+(?:the|a|an|with|who|I|we|you)\b.*"
-    r"|\s+[—–-]\s+.*|\s*\((?:see|or|not|as|\w+\)).*|\s+\((?=[^()]*[a-zA-Z]{3}).*",
+    r"|\s+(?:—|[–-](?=\s+(?!sin|cos|tan|log|ln|sqrt|exp|pi\b)[a-zA-Z]{2}))\s+.*"
+    r"|\s*\((?:see|or|not|as)\b.*|\s+\(\w+\).*|\s+\((?=[^()]*[a-zA-Z]{3}).*",
     re.DOTALL,
 )
 _LEAD = re.compile(
@@ -34,7 +35,7 @@ _QUANTITY = re.compile(
     rf"|\d{{1,3}}(?: \d{{3}})+{_ENDS})"
     r"(?:\s*\\?%|\s+percent\b|\s+(?:million|billion|trillion|thousand|hundred|dozen)\b)?"
 )
-_YES_NO = re.compile(r"\W*(yes|no)\b[*_]*[,.;:!]", re.IGNORECASE)
+_YES_NO = re.compile(r"\W*(yes|no)\b[*_]*(?:[,.;:!]|\s+[–—-]\s)", re.IGNORECASE)
 _JOINT_BETWEEN = re.compile(rf"\s*,?\s*(?:{JOINT}|,)\s*")
 _NEGATED = re.compile(
     r"\s*(?:(?:is|are|was|were|does|do|did|can)\s*(?:not|n['’]t)"
@@ -170,15 +171,17 @@ def _with_unit(text: str, number: re.Match[str]) -> str:
     return number[0] + (f" {unit[0]}" if unit else "")
 
 
+_DENIAL = re.compile(
+    r"(?:(?:\bnot|cannot|n['’]t)\s+(?:be\s+)?|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*"
+    r"|\bat (?:least|most)\s+|\bthan\s+)$"
+)
+
+
 def _denied(text: str, found: re.Match[str]) -> bool:
+    """Whether a number is denied, bounded, asked for, or a power or index."""
     before = text[max(found.start() - 12, 0) : found.start()]
-    return bool(
-        re.search(
-            r"(?:\bnot\s+|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*|\bat (?:least|most)\s+|\bthan\s+)$",
-            before,
-        )
-        or _NEGATED.match(text, found.end())
-    )
+    asked = text[found.end() : found.end() + 1] == "?"
+    return asked or bool(_DENIAL.search(before) or _NEGATED.match(text, found.end()))
 
 
 _IT_IS = re.compile(
@@ -292,8 +295,11 @@ def last_mathematics(text: str) -> str | None:
     return _concluded(text, after, numbers)
 
 
+_ASSIGN = r"[a-zA-Z](?:_\{?\w\}?)?\s*=\s*[^=,]{1,40}"
+_ASSIGNS = rf"{_ASSIGN}(?:(?:,|\band\b|\bor\b)+\s*{_ASSIGN}){{1,9}}"
+_BE = r"\b(?:is|are|equals|becomes|be|(?:simplif(?:ies|y)|reduces|comes) to|gives(?: us)?|yields|get|est|ist|es|beträgt)\b"
 _VALUE = re.compile(
-    r"(?:\b(?:is|are|equals|becomes|be)\b|:|≈|=|\\approx)\s+"
+    rf"(?:{_BE}|(?<!\d):|≈|=|\\approx)\s+"
     r"(?:(?:simply|just|about|exactly|approximately|therefore|thus|then|now|equal to|also) )?(?=\S)"
     r"|(?<=[\w)])=(?=\S)"
 )
@@ -347,7 +353,16 @@ def _concluded(text: str, after: str, numbers: list[re.Match[str]]) -> str | Non
     ]
     last = re.sub(r"^\W*[(\[](?=[^()\[\]]*[.!]?[)\]]$)", "", sentences[-1]) if sentences else ""
     last = last.rstrip(".;,! ") if "[" in last or "(" in last else last.rstrip(".;,!)] ")
-    copula = re.search(r"(?:\b(?:is|are|equals|becomes|be)\b|:)\s+((?:(?!\b(?:is|are)\b)[^:])+)$", last)
+    last = re.sub(r"(?<=\d) : (?=\d)", ":", last)
+    main = re.split(r"[,(]?\s*\b(?:since|because|attained|reached)\b", last)[0].strip()
+    if main != last and (said := _stated(main)):
+        return said
+    assigned = re.search(
+        rf"(?:^|\b(?:so|thus|therefore|hence|then|is|are)\s|:\s)({_ASSIGNS})$", last, re.IGNORECASE
+    )
+    if assigned and is_mathematics(assigned[1]):
+        return assigned[1]
+    copula = re.search(rf"(?:{_BE}|:)\s+((?:(?!\b(?:is|are)\b)(?:[^:]|(?<=\d):(?=\d)))+)$", last)
     if copula and "=" in copula[1] and is_mathematics(copula[1]):
         return copula[1].strip()
     equation = re.search(r"(?:^|\s)(\S{1,20})?\s*=\s*([^=]+)$", last)
