@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from .conclusions import last_mathematics, last_words, listed
 from .grammar import UNSIGNED
 from .notation import JOINT, TEXT, ascii_powers
-from .phrases import SIGN, is_mathematics, last_mathematics, last_words, listed, phrase
+from .phrases import SIGN, is_mathematics, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
 MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
@@ -264,6 +265,9 @@ def final(text: str, words: bool | None, several: bool = False) -> str | None:
         text = text[: turn.start()]
     if words:
         return last_words(text)
+    decided = re.match(r"\W*(yes|no)\b\W+(?:because|since|as)\b[^\n]*$", text, re.IGNORECASE)
+    if decided:
+        return decided[1]
     said = last_mathematics(text)
     if (
         words is None

@@ -128,6 +128,8 @@ def _tokens(text: str) -> tuple[list[_Token], int]:
             )
         ):
             break
+        if kind == "joint" and before is not None and before.kind == "open":  # 0.25 (or 25%)
+            break
         tokens.append(_Token(kind, found.start() + len(found["space"]), found.end(), word))
         place = found.end()
     return tokens, place
