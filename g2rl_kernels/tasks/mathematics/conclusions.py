@@ -27,6 +27,13 @@ _DENIAL = re.compile(
 )
 
 
+def _denied(text: str, found: re.Match[str]) -> bool:
+    """Whether a number is denied, bounded, asked for, or a power or index."""
+    before = text[max(found.start() - 12, 0) : found.start()]
+    asked = text[found.end() : found.end() + 1] == "?"
+    return asked or bool(_DENIAL.search(before) or NEGATED.match(text, found.end()))
+
+
 _IT_IS = re.compile(
     r"^(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:(?:it|this|that|he|she|they)(?:['’]s|\s+is|\s+are)\s+)?",
     re.IGNORECASE,
