@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .grammar import COMPARED, MINUS, UNSIGNED, run
+from .grammar import COMPARED, FUNCTIONS, MINUS, UNSIGNED, run
 from .notation import JOINT, words_of
 from .units import ATTACHED, number_word, unit_at
 
@@ -12,7 +12,7 @@ ENVIRONMENT = re.compile(
     r"\$\$([^$]+)\$\$|\\\[(.{1,1000}?)\\\]|(?<![\\$])\$((?:\\[$%]|[^$\n])+?)(?<!\\)\$(?!\d)|\\\((.{1,1000}?)\\\)",
     re.DOTALL,
 )
-_SENTENCE_END = re.compile(r"\n|[.!?](?=[\s\"”*)]|$)|。")
+_SENTENCE_END = re.compile(r"\n|(?:[.?]|(?<!\b[a-z])!)(?=[\s\"”*)]|$)|。")
 # Where what follows no longer belongs to the answer
 _AFTERWARDS = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|not|and not|but|instead of|rather than|given|if|that is"
@@ -53,9 +53,8 @@ def is_mathematics(text: str) -> bool:
     """Whether a phrase as a whole is mathematics: its words are commands, variables, joints or a unit."""
     if len(text) > 200 or text.count("{") != text.count("}") or re.search(r"\(\s*(?:or|and)\b", text):
         return False
-    if re.search(r"[\d+*/^=<>|]|^[a-zA-Z]$|[a-zA-Z] - [a-zA-Z]|√|π", text) and run(text) == len(
-        text.rstrip()
-    ):
+    marks = rf"[\d+*/^=<>|√π]|^[a-zA-Z]!?$|[a-zA-Z] - [a-zA-Z]|^(?:{FUNCTIONS})\b"
+    if re.search(marks, text) and run(text) == len(text.rstrip()):
         return True
     if not re.search(r"[\d\\π√]|^[a-zA-Z]$", text):
         return False
