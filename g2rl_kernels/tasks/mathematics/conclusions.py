@@ -23,7 +23,7 @@ from .units import number_word
 
 _DENIAL = re.compile(
     r"(?:(?:\bnot|cannot|n['’]t)\s+(?:be\s+)?|[\^_]\{?|\\[lg]e\s*|\\ne\s*|[<>]=?\s*|!=\s*"
-    r"|\bat (?:least|most)\s+|\bthan\s+)$"
+    r"|\bat (?:least|most)\s+|\bthan\s+|\(\s*mod\s+)$"
 )
 
 
@@ -199,7 +199,7 @@ def _concluded(text: str, after: str, numbers: list[re.Match[str]]) -> str | Non
     tail = text.rstrip()[-3000:]
     sentences = [
         part.strip()
-        for part in re.split(r"(?<!\bvs)(?<!\d)[.!?]\s+|(?<=\d)[.!?]\s+(?=\D)|\n+", tail)
+        for part in re.split(r"(?<!\bvs)(?<!\d)[.!?]\s+|(?<=\d)[.!?]\s+(?=[^\d=+*/×)-])|\n+", tail)
         if part.strip()
     ]
     last = re.sub(r"^\W*[(\[](?=[^()\[\]]*[.!]?[)\]]$)", "", sentences[-1]) if sentences else ""

@@ -50,7 +50,7 @@ _SYMBOLS = {
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "「": '"', "」": '"', "、": ",", "\u200b": "", "\ufeff": ""},
 }
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
-_IN_PROSE = {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "⩽": "\\le ", "⩾": "\\ge "}
+_IN_PROSE = {"∈": "\\in ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "⩽": "\\le ", "⩾": "\\ge "}
 _FRACTIONS = {ord(symbol): _SYMBOLS[symbol].strip() for symbol in "½⅓⅔¼¾⅕⅛"}
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 TEXT = (

@@ -43,7 +43,15 @@ def _read(text: str, depth: int = 0) -> Form:
         named = -named if named is not None and text.startswith("-") else named
         return Form("words", words, words) if named is None else Form("number", named, str(named))
     if 1 < len(parts) <= MAX_ITEMS and not _binds(text):
-        return _listed("", parts, depth)
+        listed = _listed("", parts, depth)
+        first = listed.value[0]
+        if (
+            re.search(r"\bor\b", text)
+            and first.kind == "number"
+            and all(equal(first, f) for f in listed.value)
+        ):
+            return first  # 3/5 or 0.6
+        return listed
     inner = text[1:-1] if text[:1] in "([" and text[-1:] in ")]" else None
     brackets = text[:1] + text[-1:]
     if text.startswith("\\{") and text.endswith("\\}"):
@@ -153,7 +161,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
     name = sides[0] if notation.is_name(sides[0]) else ""
     named = bool(name) or not sides[0]
     for side in sides[named:-1]:
-        form = _read(re.sub(r"\\?\$(?=\s*[\d.])", "", side), depth + 1)
+        form = _remainder(side) or _read(re.sub(r"\\?\$(?=\s*[\d.])", "", side), depth + 1)
         if form.kind == "symbolic":  # 5 cm * 3 cm
             bare = _read(units.without(side), depth + 1)
             form = bare if bare.kind == "number" else form
@@ -171,6 +179,15 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
     name = name or last.name
     text = f"{compact(name)}={last.value}" if last.kind == "symbolic" and name else last.text
     return last._replace(name=name, text=text)
+
+
+def _remainder(text: str) -> Form | None:
+    """17 mod 5 as a number."""
+    found = re.fullmatch(r"\s*(-?\d{1,300})\s*\\?b?mod(?![a-z])\s*(\d{1,300})\s*", text)
+    if not found or not int(found[2]):
+        return None
+    value = int(found[1]) % int(found[2])
+    return Form("number", Fraction(value), str(value))
 
 
 def _rounded(sides: list[str], text: str, depth: int) -> Form:
