@@ -19,6 +19,12 @@ LEFT = {
     "The animal is a cat.": "without a known answer, a sentence in words is not taken for an answer",
     "every second one at 60%": "one sentence names five numbers, and only its meaning tells the answer",
     "The first term is 2, the second": "a text cut off within a sentence looks like one without a full stop",
+    "exactly two days": "numbers in words are read where an answer stands, not searched for in sentences",
+    "is called equilateral": "without a known answer, a sentence in words is not taken for an answer",
+    "limit does not exist": "without a known answer, a sentence in words is not taken for an answer",
+    "Total cost: $20 (": "the sum in brackets after a value looks like a factor",
+    "Final answer: 2/3π": "2/3π is read as 2/(3π)",
+    "and carry the 1": "an explanation after the answer names a number of its own",
 }
 
 
@@ -47,7 +53,7 @@ def marked(ending: Ending) -> object:
 
 def test_the_table_is_whole() -> None:
     table = endings()
-    assert len(table) >= 270
+    assert len(table) >= 570
     assert len({ending.text for ending in table}) == len(table)
     assert sum(ending.answer == "-" for ending in table) >= 6
     assert all(any(part in ending.text for ending in table) for part in LEFT)

@@ -263,6 +263,19 @@ def close(first: Fraction, second: Fraction, written: bool = True) -> bool:
     return False
 
 
+def near(exact: Fraction, rounded: Fraction) -> bool:
+    """Whether a number is a value rounded or cut off at the number's last digit, as 28.27 is 9\\pi."""
+    places = _places(rounded)
+    if places is None and rounded.denominator > 1:
+        return close(exact, rounded)
+    gap, unit = abs(exact - rounded), Fraction(1, 10 ** (places or 0))
+    if not places:
+        digits = str(abs(rounded.numerator))[-400:]
+        unit = Fraction(10 ** (len(digits) - len(digits.rstrip("0"))))
+        return gap < unit and gap <= abs(exact) / 20
+    return gap <= unit / 2 or (gap < unit and abs(rounded) < abs(exact))
+
+
 def _rounded(number: Fraction, places: int) -> Fraction:
     """Rounded half away from zero."""
     scaled = abs(number) * 10**places + Fraction(1, 2)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..turns import TURN
-from .notation import JOINT, TEXT
-from .phrases import SIGN, UNSIGNED, is_mathematics, last_mathematics, last_words, phrase
+from .conclusions import last_mathematics, last_words, listed
+from .grammar import UNSIGNED
+from .notation import JOINT, TEXT, ascii_powers
+from .phrases import SIGN, is_mathematics, phrase
 
 WINDOW = 50_000  # characters at the end of a completion that are searched
 MAX_STATEMENTS = 100  # "the answer is ..." in a text; the last ones are read
@@ -52,9 +54,9 @@ def spoken(completion: str) -> str:
         text = completion[close.end() :]
     opens = _OPENS.search(text)
     text = (text[: opens.start()] if opens else text)[-WINDOW:]
-    text = text.translate(_WIDE)
+    text = ascii_powers(text.translate(_WIDE))
     text = _CODE.sub(_without_program, text) if "```" in text else text
-    text = re.sub(r"(?m)^[ \t]*>[ \t]+", "", text)
+    text = re.sub(r"(?m)^[ \t]*>[ \t]+|[ \t][:;]-?[)(D](?=\s|$)", "", text)
     return re.sub(r"<\|(?!im_start|start_header_id)[^|<>\n]{1,40}\|>|</?s>", "\n", text)
 
 
@@ -106,15 +108,30 @@ def _boxes(text: str) -> Iterator[Found]:
             yield Found(box.start(), end, inner, "box")
 
 
-def _joined(found: Iterator[Found], text: str) -> list[Found]:
-    """Boxes with nothing but a joint between them ("and", a comma, "x =") as one list."""
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|hmm|wrong|not|no|actually|corrected|mistake|instead|so|thus|fails?)\b|→", re.I
+)
+
+
+def _together(between: str) -> bool:
+    """Whether two boxes stand in one sentence, or with nothing between them."""
+    if re.fullmatch(rf"{_DELIMITERS}[.]?{_DELIMITERS}", between):
+        return True
+    return not re.search(r"[.!?][\s$]|\n", between) and not _TAKEN_BACK.search(between)
+
+
+def _joined(found: Iterator[Found], text: str, several: bool = False) -> list[Found]:
+    """Boxes with nothing but a joint between them ("and", a comma, "x =") as one list.
+
+    several: also those of one sentence, or with nothing between them, for a known answer of several values.
+    """
     joined: list[Found] = []
     for box in found:
         before = joined[-1] if joined else None
         if (
             before
-            and len(text[before.end : box.start]) < 60
-            and _NEXT.fullmatch(text[before.end : box.start])
+            and len(between := text[before.end : box.start]) < (200 if several else 60)
+            and (_NEXT.fullmatch(between) or (several and _together(between)))
         ):
             items = before.text if box.text in before.text.split(", ") else f"{before.text}, {box.text}"
             joined[-1] = before._replace(end=box.end, text=items)
@@ -161,9 +178,13 @@ def _statements(text: str, words: bool | None) -> Iterator[Found]:
         if _VERB.search(before) or ("would" in stated[0] and _SUPPOSED.match(before)):
             continue
         rest = text[stated.end() : stated.end() + 1000]
+        items = None
         if not rest.partition("\n")[0].strip(" *_`:\"'#."):  # a heading: the answer stands below
+            items = listed(rest.partition("\n")[2].strip().partition("\n\n")[0])
+            if not items and re.match(r"\W*1[.)]\s+\S.*\n+\s*2[.)]\s", rest):  # steps
+                continue
             rest = re.sub(r"^[ \t*_`:\"'#.]*\n\s*(?:[-*•][ \t]+)?", "", rest)
-        said = phrase(rest, words)
+        said = items or phrase(rest, words)
         if said and not _PLACEHOLDER.fullmatch(said):
             end = stated.end() + max(text[stated.end() : stated.end() + 1000].find(said), 0) + len(said)
             yield Found(stated.start(), end, said, "statement")
@@ -173,12 +194,12 @@ def _statements(text: str, words: bool | None) -> Iterator[Found]:
             yield Found(line.start(), line.end(), said, "line")
 
 
-def _marks(text: str, words: bool | None) -> list[Found]:
+def _marks(text: str, words: bool | None, several: bool = False) -> list[Found]:
     """Marked answers in order, up to where the text goes on with another problem.
 
     A statement about a box or tag is that box or tag. Beside one, statements in words are no answers.
     """
-    strong = sorted([*_joined(_boxes(text), text), *_tags(text)])
+    strong = sorted([*_joined(_boxes(text), text, several), *_tags(text)])
     marks = list(strong)
     for stated in _statements(text, words):
         near = next((box for box in strong if box.end >= stated.start), None)
@@ -205,17 +226,17 @@ _INSTEAD = re.compile(
 )
 
 
-def marked(text: str, words: bool | None = False) -> str | None:
+def marked(text: str, words: bool | None = False, several: bool = False) -> str | None:
     """The last answer marked by a box, <answer>, ####, or words such as "the answer is"; None without one.
 
     What the text puts in its place ("that is wrong: it should be 5") counts instead.
     """
-    marks = _marks(text, words)
+    marks = _marks(text, words, several)
     if not marks:
         return None
     last = marks[-1]
     if last.mark == "tag":
-        return marked(last.text, words) or last.text
+        return marked(last.text, words, several) or last.text
     turn = TURN.search(text, last.end)
     tail = text[last.end : turn.start() if turn else len(text)][:2000]
     if words is not True and _REJECTED.search(tail):
@@ -226,12 +247,12 @@ def marked(text: str, words: bool | None = False) -> str | None:
     return last.text
 
 
-def final(text: str, words: bool | None) -> str | None:
+def final(text: str, words: bool | None, several: bool = False) -> str | None:
     """The final answer of a text: the last that it marks, else the last that it names; None without one.
 
     words: whether the known answer is in words; None: not known, then mathematics is preferred.
     """
-    said = marked(text, words)
+    said = marked(text, words, several)
     if said is not None:
         return said
     text = text.strip()
@@ -240,6 +261,9 @@ def final(text: str, words: bool | None) -> str | None:
         text = text[: turn.start()]
     if words:
         return last_words(text)
+    decided = re.match(r"\W*(yes|no)\b\W+(?:because|since|as)\b[^\n]*$", text, re.IGNORECASE)
+    if decided:
+        return decided[1]
     said = last_mathematics(text)
     if (
         words is None
@@ -280,21 +304,22 @@ def last_number(text: str, percent: bool = False) -> str:
     return ("-" if last["sign"] else "") + number + ("%" if percent and last["percent"] else "")
 
 
-def _boxed_list(completion: str, words: bool | None) -> str | None:
+def _boxed_list(completion: str, words: bool | None, several: bool) -> str | None:
     text = spoken(completion)
-    found = _joined(_boxes(text), text)
+    found = _joined(_boxes(text), text, several)
     return found[-1].text if found else None
 
 
-def _tagged(completion: str, words: bool | None) -> str | None:
+def _tagged(completion: str, words: bool | None, several: bool) -> str | None:
     inner = answer_tag(spoken(completion))
-    return (marked(inner, words) or inner or None) if inner else None
+    return (marked(inner, words, several) or inner or None) if inner else None
 
 
-# How MathJudge finds an answer: (completion, whether the known answer is in words) -> its text
-FINDERS: dict[str, Callable[[str, bool | None], str | None]] = {
-    "all": lambda completion, words: final(spoken(completion), words),
+# How MathJudge finds an answer: (completion, whether the known answer is in words, whether it is several
+# values in no order) -> its text
+FINDERS: dict[str, Callable[[str, bool | None, bool], str | None]] = {
+    "all": lambda completion, words, several: final(spoken(completion), words, several),
     "boxed": _boxed_list,
     "answer_tag": _tagged,
-    "last_number": lambda completion, words: last_number(spoken(completion), percent=True) or None,
+    "last_number": lambda completion, words, several: last_number(spoken(completion), percent=True) or None,
 }

@@ -49,7 +49,9 @@ _SYMBOLS = {
     **{"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"},
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "「": '"', "」": '"', "、": ",", "\u200b": "", "\ufeff": ""},
 }
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
+_IN_PROSE = {"∈": "\\in ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "⩽": "\\le ", "⩾": "\\ge "}
+_FRACTIONS = {ord(symbol): _SYMBOLS[symbol].strip() for symbol in "½⅓⅔¼¾⅕⅛"}
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 TEXT = (
     r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|[mh]box|operatorname|boldsymbol|bm|emph)\*?"
@@ -83,6 +85,8 @@ _REWRITES: list[tuple[str, Any]] = [
     (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<![\\a-zA-Z])(?:pi|Pi|PI)(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)}])\s*\*\*\s*(?=[-\d({a-zA-Z])", "^"),
+    (r"(\\(?:text|mathrm)\s*\{[^{}]*)\^\s*\{\s*([-+]?\d)\s*\}", r"\1^\2"),  # \text{cm^{2}}
+    (r"(?<=\d) out of (?=\d)", "/"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"!=", r"\\ne "),
@@ -91,8 +95,34 @@ _REWRITES_COMPILED = [(re.compile(pattern), new) for pattern, new in _REWRITES]
 _PERCENT = re.compile(
     rf"\s*(?:\\%|{TEXT}\{{\s*\\?%\s*\}}|{TEXT}\{{\s*(?:percent|per cent)\s*\}}|\bper ?cent\b|\bpct\b)"
 )
+# What is no list and no thousands: 1.234,5 and 15,00
+_DECIMAL_COMMA = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+(?=,\d+)|\d+(?=,0\d(?!\d)|,0\d{3})),(\d+)(?![\d,])"
+)
 _QUOTES = "\"'`*_"
 JOINT = r"(?:and|or|und|oder|et|ou|и|или|和|或|與|与)"
+
+
+def ascii_powers(text: str) -> str:
+    """Unicode powers, indices, relations, fractions in LaTeX: x² as x^2, x₁ as x_1, ½ as 1/2, ≤ as \\le."""
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+(?=(\\d?))", lambda m: _group("^", m[0].translate(_SUPERSCRIPTS), m[1]), text
+    )
+    text = re.sub("[₀-₉]+(?=(\\d?))", lambda m: _group("_", m[0].translate(_SUBSCRIPTS), m[1]), text)
+    for symbol, latex in _IN_PROSE.items():
+        if symbol in text:
+            text = text.replace(symbol, latex)
+    text = re.sub("[½⅓⅔¼¾⅕⅛](?=[a-zA-Z(√π])", lambda m: _fraction(_SYMBOLS[m[0]].strip()), text)
+    return re.sub("(?<=\\d)[½⅓⅔¼¾⅕⅛]", lambda m: _SYMBOLS[m[0]], text).translate(_FRACTIONS)
+
+
+def _fraction(quotient: str) -> str:
+    top, _, bottom = quotient.partition("/")
+    return f"\\frac{{{top}}}{{{bottom}}}"
+
+
+def _group(mark: str, inner: str, following: str) -> str:
+    return f"{mark}{inner}" if len(inner) == 1 and inner.isalnum() and not following else f"{mark}{{{inner}}}"
 
 
 def clean(text: str) -> str:
@@ -105,9 +135,9 @@ def clean(text: str) -> str:
     for symbol, ascii_text in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, ascii_text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub("[₀-₉]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    text = ascii_powers(text)
     text = unicodedata.normalize("NFKC", text)
+    text = _DECIMAL_COMMA.sub(lambda m: m[1].replace(".", "") + "." + m[2], text)
     for pattern, new in _REWRITES_COMPILED:
         text = pattern.sub(new, text)
     text = _PERCENT.sub("%", text)
@@ -209,6 +239,31 @@ def items_of(text: str) -> list[str]:
 def without_thousands(text: str) -> str:
     """1,024 as 1024; a list such as 1,2 unchanged."""
     return _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+
+
+def only_thousands(text: str) -> bool:
+    """Whether a text has commas, and all of them part thousands, as in 1,000 + 234 = 1,234."""
+    return "," in text and "," not in without_thousands(text)
+
+
+def decimal_comma(text: str) -> str:
+    """3,75 as 3.75, where the answer is one number; 1,024, 3, 75 and (3,75) unchanged."""
+    found = re.fullmatch(r"([^\d,()\[\]{}]*)(\d+),(\d+)([^\d,()\[\]]*)", text)
+    if not found or (len(found[3]) == 3 and len(found[2]) <= 3 and not found[2].startswith("0")):
+        return text
+    return f"{found[1]}{found[2]}.{found[3]}{found[4]}"
+
+
+_UNFINISHED = re.compile(
+    r"(?:[-+*/^_=<>≤≥×÷·(\[]|\\(?:cdot|times|div|le|leq|ge|geq|ne|neq|approx|pm|in|frac|sqrt))\s*$"
+)
+
+
+def complete(text: str) -> bool:
+    """Whether brackets have partners and no operator waits for what follows."""
+    text = strip(text)
+    turned = re.fullmatch(r"[\]\[(].*[\[\])]", text, re.DOTALL)  # ]0, 1[
+    return (not _UNFINISHED.search(text) or bool(turned)) and bool(split_top(text, r"(?!)") or turned)
 
 
 _NAME_PARTS = re.compile(

@@ -29,8 +29,8 @@ time 86400 day days
 time 604800 week weeks
 month 1 month months
 year 1 year years yr yrs
-volume 1 L l liter liters litre litres
-volume 1/1000 mL ml milliliter milliliters millilitre millilitres
+length^3 1/1000 L l liter liters litre litres
+length^3 1/1000000 mL ml milliliter milliliters millilitre millilitres
 money 1 dollar dollars usd bucks
 money 1/100 cent cents ¢
 euro 1 euro euros eur €
@@ -41,9 +41,9 @@ angle 1 degree degrees deg
 radian 1 radian radians rad
 celsius 1 celsius
 fahrenheit 1 fahrenheit
-speed 1 m/s mps
-speed 5/18 km/h kmh kph
-speed 1397/3125 mph
+length*time^-1 1 mps
+length*time^-1 5/18 kmh kph
+length*time^-1 1397/3125 mph
 forenoon 1 am a.m
 afternoon 1 pm p.m
 newton 1 N newton newtons
@@ -62,8 +62,8 @@ _UNITS = {
     for name in line.split()[2:]
 }
 # Units that may follow a number without a space; shorter ones could be products of variables
-_ATTACHED = {"cm", "mm", "km", "kg", "ft", "lb", "lbs", "oz", "min", "mins", "hr", "hrs", "am", "pm", "mph"}
-_ATTACHED |= {name for name in _UNITS if len(name) > 4}
+ATTACHED = {"cm", "mm", "km", "kg", "ft", "lb", "lbs", "oz", "min", "mins", "hr", "hrs", "am", "pm", "mph"}
+ATTACHED |= {name for name in _UNITS if len(name) > 4}
 _MULTIPLES = {"dozen": 12, "hundred": 100}
 _MULTIPLES |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
@@ -74,11 +74,25 @@ _NUMBER_WORDS |= {word: number for number, word in zip(range(30, 110, 10), _TENS
 _CURRENCY = re.compile(r"^(-?)\s*(?:US|USD|AU|CA|HK|NZ)?\s*(\\?\$|€|£|¥|₹|Rs\.?)\s*(?=[-\d.(\\])")
 _WORD = r"[a-zA-Z][a-zA-Z.'/]*"
 _UPRIGHT = r"\\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*?"
+_POWER = r"\s*\^\s*\{?\s*[-+]?\d\s*\}?"
+_PLACE = r"(?:(?<=[\d)}%\]])|(?<=\s)|(?<=\\pi))\s*"
 _LABEL = re.compile(
-    rf"(?:(?<=[\d)}}%\]])|(?<=\s))\s*(?P<label>(?:{_UPRIGHT}\{{(?P<text>[^{{}}]*)\}}"
+    rf"{_PLACE}(?P<label>(?:{_UPRIGHT}\{{(?P<text>[^{{}}]*)\}}"
     rf"|\^\\circ\s*(?:{TEXT}\{{[CF]\}}|[CF](?![a-z]))?|(?P<bare>{_WORD}(?:[\s-]+{_WORD}){{0,3}})"
-    r"|(?P<sign>€|£|¥|₹|¢|\\?\$))(?P<power>\s*\^\s*\{?\s*[-+]?\d\s*\}?)?)\s*\.?$"
+    rf"|(?P<sign>€|£|¥|₹|¢|\\?\$))(?P<power>{_POWER})?)\s*\.?$"
 )
+_PART = rf"(?:{_UPRIGHT}\{{[^{{}}]*\}}|[a-zA-Z]+)(?:{_POWER})?"
+_BY = r"\s*(?:/|·|\*|\\cdot|\bper\b)\s*"
+_COMPOUND = re.compile(
+    rf"{_PLACE}(?:\\frac\s*\{{\s*(?P<top>{_PART})\s*\}}\s*\{{\s*(?P<bottom>{_PART})\s*\}}"
+    rf"|(?P<parts>{_PART}(?:{_BY}{_PART}){{1,3}}))\s*\.?$"
+)
+_SQUARE = r"(?:square|sq\.?|cubic|cu\.?)\s+"
+_SPOKEN = re.compile(
+    rf"\s*(?:{_SQUARE})?(?P<name>[ap]\.m\b\.?|[a-zA-Z]+(?![^\W\d_]))(?P<power>\s?\^\s?\{{?[-−+]?\d\}}?)?"
+)
+_SPOKEN_BY = re.compile(rf"(?P<over>\s*/\s*|\s+per\s+)|{_BY}")
+_WORDS_TOO = {"in", "am"}  # units that are words as well, as are single letters
 
 
 def is_unit(name: str) -> bool:
@@ -86,21 +100,80 @@ def is_unit(name: str) -> bool:
     return name in _UNITS or name.lower() in _UNITS
 
 
+def unit_at(text: str, place: int) -> tuple[str, int] | None:
+    """The unit of a quantity that ends at a place in prose, and where it ends: cm, km/h, square metres.
+
+    None without one, and where "/", "per" or a power follows that cannot be read. What is a word or a
+    variable as well ("in", "m") is a unit only before punctuation, an operator or the end.
+    """
+    found = _SPOKEN.match(text, place)
+    if not found or not is_unit(found["name"].rstrip(".")):
+        return None
+    attached = found.start("name") == place and not text[place - 1 : place].isspace()
+    end, parts = found.end(), 1
+    while by := _SPOKEN_BY.match(text, end):
+        following = _SPOKEN.match(text, by.end())
+        if following and is_unit(following["name"].rstrip(".")):
+            end, parts = following.end(), parts + 1
+        elif by["over"] and re.match(r"[^\W\d_]", text[by.end() : by.end() + 1]):
+            return None
+        else:
+            break
+    name, rest = found["name"], text[end:].lstrip(" ")
+    if rest.startswith("^") or (attached and name not in ATTACHED and not (parts > 1 and name == "m")):
+        return None
+    spare = (len(name) == 1 or name.lower() in _WORDS_TOO) and parts == 1 and not found["power"]
+    if (
+        spare
+        and rest
+        and not re.match(r"[.,;:!?)\]*=<>+×·/−|\\\n-]|(?:long|wide|high|tall|deep|thick|across)\b", rest)
+    ):
+        return None
+    return text[place:end].strip(), end
+
+
+def without(text: str) -> str:
+    """A text without the units beside its numbers: 5 cm * 3 cm as 5 * 3."""
+    text = re.sub(rf"\s*{_UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?", " ", text)
+    pieces, place = [], 0
+    for number in re.finditer(r"\d(?![\d.])", text):
+        unit = unit_at(text, number.end()) if number.end() >= place else None
+        if unit:
+            pieces.append(text[place : number.end()])
+            place = unit[1]
+    return "".join(pieces) + text[place:]
+
+
 def unit_of(label: str) -> tuple[str, Fraction]:
     """The (dimension, factor) of a unit's name; an unknown name is a dimension of its own."""
-    label = re.sub(r"\s+", " ", label.strip(" .-"))
-    worded = re.match(r"(square|sq\.?|cubic|cu\.?) (.*)", label)
-    raised = re.match(r"(.*?)\s*\^\s*\{?\s*(\d)\s*\}?$", label)
+    powers: dict[str, int] = {}
+    factor = Fraction(1)
+    parts = re.split(r"\s*(/|·|\*|\bper\b)\s*", re.sub(r"\s+", " ", label.strip(" .-")))
+    for place in range(0, len(parts), 2):
+        sign = -1 if place and parts[place - 1] in ("/", "per") else 1
+        dimensions, size = _simple(parts[place])
+        factor *= size**sign
+        for name, power in dimensions.items():
+            powers[name] = powers.get(name, 0) + sign * power
+    texts = [name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power]
+    return "*".join(texts), factor
+
+
+def _simple(label: str) -> tuple[dict[str, int], Fraction]:
+    """The powers of dimensions of one factor of a unit, and its size."""
+    worded = re.match(rf"({_SQUARE})(.*)", label)
+    raised = re.match(r"(.*?)\s*\^\s*\{?\s*([-+]?\d)\s*\}?$", label)
     if worded or raised:
         name = worded[2] if worded else raised[1]  # type: ignore[index]
         exponent = (2 if worded[1].startswith("sq") else 3) if worded else int(raised[2])  # type: ignore[index]
-        dimension, factor = unit_of(name)
-        return f"{dimension}^{exponent}", factor**exponent
+        dimensions, factor = _simple(name)
+        return {dimension: power * exponent for dimension, power in dimensions.items()}, factor**exponent
     known = _UNITS.get(label) or _UNITS.get(label.lower())
     if known:
-        return known
+        named = (part.partition("^") for part in known[0].split("*"))
+        return {name: int(power or 1) for name, _, power in named}, known[1]
     label = label.lower()
-    return (label[:-1] if label.endswith("s") and len(label) > 3 else label), Fraction(1)
+    return {label[:-1] if label.endswith("s") and len(label) > 3 else label: 1}, Fraction(1)
 
 
 def same_noun(first: str, second: str) -> bool:
@@ -121,13 +194,16 @@ def split_label(text: str) -> tuple[str, str, Fraction]:
     if money:
         rest, label, multiple = split_label(money[1] + text[money.end() :])
         return rest, label or _sign(money[2]), multiple
+    compound = _compound(text)
+    if compound:
+        return compound
     found = _LABEL.search(text)
     if not found or not found.start():
         return alone
     before, bare = text[: found.start()].strip(), (found["bare"] or "").strip()
     if bare:
         spaced = text[found.start()].isspace()
-        if not re.search(r"[\d)}\]%]$", before) or not (spaced or bare in _ATTACHED):
+        if not re.search(r"(?:[\d)}\]%]|\\pi)$", before) or not (spaced or bare in ATTACHED):
             return alone
         rest = re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "", before)
         if "\\" in rest if len(bare) == 1 else not (is_unit(bare) or words_of(bare)):
@@ -143,24 +219,49 @@ def split_label(text: str) -> tuple[str, str, Fraction]:
     words = words[1:] if words[:1] == ["of"] else words
     if words and words[-1].lower() in ("unit", "units"):  # square units: of any kind
         return before, "", multiple
-    return before, " ".join(words) + (found["power"] or "").replace(" ", ""), multiple
+    return before, " ".join(words) + re.sub(r"[\s{}+]", "", found["power"] or ""), multiple
+
+
+def _compound(text: str) -> tuple[str, str, Fraction] | None:
+    """The quantity and the unit of km/h, \\frac{\\text{km}}{\\text{h}}; None unless all parts are units."""
+    start = max(len(text) - 120, 0)
+    found = _COMPOUND.search(text, start)
+    if not found or not found.start() or not re.search(r"(?:[\d)}\]%]|\\pi)$", text[: found.start()].strip()):
+        return None
+    label = f"{found['top']}/{found['bottom']}" if found["top"] else found["parts"]
+    label = re.sub(rf"{_UPRIGHT}\{{\s*([^{{}}]*?)\s*\}}", r"\1", label)
+    label = re.sub(r"\s*(?:\\cdot|\*|·)\s*", "*", re.sub(r"\s*(?:/|\bper\b)\s*", "/", label))
+    label = re.sub(r"[\s{}+]", "", label)
+    names = [re.sub(r"\^-?\d$", "", name) for name in re.split("[/*]", label)]
+    attached = re.match(r"[a-zA-Z]", text[found.start() :]) and names[0] not in (ATTACHED | {"m"})
+    if attached or not all(map(is_unit, names)):
+        return None
+    return text[: found.start()].strip(), label, Fraction(1)
 
 
 def _sign(sign: str) -> str:
     return "dollar" if sign.endswith("$") else sign.lower().rstrip(".")
 
 
-def number_word(words: str) -> int | None:
-    """The number that words such as "five" and "minus twenty one" name; None for others."""
+_PARTS = "half halve third quarter fourth fifth sixth seventh eighth ninth tenth"
+_PART_SIZES = dict(zip(_PARTS.split(), (2, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10)))
+
+
+def number_word(words: str) -> Fraction | None:
+    """The number that words such as "five", "minus twenty one", "two thirds" name; None for others."""
     minus = re.match(r"(?:minus|negative) (.*)", words)
     if minus:
         positive = number_word(minus[1])
         return None if positive is None else -positive
     if words in _NUMBER_WORDS:
-        return _NUMBER_WORDS[words]
-    tens, _, ones = words.partition(" ")
-    if tens in ("a", "one") and ones == "hundred":
-        return 100
-    if tens.endswith("ty") and tens in _NUMBER_WORDS and 0 < _NUMBER_WORDS.get(ones, 0) < 10:
-        return _NUMBER_WORDS[tens] + _NUMBER_WORDS[ones]
+        return Fraction(_NUMBER_WORDS[words])
+    first, _, second = words.partition(" ")
+    if first in ("a", "one") and second == "hundred":
+        return Fraction(100)
+    if first.endswith("ty") and first in _NUMBER_WORDS and 0 < _NUMBER_WORDS.get(second, 0) < 10:
+        return Fraction(_NUMBER_WORDS[first] + _NUMBER_WORDS[second])
+    size = _PART_SIZES.get(second if first in ("a", "one") else second.removesuffix("s"))
+    count = 1 if first in ("a", "one") else _NUMBER_WORDS.get(first, 0)
+    if size and 0 < count < 20 and (count == 1 or second.endswith("s")):
+        return Fraction(count, size)
     return None
