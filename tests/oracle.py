@@ -109,6 +109,22 @@ class Case:
         return Case(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
+def products_repeat(m: int, k: int, n: int) -> bool:
+    """Whether torch's own product [m, k] x [k, n] has the same bits with one, two and three threads.
+
+    The backend `reference` is made of such products; on CPUs with AMX some depend on the number of threads.
+    """
+    a, b, threads = torch.randn(m, k), torch.randn(k, n), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(a @ b)
+    finally:
+        torch.set_num_threads(threads)
+    return all(map(found[0].equal, found))
+
+
 def make_case(
     lengths: list[int], V: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
 ) -> Case:

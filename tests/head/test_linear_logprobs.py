@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from examples import given
-from oracle import CPU_BACKENDS, Case, Sizes, environment, logits, make_case
+from oracle import CPU_BACKENDS, Case, Sizes, environment, logits, make_case, products_repeat
 from strategies import DTYPES, LAYOUTS, cases, restride
 
 import g2rl_kernels as g2
@@ -298,9 +298,12 @@ def test_threads_and_runs_change_no_bit(backend, dtype):
             results.append(ours(case, grads, backend))
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    for name, value in results[1].items():
+        assert torch.equal(value, results[2][name]), name
+    if backend[0] == "reference" and not all(products_repeat(1100, k, 70) for k in (3001, 1024, 512)):
+        pytest.skip("torch's own products depend on the number of threads on this CPU")
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 @backends
