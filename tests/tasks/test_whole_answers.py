@@ -217,3 +217,18 @@ def test_false_equations_are_votes_of_their_own() -> None:
     assert not judge.same("17+26=42", "17+26=38")
     assert not judge.same("17+26=42", "42")
     assert judge.same("17+26=42", "17 + 26 = 42")
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("So the solutions are **x = 2** and **x = 3**.", r"\{2, 3\}", "3"),
+        ("They are **1**, **2** and **5**.", "1, 2, 5", "5"),
+        ("It is **3** or **4**.", "3, 4", "4"),
+        ("See **Step 1** and **Step 2**. The result is **7**.", "7", "2"),
+        ("The **first term** and the **last term** give **12**.", "12", "1"),
+    ],
+)
+def test_values_in_bold_side_by_side_are_one_answer(text: str, right: str, wrong: str) -> None:
+    assert MathJudge().score(text, right) == 1
+    assert MathJudge().score(text, wrong) == 0

@@ -85,6 +85,15 @@ def listed(text: str) -> str | None:
     return ", ".join(items) if len(items) > 1 else None
 
 
+_BOLD_LIST = re.compile(r"\*\*[^*\n]{1,60}\*\*(?:(?:\s*,?\s*(?:or|and)\s+|\s*,\s*)\*\*[^*\n]{1,60}\*\*){1,9}")
+
+
+def _joined(bold: re.Match[str]) -> str:
+    """**x = 2** and **x = 3** as one part in bold, if each is mathematics."""
+    parts = re.findall(r"\*\*([^*]+)\*\*", bold[0])
+    return "**" + bold[0].replace("**", "") + "**" if all(map(is_mathematics, parts)) else bold[0]
+
+
 def last_mathematics(text: str) -> str | None:
     """The last mathematics of a text: in bold or in delimiters, the right side of an equation, or a number.
 
@@ -115,7 +124,7 @@ def last_mathematics(text: str) -> str | None:
         return copula[1]
     for line in reversed(text.split("\n")):
         place -= len(line) + 1
-        line = re.sub(r"\*\*(\s*,?\s*or\s+)\*\*", r"\1", line)  # **3** or **4**
+        line = _BOLD_LIST.sub(_joined, line)
         bold = [part for part in re.findall(r"\*\*([^*]+)\*\*", line) if not part.rstrip().endswith(":")]
         said = next((s for s in (phrase(part, False) for part in reversed(bold)) if s), "")
         if said:
