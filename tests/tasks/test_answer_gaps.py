@@ -24,7 +24,7 @@ from g2rl_kernels.tasks.mathematics import MathJudge
 def test_answers_that_took_minutes_or_raised(answer: str, gold: str) -> None:
     started = time.process_time()
     assert MathJudge().score(rf"\boxed{{{answer}}}", gold) == 0
-    assert time.process_time() - started < 3  # with sympy's import
+    assert time.process_time() - started < 10  # with sympy's import
 
 
 @pytest.mark.parametrize(

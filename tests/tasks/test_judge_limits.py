@@ -66,7 +66,7 @@ def test_numbers_that_explode_are_wrong_at_once(text: str) -> None:
             for other in ("7", r"2\pi", "x+1", "(1,2)"):
                 assert not judge.same(answer, other)
                 assert not judge.same(other, answer)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10  # exponential time would take minutes
 
 
 @pytest.mark.parametrize("extract", ["all", "boxed", "answer_tag", "last_number"])
@@ -102,7 +102,7 @@ def test_long_completions_take_no_time(text: str, extract: str) -> None:
     start = time.process_time()
     MathJudge(extract).score(text, "-12345")
     MathJudge(extract).score(text, "yes or so")
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10  # exponential time would take minutes
 
 
 def test_the_judge_is_picklable_and_equal() -> None:

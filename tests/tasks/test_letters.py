@@ -306,7 +306,7 @@ def test_hostile_texts_take_no_time(unit: str) -> None:
     for end in ("", "\nB"):
         start = time.process_time()
         choice_letter(text + end, 4, CITIES)
-        assert time.process_time() - start < 1.0
+        assert time.process_time() - start < 5  # quadratic time would take minutes
 
 
 # --- TRL's reward function --------------------------------------------------------------------------------
