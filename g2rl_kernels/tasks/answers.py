@@ -76,16 +76,13 @@ class AnswerTask:
         """1 for a right completion, 0 for a wrong one or one that the judge could not verify."""
         if self.function is not None:
             return self.function(self.extract(completion), item)
-        return self._verdict(completion, item).score
+        return verify([(self, item, completion)], answers=False)[0].score
 
     def answer(self, completion: str, item: Item) -> str | None:
         """The final answer, the same text for equal numbers; with a function, the extracted text."""
         if self.function is not None:
             return self.extract(completion)
-        return self._verdict(completion, item).answer
-
-    def _verdict(self, completion: str, item: Item) -> Verdict:
-        return verify([(self, item, completion)])[0]
+        return verify([(self, item, completion)])[0].answer
 
 
 class KnownAnswers:
@@ -99,12 +96,7 @@ class KnownAnswers:
 
 
 def verdicts(completions: Sequence[str], known: Sequence[Any], extract: str = "all") -> list[Verdict]:
-    """`MathJudge`'s verdicts on completions, from worker processes; without a score where `known` is None."""
+    """`MathJudge`'s verdicts on completions, without answers; the score is 0 where `known` is None."""
     task: Any = KnownAnswers(extract)
     asked = [(task, {"answer": answer}, text) for text, answer in zip(completions, known, strict=True)]
-    return verify(asked)
-
-
-def math_answer(completion: str) -> str | None:
-    """The final answer of a completion as `MathJudge` reads it, one text for 0.5 and 1/2; None without."""
-    return verdicts([completion], [None])[0].answer
+    return verify(asked, answers=False)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from g2rl_kernels.errors import ConfigError
-from g2rl_kernels.tasks.answers import AnswerTask, math_answer
+from g2rl_kernels.tasks.answers import AnswerTask
 from g2rl_kernels.tasks.base import final_answer
 from g2rl_kernels.tasks.mathematics.judge import MathJudge, known_text, read
+from g2rl_kernels.tasks.verify import answers_of
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install 'g2rl-kernels[train]'")
 
@@ -166,7 +167,7 @@ def test_one_answer_in_several_forms_is_one_vote() -> None:
     forms = [r"\boxed{10^{-3}}", r"\boxed{x = 0.001}", r"\boxed{0.1\%}", r"\boxed{\frac{1}{1000}}", "0.001"]
     assert {judge.answer(form, None) for form in forms} == {"1/1000"}
     assert judge.answer(r"\boxed{0.01}", None) == "1/100"
-    assert math_answer(r"so \boxed{0.5}") == math_answer(r"\boxed{\frac{1}{2}}") == "1/2"
+    assert answers_of(MathJudge(), [r"so \boxed{0.5}", r"\boxed{\frac{1}{2}}"]) == ["1/2", "1/2"]
     for first, second in ((r"2\sqrt{3}", r"\sqrt{12}"), ("(x+1)^2", "x^2+2x+1"), ("1, 2", r"\{2, 1\}")):
         assert judge.same(first, second)
         assert judge.same(second, first)
