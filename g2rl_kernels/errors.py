@@ -72,6 +72,12 @@ def one_line(error: BaseException, limit: int = 240) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def short(value: object, limit: int = 200) -> str:
+    """The value as Python writes it, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """True for torch's out-of-memory errors, on GPUs and CPUs."""
     said = str(error).lower()

@@ -7,7 +7,7 @@ import math
 import sys
 from typing import Any, TypedDict, cast
 
-from ..errors import TrainerError
+from ..errors import TrainerError, short
 
 
 class Asked(TypedDict):
@@ -89,12 +89,6 @@ def without_texts(row: Sample) -> Sample:
 def is_right(row: Sample, gate: float) -> bool:
     """Whether the sample's score reaches `gate`; False for one that is not verified."""
     return row["score"] is not None and row["score"] >= gate
-
-
-def short(value: Any) -> str:
-    """The value as Python writes it, cut to 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _fits(key: str, value: Any) -> bool:

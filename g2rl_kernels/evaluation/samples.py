@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import flush, write_whole
-from ..errors import ConfigError, TrainerError
+from ..errors import ConfigError, TrainerError, short
 from ..models.loading import load_config, load_tokenizer
 from ..tasks import verify as verification
 from ..tasks.base import Item, Task, digest, item_of, question_text
@@ -28,7 +28,7 @@ from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import render
 from .engines import Decoding, Engine, Response, check_prompts, load_engine
-from .rows import Sample, is_right, read_line, short, without_texts, write_line
+from .rows import Sample, is_right, read_line, without_texts, write_line
 
 # Keys of the trainer's configuration that change what a model answers; the others are ignored here.
 SAMPLING_KEYS = (

@@ -32,8 +32,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 import g2rl_kernels as g2
 
 from .._clock import clock
-from ..errors import RewardError
-from ..evaluation.rows import short
+from ..errors import RewardError, short
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
 from ..group.options import SCORE_GATE, ShapingOptions

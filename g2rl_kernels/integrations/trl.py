@@ -60,8 +60,7 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 import g2rl_kernels as g2
 
 from .._clock import clock
-from ..errors import one_line
-from ..evaluation.rows import short
+from ..errors import one_line, short
 from ..group.evol import compared_text
 from ..group.options import ShapingOptions
 from ..group.shaping import check_gap, response_keys, shape_scores
@@ -365,7 +364,8 @@ class G2RLTrainer(GRPOTrainer):
             return {}
         args, device = self.args, self.accelerator.device
         if self._answer is None:
-            judge, mine = MathJudge(), answers_of(MathJudge(), texts)
+            judge = MathJudge()
+            mine = answers_of(judge, texts)
         else:
             judge, mine = None, [(self._answer(text) or "").strip() or None for text in texts]
         answers: list[str | None] = gather_object(mine)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import ConfigError, RewardError, one_line
+from ..errors import ConfigError, RewardError, one_line, short
 
 Item = dict[str, Any]  # "question" (a `Question`), and whatever the task's score needs
 Question = str | list[dict[str, Any]]  # a text, or messages with "role" and "content"
@@ -148,8 +148,7 @@ def is_text(value: Any) -> bool:
 
 def brief(value: Any) -> str:
     """A value as Python writes it, cut to 80 characters, with its type if that does not show."""
-    text = repr(value)
-    text = text if len(text) <= 80 else text[:79] + "…"
+    text = short(value, 80)
     plain = value is None or isinstance(value, (str, bool, int, float, list, dict))
     return text if plain else f"{text} (a {type(value).__name__})"
 

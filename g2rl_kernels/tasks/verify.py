@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import TrainerError, one_line
 from .base import Item, Judge, Task, Verdict, final_answer, score_completion
 from .pool import Limits, Packed, Reply, Worker, pool
 
@@ -149,7 +148,7 @@ def _show(asked: Sequence[tuple[Task, Item, str]], verdicts: Sequence[Verdict | 
         _shown.add(kind)
         warnings.warn(
             f"{kind}: the verifier failed on {len(failed)} of {len(asked)} completions, which score 0 and "
-            f"count as verify_failures; the first: {one_line(TrainerError(verdict.failure), 200)}, on the "
+            f"count as verify_failures; the first: {' '.join(str(verdict.failure).split())[:200]}, on the "
             f"completion {completion[:200]!r}",
             stacklevel=3,
         )
