@@ -132,7 +132,7 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
             log-probabilities differ from those that the configuration implies.
     """
     name = type(model).__name__
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps PEFT
+    inner = base_model(model)
     output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     backbone = backbone_of(inner)
     if output is None or backbone is None:
@@ -162,6 +162,11 @@ def backbone_of(model: Any) -> Any:
     if backbone is model:  # Llama 4 and Mllama: their prefix names a module of the class with images
         backbone = getattr(model, "model", None)
     return backbone if isinstance(backbone, nn.Module) else None
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model within PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import g2rl_kernels as g2
 
 from ..errors import TrainerError, one_line, out_of_memory
-from ..models.lm_head import LMHead, evaluation_mode, response_hidden
+from ..models.lm_head import LMHead, base_model, evaluation_mode, response_hidden
 from .sampling import Rollout, autocast
 
 PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long
@@ -141,11 +141,6 @@ def _learned_prompt(model: Any) -> str | None:
     if not getattr(active, "is_prompt_learning", False):
         return None
     return str(getattr(active.peft_type, "value", active.peft_type))
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model within PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def make_probe(model: Any, pad_token_id: int) -> Rollout:
