@@ -54,7 +54,10 @@ def untested(package: str, version: str | None = None) -> str | None:
 
 
 def warn_untested(package: str, version: str | None = None, stacklevel: int = 2) -> None:
-    """Warns of a version outside `TESTED`; Python shows the same warning once a process."""
+    """Warns of a version outside `TESTED`; Python shows the same warning once a process.
+
+    stacklevel: as in warnings.warn; 1 is the caller, 2 the caller's caller.
+    """
     said = untested(package, version)
     if said:
         warnings.warn(said, UntestedVersionWarning, stacklevel=stacklevel + 1)

@@ -6,21 +6,23 @@ import pytest
 
 from g2rl_kernels import versions
 
+SPAN = "than g2rl-kernels is tested with (2.11 to 2.15)"
+
 
 @pytest.mark.parametrize(
-    ("package", "version", "said"),
+    ("version", "said"),
     [
-        ("torch", "2.11.0+cu130", None),
-        ("torch", "2.13.0", None),
-        ("torch", "2.15.1.dev20261001", None),
-        ("torch", "2.16.0a0+git123", "torch 2.16.0a0+git123 is newer than g2rl-kernels is tested with (2.11 to 2.15)"),
-        ("torch", "3.0.0", "torch 3.0.0 is newer than g2rl-kernels is tested with (2.11 to 2.15)"),
-        ("torch", "2.9.1", "torch 2.9.1 is older than g2rl-kernels is tested with (2.11 to 2.15)"),
+        ("2.11.0+cu130", None),
+        ("2.13.0", None),
+        ("2.15.1.dev20261001", None),
+        ("2.16.0a0+git123", f"torch 2.16.0a0+git123 is newer {SPAN}"),
+        ("3.0.0", f"torch 3.0.0 is newer {SPAN}"),
+        ("2.9.1", f"torch 2.9.1 is older {SPAN}"),
     ],
-)  # fmt: skip
-def test_versions_outside_the_tested_ones_are_named(monkeypatch, package, version, said):
+)
+def test_versions_outside_the_tested_ones_are_named(monkeypatch, version, said):
     monkeypatch.setitem(versions.TESTED, "torch", ("2.11", "2.15"))
-    assert versions.untested(package, version) == said
+    assert versions.untested("torch", version) == said
 
 
 def test_a_single_tested_version_is_not_a_span(monkeypatch):
@@ -40,7 +42,7 @@ def test_a_warning_is_given_once_for_a_caller(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            versions.warn_untested("torch", "9.0.0")
-        versions.warn_untested("torch", "2.13.0")
+            versions.warn_untested("torch", "9.0.0", stacklevel=1)
+        versions.warn_untested("torch", "2.13.0", stacklevel=1)
     assert [w.category for w in caught] == [versions.UntestedVersionWarning]
     assert caught[0].filename == __file__
