@@ -17,6 +17,16 @@
 #include <string>
 #include <tuple>
 
+// The operators' namespace in torch.ops. A build for the Hugging Face Hub has one of its own, since several may be
+// loaded in one process. torch's macros paste their argument, so it is expanded first.
+#ifndef G2RL_OPS
+#define G2RL_OPS g2rl
+#endif
+#define G2RL_EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define G2RL_LIBRARY(m) G2RL_EXPANDED(STABLE_TORCH_LIBRARY, G2RL_OPS, m)
+#define G2RL_LIBRARY_FRAGMENT(m) G2RL_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, G2RL_OPS, m)
+#define G2RL_LIBRARY_IMPL(key, m) G2RL_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, G2RL_OPS, key, m)
+
 namespace g2rl::ops {
 
 using torch::headeronly::ScalarType;

@@ -105,20 +105,20 @@ Outputs group_geometry_cuda(const Tensor& features, const Tensor& rewards, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(g2rl, m) {
+G2RL_LIBRARY_FRAGMENT(m) {
   m.def("group_geometry(Tensor features, Tensor rewards, Tensor members, float lam, float clip, int shaping, "
         "int exploration_score, int scale, bool skip_uniform, float eps) "
         "-> (Tensor similarity, Tensor exploration_scores, Tensor shaped_rewards, Tensor advantages)");
   m.def("group_members(Tensor ids) -> Tensor members");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(g2rl, CPU, m) {
+G2RL_LIBRARY_IMPL(CPU, m) {
   m.impl("group_geometry", TORCH_BOX(&Flat<&group_geometry>::call));
   m.impl("group_members", TORCH_BOX(&group_members));
 }
 
 #ifdef WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(g2rl, CUDA, m) { m.impl("group_geometry", TORCH_BOX(&Flat<&group_geometry_cuda>::call)); }
+G2RL_LIBRARY_IMPL(CUDA, m) { m.impl("group_geometry", TORCH_BOX(&Flat<&group_geometry_cuda>::call)); }
 #endif
 
 }  // namespace g2rl::ops

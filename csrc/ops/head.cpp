@@ -183,7 +183,7 @@ void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(g2rl, m) {
+G2RL_LIBRARY_FRAGMENT(m) {
   m.def("head_features(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
         "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
@@ -195,7 +195,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(g2rl, m) {
         "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(g2rl, CPU, m) {
+G2RL_LIBRARY_IMPL(CPU, m) {
   m.impl("head_features", TORCH_BOX(&Flat<&head_features>::call));
   m.impl("head_statistics", TORCH_BOX(&Flat<&head_statistics>::call));
   m.impl("head_features_of_part", TORCH_BOX(&Flat<&head_features_of_part>::call));

@@ -1,13 +1,10 @@
 // The Python module _C: instruction sets and how it was built. Its import registers the operators (head.cpp, group.cpp).
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
 
 #include <string>
 
 #include "../cpu/isa.h"
-
-// The namespace of the operators, once a process; head.cpp and group.cpp add theirs as fragments.
-STABLE_TORCH_LIBRARY(g2rl, m) { (void)m; }
 
 namespace {
 

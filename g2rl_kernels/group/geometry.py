@@ -8,16 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import GROUP_DEVICES, HAS_CPU, ops, qualified
 from ..arguments import HAS_TRITON, check_shape, check_tensor, sizes
 from . import reference
 from .options import ShapingOptions
-
-# Devices that the compiled operator was built for.
-COMPILED_FOR = tuple(
-    device
-    for device in ("cpu", "cuda")
-    if torch._C._dispatch_has_kernel_for_dispatch_key("g2rl::group_geometry", device.upper())
-)
 
 
 class GroupGeometry(NamedTuple):
@@ -146,8 +140,8 @@ def _members(features: Tensor, group_size: int | None, group_ids: Tensor | None)
     if group_size is not None:
         return torch.arange(len(features), device=features.device).view(-1, group_size)
     assert group_ids is not None
-    if features.device.type == "cpu":
-        return torch.ops.g2rl.group_members(group_ids.contiguous())
+    if HAS_CPU and features.device.type == "cpu":
+        return ops.group_members(group_ids.contiguous())
     return reference.group_members(group_ids)
 
 
@@ -157,7 +151,7 @@ def _members(features: Tensor, group_size: int | None, group_ids: Tensor | None)
 
 def _implementation(device: str) -> str:
     """The key in IMPLEMENTATIONS for a type of device."""
-    if device in COMPILED_FOR:  # on a GPU too: it has not been measured against Triton there
+    if device in GROUP_DEVICES:  # on a GPU too: it has not been measured against Triton there
         return "compiled"
     return "triton" if device == "cuda" and HAS_TRITON else "reference"
 
@@ -167,11 +161,13 @@ def _by_reference(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any
         return reference.group_geometry(features, rewards, members, ShapingOptions.from_flat(*flat))
 
 
-_schema = str(torch.ops.g2rl.group_geometry.default._schema)
-torch.library.define("g2rl::group_geometry_triton", _schema[_schema.index("(") :])
+_schema = str(ops.group_geometry.default._schema)
+torch.library.define(qualified("group_geometry_triton"), _schema[_schema.index("(") :])
 
 
-@torch.library.impl("g2rl::group_geometry_triton", ("cpu", "cuda"))  # on the CPU for Triton's interpreter
+@torch.library.impl(
+    qualified("group_geometry_triton"), ("cpu", "cuda")
+)  # on the CPU for Triton's interpreter
 def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     from . import triton as kernel
 
@@ -182,21 +178,21 @@ def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[T
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "compiled": torch.ops.g2rl.group_geometry,  # csrc/
-    "triton": torch.ops.g2rl.group_geometry_triton,  # triton.py; the reference for larger groups
+    "compiled": ops.group_geometry,  # csrc/
+    "triton": ops.group_geometry_triton,  # triton.py; the reference for larger groups
     "reference": _by_reference,
 }
 
 
-@torch.library.register_fake("g2rl::group_geometry")
-@torch.library.register_fake("g2rl::group_geometry_triton")
+@torch.library.register_fake(qualified("group_geometry"))
+@torch.library.register_fake(qualified("group_geometry_triton"))
 def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     S, (B, M) = features.shape[0], members.shape
     rows = (features.new_empty(S, dtype=torch.float32) for _ in range(3))
     return features.new_empty((B, M, M), dtype=torch.float32), *rows
 
 
-@torch.library.register_fake("g2rl::group_members")
+@torch.library.register_fake(qualified("group_members"))
 def _(ids: Tensor) -> Tensor:
     ctx = torch.library.get_ctx()
     return ids.new_empty((ctx.new_dynamic_size(), ctx.new_dynamic_size()))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
+from .._ops import HAS_CPU
 from .spec import HeadSpec, Responses
 
 # Name of a backend -> its module in this package, imported when it is first used.
@@ -96,11 +97,11 @@ def choose_backend(name: str | None, device: torch.device) -> str:
 
     Raises:
         ValueError: no backend has this name, or it does not run on this device.
-        ImportError: "triton" without triton.
+        ImportError: "triton" without triton, "cpu" in a build without C++.
     """
     if name is None:
         if device.type == "cpu":
-            return "cpu"
+            return "cpu" if HAS_CPU else "reference"
         return "triton" if device.type == "cuda" and arguments.HAS_TRITON else "reference"
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, needs None or one of {', '.join(map(repr, BACKENDS))}")
@@ -114,4 +115,6 @@ def choose_backend(name: str | None, device: torch.device) -> str:
             )
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' needs CPU tensors, got {device}; use backend=None")
+    if name == "cpu" and not HAS_CPU:
+        raise ImportError("backend='cpu' needs the compiled part, which this build lacks; use backend=None")
     return name

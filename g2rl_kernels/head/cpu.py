@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import ops, qualified
 from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
 from .certified import certified_features
 from .spec import HeadSpec, Responses
@@ -14,7 +15,7 @@ from .spec import HeadSpec, Responses
 
 def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
     """[1, 3, N] and [N], float64: see `Backend.statistics`."""
-    return torch.ops.g2rl.head_statistics(hidden, tokens, *head)
+    return ops.head_statistics(hidden, tokens, *head)
 
 
 def features(
@@ -24,7 +25,7 @@ def features(
     if hints.max_skipped is not None:
         return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
     arguments = (hidden, tokens, *head, *responses, hints.known_logprobs)
-    phi, logprobs, logsumexp, entropy = torch.ops.g2rl.head_features(*arguments)
+    phi, logprobs, logsumexp, entropy = ops.head_features(*arguments)
     S = responses.cu_seqlens.shape[0] - 1
     mass, count = hidden.new_zeros(S, dtype=torch.float32), hidden.new_zeros(S, dtype=torch.int64)
     return FeatureOutputs(phi, logprobs, logsumexp, entropy, mass, count)
@@ -34,20 +35,20 @@ def features_of_part(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
     """[S, d] float32: see `Backend.features_of_part`."""
-    return torch.ops.g2rl.head_features_of_part(hidden, tokens, *head, *responses, lse, rest)
+    return ops.head_features_of_part(hidden, tokens, *head, *responses, lse, rest)
 
 
 def sweep(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
 ) -> None:
     """See `Backend.sweep`."""
-    torch.ops.g2rl.head_sweep(hidden, tokens, *head, *incoming, block.start, block.stop, *sums)
+    ops.head_sweep(hidden, tokens, *head, *incoming, block.start, block.stop, *sums)
 
 
 # --- fake implementations, for torch.compile ----------------------------------------------------------------
 
 
-@torch.library.register_fake("g2rl::head_statistics")
+@torch.library.register_fake(qualified("head_statistics"))
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     N = hidden.shape[0]
     return hidden.new_empty((1, 3, N), dtype=torch.float64), hidden.new_empty(N, dtype=torch.float64)
@@ -58,15 +59,15 @@ def _empty_features(hidden: Tensor, *others: Any) -> Tensor:
     return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("g2rl::head_features")
+@torch.library.register_fake(qualified("head_features"))
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     per_token = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
     return _empty_features(hidden, *others), *per_token
 
 
-torch.library.register_fake("g2rl::head_features_of_part", _empty_features)
+torch.library.register_fake(qualified("head_features_of_part"), _empty_features)
 
 
-@torch.library.register_fake("g2rl::head_sweep")
+@torch.library.register_fake(qualified("head_sweep"))
 def _(*arguments: Any) -> None:
     pass

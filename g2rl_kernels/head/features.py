@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import ops, qualified
 from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
 from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
 from .backend import Hints, choose_backend
@@ -179,7 +180,7 @@ def _call(
     head, responses, backend = checked
     known = None if known_logprobs is None else known_logprobs.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
-    return torch.ops.g2rl.features(*operands, known, max_skipped, backend, group)
+    return ops.features(*operands, known, max_skipped, backend, group)
 
 
 def _check(
@@ -234,14 +235,14 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 torch.library.define(
-    "g2rl::features",
+    qualified("features"),
     f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, {RESPONSES_SCHEMA}, Tensor? known_logprobs, "
     "float? max_skipped, str backend, str group) -> (Tensor features, Tensor logprobs, Tensor logsumexp, "
     "Tensor entropy, Tensor skipped_mass, Tensor skipped_tokens)",
 )
 
 
-@torch.library.impl("g2rl::features", "CompositeExplicitAutograd")
+@torch.library.impl(qualified("features"), "CompositeExplicitAutograd")
 def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
     head, responses = HeadSpec(*flat[:5]), Responses(*flat[5:7])
@@ -252,7 +253,7 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         return implementation(name).features(hidden, tokens, head, responses, hints)
 
 
-@torch.library.register_fake("g2rl::features")
+@torch.library.register_fake(qualified("features"))
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, d, S = *hidden.shape, flat[5].shape[0] - 1
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import qualified
 from ..arguments import check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
 from .backend import Incoming, Sums, choose_backend
@@ -116,7 +117,7 @@ def forward(
 
 
 @torch.library.custom_op(
-    "g2rl::linear_logprobs",
+    qualified("linear_logprobs"),
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group) "
     "-> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
@@ -153,7 +154,7 @@ def merge(sums: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 @torch.library.custom_op(
-    "g2rl::linear_logprobs_backward",
+    qualified("linear_logprobs_backward"),
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
     "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "

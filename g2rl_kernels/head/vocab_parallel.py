@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from .._ops import qualified
 from ..arguments import check_token_values, may_read_values, sizes
 from . import tiled
 from .spec import HeadSpec
@@ -154,7 +155,7 @@ def all_reduce(values: Tensor, group: str) -> None:
         dist.all_reduce(values, group=_members(group))
 
 
-@torch.library.custom_op("g2rl::local_tokens", mutates_args=())
+@torch.library.custom_op(qualified("local_tokens"), mutates_args=())
 def local_tokens(tokens: Tensor, V: int, group: str) -> Tensor:
     """From tokens [N] counted over the rows of all ranks to the index among this rank's V rows, ELSEWHERE or
     NOWHERE."""

@@ -217,7 +217,7 @@ def test_the_operator_and_larger_groups():
     ],
 )
 def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
-    monkeypatch.setattr(geometry, "COMPILED_FOR", compiled_for)
+    monkeypatch.setattr(geometry, "GROUP_DEVICES", compiled_for)
     monkeypatch.setattr(geometry, "HAS_TRITON", has_triton)
     assert geometry._implementation("cuda") == expected
     assert geometry._implementation("cpu") == "compiled"
@@ -229,7 +229,7 @@ def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
 @pytest.mark.parametrize("scale", range(3))
 def test_cuda_graph(name, scale):
     """Neither kernel waits for the host: capture, change the inputs in place, replay."""
-    if name == "compiled" and "cuda" not in geometry.COMPILED_FOR:
+    if name == "compiled" and "cuda" not in geometry.GROUP_DEVICES:
         pytest.skip("the extension was built without nvcc")
     call = IMPLEMENTATIONS[name]
     features, rewards = torch.randn(64, 256, device=DEVICE), torch.randn(64, device=DEVICE)
@@ -247,7 +247,7 @@ def test_cuda_graph(name, scale):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_the_compiled_kernel_and_this_one_agree():
-    if "cuda" not in geometry.COMPILED_FOR:
+    if "cuda" not in geometry.GROUP_DEVICES:
         pytest.skip("the extension was built without nvcc")
     features, rewards = torch.randn(96, 4096, device=DEVICE), torch.randn(96, device=DEVICE)
     for M, scale in ((1, 1), (12, 2), (16, 0), (32, 1)):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "g2rl_kernels"
 
 # What each package of g2rl_kernels may import, beside itself and the compiled _C.
-BASE = {"errors", "_files", "_clock", "arguments", "versions"}
+BASE = {"errors", "_files", "_clock", "arguments", "versions", "_ops"}
 MAY_IMPORT = dict.fromkeys(BASE, BASE) | {
     "head": BASE,
     "group": {*BASE, "head"},
