@@ -164,6 +164,9 @@ class build_ext(BuildExtension):
         settings.write_text(repr(vars(extension)))
 
 
+# Build the operators alone, in this namespace of torch.ops, without the Python module (tools/hub_kernel.py).
+OPS = os.environ.get("G2RL_OPS")
+
 # Folders of the checkout that are installed inside the package, for `g2rl bench` and `g2rl train`.
 SHIPPED = {f"g2rl_kernels.{name}": name for name in ("benchmarks", "recipes") if os.path.isdir(name)}
 FLAGS = shlex.split(os.environ.get("G2RL_CXXFLAGS", ""))
@@ -179,8 +182,12 @@ setup(
     },
     ext_modules=[
         CppExtension(
-            "g2rl_kernels._C",
-            sources=[*sorted(glob("csrc/ops/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
+            f"g2rl_kernels.{OPS or '_C'}",
+            sources=[
+                path
+                for path in sorted(glob("csrc/ops/*.cpp")) + sorted(glob("csrc/cpu/*.cpp"))
+                if not (OPS and path.endswith("module.cpp"))
+            ],
             depends=["setup.py", *HEADERS, *glob("csrc/cuda/*.cu")],
             # torch 2.11 forbids its copy of pybind11 together with the stable ABI.
             include_dirs=[str(Path("csrc").absolute()), pybind11.get_include()],
@@ -189,6 +196,7 @@ setup(
             extra_compile_args={
                 "cxx": ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", *ALIGNED, *FLAGS]
             },
+            define_macros=[("G2RL_OPS", OPS)] if OPS else [],
             extra_link_args=FLAGS,
         )
     ],
