@@ -6,7 +6,7 @@ pointers aligned to 16 bytes, strides that are multiples of 16, and arguments th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -37,7 +37,7 @@ class Case:
     kernel: str  # file and function
     variant: str
     operands: str
-    arch: int
+    arch: int | str  # 90; "gfx942"
     tiles: str
     signature: dict[str, str] = field(hash=False)
     constants: dict[str, Any] = field(hash=False)
@@ -53,7 +53,12 @@ class Case:
         config = f"{self.tiles}, {self.num_warps} warps, {self.num_stages} stages"
         if self.programs_per_sm > 1:
             config += f", {self.programs_per_sm} programs"
-        return (self.kernel, self.variant, self.operands, f"sm_{self.arch}", config.removeprefix(", "))
+        arch = self.arch if is_amd(self.arch) else f"sm_{self.arch}"
+        return (self.kernel, self.variant, self.operands, str(arch), config.removeprefix(", "))
+
+
+def is_amd(arch: int | str) -> bool:
+    return isinstance(arch, str)
 
 
 def function(kernel: str) -> Any:
@@ -66,7 +71,7 @@ def function(kernel: str) -> Any:
 
 def made(
     kernel: str,
-    arch: int,
+    arch: int | str,
     constants: dict[str, Any],
     *,
     variant: str = "",
@@ -129,7 +134,7 @@ STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
 
 def large(
     variant: str,
-    arch: int,
+    arch: int | str,
     config: Any,
     form: str,
     dtype: str,
@@ -142,9 +147,9 @@ def large(
     may_spill: int = 0,
 ) -> Case:
     """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
-    descriptor; on sm_80 all do."""
+    descriptor; before sm_90 and on AMD all do."""
     kernel, constants = VARIANTS[variant]
-    if arch < 90:
+    if is_amd(arch) or arch < 90:
         by_pointer = (*BOTH, "gradient")
     elif constants.get("LISTED"):
         by_pointer = (*by_pointer, "hidden")
@@ -162,8 +167,8 @@ def large(
         constants |= {"WEIGHTED": bias} | ({} if bias else {"alpha": None})
     needs = []
     if dtype != "fp32" or precision == "tf32x3":
-        needs.append({80: "mma", 90: "wgmma", 100: "tcgen05"}[arch])
-    if "unaligned" not in form:
+        needs.append("mfma" if is_amd(arch) else {90: "wgmma", 100: "tcgen05"}.get(arch, "mma"))
+    if "unaligned" not in form and not is_amd(arch):
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
     how = ", 3xTF32" if precision == "tf32x3" else ""
@@ -196,11 +201,13 @@ def large(
     )
 
 
-def large_cases(arch: int, scope: str) -> Iterator[Case]:
-    from g2rl_kernels.head.triton.tuning import candidates
+def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
+    from g2rl_kernels.head.triton.tuning import CANDIDATES, family_of
+
+    family = "hip" if is_amd(arch) else family_of(arch // 10)
 
     def of(form: str) -> tuple[Any, list[Any]]:
-        shipped, *others = candidates(arch // 10, form)
+        shipped, *others = CANDIDATES[family, form]
         return shipped, others if scope == "all" else []
 
     usual = [name for name in VARIANTS if name != "statistics, gated"]
@@ -215,6 +222,8 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
         for config in others:
             yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
     for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
+        if (family, form) not in CANDIDATES:
+            continue
         shipped, others = of(form)
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
         for variant in usual:
@@ -230,6 +239,8 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
         ("unaligned fp32", "fp32", "ieee"),
         ("unaligned fp32", "fp32", "tf32x3"),
     ):
+        if (family, precision) == ("hip", "tf32x3"):
+            continue
         shipped, others = of(form)
         for variant in usual if scope == "all" or dtype == "bf16" else ("statistics", "exact"):
             for config in (shipped, *others):
@@ -242,7 +253,7 @@ def large_cases(arch: int, scope: str) -> Iterator[Case]:
                     )  # fmt: skip
 
 
-def small_cases(arch: int, scope: str) -> Iterator[Case]:
+def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
     from g2rl_kernels.head.triton import collect, gather, join, project, reduce, skip, target
     from g2rl_kernels.head.triton.tile import LN2
 
@@ -278,14 +289,16 @@ class Recorder:
         self.launched = launched
 
 
-def project_cases(arch: int, scope: str, module: ModuleType) -> Iterator[Case]:
+def project_cases(arch: int | str, scope: str, module: ModuleType) -> Iterator[Case]:
     """head_project chooses its tiles by itself: what it launches for some numbers of responses."""
     seen = set()
     for dtype, precision in (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32x3")):
+        if is_amd(arch) and precision == "tf32x3":
+            continue
         for S in (16, 32, 64):
             if scope == "quick" and (dtype, S) != ("bf16", 16):
                 continue
-            constants, num_warps, num_stages = launched_project(module, dtype, precision, S)
+            constants, num_warps, num_stages = launched_project(module, arch, dtype, precision, S)
             variants: list[tuple[str, tuple[str, ...]]] = [("", ())]
             if dtype == "bf16" and S == 16 and scope != "quick":
                 variants.append(("any strides", STRIDED))
@@ -307,7 +320,9 @@ def project_cases(arch: int, scope: str, module: ModuleType) -> Iterator[Case]:
                     yield case
 
 
-def launched_project(module: Any, dtype: str, precision: str, S: int) -> tuple[dict[str, Any], int, int]:
+def launched_project(
+    module: Any, arch: int | str, dtype: str, precision: str, S: int
+) -> tuple[dict[str, Any], int, int]:
     """Constants, warps and stages of head_project's launch for S responses."""
     import torch
 
@@ -320,32 +335,33 @@ def launched_project(module: Any, dtype: str, precision: str, S: int) -> tuple[d
     partial = torch.empty(S, 256, device="meta")
     cu_seqlens = torch.empty(S + 1, device="meta", dtype=torch.int64)
     kernel, recorder = module.head_project_kernel, Recorder()
-    module.head_project_kernel = recorder
+    module.head_project_kernel, hip = recorder, torch.version.hip
+    torch.version.hip = "any" if is_amd(arch) else None
     try:
         module.head_project(partial, head, cu_seqlens, range(S), range(256), 1, 128, 8)
     finally:
-        module.head_project_kernel = kernel
+        module.head_project_kernel, torch.version.hip = kernel, hip
     launched = recorder.launched
     launched |= {flag: value(launched) for flag, value in kernel.values.items()}
-    # D is compiled as the constant 2048, as the committed table has it; launches pass it at run time.
-    constants = {p.name: launched[p.name] for p in kernel.fn.params if p.is_constexpr or p.name == "D"}
+    constants = {p.name: launched[p.name] for p in kernel.fn.params if p.is_constexpr}
     return constants, launched["num_warps"], launched["num_stages"]
 
 
-def group_cases(arch: int, scope: str) -> Iterator[Case]:
+def group_cases(arch: int | str, scope: str) -> Iterator[Case]:
     from g2rl_kernels.group import triton as group
 
-    for number, (kernel, signature, constants, num_warps, num_stages, label) in enumerate(group.aot_cases()):
+    cases = group.aot_cases(group.HIP_CONFIGS if is_amd(arch) else group.CONFIGS)
+    for number, (kernel, signature, constants, num_warps, num_stages, label) in enumerate(cases):
         if scope == "quick" and number:
             return
-        multiples = [name for name, kind in signature.items() if kind[0] == "*" or name in ("S", "d")]
+        multiples = [name for name, kind in signature.items() if kind[0] == "*"]
         yield Case(
             f"group.{kernel.__name__}", label.removeprefix("group "), "", arch, "", signature, constants,
             tuple(multiples), num_warps, num_stages,
         )  # fmt: skip
 
 
-def all_cases(architectures: tuple[int, ...], scope: str) -> Iterator[Case]:
+def all_cases(architectures: Iterable[int | str], scope: str) -> Iterator[Case]:
     for arch in architectures:
         yield from large_cases(arch, scope)
         yield from small_cases(arch, scope)

@@ -1,48 +1,62 @@
-"""Registers, spills and shared memory of every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""Registers, spills and shared memory of every kernel, compiled without a GPU for NVIDIA's and AMD's.
 
-    python tools/kernel_resources.py            all, into benchmarks/results/triton-resources.md; minutes
-    python tools/kernel_resources.py --shipped  without what only `g2rl tune` tries; a test does this
-    python tools/kernel_resources.py --quick    the shipped choice of each kind alone, in bfloat16
-    python tools/kernel_resources.py --check    exits with 1 if one spills, does not fit or lacks instructions
+    python tools/kernel_resources.py --shipped      what is launched; a test does this for some GPUs
+    python tools/kernel_resources.py                what only `g2rl tune` tries as well
+    python tools/kernel_resources.py --quick        the shipped choice of each kind alone, in bfloat16
+    python tools/kernel_resources.py --check        exits with 1 if one spills, does not fit or lacks instructions
+    ... --with-triton DIR ...                       and with other versions of Triton, each installed by
+                                                    pip install --no-deps --target DIR triton==3.9.0
+    ... --write                                     into benchmarks/results/triton-resources.md
 
-kernel_cases.py lists the kernels. Registers and spills come from Triton's ptxas, called as Triton calls it.
+kernel_cases.py lists the kernels, kernel_table.py makes the table. Registers and spills come from Triton's ptxas
+and from its code for AMD. What was compiled is kept in build/kernel-resources, and compiled again after a change.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from importlib import util
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "benchmarks" / "results" / "triton-resources.md"
+KEPT = ROOT / "build" / "kernel-resources"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the checkout's kernels, installed or not
 
-from kernel_cases import Case, all_cases, function  # noqa: E402
+from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
 
-ARCHITECTURES = (80, 90, 100)
+NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
+AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4
 
-# Limits of a multiprocessor, shared by the programs on it. Each program takes 1024 bytes of shared memory on
-# top of its own, and registers in steps of 8 a thread.
-SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
+# Limits of a multiprocessor, shared by the programs on it. On NVIDIA's each program takes 1024 bytes of shared
+# memory on top of its own, and registers in steps of 8 a thread. AMD's have registers apart for each of four
+# groups of lanes, which take a program's warps in turn.
+KIB = 1024
+SHARED_MEMORY: dict[int | str, int] = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
+SHARED_MEMORY |= dict.fromkeys((86, 89, 120, 121), 100 * KIB)
+SHARED_MEMORY |= dict.fromkeys(AMD, 64 * KIB) | {"gfx950": 160 * KIB}
 REGISTERS = 65536
-TENSOR_MEMORY = 512  # columns, on Blackwell
+AMD_REGISTERS = {"gfx1201": 1536}  # of a lane; others 512
+TENSOR_MEMORY = 512  # columns, on data-centre Blackwell
 
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mma": r"\bmma\.sync",
+    "mfma": r"\bv_w?mfma|\bv_wmma",
     "TMA": r"cp\.async\.bulk\.tensor",
     "cp.async": r"cp\.async\.c[ag]",
 }
@@ -54,7 +68,7 @@ class Found:
 
     case: Case
     registers: int = 0
-    spilled: int = 0  # bytes, stores and loads
+    spilled: int = 0  # bytes: stores and loads on NVIDIA, of a lane's scratch memory on AMD
     shared: int = 0
     tensor_memory: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -67,25 +81,20 @@ class Found:
         case, found = self.case, []
         if self.spilled > case.may_spill:
             found.append(f"spills {self.spilled} bytes")
-        n = case.programs_per_sm
-        for what, taken, limit in (
-            ("shared memory", n * (self.shared + 1024), SHARED_MEMORY[case.arch]),
-            ("registers", n * case.num_warps * 32 * -(-self.registers // 8) * 8, REGISTERS),
-            ("tensor memory", n * self.tensor_memory, TENSOR_MEMORY),
-        ):
-            if taken > limit:
-                found.append(f"{what}: {taken} of {limit}")
-        for need in case.needs:
-            if not self.counts[need]:
-                found.append(f"no {need}")
-        return found
-
-    @property
-    def row(self) -> str:
-        instructions = ", ".join(f"{n} {name}" for name, n in self.counts.items() if n)
-        shared = f"{self.shared / 1024:.1f}"
-        columns = (*self.case.name, str(self.registers), str(self.spilled), shared, instructions)
-        return f"| {' | '.join(columns)} |"
+        n, registers = case.programs_per_sm, -(-self.registers // 8) * 8
+        if is_amd(case.arch):
+            limits = [
+                ("shared memory", n * self.shared, SHARED_MEMORY[case.arch]),
+                ("registers", n * -(-case.num_warps // 4) * registers, AMD_REGISTERS.get(str(case.arch), 512)),
+            ]
+        else:
+            limits = [
+                ("shared memory", n * (self.shared + KIB), SHARED_MEMORY[case.arch]),
+                ("registers", n * case.num_warps * 32 * registers, REGISTERS),
+                ("tensor memory", n * self.tensor_memory, TENSOR_MEMORY),
+            ]
+        found += [f"{what}: {taken} of {limit}" for what, taken, limit in limits if taken > limit]
+        return found + [f"no {need}" for need in case.needs if not self.counts[need]]
 
 
 # --- compilation --------------------------------------------------------------------------------------------
@@ -96,35 +105,53 @@ def compiled(case: Case) -> Found:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from g2rl_kernels.head.triton.launch import OPTIONS
+
     kernel = function(case.kernel)
     place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        signature=case.signature,
-        constexprs={place[name]: value for name, value in case.constants.items()},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in case.multiples_of_16},
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for name in case.multiples_of_16:
+        attributes[place[name]] = [["tt.divisibility", 16]]
+        if is_amd(case.arch) and case.signature[name][0] == "*":  # tensors below 2 GiB
+            attributes[place[name]].append(["tt.pointer_range", 32])
+    constants = {place[name]: value for name, value in case.constants.items()}
+    source = ASTSource(kernel, signature=case.signature, constexprs=constants, attrs=attributes)
+    if is_amd(case.arch):
+        target = GPUTarget("hip", case.arch, 32 if str(case.arch).startswith("gfx1") else 64)
+    else:
+        target = GPUTarget("cuda", case.arch, 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
+    key = hashlib.sha256(f"{source.hash()} {target} {options}".encode()).hexdigest()
+    kept = KEPT / triton.__version__ / key
+    if kept.exists():
+        return Found(case, **json.loads(kept.read_text()))
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):  # where Triton repeats what ptxas says, and complains
-            binary = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+            binary = triton.compile(source, target=target, options=options)
     except Exception as error:  # of any kind: the other kernels are still compiled
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Found(case, error=f"does not compile: {type(error).__name__} {lines[-1] if lines else ''}")
-    registers = re.findall(r"Used (\d+) registers", said.getvalue())
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
+    if is_amd(case.arch):
+        code = binary.asm["amdgcn"]
+        registers = re.findall(r"\.vgpr_count:\s+(\d+)", code)
+        spilled = re.findall(r"\.private_segment_fixed_size:\s+(\d+)", code)
+    else:
+        code = binary.asm["ptx"]
+        registers = re.findall(r"Used (\d+) registers", said.getvalue())
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
     if not registers or not spilled:
-        return Found(case, error="ptxas said nothing of registers and spills")
-    ptx = binary.asm["ptx"]
-    return Found(
-        case,
-        registers=max(map(int, registers)),
-        spilled=sum(map(int, spilled)),
-        shared=binary.metadata.shared,
-        tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
-        counts={name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
-    )
+        return Found(case, error="the compiler said nothing of registers and spills")
+    values = {
+        "registers": max(map(int, registers)),
+        "spilled": sum(map(int, spilled)),
+        "shared": binary.metadata.shared,
+        "tensor_memory": getattr(binary.metadata, "tmem_size", None) or 0,
+        "counts": {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()},
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(values))
+    return Found(case, **values)
 
 
 def prepare() -> None:
@@ -146,63 +173,44 @@ def compile_all(cases: list[Case], jobs: int) -> list[Found]:
     return found
 
 
-# --- the table ----------------------------------------------------------------------------------------------
-
-HEADER = """\
-# Resources of the kernels
-
-Written by `python tools/kernel_resources.py`, which compiles without a GPU. Triton {triton}.
-
-Tiles are tokens x vocabulary x hidden size (head_project: responses x hidden size x columns). Spilled bytes
-are stores and loads, shared memory is of one program. Where the configuration says `2 programs`, two of them
-fit on a multiprocessor. head_project is compiled with the hidden size as a constant, 2048; launches pass it
-at run time.
-"""
-COLUMNS = ("kernel", "variant", "operands", "for", "configuration", "registers", "spilled", "shared KiB",
-           "instructions")  # fmt: skip
+def as_json(version: str, found: list[Found]) -> dict[str, Any]:
+    """What kernel_table.py reads. Kernels without faults need no more than their numbers."""
+    rows = []
+    for one in found:
+        numbers = {name: value for name, value in asdict(one).items() if name not in ("case", "error")}
+        rows.append({"name": one.case.name, "faults": one.faults, "error": one.error, **numbers})
+    return {"triton": version, "found": rows}
 
 
-def table(found: list[Found]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    short = [re.sub(r"^\| \w+\.(\w+)_kernel ", r"| \1 ", one.row) for one in found if not one.error]
-    return "\n".join(lines + sorted(short))
+def with_triton(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """The same with the Triton of another folder, in another process."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "found.json"
+        command = [sys.executable, __file__, *arguments, "--json", str(out)]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=True)
+        content: dict[str, Any] = json.loads(out.read_text())
+    return content
 
 
-def cuda_table() -> str:
-    """Table of the kernels in csrc/cuda; empty without nvcc."""
-    import shutil
-
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or not (ROOT / "tools" / "cuda_resources.py").exists():
-        return ""
-    spec = util.spec_from_file_location("cuda_resources", ROOT / "tools" / "cuda_resources.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows = module.resources(nvcc)
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += sorted(f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows)
-    return "\n## CUDA C++ (csrc/cuda)\n\n" + "\n".join(lines) + "\n"
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scopes = found.add_mutually_exclusive_group()
+    scopes.add_argument("--shipped", action="store_true", help="leave out what only `g2rl tune` tries")
+    scopes.add_argument("--quick", action="store_true", help="the shipped choice of each kind, bfloat16")
+    every = (*map(str, NVIDIA), *AMD)
+    found.add_argument("--arch", nargs="+", choices=every, default=every, help="GPUs (default: all)")
+    found.add_argument("--kernel", default="", metavar="NAME", help="kernels whose name contains this alone")
+    found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    found.add_argument("--with-triton", type=Path, nargs="+", default=[], metavar="DIR", help="other versions")
+    found.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
+    found.add_argument("--write", action="store_true", help="write the committed table")
+    found.add_argument("--json", type=Path, metavar="FILE", help="what was found, for this Triton alone")
+    return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
-    scopes = parser.add_mutually_exclusive_group()
-    scopes.add_argument("--shipped", action="store_true", help="leave out what only `g2rl tune` tries")
-    scopes.add_argument("--quick", action="store_true", help="the shipped choice of each kind, bfloat16")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
-    parser.add_argument("--out", type=Path, help=f"where the table goes (default: {TABLE.relative_to(ROOT)})")
-    args = parser.parse_args()
+    args = parser().parse_args()
     scope = "quick" if args.quick else "shipped" if args.shipped else "all"
     prepare()
     try:
@@ -210,21 +218,25 @@ def main() -> int:
     except ImportError:
         print("kernel_resources: error: triton is not installed", file=sys.stderr)
         return 2
+    import kernel_table
+
+    architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        found = compile_all(list(all_cases(tuple(args.arch), scope)), args.jobs)
-    text = HEADER.format(triton=triton.__version__) + "\n" + table(found) + "\n"
-    whole = scope == "all" and tuple(args.arch) == ARCHITECTURES
-    if whole:
-        text += cuda_table()
-    print(text)
-    out = args.out or (TABLE if whole else None)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    wrong = [
-        f"{', '.join(filter(None, one.case.name))}: {'; '.join(one.faults)}" for one in found if one.faults
-    ]
+        cases = [case for case in all_cases(architectures, scope) if args.kernel in case.kernel]
+        found = as_json(triton.__version__, compile_all(cases, args.jobs))
+    if args.json is not None:
+        args.json.write_text(json.dumps(found))
+        versions = [found]
+    else:
+        same = [f"--{scope}"] * (scope != "all") + ["--arch", *args.arch, "--jobs", str(args.jobs)]
+        same += ["--kernel", args.kernel]
+        versions = [found, *(with_triton(folder, same) for folder in args.with_triton)]
+        text = kernel_table.page(versions, found["triton"], scope)
+        if args.write:
+            kernel_table.TABLE.write_text(text + kernel_table.cuda_table(), encoding="utf-8")
+        print(text)
+    wrong = kernel_table.faults(versions)
     print("\n".join(wrong) or "nothing that is shipped spills, everything fits", file=sys.stderr)
     return 1 if wrong and args.check else 0
 

@@ -5,8 +5,8 @@ that no group names. A second, one-program kernel runs only for the batch's devi
 
 Exact: float32 products are exact in float64; sums are in float64, in an order that depends on shapes alone.
 A program owns a group. BW blocks of d are multiplied side by side, so that all warps work although the Gram
-matrix is as small as 16 x 16; the rest is in registers. float64 products use tensor cores on sm_80 and sm_90,
-plain multiply-adds on sm_100. group/geometry.py chooses; the C++ kernel is the default where it was built.
+matrix is as small as 16 x 16; the rest is in registers. float64 products use tensor cores on sm_80, sm_90 and
+CDNA, plain multiply-adds elsewhere. group/geometry.py chooses: the C++ kernel where it was built.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..head.triton.launch import launch_kernel
+from ..head.triton.tuning import is_hip
 
 MAX_M = 32  # several [64, 64] matrices of doubles do not fit the registers
 BR, BC = 256, 16  # zero_unnamed: rows of a program; members compared with them at once
@@ -38,7 +41,10 @@ class Config(NamedTuple):
         return {**self.constants(), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-CONFIGS = (Config(16, 64, 8, 8), Config(32, 16, 4, 4))
+# As large as fits: in the 99 KiB of shared memory of NVIDIA's consumer GPUs, where the operands of plain
+# multiply-adds take 80; and in the registers of RDNA, which multiplies no matrices of float64.
+CONFIGS = (Config(16, 32, 4, 8), Config(32, 16, 4, 4))
+HIP_CONFIGS = (Config(16, 16, 8, 8), Config(32, 16, 2, 8))
 
 
 @triton.jit
@@ -217,10 +223,12 @@ def launch(
         B = 0  # all groups are empty
     nu, shaped, advantages = (features.new_empty(S) for _ in range(3))
     values = features.new_empty((B, M) if scale == 2 else 0, dtype=torch.float64)
-    config = next(config for config in CONFIGS if M <= config.BM)
+    config = next(config for config in (HIP_CONFIGS if is_hip() else CONFIGS) if M <= config.BM)
     programs = B + triton.cdiv(S, BR)
     if programs:
-        group_kernel[(programs,)](
+        launch_kernel(
+            group_kernel,
+            (programs,),
             features=features,
             rewards=rewards,
             members=members,
@@ -243,18 +251,22 @@ def launch(
             **config.launch(),
         )
     if scale == 2 and B:
-        batch_scale_kernel[(1,)](members, values, advantages, S, B * M, eps, BP=BP, num_warps=8)
+        launch_kernel(
+            batch_scale_kernel, (1,), members, values, advantages, S, B * M, eps, BP=BP, num_warps=8
+        )
     return similarity, nu, shaped, advantages
 
 
-def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_cases(
+    configs: tuple[Config, ...],
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """(kernel, signature, constexprs, num_warps, num_stages, label) of shipped kernels, to compile without a
     GPU."""
     inputs = {"features": "*fp32", "rewards": "*fp32", "members": "*i64"}
     outputs = dict.fromkeys(("similarity", "exploration_score", "shaped_rewards", "advantages"), "*fp32")
     sizes = dict.fromkeys(("S", "d", "B", "M"), "i32")
     scalars = dict.fromkeys(("lam", "clip", "eps"), "fp64")
-    for config in CONFIGS:
+    for config in configs:
         for shaping, score, scale in ((1, 0, 1), (2, 1, 2), (3, 0, 1), (0, 0, 0)):
             constexprs = {"SHAPING": shaping, "SCORE": score, "SCALE": scale, "SKIP_UNIFORM": True}
             constexprs |= config.constants()

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk import response_arguments
+from .launch import launch_kernel
 
 BC = 1024
 
@@ -58,7 +59,9 @@ def head_collect_kernel(
 def head_collect(partial: Tensor, cu_seqlens: Tensor, responses: range, n_strips: int, BM: int) -> None:
     """partial [rows, columns] float32, the columns a multiple of 16; cu_seqlens [S + 1] int64."""
     n_columns = partial.shape[1]
-    head_collect_kernel[(len(responses), triton.cdiv(n_columns, BC))](
+    launch_kernel(
+        head_collect_kernel,
+        (len(responses), triton.cdiv(n_columns, BC)),
         **response_arguments(cu_seqlens, responses),
         partial=partial,
         n_columns=n_columns,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .join import BT, joined
+from .launch import launch_kernel
 from .tile import LN2, MASKED, given
 
 
@@ -84,7 +85,17 @@ def head_finish(
     n_strips, _, N = partial.shape
     if out is None:
         out = TokenStatistics(*(torch.empty_like(target) for _ in TokenStatistics._fields))
-    head_finish_kernel[(triton.cdiv(N, BT),)](
-        partial, target, gate, *out, N, n_strips, LN2=LN2, BT=BT, num_warps=4
+    launch_kernel(
+        head_finish_kernel,
+        (triton.cdiv(N, BT),),
+        partial,
+        target,
+        gate,
+        *out,
+        N,
+        n_strips,
+        LN2=LN2,
+        BT=BT,
+        num_warps=4,
     )
     return out

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk import response_arguments
+from .launch import launch_kernel
 from .tile import programs, weight_arguments
 
 BT, BD = 32, 128
@@ -56,7 +57,9 @@ def head_gather(
     cells = S * triton.cdiv(D, BD)
     n_strips = max(1, min(most_slots, 16, triton.cdiv(4 * programs(weight.device), cells)))
     slots = torch.empty(n_strips, S, D, dtype=torch.float32, device=weight.device)
-    head_gather_kernel[(S, triton.cdiv(D, BD), n_strips)](
+    launch_kernel(
+        head_gather_kernel,
+        (S, triton.cdiv(D, BD), n_strips),
         **weight_arguments(weight),
         **response_arguments(cu_seqlens, responses),
         tokens=tokens,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
 from .tile import (
     LOG2_E,
     TILE_FLAGS,
@@ -102,7 +103,9 @@ def head_gradient(
     """
     n_rows, n_columns = gradient.shape
     n_blocks = triton.cdiv(n_rows, config.BM)
-    head_gradient_kernel[(n_blocks * triton.cdiv(n_columns, config.BN),)](
+    launch_kernel(
+        head_gradient_kernel,
+        (n_blocks * triton.cdiv(n_columns, config.BN),),
         **head.tiled(hidden, config) | {"factor": head.nats},
         tokens=tokens,
         numbers=numbers,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
 from .tile import LN2, MASKED
 
 BT = 256
@@ -59,5 +60,7 @@ def head_join(partial: Tensor) -> Tensor:
     m = -inf and s = u = 0."""
     n_strips, _, N = partial.shape
     out = torch.empty_like(partial[:1])
-    head_join_kernel[(triton.cdiv(N, BT),)](partial, out, N, n_strips, LN2=LN2, BT=BT, num_warps=4)
+    launch_kernel(
+        head_join_kernel, (triton.cdiv(N, BT),), partial, out, N, n_strips, LN2=LN2, BT=BT, num_warps=4
+    )
     return out

@@ -5,7 +5,8 @@ Out: one slot for each strip of the columns.
 
 Exact: a program owns a block of responses, a block of the hidden size and a strip of the columns; reduce.py
 adds the slots in order. For a bfloat16 weight A is split into two bfloat16 terms, 16 bits in two products.
-float16 weights become float32 and the product is 3xTF32: A's small entries would underflow in float16.
+float16 weights become float32 and the product is 3xTF32, IEEE on AMD: A's small entries would underflow in
+float16.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from .chunk import response_arguments
 from .collect import strips_of
+from .launch import launch_kernel
 from .tile import UPCAST, HeadOperands, programs, weight_arguments
+from .tuning import products_on_tensor_cores
 
-# Most responses at a time, block of the hidden size, columns, warps, stages: as much as fits in registers.
+# Most responses at a time, block of the hidden size, columns, stages: as much as fits in registers.
 TILES = {
-    torch.bfloat16: (64, 128, 32, 4, 4),
-    torch.float16: (32, 128, 32, 8, 3),
-    torch.float32: (16, 64, 64, 8, 3),
+    torch.bfloat16: (64, 128, 32, 4),
+    torch.float16: (32, 128, 32, 3),
+    torch.float32: (16, 64, 32, 3),
 }
 
 SPLIT = {"SPLIT_BF16": lambda arguments: arguments["weight"].dtype == torch.bfloat16}
@@ -86,15 +89,18 @@ def head_project(
     """
     weight = head.weight
     D, S = weight.shape[1], len(responses)
-    most, BD, BK, num_warps, num_stages = TILES[weight.dtype]
+    most, BD, BK, num_stages = TILES[weight.dtype]
     BS = min(most, 16 if S <= 16 else 32 if S <= 32 else 64)
+    num_warps = 4 if weight.dtype == torch.bfloat16 and BS == 16 else 8
     n_blocks = triton.cdiv(len(columns), BK)
     cells = triton.cdiv(S, BS) * triton.cdiv(D, BD)
     n_column_strips = max(1, min(most_slots, n_blocks, triton.cdiv(4 * programs(weight.device), cells)))
     blocks_per_strip = triton.cdiv(n_blocks, n_column_strips)
     n_column_strips = triton.cdiv(n_blocks, blocks_per_strip)
     slots = torch.empty(n_column_strips, S, D, dtype=torch.float32, device=weight.device)
-    head_project_kernel[(triton.cdiv(S, BS), triton.cdiv(D, BD), n_column_strips)](
+    launch_kernel(
+        head_project_kernel,
+        (triton.cdiv(S, BS), triton.cdiv(D, BD), n_column_strips),
         **weight_arguments(weight),
         **response_arguments(cu_seqlens, responses),
         partial=partial,
@@ -107,7 +113,7 @@ def head_project(
         BS=BS,
         BD=BD,
         BK=BK,
-        PRECISION="tf32x3" if weight.dtype == torch.float16 else head.precision,
+        PRECISION=products_on_tensor_cores() if weight.dtype == torch.float16 else head.precision,
         num_warps=num_warps,
         num_stages=num_stages,
     )

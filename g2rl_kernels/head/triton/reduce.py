@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk import response_arguments
+from .launch import launch_kernel
 from .tile import given
 
 BD = 512
@@ -50,7 +51,9 @@ def head_reduce(
 ) -> None:
     """slots [k, len(responses), d] into features [S, d], in place; kappa [1], 1 or 0, on the device."""
     n_slots, S, D = slots.shape
-    head_reduce_kernel[(S, triton.cdiv(D, BD))](
+    launch_kernel(
+        head_reduce_kernel,
+        (S, triton.cdiv(D, BD)),
         **response_arguments(cu_seqlens, responses),
         slots=slots,
         features=features,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk import Chunk, TokenList
+from .launch import launch_kernel
 from .tile import TILE_FLAGS, HeadOperands, add_bias, dot_tile, given, programs, raw_logits
 from .tuning import Config
 
@@ -134,7 +135,9 @@ def head_residual(
     `sums` [len(tiles), 2, n] makes it a seeded pass; `seed` [n] and `kappa` [1] make it a correction.
     """
     n_programs = programs(shift.device) * config.programs_per_sm
-    head_residual_kernel[(min(n_programs, len(tiles) * n_strips),)](
+    launch_kernel(
+        head_residual_kernel,
+        (min(n_programs, len(tiles) * n_strips),),
         **head.tiled(chunk.hidden, config, gather=listed is not None),
         tokens=chunk.tokens,
         response=chunk.response,

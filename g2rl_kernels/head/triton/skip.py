@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
+
 BT = 512
 
 
@@ -69,5 +71,16 @@ def head_skip(mass: Tensor, cu_seqlens: Tensor, most: float) -> tuple[Tensor, Te
     skipped_mass = torch.empty(S, dtype=torch.float32, device=mass.device)
     skipped_tokens = torch.empty(S, dtype=torch.int64, device=mass.device)
     if S:
-        head_skip_kernel[(S,)](mass, cu_seqlens, most, keep, skipped_mass, skipped_tokens, BT=BT, num_warps=8)
+        launch_kernel(
+            head_skip_kernel,
+            (S,),
+            mass,
+            cu_seqlens,
+            most,
+            keep,
+            skipped_mass,
+            skipped_tokens,
+            BT=BT,
+            num_warps=8,
+        )
     return keep, skipped_mass, skipped_tokens

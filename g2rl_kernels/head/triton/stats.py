@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
 from .tile import TILE_FLAGS, HeadOperands, add_bias, dot_tile, given, masked_raw, programs, raw_logits
 from .tuning import Config
 
@@ -110,7 +111,9 @@ def head_stats(
     n_blocks = triton.cdiv(N, config.BM)
     n_strips, tiles_per_strip = strips(n_blocks, triton.cdiv(V, config.BN), n_programs, MAX_STRIPS)
     partial = torch.empty(n_strips, 3, N, dtype=torch.float32, device=hidden.device)
-    head_stats_kernel[(min(n_programs, n_blocks * n_strips),)](
+    launch_kernel(
+        head_stats_kernel,
+        (min(n_programs, n_blocks * n_strips),),
         **head.tiled(hidden, config),
         tokens=tokens,
         gate=gate,

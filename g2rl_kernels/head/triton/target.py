@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
 from .tile import HeadOperands, given, raw_logits, softcap_slope
 
 BT, BD = 16, 256
@@ -66,7 +67,9 @@ def head_target(
     arguments = head.arguments(hidden)
     if factor is not None:
         arguments["factor"] = factor
-    head_target_kernel[(triton.cdiv(N, BT),)](
+    launch_kernel(
+        head_target_kernel,
+        (triton.cdiv(N, BT),),
         **arguments,
         tokens=tokens,
         target=target,

@@ -231,7 +231,7 @@ TILE_FLAGS = {
 
 @lru_cache
 def _has_tma(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return not tuning.is_hip() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor | None:

@@ -47,6 +47,10 @@ class Config:
         }
 
 
+# Of GPUs: the major compute capability of NVIDIA's data-centre GPUs, from which the others' follows
+# (`family_of`), or "hip" for all of AMD's.
+Family = int | str
+
 # Which kernel: head_stats; head_residual with exact logsumexp, seeded, and over a list of tokens;
 # head_gradient.
 KINDS = ("stats", "residual", "seeded", "listed", "gradient")
@@ -59,11 +63,10 @@ INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interprete
 # products on the CUDA cores, and as three products on the tensor cores.
 FORMS = ("plain", "softcap", "ieee", "tf32x3", "unaligned", "unaligned fp32")
 
-# (least compute capability, form) -> the shipped choice first, then what `g2rl tune` tries beside it. The
-# shipped one never spills, in any kind and with any bias, the others in rare variants and a few bytes; two
-# programs fit where two are asked for. tools/kernel_resources.py compiles them all (benchmarks/results/
-# triton-resources.md).
-CANDIDATES: dict[tuple[int, str], tuple[Config, ...]] = {
+# (family, form) -> the shipped choice first, then what `g2rl tune` tries beside it. The shipped one never
+# spills, in any kind and with any bias, the others in rare variants and a few bytes; two programs fit where
+# two are asked for. tools/kernel_resources.py compiles them (benchmarks/results/triton-resources.md).
+CANDIDATES: dict[tuple[Family, str], tuple[Config, ...]] = {
     (10, "plain"): (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3)),
     (9, "plain"): (
         Config(128, 256, 64, 8, 3),
@@ -89,15 +92,42 @@ CANDIDATES: dict[tuple[int, str], tuple[Config, ...]] = {
     (9, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
     (8, "unaligned"): (Config(128, 64, 32, 8, 3),),
     (8, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
+    ("hip", "plain"): (Config(128, 128, 64, 8, 2),),
+    ("hip", "softcap"): (Config(128, 64, 64, 8, 2),),
+    ("hip", "ieee"): (Config(64, 64, 16, 8, 2),),
+    ("hip", "unaligned"): (Config(128, 64, 32, 8, 2),),
+    ("hip", "unaligned fp32"): (Config(64, 64, 16, 8, 2),),
 }
 
 
+def is_hip() -> bool:
+    """Whether torch's GPUs are AMD's. They are called "cuda" too, and gfx942 has compute capability 9.4."""
+    return torch.version.hip is not None
+
+
+def family(device: torch.device) -> Family:
+    """Which tiles of CANDIDATES a GPU takes."""
+    return "hip" if is_hip() else family_of(torch.cuda.get_device_capability(device)[0])
+
+
+def family_of(capability: int) -> Family:
+    """Family of NVIDIA's GPUs of compute capability `capability`.x. Consumer GPUs of Blackwell (12) multiply
+    as those of Ampere do and have no more shared memory; so may what comes after them."""
+    return {9: 9, 10: 10, 11: 10}.get(capability, 8)
+
+
+def products_on_tensor_cores() -> str:
+    """The fastest precision of float32 products with about the error of IEEE's. AMD has no 3xTF32; its CDNA
+    GPUs multiply float32 on their matrix cores. head/README.md compares bf16x6 and bf16x3."""
+    return "ieee" if is_hip() else "tf32x3"
+
+
 def precision() -> str:
-    """Precision of float32 products: 3xTF32 where torch's own may be TF32.
+    """Precision of float32 products: 3xTF32 where torch's own may be TF32, but not on AMD.
 
     Either torch.set_float32_matmul_precision or the setting below asks for it; only the latter's getter knows
     both."""
-    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return products_on_tensor_cores() if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def aligned(matrix: Tensor) -> bool:
@@ -118,13 +148,13 @@ def form(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
 
 
 def candidates(capability: int, form: str) -> tuple[Config, ...]:
-    """Configurations for GPUs of compute capability `capability`.x; the first is the shipped choice."""
-    least = 10 if capability >= 10 else 9 if capability == 9 else 8
-    return CANDIDATES[least, form]
+    """Configurations for NVIDIA's GPUs of compute capability `capability`.x; the first is the shipped one."""
+    return CANDIDATES[family_of(capability), form]
 
 
 def candidates_on(device: torch.device, form: str) -> tuple[Config, ...]:
-    return candidates(torch.cuda.get_device_capability(device)[0], form)
+    """Configurations for this GPU; the first is the shipped one."""
+    return CANDIDATES[family(device), form]
 
 
 def cache_file() -> Path:
