@@ -115,7 +115,7 @@ def test_positions_that_matter_little_are_passed_under_autocast(
         make(model=path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True))._positions
+        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True)).ours.positions
 
 
 def test_features_of_learned_positions(make: Callable[..., Any], save: Callable[..., str]) -> None:
@@ -315,11 +315,10 @@ def test_the_callback_measures_learned_positions(
         warnings.simplefilter("ignore", UserWarning)
         made = make(trainer, model=path, max_steps=1, **settings)
     callback = GeometryCallback(made)
-    assert callback._positions
+    assert callback.ours.positions
     probe = make_probe(made.model, 0)
-    callback._running = []
-    torch.testing.assert_close(trained_on(made, probe), own(made.model, probe), rtol=0, atol=1e-5)
-    callback._running = None
+    with callback._measuring():
+        torch.testing.assert_close(trained_on(made, probe), own(made.model, probe), rtol=0, atol=1e-5)
     made.add_callback(callback)
     made.train()
     assert logged(made, "g2rl/cos_mean")
