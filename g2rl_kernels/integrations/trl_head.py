@@ -18,13 +18,13 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import FusedCausalLMOutput
 
 import g2rl_kernels as g2
 
 from ..errors import TrainerError
 from ..models.lm_head import LMHead, backbone_of
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
+from .trl_seams import FusedCausalLMOutput
 
 
 class HeadInputs(NamedTuple):
@@ -231,13 +231,19 @@ def last_hidden_state(backbone: torch.nn.Module) -> Iterator[list[Tensor]]:
 def pad_like(mask: Tensor, rows: list[list[Any]], columns: int) -> Tensor:
     """Rows of numbers as [B, L - 1] float32, the shape of `mask`.
 
-    Each row starts where the last `columns` columns start. Other places, None and NaN become 0.
+    Each row starts where the last `columns` columns start. Samplers may nest each number in a list.
+    Other places, None, NaN and lists of several numbers become 0.
     """
+
+    def number(x: Any) -> float:
+        if isinstance(x, (list, tuple)):
+            x = x[0] if len(x) == 1 else None
+        return 0.0 if x is None else float(x)
+
     values = torch.zeros(mask.shape)
     first = mask.shape[1] - columns
     for row, found in enumerate(rows):
-        numbers = [0.0 if x is None else float(x) for x in found]
-        values[row, first : first + len(found)] = torch.tensor(numbers)
+        values[row, first : first + len(found)] = torch.tensor([number(x) for x in found])
     return values.nan_to_num(nan=0.0).to(mask.device)
 
 

@@ -72,6 +72,11 @@ def test_a_response_that_is_not_scored_takes_no_part(make: Callable[..., Any]) -
     assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(alone.shaped_rewards.mean().item())
 
 
+def test_a_batch_that_is_not_scored_has_no_accuracy(make: Callable[..., Any]) -> None:
+    trainer = trained(make, reward_funcs=lambda completions, **_: [None] * len(completions), max_steps=1)
+    assert logged(trainer, "g2rl/accuracy") == logged(trainer, "reward") == [None]
+
+
 def signs(completions: list[str], **_: Any) -> list[float]:
     return [2 * reward - 1 for reward in parity(completions)]
 
