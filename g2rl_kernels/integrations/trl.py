@@ -45,7 +45,7 @@ from .._clock import clock
 from ..errors import one_line, short
 from ..group.evol import compared_text
 from ..group.options import ShapingOptions
-from ..group.shaping import check_gap, response_keys, shape_scores
+from ..group.shaping import check_gap, check_threshold, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
 from ..tasks.mathematics import MathJudge
@@ -374,7 +374,12 @@ class G2RLTrainer(GRPOTrainer):
         rewards = measurement.rewards.clone()
         scores = rewards[:, self._correctness]
         name = f"rewards of {self.reward_func_names[self._correctness]}"
-        check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
+        graded = args.g2rl_rewards == "graded"
+        if not graded:
+            check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
+        if not graded and args.g2rl_labels == "truth" and args.g2rl_algorithm in ("g2rl", "evol_rl"):
+            option, remedy = "g2rl_correctness_threshold", "g2rl_rewards='graded'"
+            check_threshold(scores, args.g2rl_correctness_threshold, name, option, remedy)
         shaped = shape_scores(
             gather(torch.cat(measurement.features)),
             scores,
@@ -385,6 +390,7 @@ class G2RLTrainer(GRPOTrainer):
             threshold=args.g2rl_correctness_threshold,
             gap=args.g2rl_correctness_gap,
             algorithm=args.g2rl_algorithm,
+            graded=graded,
             **self._read(measurement.texts),
         )
         rewards[:, self._correctness] = shaped.scores

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..group.options import SCORE_GATE, option, option_field
-from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, REWARDS, check_options
 from ..models.encoder import DEFAULT_ENCODER
 from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
 
@@ -43,6 +43,13 @@ class G2RLConfig(GRPOConfig):
         None,
         "Name of the reward function that says whether an answer is right, or its index, from 0; its rewards "
         "are shaped, others are not. Required where there are several reward functions.",
+    )
+    g2rl_rewards: str = option(
+        "binary",
+        "What the correctness reward says: 'binary', whether an answer is right, by "
+        "g2rl_correctness_threshold; 'graded', how good it is: answers are compared with their group's mean, "
+        "whatever the unit.",
+        REWARDS,
     )
     g2rl_correctness_threshold: float = option(
         SCORE_GATE,
