@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .geometry import GroupGeometry
@@ -17,7 +19,7 @@ def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
         shaped_reward_mean        mean shaped reward, where right is +1 and wrong is -1
         sign_flips                share of rewards whose sign shaping changed
 
-    All but accuracy are over the rows in `geometry.members`. A mean over nothing is 0.
+    All but accuracy are over the rows in `geometry.members`. A mean over nothing is 0, but accuracy NaN.
 
     Args:
         geometry: of `group_geometry`.
@@ -43,5 +45,6 @@ def describe(geometry: GroupGeometry, rewards: Tensor) -> dict[str, float]:
 
 
 def accuracy(rewards: Tensor) -> float:
-    """Share of +1 among rewards [S] that are not NaN; 0 if all are."""
-    return (rewards > 0).sum().item() / max(int((~rewards.isnan()).sum()), 1)
+    """Share of +1 among rewards [S] that are not NaN; NaN if all are."""
+    scored = int((~rewards.isnan()).sum())
+    return (rewards > 0).sum().item() / scored if scored else math.nan

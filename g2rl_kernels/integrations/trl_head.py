@@ -1,12 +1,17 @@
-"""The LM head of a model in one of TRL's trainers: where it is, and what enters it."""
+"""The LM head of a model in one of TRL's trainers: where it is, what enters it, and who answers its calls.
+
+TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `scoring_of` puts a forward around TRL's,
+which follows the `Scoring` that the model holds. The forward is a bound method: copies of a model compute
+with their own weights, and accelerate can take its wrappers off.
+"""
 
 from __future__ import annotations
 
-import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +24,7 @@ import g2rl_kernels as g2
 from ..errors import TrainerError
 from ..models.lm_head import LMHead, backbone_of
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
+from .trl_seams import FusedCausalLMOutput
 
 
 class HeadInputs(NamedTuple):
@@ -32,19 +38,97 @@ class HeadInputs(NamedTuple):
     mask: Tensor  # [B, L - 1] bool: where the packed tokens stand
 
 
-def head_inputs(head: LMHead, hidden: Tensor, labels: Tensor, args: Any) -> HeadInputs:
+def head_inputs(head: LMHead, hidden: Tensor, labels: Tensor, float32: bool) -> HeadInputs:
     """Packs the tokens that are scored, with the hidden states that predict them.
 
-    hidden: [B, L, d], of the backbone; labels: [B, L] int64, -100 where a token is not scored; args: the
-    trainer's configuration.
+    hidden: [B, L, d], of the backbone; labels: [B, L] int64, -100 where a token is not scored; float32: TRL
+    has cast the head (`cast_lm_head_to_fp32`), so that autocast leaves it alone.
     """
     device, dtype = head.output.weight.device, head.output.weight.dtype
-    if torch.is_autocast_enabled(device.type) and not getattr(args, "cast_lm_head_to_fp32", False):
+    if torch.is_autocast_enabled(device.type) and not float32:
         dtype = torch.get_autocast_dtype(device.type)
     hidden, labels = hidden.to(device)[:, :-1], labels.to(device)[:, 1:]
     mask = labels != -100
     packed, tokens, cu_seqlens = g2.pack_responses(hidden, labels, mask)
     return HeadInputs(packed.to(dtype), *head.weights(dtype), tokens, cu_seqlens, mask)
+
+
+# What sees hidden states [B, L, d] and labels [B, L] of a forward: gives log-probs and entropies, [N] each.
+Measure = Callable[[LMHead, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Scoring:
+    """Who answers `model(..., fused_lm_head=True)`, and how. A model holds one; a copy of it, a copy."""
+
+    head: LMHead | None = None  # its arithmetic alone counts: the modules are those of the model at each call
+    fused: bool = False  # log-probs come from `linear_logprobs` or `measure`, else from TRL's head
+    temperature: float = 1.0
+    float32: bool = False  # TRL's cast_lm_head_to_fp32
+    positions: bool = False  # positions are counted by `count_positions`
+    measure: Measure | None = None  # while a forward is measured
+    copied: bool = False  # a copy of a model that is in a trainer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scoring:
+        return replace(self, measure=None, copied=True)
+
+    def answer(self, model: Any, theirs: Callable[..., Any], args: tuple[Any, ...], inputs: Any) -> Any:
+        """Answers `model(*args, **inputs)`, with fused_lm_head among the inputs; theirs: TRL's forward."""
+        if self.positions:
+            count_positions(inputs)
+        if self.head is None or not (self.fused or self.measure):
+            return theirs(model, *args, **inputs)
+        head = current_head(self.head, model)
+        if not self.fused and self.measure:
+            with last_hidden_state(head.backbone) as seen:
+                output = theirs(model, *args, **inputs)
+            self.measure(head, seen[0], inputs["labels"])
+            return output
+        del inputs["fused_lm_head"]
+        labels = inputs.pop("labels").to(head.output.weight.device)  # a model may be split over devices
+        hidden = head.backbone(*args, **inputs, use_cache=False).last_hidden_state
+        if self.measure:
+            logprobs, entropy = self.measure(head, hidden, labels)
+        else:
+            packed, weight, bias, tokens, *_ = head_inputs(head, hidden, labels, self.float32)
+            options = head.options(self.temperature)
+            logprobs, entropy = g2.linear_logprobs(packed, weight, tokens, bias=bias, **options)
+        mask = labels[:, 1:] != -100
+        log_probs, entropies = (
+            values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (logprobs, entropy)
+        )
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropies, label_mask=mask)
+
+
+_SCORING = "_g2rl_scoring"  # the model's attribute
+
+
+def scoring_of(model: Any) -> Scoring:
+    """The `Scoring` of a model that TRL's `add_fused_lm_head` has prepared; at first TRL's own head answers.
+
+    In a copy of such a model TRL's forward would compute logits with the original's weights, which it has
+    bound, so there the class's own forward gives them.
+    """
+    scoring: Scoring | None = vars(model).get(_SCORING)
+    if scoring is not None:
+        return scoring
+    bound = model.forward
+    theirs = getattr(bound, "__func__", lambda _, *args, **inputs: bound(*args, **inputs))
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        own: Scoring = getattr(self, _SCORING)
+        if inputs.get("fused_lm_head"):
+            return own.answer(self, theirs, args, inputs)
+        return (type(self).forward if own.copied else theirs)(self, *args, **inputs)
+
+    # generate() reads the signature. functools.wraps would also set __wrapped__, by which accelerate's
+    # unwrap_model(keep_fp32_wrapper=False) goes past this function.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    forward.__doc__ = type(model).forward.__doc__
+    scoring = Scoring()
+    setattr(model, _SCORING, scoring)
+    model.forward = types.MethodType(forward, model)
+    return scoring
 
 
 def innermost(model: Any) -> Any:
@@ -81,19 +165,6 @@ def count_positions(inputs: dict[str, Any]) -> None:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[
             :, -given.shape[1] :
         ]  # a prefix has passed
-
-
-def pass_positions(model: Any) -> None:
-    """Makes `model(..., fused_lm_head=True)` count positions by `count_positions`."""
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def counted(*args: Any, **inputs: Any) -> Any:
-        if inputs.get("fused_lm_head"):
-            count_positions(inputs)
-        return forward(*args, **inputs)
-
-    model.forward = counted
 
 
 def compare_log_probs(trainer: Any, logprobs: Logprobs, samples: bool) -> None:
@@ -160,13 +231,19 @@ def last_hidden_state(backbone: torch.nn.Module) -> Iterator[list[Tensor]]:
 def pad_like(mask: Tensor, rows: list[list[Any]], columns: int) -> Tensor:
     """Rows of numbers as [B, L - 1] float32, the shape of `mask`.
 
-    Each row starts where the last `columns` columns start. Other places, None and NaN become 0.
+    Each row starts where the last `columns` columns start. Samplers may nest each number in a list.
+    Other places, None, NaN and lists of several numbers become 0.
     """
+
+    def number(x: Any) -> float:
+        if isinstance(x, (list, tuple)):
+            x = x[0] if len(x) == 1 else None
+        return 0.0 if x is None else float(x)
+
     values = torch.zeros(mask.shape)
     first = mask.shape[1] - columns
     for row, found in enumerate(rows):
-        numbers = [0.0 if x is None else float(x) for x in found]
-        values[row, first : first + len(found)] = torch.tensor(numbers)
+        values[row, first : first + len(found)] = torch.tensor([number(x) for x in found])
     return values.nan_to_num(nan=0.0).to(mask.device)
 
 

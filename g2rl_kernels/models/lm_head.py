@@ -171,10 +171,17 @@ def base_model(model: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module is in evaluation mode; afterwards each has the mode that it had."""
+    """The model is in evaluation mode; afterwards each module has the mode that it had.
+
+    Linear layers of other classes than torch's own are in training mode: theirs changes no product, and in
+    evaluation mode bitsandbytes repacks 4-bit weights on a CPU, for good.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
+        for module, _ in modes:
+            if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+                module.training = True
         yield
     finally:
         for module, training in modes:

@@ -185,11 +185,12 @@ def test_without_trl_the_error_says_what_to_install(
 ) -> None:
     import g2rl_kernels.integrations as package
 
-    monkeypatch.delattr(package, "trl")
-    monkeypatch.delitem(sys.modules, "g2rl_kernels.integrations.trl")
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.2.0")
+    for name in ("trl", "trl_seams"):
+        monkeypatch.delattr(package, name)
+        monkeypatch.delitem(sys.modules, f"g2rl_kernels.integrations.{name}")
+    monkeypatch.setattr("g2rl_kernels.versions.installed", lambda name: None)
     assert cli.main([recipe()]) == 2
-    assert "tested with TRL 1.16, found 1.2.0" in capsys.readouterr().err
+    assert "needs TRL: pip install 'g2rl-kernels[trl]'" in capsys.readouterr().err
 
 
 def test_errors_in_training_keep_their_traceback(recipe: Any) -> None:

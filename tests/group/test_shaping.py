@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
+
 import pytest
 import torch
+from torch import Tensor
 
 import g2rl_kernels as g2
 from g2rl_kernels.group.metrics import describe
 from g2rl_kernels.group.options import SCORE_GATE, ShapingOptions
-from g2rl_kernels.group.shaping import response_keys, shape_scores, signed_rewards
+from g2rl_kernels.group.shaping import (
+    check_options,
+    check_threshold,
+    graded_rewards,
+    response_keys,
+    shape_scores,
+    signed_rewards,
+)
 
 NAN = torch.nan
 FEATURES = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, -0.2]])
@@ -126,6 +138,7 @@ def test_a_batch_in_which_nobody_takes_part_is_described_by_zeros() -> None:
     shaped = shape_scores(FEATURES, torch.full((4,), NAN), ShapingOptions(), group_size=4)
     assert shaped.scores.isnan().all()
     assert (shaped.bonus == 0).all()
+    assert math.isnan(shaped.metrics.pop("accuracy"))
     assert set(shaped.metrics.values()) == {0.0}
 
 
@@ -171,3 +184,105 @@ def test_an_unknown_system_and_one_without_embeddings_are_named() -> None:
         shape_scores(FEATURES, SIGNS, options, group_size=4, algorithm="evol_rl")
     with pytest.raises(TypeError, match="scores: got list"):
         shape_scores(FEATURES, SIGNS.tolist(), options, group_size=4)
+
+
+# --- graded scores --------------------------------------------------------------------------------------
+
+
+def graded_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and scores of three groups of 6, and the groups' ids."""
+    generator = torch.Generator().manual_seed(seed)
+    features, scores = (torch.randn(18, 5, generator=generator), torch.rand(18, generator=generator))
+    return features, scores, torch.arange(18) % 3
+
+
+def test_graded_rewards_by_hand() -> None:
+    scores = torch.tensor([0.0, 0.1, 0.2, 0.9, 0.3, 0.3, 7.0])
+    rewards, half = graded_rewards(scores, torch.tensor([0, 0, 0, 0, 1, 1, -1]))
+    # mean 0.3; above it 0.9 alone, below it by 0.3, 0.2 and 0.1, by 0.2 in the mean
+    torch.testing.assert_close(rewards, torch.tensor([-1.0, -1.0, -0.5, 1.0, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(half, torch.tensor([0.4, 0.4, 0.4, 0.4, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("right", [1, 2, 3, 5])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.3, 0.7)])
+def test_graded_is_intent_where_scores_are_right_and_wrong(right: int, low: float, high: float) -> None:
+    features, _, ids = graded_batch()
+    scores = torch.where(torch.arange(18) // 3 < right, high, low)
+    units = {"threshold": (low + high) / 2, "gap": high - low}
+    binary = shape_scores(features, scores, ShapingOptions(), group_ids=ids, **units)
+    graded = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True, **units)
+    assert binary.bonus.abs().max() > 0.05
+    torch.testing.assert_close(graded.bonus, binary.bonus, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(graded.geometry.advantages, binary.geometry.advantages, rtol=1e-4, atol=1e-5)
+    assert graded.metrics == pytest.approx(binary.metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 5.0), (10.0, 0.0), (0.01, -3.0)])
+def test_graded_rewards_have_no_unit(scale: float, shift: float) -> None:
+    features, scores, ids = graded_batch()
+    one = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    shifts = shift * (1 + ids)  # each group by another number
+    other = shape_scores(features, scale * scores + shifts, ShapingOptions(), group_ids=ids, graded=True)
+    torch.testing.assert_close(other.bonus, scale * one.bonus, rtol=1e-2, atol=1e-4 * scale)
+    torch.testing.assert_close(
+        other.geometry.shaped_rewards, one.geometry.shaped_rewards, rtol=1e-2, atol=1e-3
+    )
+
+
+def test_novelty_helps_the_better_half_and_harms_the_worse() -> None:
+    features, scores, ids = graded_batch()
+    shaped = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    for group in range(3):
+        rows = ids == group
+        nu = shaped.geometry.exploration_score[rows]
+        novel = (nu - nu.min()) / (nu.max() - nu.min()) > 0.5
+        better = scores[rows] > scores[rows].mean()
+        assert ((shaped.bonus[rows] > 0) == (novel == better)).all()
+        assert shaped.bonus[rows].abs().max() <= 0.25 * (scores[rows].max() - scores[rows].min())
+
+
+def test_rows_that_take_no_part_change_no_grade() -> None:
+    features, scores, ids = graded_batch()
+    alone = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    more = torch.cat([features, torch.randn(2, 5)])
+    ids = torch.cat([ids, torch.tensor([0, 1])])
+    scored = torch.cat([scores, torch.tensor([torch.nan, 9.0])])
+    has_tokens = torch.arange(20) < 19
+    found = shape_scores(more, scored, ShapingOptions(), group_ids=ids, has_tokens=has_tokens, graded=True)
+    torch.testing.assert_close(found.bonus, torch.cat([alone.bonus, torch.zeros(2)]))
+    empty = shape_scores(features[:0], scores[:0], ShapingOptions(), group_ids=ids[:0], graded=True)
+    assert empty.bonus.shape == (0,)
+
+
+def test_grades_need_the_truth() -> None:
+    features, scores, ids = graded_batch()
+    for given in ({"votes": ["a"] * 18}, {"algorithm": "evol_rl", "embeddings": features}):
+        with pytest.raises(ValueError, match="graded: got True with votes or algorithm='evol_rl'"):
+            shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True, **given)
+    with pytest.raises(ValueError, match="x_rewards: got 'graded' with x_labels=majority"):
+        check_options({"rewards": "graded", "labels": "majority"}, "x_")
+    with pytest.raises(ValueError, match="x_rewards: got 'gradual', needs one of 'binary', 'graded'"):
+        check_options({"rewards": "gradual"}, "x_")
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (
+            [0.1, 0.9, torch.nan],
+            "all lie below limit=1, .* answer for wrong: for graded rewards set x=y; else",
+        ),
+        ([1.0, 2.0], "all lie at or above limit=1, .* answer for right"),
+        ([0.0, 1.0], None),
+        ([0.2, 0.2], None),
+        ([torch.nan], None),
+    ],
+    ids=str,
+)
+def test_scores_on_one_side_of_the_threshold_are_told(scores: list[float], said: str | None) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_threshold(torch.tensor(scores), 1.0, "scores", "limit", "x=y")
+    assert len(told) == (said is not None)
+    assert said is None or re.search(said, str(told[0].message))

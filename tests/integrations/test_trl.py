@@ -1,10 +1,8 @@
-"""G2RLTrainer in TRL: evaluation, resuming, conversations; settings that are refused."""
+"""G2RLTrainer in TRL: evaluation, resuming, conversations; settings and versions that are refused."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ import torch
 pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
 from tiny_trl import CHAT, Watched, config, length, logged, make_tokenizer, parity, prompts, weights
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from g2rl_kernels.integrations import trl as integration
-from g2rl_kernels.integrations.trl import G2RLTrainer
+from g2rl_kernels import versions
+from g2rl_kernels.integrations import trl_seams
+from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
+from g2rl_kernels.integrations.trl_config import correctness_column
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -93,10 +93,6 @@ def test_conversations_go_through_the_chat_template(make: Callable[..., Any]) ->
             "g2rl_answer_func: cannot import 'os.no",
         ),
         ({"g2rl_labels": "majority", "g2rl_answer_func": "f"}, "g2rl_answer_func: cannot import 'f'"),
-        (
-            {"train_dataset": prompts(1)},
-            r"train_dataset: 1 prompts, but a generation batch takes 2 .*8 / num_gen",
-        ),
         ({"reward_funcs": [parity, length]}, "g2rl_correctness_reward: got None.*: parity, length"),
         ({"g2rl_correctness_reward": "accuracy"}, "g2rl_correctness_reward: got 'accuracy'.*: parity"),
     ],
@@ -111,7 +107,82 @@ def test_a_grpo_config_is_refused(tmp_path: Path, model_dir: str) -> None:
         G2RLTrainer(model_dir, parity, config(tmp_path, GRPOConfig), prompts())
 
 
-def test_trl_versions_that_were_not_tested_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.17.0")
-    with pytest.raises(ImportError, match=r"tested with TRL 1.16, found 1.17.0.*pip install 'trl==1.16"):
-        runpy.run_path(integration.__file__)
+@pytest.mark.parametrize("asked", [None, 2, "2", -1, "-1", "lambda", True, 0.5])
+def test_reward_functions_of_one_name_need_an_index(make: Callable[..., Any], asked: Any) -> None:
+    rewards = [lambda completions, **_: [0.0] * len(completions), lambda **given: parity(**given)]
+    said = "g2rl_correctness_reward: got .*index from 0 to 1, of the one.*: <lambda>, <lambda>"
+    with pytest.raises(ValueError, match=said):
+        make(model="/nowhere", reward_funcs=rewards, g2rl_correctness_reward=asked)  # before it is loaded
+    for index in (1, "1"):
+        trainer = make(Watched, reward_funcs=list(rewards), g2rl_correctness_reward=index, max_steps=1)
+        trainer.train()
+        rewarded = trainer.seen[0]["rewards"]
+        assert logged(trainer, "g2rl/accuracy")[0] == pytest.approx(rewarded[:, 1].mean().item())
+        assert 0 < logged(trainer, "g2rl/accuracy")[0] < 1
+
+
+def test_a_command_line_gives_an_index(tmp_path: Path) -> None:
+    parser = TrlParser(G2RLConfig)
+    for given, asked in {"1": "1", "parity": "parity"}.items():
+        line = ["--output_dir", str(tmp_path), "--g2rl_correctness_reward", given, "--bf16", "false"]
+        (args,) = parser.parse_args_and_config([*line, "--use_cpu", "true"])
+        assert args.g2rl_correctness_reward == asked
+        assert correctness_column(["length", "parity"], args.g2rl_correctness_reward) == 1
+    assert correctness_column(["1", "parity"], "1") == 0  # a name comes first
+
+
+def test_the_model_card_cites_g2rl(make: Callable[..., Any], tmp_path: Path) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make(**keys).train()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Cite G2RL as:" in card
+    assert "eprint       = {arXiv:2512.15687}" in card
+    make(g2rl_lam=0, **keys).train()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "2512.15687" not in card
+    assert "Cite GRPO as:" in card
+
+
+# --- small data, evaluation alone -----------------------------------------------------------------------
+
+
+def test_a_data_set_too_small_to_train_on_evaluates(make: Callable[..., Any]) -> None:
+    few = {"train_dataset": prompts(1), "eval_dataset": prompts(3), "per_device_eval_batch_size": 4}
+    ours, theirs = make(**few), make(GRPOTrainer, **few)
+    torch.manual_seed(0)
+    found = ours.evaluate()
+    torch.manual_seed(0)
+    assert found["eval_reward"] == theirs.evaluate()["eval_reward"]
+    with pytest.raises(ValueError, match=r"train_dataset: 1 prompts, but a generation batch takes 2 .*8 / n"):
+        ours.train()
+    unshaped = make(g2rl_lam=0, **few)
+    assert unshaped.train().global_step == theirs.train().global_step == 0
+
+
+# --- TRL's versions -------------------------------------------------------------------------------------
+
+
+def test_a_trl_without_a_seam_is_refused_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    trl_seams.check_seams()
+    monkeypatch.delattr("trl.trainer.utils.FusedCausalLMOutput")
+    monkeypatch.delattr(GRPOTrainer, "_generate")
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self, inputs, completions: None)
+    monkeypatch.setitem(trl_seams.NAMES, "trl.nowhere", ("f",))
+    monkeypatch.setattr(trl_seams, "ATTRIBUTES", (*trl_seams.ATTRIBUTES, "num_iteration"))
+    monkeypatch.setattr(trl_seams, "SETTINGS", (*trl_seams.SETTINGS, "epsilon_low"))
+    lacking = (
+        r"\(trl.trainer.utils.FusedCausalLMOutput; trl.nowhere; GRPOTrainer._generate\(prompts, ...\); "
+        r"GRPOTrainer._calculate_rewards\(inputs, prompts, completions, ...\); "
+        r"GRPOTrainer's attribute num_iteration; GRPOConfig.epsilon_low\): pip install 'trl==1.16.\*'"
+    )
+    with pytest.raises(ImportError, match=lacking):
+        trl_seams.check_seams()
+
+
+def test_a_trl_that_was_not_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda package: "1.99.0")
+    with pytest.warns(versions.UntestedVersionWarning, match=r"trl 1.99.0 is newer"):
+        trl_seams.check_seams()
+    monkeypatch.setattr(versions, "installed", lambda package: None)
+    with pytest.raises(ImportError, match=r"needs TRL: pip install 'g2rl-kernels\[trl\]'"):
+        trl_seams.check_seams()

@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 import g2rl_kernels as g2
 from g2rl_kernels.errors import TrainerError
 from g2rl_kernels.integrations.trl import G2RLTrainer
+from g2rl_kernels.integrations.trl_head import pad_like
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -211,6 +212,31 @@ def test_tool_tokens_do_not_count_and_the_samplers_log_probs_are_used(
     counts = torch.cat([options["token_weights"] for _, options in calls])
     torch.testing.assert_close(known, torch.tensor([*chain(*generated["logprobs"])]))
     assert counts.tolist() == [*chain(*generated["env_mask"])]
+
+
+@pytest.mark.parametrize("nest", [lambda x: [x], lambda x: (x,), torch.tensor, lambda x: torch.tensor([x])])
+def test_the_samplers_log_probs_may_be_nested(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, nest: Callable[[float], Any]
+) -> None:
+    known, theirs = [], g2.head_features
+
+    def nested(batch: list[str], trainer: Any) -> dict[str, Any]:
+        found = rollout(batch, trainer)
+        return {**found, "logprobs": [[nest(x) for x in row] for row in found["logprobs"]]}
+
+    monkeypatch.setattr(
+        g2, "head_features", lambda *a, **k: (known.append(k["known_logprobs"]), theirs(*a, **k))[1]
+    )
+    trainer = make(Watched, rollout_func=nested, max_steps=1)
+    trainer.train()
+    torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
+    expected = rollout(prompts(8)["prompt"], trainer)["logprobs"]
+    torch.testing.assert_close(torch.cat(known), torch.tensor([*chain(*expected)]))
+
+
+def test_log_probs_of_several_tokens_a_place_are_left_out() -> None:
+    rows = [[[-1.0], [-2.0, -3.0], None, [None], (-4.0,)]]
+    assert pad_like(torch.ones(1, 6), rows, 5).tolist() == [[0, -1, 0, 0, 0, -4]]
 
 
 class FakeVLLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trl import GRPOTrainer
 
 import g2rl_kernels as g2
 from g2rl_kernels.group.options import SCORE_GATE
+from g2rl_kernels.group.shaping import graded_rewards
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -72,6 +74,11 @@ def test_a_response_that_is_not_scored_takes_no_part(make: Callable[..., Any]) -
     assert logged(trainer, "g2rl/shaped_reward_mean")[0] == pytest.approx(alone.shaped_rewards.mean().item())
 
 
+def test_a_batch_that_is_not_scored_has_no_accuracy(make: Callable[..., Any]) -> None:
+    trainer = trained(make, reward_funcs=lambda completions, **_: [None] * len(completions), max_steps=1)
+    assert logged(trainer, "g2rl/accuracy") == logged(trainer, "reward") == [None]
+
+
 def signs(completions: list[str], **_: Any) -> list[float]:
     return [2 * reward - 1 for reward in parity(completions)]
 
@@ -126,3 +133,25 @@ def test_partial_credit_is_not_right(make: Callable[..., Any]) -> None:
     trainer = trained(make, Watched, reward_funcs=half_right)
     assert trainer.args.g2rl_correctness_threshold == SCORE_GATE
     assert set(logged(trainer, "g2rl/accuracy")) == {3 / 8}
+
+
+def grades(completions: list[str], **_: Any) -> list[float]:
+    return [(sum(map(ord, text)) % 7) / 10 for text in completions]
+
+
+def test_graded_rewards_are_told_and_have_a_rule(make: Callable[..., Any]) -> None:
+    said = "rewards of grades differ in a batch, but all lie below .*set g2rl_rewards='graded'"
+    with pytest.warns(UserWarning, match=said):
+        trained(make, reward_funcs=grades)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = trained(make, Watched, reward_funcs=grades, g2rl_rewards="graded", log_completions=True)
+    for seen in trainer.seen:
+        raw, ids = seen["rewards"][:, 0], torch.arange(8) // 4
+        rewards, half = graded_rewards(raw, ids)
+        shaped = g2.group_geometry(seen["features"], rewards, group_ids=ids).shaped_rewards
+        groups = (raw + (shaped - rewards) * half).view(-1, 4)
+        expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="g2rl_rewards: got 'graded' with g2rl_labels=majority"):
+        make(g2rl_rewards="graded", g2rl_labels="majority")

@@ -115,7 +115,7 @@ def test_positions_that_matter_little_are_passed_under_autocast(
         make(model=path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True))._positions
+        assert GeometryCallback(make(GRPOTrainer, model=path, bf16=True)).ours.positions
 
 
 def test_features_of_learned_positions(make: Callable[..., Any], save: Callable[..., str]) -> None:
@@ -267,6 +267,33 @@ def test_bfloat16_weights_that_will_not_move_are_counted(make: Callable[..., Any
         make(**settings)
 
 
+class Repacking(torch.nn.Linear):
+    """Changes its weight in evaluation mode, for good, as a 4-bit layer of bitsandbytes does on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.weight.data = self.weight.data.flip(0).flip(0) + 1e-7
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_checks_leave_weights_and_modes_as_they_were(make: Callable[..., Any], training: bool) -> None:
+    model = make_model()
+    for layer in model.model.layers:
+        packed = Repacking(32, 48, bias=False)
+        packed.weight = layer.mlp.gate_proj.weight
+        layer.mlp.gate_proj = packed
+    model.train(training)
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make(model=model, processing_class=make_tokenizer())
+    assert [module.training for module in trainer.model.modules()] == modes
+    GeometryCallback(make(GRPOTrainer, model=model, processing_class=make_tokenizer()))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 @pytest.mark.parametrize(
     ("settings", "needed"),
     [
@@ -315,11 +342,10 @@ def test_the_callback_measures_learned_positions(
         warnings.simplefilter("ignore", UserWarning)
         made = make(trainer, model=path, max_steps=1, **settings)
     callback = GeometryCallback(made)
-    assert callback._positions
+    assert callback.ours.positions
     probe = make_probe(made.model, 0)
-    callback._running = []
-    torch.testing.assert_close(trained_on(made, probe), own(made.model, probe), rtol=0, atol=1e-5)
-    callback._running = None
+    with callback._measuring():
+        torch.testing.assert_close(trained_on(made, probe), own(made.model, probe), rtol=0, atol=1e-5)
     made.add_callback(callback)
     made.train()
     assert logged(made, "g2rl/cos_mean")
