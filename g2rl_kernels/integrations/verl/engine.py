@@ -18,6 +18,15 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from ... import head_features
 from ...group.shaping import response_keys
 from ...models.lm_head import LMHead, check_logits, find_head
+from ..seams import check_seams
+
+check_seams(
+    "verl",
+    {
+        FSDPEngineWithLMHead: {"forward_step": "micro_batch loss_function forward_only"},
+        tu: {"get_non_tensor_data": "data key default"},
+    },
+)
 
 REQUEST = "g2rl_measure"  # true in a batch's non-tensor data: its forward returns the next three too
 FEATURES = "g2rl_features"  # [B, d] float32
