@@ -6,7 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
 from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
 
-PREFIX = "algorithm.g2rl."  # of the settings' names in messages
-
 
 @dataclass
 class SystemSettings:
     """Settings by their names in `g2.group_geometry` and docs/baselines.md."""
+
+    prefix: ClassVar[str] = "algorithm.g2rl."  # of their names in messages
 
     algorithm: str = "g2rl"  # g2rl, or what the paper compares it with: grpo | entropy_bonus | evol_rl
     lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: the trainer's GRPO, to the bit
@@ -41,11 +41,11 @@ class SystemSettings:
 
     def check(self) -> None:
         """Raises ValueError or TypeError, naming it, for a setting that cannot work."""
-        check_options(vars(self), PREFIX)
+        check_options(vars(self), self.prefix)
         for name in ("entropy_coef", "ratio_clip_high"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{PREFIX}{name}: got {value}, needs a finite number, 0 or more")
+                raise ValueError(f"{self.prefix}{name}: got {value}, needs a finite number, 0 or more")
 
     @property
     def reads_texts(self) -> bool:
@@ -62,8 +62,9 @@ class SystemSettings:
             coef = theirs or ENTROPY_COEF[self.algorithm]
         if (self.algorithm == "grpo" and coef) or (self.algorithm == "entropy_bonus" and not coef):
             raise ValueError(
-                f"{name}: got {coef} with {PREFIX}algorithm={self.algorithm}: grpo has no entropy bonus, and "
-                f"entropy_bonus has one; leave it and {PREFIX}entropy_coef unset for the algorithm's own"
+                f"{name}: got {coef} with {self.prefix}algorithm={self.algorithm}: grpo has no entropy "
+                f"bonus, and entropy_bonus has one; leave it and {self.prefix}entropy_coef unset for the "
+                "algorithm's own"
             )
         return coef
 
@@ -88,7 +89,7 @@ class TextReader:
 
     def __init__(self, settings: SystemSettings, device: str | torch.device = "cpu") -> None:
         self.settings = settings
-        self.answer = answer_function(settings.answer_func, f"{PREFIX}answer_func")
+        self.answer = answer_function(settings.answer_func, f"{settings.prefix}answer_func")
         if settings.algorithm == "evol_rl":
             self.encoder = SentenceEncoder(settings.encoder, device)
 
@@ -106,8 +107,8 @@ class TextReader:
             judge, answers = None, [(self.answer(text) or "").strip() or None for text in read]
         if rows and not any(answers):
             warnings.warn(
-                f"no response of the batch has an answer: {PREFIX}answer_func names the function that finds "
-                "it",
+                f"no response of the batch has an answer: {self.settings.prefix}answer_func names the "
+                "function that finds it",
                 stacklevel=2,
             )
         found: dict[str, Any] = {}

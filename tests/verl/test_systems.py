@@ -150,7 +150,10 @@ def test_the_actors_get_them(make_step):
         (["labels=votes"], "algorithm.g2rl.labels: got 'votes', needs one of 'truth', 'majority'"),
         (["entropy_coef=-1"], "algorithm.g2rl.entropy_coef: got -1.0, needs a finite number, 0 or more"),
         (["ratio_clip_high=nan"], "algorithm.g2rl.ratio_clip_high: got nan, needs a finite number"),
-        (["algorithm=grpo", "entropy_coef=0.01"], "entropy_coeff: got 0.01 with algorithm.g2rl.algorithm=grpo"),
+        (
+            ["algorithm=grpo", "entropy_coef=0.01"],
+            "entropy_coeff: got 0.01 with algorithm.g2rl.algorithm=grpo",
+        ),
         (["algorithm=entropy_bonus", "entropy_coef=0"], "entropy_bonus has one; leave it"),
         (["labels=majority", "answer_func=nowhere.f"], "answer_func: cannot import 'nowhere.f' (No module"),
         (["labels=majority"], "algorithm.g2rl.answer_func: name a function, or pip install math-verify"),
