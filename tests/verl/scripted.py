@@ -15,6 +15,12 @@ from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 
+def answer(text: str) -> str | None:
+    """The answer in a response of random characters: its last digit, by halves of ten."""
+    digits = [character for character in text if character.isdigit()]
+    return "low" * (digits[-1] < "5") or "high" if digits else None
+
+
 class ScriptedReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         self._server_address = f"nowhere:{self.replica_rank}"

@@ -1,10 +1,11 @@
-"""G2RL in verl 0.9: a plugin that verl loads in every process (entry point group `verl.plugins`).
+"""G2RL in verl: a plugin that verl loads in every process (entry point group `verl.plugins`).
 
     python -m verl.trainer.main_ppo trainer.v1.trainer_mode=g2rl_sync algorithm.adv_estimator=grpo ...
 
 verl imports this module at the end of its own `__init__`. When verl first imports the two modules that they
 extend, trainer.py registers the trainer and engine.py adds features to the FSDP engine. (Importing those two
-at once would fix verl's platform before other plugins could change it.) docs/verl.md is for users.
+at once would fix verl's platform before other plugins could change it.) Each first checks the methods that it
+builds on, so any verl that has them will do. docs/verl.md is for users.
 """
 
 from __future__ import annotations
@@ -12,25 +13,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import re
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ... import __version__
+from ... import __version__, versions
+from ..seams import missing_seams
 
 logger = logging.getLogger(__name__)
-
-REMEDY = "pip install 'verl>=0.9.1,<0.10'"
-
-
-def check_version(version: str) -> None:
-    """Raises ImportError for any verl but 0.9, whose internals trainer.py and engine.py use."""
-    if not re.match(r"0\.9(\D|$)", version):
-        raise ImportError(f"verl {version} is installed, the plugin is for verl 0.9: {REMEDY}")
 
 
 def _register_trainer() -> None:
@@ -83,11 +77,13 @@ def _run(action: Callable[[], None]) -> None:
 def install() -> None:
     """Registers the two actions and logs that it did; verl itself logs a plugin's failure at DEBUG only.
 
-    Raises ImportError, and logs it, for a verl other than 0.9.
+    Raises ImportError, and logs it, for a verl without the modules that are extended.
     """
     try:
         version = importlib.metadata.version("verl")
-        check_version(version)
+        missing = [name for name in EXTENDED if not _exists(name)]
+        if missing:
+            raise ImportError(missing_seams("verl", missing))
     except ImportError as error:
         logger.error("g2rl-kernels %s: its verl plugin was NOT loaded: %s", __version__, error)
         raise
@@ -100,6 +96,16 @@ def install() -> None:
         __version__,
         version,
     )
+    untested = versions.untested("verl", version)
+    if untested:
+        logger.warning("g2rl-kernels: %s; what its plugin builds on is checked when it is used", untested)
+
+
+def _exists(module: str) -> bool:
+    """Whether verl has a module, found without importing it."""
+    spec = importlib.util.find_spec("verl")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return any(Path(folder, *module.split(".")[1:]).with_suffix(".py").is_file() for folder in folders)
 
 
 install()

@@ -10,21 +10,28 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_torch_device
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from ... import head_features
 from ...group.shaping import response_keys
-from ...models.lm_head import LMHead, check_logits, find_head
+from ..measure import Measurement
+from ..seams import check_seams
+
+check_seams(
+    "verl",
+    {
+        FSDPEngineWithLMHead: {"forward_step": "micro_batch loss_function forward_only"},
+        tu: {"get_non_tensor_data": "data key default"},
+    },
+)
 
 REQUEST = "g2rl_measure"  # true in a batch's non-tensor data: its forward returns the next three too
 FEATURES = "g2rl_features"  # [B, d] float32
 KEYS = "g2rl_keys"  # [B, 1] int64, response_keys of prompt and response: turns may differ in the prompt
 SECONDS = "g2rl_seconds"  # [B, 1] float32, the time for a micro-batch's features divided by its rows
-
-COMPARED = 8  # tokens whose logits are compared with the model's own, once
 
 
 def patch() -> None:
@@ -35,7 +42,7 @@ def patch() -> None:
     def forward_step(self: Any, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         if not tu.get_non_tensor_data(micro_batch, REQUEST, default=False):
             return original(self, micro_batch, loss_function, forward_only)
-        measurement = Measurement(self, micro_batch)
+        measurement = EngineMeasurement(self, micro_batch)
         with measurement:
             loss, output = original(self, micro_batch, loss_function, forward_only)
         output["model_output"] |= measurement.outputs()
@@ -71,59 +78,30 @@ class ResponseTokens:
         self.starts = ids_offsets.to(device)[self.owner]
 
 
-class Measurement:
-    """A context in which a forward pass of the engine's model also computes the micro-batch's features.
-
-    Features are computed inside the forward, because FSDP gathers the head's weight for it and shards the
-    weight again right after.
-    """
+class EngineMeasurement(Measurement):
+    """Features of a micro-batch of verl's engine, as outputs of its forward."""
 
     def __init__(self, engine: Any, micro_batch: TensorDict) -> None:
         module = engine.module
         self.engine, self.micro_batch = engine, micro_batch
-        self.module = module.module if isinstance(module, FullyShardedDataParallel) else module
-        self.head: LMHead = find_head(self.module, compare=False)
         self.packed: bool = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
         self.temperature = float(micro_batch["temperature"])
-        self.compared = getattr(engine, "g2rl_head_compared", False)
-
-    def __enter__(self) -> None:
-        self.features: Tensor | None = None
-        self.hooks = [self.head.backbone.register_forward_hook(self._after_backbone)]
-        if not self.compared:
-            self.hooks.append(self.module.register_forward_hook(self._after_model))
-
-    def __exit__(self, *exception: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if isinstance(self.head.output, FSDPModule):
-            self.head.output.reshard()  # the head's own forward would, but verl's fused kernels never run it
+        super().__init__(
+            module.module if isinstance(module, FullyShardedDataParallel) else module,
+            compare=not getattr(engine, "g2rl_head_compared", False),
+        )
 
     def outputs(self) -> dict[str, Tensor]:
-        if self.features is None:
-            raise RuntimeError(
-                f"G2RL: {type(self.module).__name__}'s forward did not run its backbone "
-                f"({type(self.head.backbone).__name__}), so there are no features"
-            )
-        seconds = torch.full_like(self.features[:, :1], self.seconds / len(self.features))
+        features = self.found()
+        self.engine.g2rl_head_compared = True
+        seconds = torch.full_like(features[:, :1], self.seconds / len(features))
         ids = self.micro_batch["input_ids"]
         keys = response_keys(ids.values(), ids.offsets())[:, None].to(seconds.device)
-        return {FEATURES: self.features, KEYS: keys, SECONDS: seconds}
+        return {FEATURES: features, KEYS: keys, SECONDS: seconds}
 
-    @torch.no_grad()
-    def _after_backbone(self, _module: Any, _args: Any, output: Any) -> None:
-        device = get_torch_device()
-        device.synchronize()
-        start = time.perf_counter()
-        if isinstance(self.head.output, FSDPModule):  # under FSDP2 an untied head is a unit of its own
-            self.head.output.unshard()  # the head runs next, and is then gathered already
-        weight, bias = self.head.weights(self.head.output.weight.dtype)
-        hidden = output[0].to(weight.dtype)
-        if not self.compared:
-            self.logits, self.dtype = self.head.logits(hidden[:1, :COMPARED]), weight.dtype
-        self.features = self._features(hidden, weight, bias)
-        device.synchronize()
-        self.seconds = time.perf_counter() - start
+    def _clock(self) -> float:
+        get_torch_device().synchronize()
+        return time.perf_counter()
 
     def _features(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Features [B, d] of the micro-batch's B rows.
@@ -154,9 +132,3 @@ class Measurement:
         features = features * counts[:, None]
         dist.all_reduce(features, group=group)
         return features / total.clamp(min=1)[:, None]
-
-    def _after_model(self, _module: Any, _args: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
-        if logits is not None:  # verl's fused kernels return no logits; they support plain heads only
-            check_logits(self.module, self.logits, logits[:1, :COMPARED], self.dtype)
-        self.engine.g2rl_head_compared = True

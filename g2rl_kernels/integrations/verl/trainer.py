@@ -1,5 +1,7 @@
 """The trainer `g2rl_sync`: verl's synchronous trainer with GRPO advantages of shaped rewards.
 
+settings.py: its options.
+
 `PPOTrainer._step_once` calls, in this order:
 
     _balance_batch           verl's own: reorders rows, and adds padding rows
@@ -11,66 +13,40 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from ...group.options import SCORE_GATE, ShapingOptions
-from ...group.shaping import check_gap, check_options, shape_scores
+from ...group.options import ShapingOptions
+from ...group.shaping import check_gap, shape_scores
+from ..seams import check_seams
+from ..systems import TextReader
 from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
+from .settings import G2RLSettings
 
-STRATEGIES = ("fsdp", "fsdp2")
-
-
-@dataclass
-class G2RLSettings:
-    """`+algorithm.g2rl.<name>=...` on verl's command line; names and meanings as in `g2.group_geometry`."""
-
-    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: verl's GRPO, to the bit
-    clip: float = ShapingOptions.clip  # bound of the shaped reward, in units of right +1 and wrong -1
-    shaping: str = ShapingOptions.shaping  # intent | equation | right | none
-    exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
-    uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
-    correctness_threshold: float = SCORE_GATE  # answers whose score is at least this are right
-    correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
-
-    @classmethod
-    def read(cls, config: DictConfig) -> G2RLSettings:
-        """Reads and checks the settings in verl's configuration.
-
-        Raises ValueError, naming the option, for a setting that cannot work, and for options of verl that
-        leave no GRPO advantages to shape or no forward pass that gives features.
-        """
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(cls), config.algorithm.get("g2rl") or {})
-            settings: G2RLSettings = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"algorithm.g2rl: {reason}; options: {', '.join(cls.__annotations__)}") from None
-        check_options(vars(settings), "algorithm.g2rl.")
-        algorithm, strategy = config.algorithm, config.actor_rollout_ref.actor.strategy
-        if algorithm.adv_estimator != AdvantageEstimator.GRPO:
-            raise ValueError(f"algorithm.adv_estimator: got {algorithm.adv_estimator}, g2rl_sync needs grpo")
-        if (algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
-            raise ValueError(
-                "algorithm.rollout_correction.bypass_mode: g2rl_sync needs False, because features come from "
-                "the forward pass that bypass_mode leaves out"
-            )
-        if strategy not in STRATEGIES:
-            raise ValueError(
-                f"actor_rollout_ref.actor.strategy: got {strategy}, g2rl_sync needs {' or '.join(STRATEGIES)}"
-            )
-        return settings
+check_seams(
+    "verl",
+    {
+        PPOTrainerSync: {
+            "__init__": "config",
+            "_build_replay_buffer": "",
+            "_setup": "",
+            "_compute_old_log_prob": "batch metrics",
+            "_compute_advantage": "batch metrics",
+        },
+        tq: {
+            "kv_batch_get": "keys partition_id select_fields",
+            "kv_batch_put": "keys partition_id fields",
+        },
+    },
+)
 
 
 @register_trainer("g2rl_sync")
@@ -89,6 +65,8 @@ class G2RLTrainerSync(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         self.g2rl = G2RLSettings.read(config)
+        self.g2rl.apply(config)
+        self.g2rl_reader = TextReader(self.g2rl) if self.g2rl.reads_texts else None
         super().__init__(config)
 
     def _build_replay_buffer(self) -> Any:
@@ -121,6 +99,8 @@ class G2RLTrainerSync(PPOTrainerSync):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         start = time.perf_counter()
         fields = ["rm_scores", "response_mask", FEATURES, KEYS, SECONDS]
+        if self.g2rl_reader is not None:
+            fields.append("responses")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
@@ -137,16 +117,26 @@ class G2RLTrainerSync(PPOTrainerSync):
             has_tokens=_row_sums(data["response_mask"]) > 0,
             threshold=settings.correctness_threshold,
             gap=settings.correctness_gap,
+            algorithm=settings.algorithm,
+            **(self.g2rl_reader(self._texts(data), groups) if self.g2rl_reader else {}),
         )
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         seconds = times.sum().item() / ranks + time.perf_counter() - start
         found = {**shaped.metrics, "feature_seconds": seconds}
         metrics.update({f"g2rl/{name}": value for name, value in found.items()})
-        self._put_scores(batch, _with_bonus(raw, shaped.bonus))
+        change = (shaped.scores - scores).masked_fill(groups < 0, 0.0)  # majority labels replace scores too
+        self._put_scores(batch, _with_bonus(raw, change))
         try:
             return super()._compute_advantage(batch, metrics)
         finally:
             self._put_scores(batch, raw)
+
+    def _texts(self, data: TensorDict) -> list[str]:
+        """The text of each response, without the tokens that its mask leaves out."""
+        rows = zip(data["responses"].unbind(), data["response_mask"].unbind())
+        own = [tokens[mask.bool()].tolist() for tokens, mask in rows]
+        texts: list[str] = self.tokenizer.batch_decode(own, skip_special_tokens=True)
+        return texts
 
     @staticmethod
     def _put_scores(batch: KVBatchMeta, scores: Tensor) -> None:

@@ -1,0 +1,152 @@
+"""The paper's systems in verl and SkyRL: their settings, and what is read from the texts of responses."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..group.evol import compared_text
+from ..group.options import SCORE_GATE, ShapingOptions
+from ..group.shaping import ENTROPY_COEF, EVOL_CLIP_HIGH, check_options
+from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
+from ..tasks.mathematics import MathJudge
+from ..tasks.verify import answers_of, unify
+
+
+@dataclass
+class SystemSettings:
+    """Settings by their names in `g2.group_geometry` and docs/baselines.md."""
+
+    prefix: ClassVar[str] = "algorithm.g2rl."  # of their names in messages
+
+    algorithm: str = "g2rl"  # g2rl, or what the paper compares it with: grpo | entropy_bonus | evol_rl
+    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: the trainer's GRPO, to the bit
+    clip: float = ShapingOptions.clip  # bound of the shaped reward, in units of right +1 and wrong -1
+    shaping: str = ShapingOptions.shaping  # intent | equation | right | none
+    exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
+    uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
+    correctness_threshold: float = SCORE_GATE  # answers whose score is at least this are right
+    correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
+    labels: str = "truth"  # which answers are right: by score, or the group's most frequent one: majority
+    answer_func: str | None = None  # dotted path: text -> answer or None; None: as `MathJudge` reads it
+    encoder: str = DEFAULT_ENCODER  # evol_rl: measures novelty
+    entropy_coef: float | None = None  # None: the trainer's own, or the algorithm's where that is unset
+    ratio_clip_high: float | None = None  # the same, of the upper clip of the ratio
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError, naming it, for a setting that cannot work."""
+        check_options(vars(self), self.prefix)
+        for name in ("entropy_coef", "ratio_clip_high"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{self.prefix}{name}: got {value}, needs a finite number, 0 or more")
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether `TextReader` is needed."""
+        return self.algorithm == "evol_rl" or self.labels == "majority"
+
+    def entropy(self, theirs: float, name: str) -> float:
+        """The coefficient of the entropy bonus. theirs: the trainer's option `name`; 0 counts as unset.
+
+        Raises ValueError where grpo would have a bonus, or entropy_bonus would have none.
+        """
+        coef = self.entropy_coef
+        if coef is None:
+            coef = theirs or ENTROPY_COEF[self.algorithm]
+        if (self.algorithm == "grpo" and coef) or (self.algorithm == "entropy_bonus" and not coef):
+            raise ValueError(
+                f"{name}: got {coef} with {self.prefix}algorithm={self.algorithm}: grpo has no entropy "
+                f"bonus, and entropy_bonus has one; leave it and {self.prefix}entropy_coef unset for the "
+                "algorithm's own"
+            )
+        return coef
+
+    def clip_high(self, theirs: float | None, default: float) -> float | None:
+        """The upper clip of the ratio. theirs: the trainer's option; its `default` counts as unset."""
+        if self.ratio_clip_high is not None:
+            return self.ratio_clip_high
+        return EVOL_CLIP_HIGH if self.algorithm == "evol_rl" and theirs in (None, default) else theirs
+
+
+class TextReader:
+    """Finds what evol_rl and majority labels need to know of the responses: answers and embeddings.
+
+    Args:
+        settings: of the trainer.
+        device: of the encoder.
+
+    Raises:
+        ValueError: `answer_func` cannot be imported, or is unset without math-verify.
+        ConfigError, TrainerError: of `SentenceEncoder`.
+    """
+
+    def __init__(self, settings: SystemSettings, device: str | torch.device = "cpu") -> None:
+        self.settings = settings
+        self.answer = answer_function(settings.answer_func, f"{settings.prefix}answer_func")
+        if settings.algorithm == "evol_rl":
+            self.encoder = SentenceEncoder(settings.encoder, device)
+
+    def __call__(self, texts: Sequence[str], group_ids: Tensor) -> dict[str, Any]:
+        """Arguments of `shape_scores`: votes, embeddings [S, e], answered [S].
+
+        texts: S responses; those without a group (group_ids [S] negative) are not read.
+        """
+        rows = [row for row, group in enumerate(group_ids.tolist()) if group >= 0]
+        read = [texts[row] for row in rows]
+        if self.answer is None:
+            judge = MathJudge()
+            answers = answers_of(judge, read)
+        else:
+            judge, answers = None, [(self.answer(text) or "").strip() or None for text in read]
+        if rows and not any(answers):
+            warnings.warn(
+                f"no response of the batch has an answer: {self.settings.prefix}answer_func names the "
+                "function that finds it",
+                stacklevel=2,
+            )
+        found: dict[str, Any] = {}
+        if self.settings.labels == "majority":
+            members: dict[int, list[int]] = {}
+            for at, row in enumerate(rows):
+                members.setdefault(int(group_ids[row]), []).append(at)
+            votes: list[str | None] = [None] * len(texts)
+            unified = unify([(judge, [answers[at] for at in group]) for group in members.values()])
+            for group, same in zip(members.values(), unified):
+                for at, answer in zip(group, same):
+                    votes[rows[at]] = answer
+            found["votes"] = votes
+        if self.settings.algorithm == "evol_rl":
+            found["answered"] = torch.zeros(len(texts), dtype=torch.bool)
+            found["answered"][rows] = torch.tensor(
+                [answer is not None for answer in answers], dtype=torch.bool
+            )
+            some = self.encoder([compared_text(text) for text in read]).cpu() if rows else torch.zeros(0, 1)
+            found["embeddings"] = torch.zeros(len(texts), some.shape[1])
+            found["embeddings"][rows] = some
+        return found
+
+
+def answer_function(path: str | None, option: str) -> Callable[[str], str | None] | None:
+    """The function at a dotted path; None for None, where `MathJudge` reads and compares answers.
+
+    option: its name in messages.
+    """
+    if path is None:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise ValueError(f"{option}: name a function, or pip install math-verify") from None
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: cannot import {path!r} ({error})") from None
+    return function
