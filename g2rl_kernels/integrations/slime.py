@@ -106,7 +106,7 @@ def measure_features(args: Any, model: list[nn.Module], store_prefix: str) -> No
     for chunk in model:
         for module in chunk.modules():
             if getattr(module, "post_process", False) and hasattr(module, "output_layer"):
-                _measurement = Measurement(args, chunk, module.output_layer)
+                _measurement = Measurement(args, chunk, module.get_submodule("output_layer"))
                 return
 
 
@@ -165,7 +165,9 @@ class Measurement:
         micro_batches: the samples of each, in order; the last sequence of one may be padding.
         """
         if len(micro_batches) != len(self.features):
-            raise RuntimeError(f"{len(self.features)} of {len(micro_batches)} micro-batches were measured")
+            raise RuntimeError(
+                f"{len(self.features)} micro-batches were measured, this rank has {len(micro_batches)}"
+            )
         found = torch.cat([rows[: len(batch)] for rows, batch in zip(self.features, micro_batches)])
         order = torch.tensor([*chain.from_iterable(micro_batches)], device=found.device)
         return torch.empty_like(found).index_copy_(0, order, found)
@@ -221,7 +223,7 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
 
     Raises:
         RuntimeError: no features were measured, or slime's rewards are not those that it gives by default.
-        ValueError: samples do not come in groups of n_samples_per_prompt.
+        ValueError: the samples of the rollout are not n_samples_per_prompt of each prompt.
     """
     global _measurement
     measurement, _measurement = _measurement, None
@@ -230,18 +232,8 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     measurement.stop()
     start = time.perf_counter()
     settings, group = Settings.read(args), mpu.get_data_parallel_group()
-    raw, mine = torch.tensor(rollout_data["raw_reward"], dtype=torch.float32), rollout_data["partition"]
-    if len(raw) != args.n_samples_per_prompt * args.rollout_batch_size:
-        raise ValueError(
-            f"the rollout has {len(raw)} samples, g2rl needs rollout_batch_size x n_samples_per_prompt = "
-            f"{args.rollout_batch_size} x {args.n_samples_per_prompt}, one of each response"
-        )
-    theirs = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32)
-    if not torch.allclose(normalised(args, raw)[mine], theirs, 1e-4, 1e-6, equal_nan=True):
-        raise RuntimeError(
-            "slime's rewards are not its raw rewards, normalised in groups: g2rl would train on others. Does "
-            "metadata['raw_reward'] replace them, or is this a slime that normalises otherwise?"
-        )
+    raw, mine = raw_rewards(args, rollout_data)
+    S = len(raw)
     check_gap(raw, settings.correctness_gap, "rewards", "g2rl.correctness_gap")
     features = measurement.by_sample(rollout_data["micro_batch_indices"])
     device = features.device
@@ -250,24 +242,48 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     keys = response_keys(torch.cat(rollout_data["tokens"]).to(device), bounds)
     counts = torch.stack([mask.sum() for mask in rollout_data["loss_masks"]]).to(keys)
     shaped = shape_scores(
-        over_ranks(features, mine, len(raw), group),
+        over_ranks(features, mine, S, group),
         raw.to(device),
         ShapingOptions.of(settings),
-        group_ids=torch.arange(len(raw), device=device) // args.n_samples_per_prompt,
-        keys=over_ranks(keys, mine, len(raw), group),
-        # samples of no rank, which slime drops where steps come out uneven, count none either
-        has_tokens=over_ranks(counts, mine, len(raw), group) > 0,
+        group_ids=torch.arange(S, device=device) // args.n_samples_per_prompt,
+        keys=over_ranks(keys, mine, S, group),
+        # samples of no rank, which slime drops where they fill no step, count none either
+        has_tokens=over_ranks(counts, mine, S, group) > 0,
         threshold=settings.correctness_threshold,
         gap=settings.correctness_gap,
     )
-    rewards = normalised(args, shaped.scores.cpu())[mine]
-    rollout_data["returns"] = [
-        torch.ones_like(kl) * reward for kl, reward in zip(rollout_data["kl"], rewards.to(device))
-    ]
-    rollout_data["advantages"] = [*rollout_data["returns"]]
+    rewards = normalised(args, shaped.scores.cpu())[mine].to(device)
+    returns = [torch.ones_like(kl) * reward for kl, reward in zip(rollout_data["kl"], rewards)]
+    rollout_data["returns"], rollout_data["advantages"] = returns, [*returns]
     seconds = measurement.seconds + time.perf_counter() - start
     for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
         rollout_data[f"g2rl/{name}"] = torch.tensor(value)
+
+
+def raw_rewards(args: Any, rollout_data: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    """Raw rewards [S] of the whole rollout, and the places of this rank's samples in it.
+
+    The samples of a prompt are next to each other, as slime's own normalisation takes them.
+    """
+    raw, mine = torch.tensor(rollout_data["raw_reward"], dtype=torch.float32), rollout_data.get("partition")
+    if mine is None:
+        raise RuntimeError(
+            "rollout_data: got no partition, which says what samples of the rollout this rank has; g2rl "
+            "needs a slime later than 0.3.1"
+        )
+    if len(raw) != args.n_samples_per_prompt * args.rollout_batch_size:
+        raise ValueError(
+            f"the rollout has {len(raw)} samples, g2rl needs rollout_batch_size x n_samples_per_prompt = "
+            f"{args.rollout_batch_size} x {args.n_samples_per_prompt}, one of each response"
+        )
+    theirs = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32)
+    # Of equal rewards, what differs between CPUs is their rounding divided by 1e-6.
+    if not torch.allclose(normalised(args, raw)[mine], theirs, rtol=1e-4, atol=0.02, equal_nan=True):
+        raise RuntimeError(
+            "slime's rewards are not its raw rewards, normalised in groups: g2rl would train on others. Does "
+            "metadata['raw_reward'] replace them, or is this a slime that normalises otherwise?"
+        )
+    return raw, mine
 
 
 NO_FORWARD = (
