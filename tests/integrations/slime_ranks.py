@@ -48,7 +48,7 @@ WAYS = {
 
 
 def samples() -> list[dict[str, Any]]:
-    """Four responses to each of 3 prompts: ragged, with a gap, the same twice, removed, aborted, one token."""
+    """Four responses to each of 3 prompts: ragged, with a gap, two the same, removed, aborted, one token."""
     g = torch.Generator().manual_seed(3)
     found = []
     lengths = [5, 9, 2, 14, 1, 7, 7, 0, 11, 4, 6, 8]
