@@ -50,6 +50,9 @@ build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension; runs no
 wheel: ## pip install . with build isolation, in a fresh environment elsewhere, then import from another folder
 	@PYTHON="$(PYTHON)" tools/check_install.sh
 
+wheels: ## dist/: a tested wheel for any Linux with glibc 2.28, for each Python; PYTHONS="python3.12 ..." picks them
+	@$(PYTHON) tools/wheels.py $(PYTHONS) $(ARGS)
+
 clean: ## remove builds and environments; runs/ stays
 	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -74,4 +77,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel wheels clean
