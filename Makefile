@@ -53,6 +53,9 @@ wheel: ## pip install . with build isolation, in a fresh environment elsewhere, 
 hub-kernel: $(VENV)/.dev $(VENV)/.built ## a repository for the Hugging Face Hub in build/hub-kernel, checked with `kernels`
 	$(PY) tools/hub_kernel.py --check $(ARGS)
 
+wheels: ## dist/: a tested wheel for any Linux with glibc 2.28, for each Python; PYTHONS="python3.12 ..." picks them
+	@$(PYTHON) tools/wheels.py $(PYTHONS) $(ARGS)
+
 clean: ## remove builds and environments; runs/ stays
 	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -77,4 +80,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels clean

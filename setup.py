@@ -8,12 +8,15 @@ level, link CUDA's runtime statically, and refer weakly to the one symbol that a
 
 Environment: G2RL_CUDA=0 leaves the CUDA sources out; G2RL_CUDA_ARCHS="80 90a" picks architectures; CUDA_HOME
 names the toolkit; MAX_JOBS bounds the compilers that run at once; G2RL_CXXFLAGS adds flags for the C++
-compiler and the linker (-fsanitize=...).
+compiler and the linker (-fsanitize=...); G2RL_GLIBC=2.28 links for systems with that glibc or a later one
+(needs the package ziglang; tools/wheels.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -129,6 +132,14 @@ class Nvcc:
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
+def zig_linker(glibc: str) -> list[str]:
+    """Links for an older glibc than this system's: zig knows each one's symbols. It compiles nothing."""
+    if importlib.util.find_spec("ziglang") is None:
+        sys.exit(f"g2rl-kernels: G2RL_GLIBC={glibc} links with zig: pip install ziglang, or unset G2RL_GLIBC")
+    target = f"{platform.machine()}-linux-gnu.{glibc}"
+    return [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-Wl,--as-needed", "-s"]
+
+
 class build_ext(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -140,13 +151,15 @@ class build_ext(BuildExtension):
         (extension,) = self.extensions
         version = self.distribution.get_version()
         defines = [f'-DG2RL_VERSION="{version}"', f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        if glibc := os.environ.get("G2RL_GLIBC"):
+            self.link_for(glibc, extension)
         sources = sorted(glob("csrc/cuda/*.cu"))
         if sources and (path := find_nvcc()):
             nvcc = Nvcc(path)
             folder = Path(self.build_temp).absolute()
             folder.mkdir(parents=True, exist_ok=True)
             include = ["-Icsrc"]
-            extension.extra_objects = [nvcc.compile(source, folder, include) for source in sources]
+            extension.extra_objects += [nvcc.compile(source, folder, include) for source in sources]
             extension.extra_link_args += nvcc.link_args()
             defines += [
                 "-DWITH_CUDA",
@@ -163,6 +176,18 @@ class build_ext(BuildExtension):
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text(repr(vars(extension)))
 
+    def link_for(self, glibc: str, extension: setuptools.Extension) -> None:
+        """Links with zig, but with the C++ compiler's runtime: torch could not catch exceptions of zig's."""
+        extension.language = "c"  # or the C++ compiler is asked to link
+        self.compiler.set_executable("linker_so", zig_linker(glibc))
+        extension.sources += glob("csrc/runtime/*.cpp")
+        # Before torch's libraries, which export some of libstdc++ without versions for auditwheel to check.
+        # libgcc.a: the CPU detection in zig 0.17's own runtime finds no instruction set at all.
+        for name in ("libgcc.a", "libstdc++.so", "libgcc_s.so.1"):
+            command = [*self.compiler.compiler_cxx[:1], f"-print-file-name={name}"]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            extension.extra_objects.append(found)
+
 
 # Build the operators alone, in this namespace of torch.ops, without the Python module (tools/hub_kernel.py).
 OPS = os.environ.get("G2RL_OPS")
@@ -176,9 +201,11 @@ ALIGNED = ["-falign-functions=64", "-falign-loops=64"]
 setup(
     packages=[*find_packages(include=["g2rl_kernels", "g2rl_kernels.*"]), *SHIPPED],
     package_dir=SHIPPED,
+    # MANIFEST.in is for the source archive alone: results of experiments are not installed.
+    include_package_data=False,
     package_data={
         "g2rl_kernels": ["py.typed", "*.pyi", "head/*.md"],
-        "g2rl_kernels.recipes": ["*.yaml", "*.sh"],
+        "g2rl_kernels.recipes": ["**/*"],
     },
     ext_modules=[
         CppExtension(

@@ -353,16 +353,28 @@ def test_sdist_has_all_that_a_build_needs(sdist):
     assert needed <= set(sdist)
 
 
-def test_an_installed_package_has_every_recipe_with_what_it_reads(tmp_path):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The package's folder as it is installed, without the extension."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs a checkout")
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
-    command += ["build_py", "--build-lib", str(tmp_path / "lib")]
+    out = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(out)]
+    command += ["build_py", "--build-lib", str(out / "lib")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    there = tmp_path / "lib" / "g2rl_kernels" / "recipes"
+    return out / "lib" / "g2rl_kernels"
+
+
+def test_an_installed_package_has_every_recipe_with_what_it_reads(installed):
+    there = installed / "recipes"
     assert {path.relative_to(there) for path in there.rglob("*")} == {
         path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*")
     }
+
+
+def test_an_installed_package_has_the_benchmarks_without_results(installed):
+    there, here = (folder / "benchmarks" for folder in (installed, ROOT))
+    assert {path.name for path in there.iterdir()} == {path.name for path in here.glob("*.py")}
 
 
 def test_sdist_has_nothing_built(sdist):
