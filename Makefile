@@ -1,5 +1,5 @@
 # make demo | test | bench | lint | docs | clean: each does its own set-up; needs only python3 (3.10 or newer) and gcc.
-# PYTHON=... picks the interpreter; one that already has torch 2.11 to 2.13 is reused, offline.
+# PYTHON=... picks the interpreter; one that already has torch 2.11 or newer is reused, offline.
 
 PYTHON ?= python3
 VENV   ?= .venv
