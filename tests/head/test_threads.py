@@ -1,4 +1,4 @@
-"""Many threads at once: the ops give the bits of one after the other; free-threaded Python keeps its GIL off."""
+"""Many threads at once: the ops give the bits of one after the other. The import leaves the GIL off."""
 
 import random
 import subprocess
