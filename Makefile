@@ -50,6 +50,9 @@ build: $(VENV)/.dev $(VENV)/.built ## the environment and the extension; runs no
 wheel: ## pip install . with build isolation, in a fresh environment elsewhere, then import from another folder
 	@PYTHON="$(PYTHON)" tools/check_install.sh
 
+matrix: $(VENV)/.dev $(VENV)/.built ## tests of the ops on each Python and torch (hours, gigabytes); ARGS="--help"
+	$(PY) tools/matrix.py $(ARGS)
+
 clean: ## remove builds and environments; runs/ stays
 	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -74,4 +77,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel matrix clean

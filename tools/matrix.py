@@ -125,6 +125,7 @@ class Workshop:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.uv = shutil.which("uv") or self.own_uv()
         self.tree = folder / "tree"
+        self.copy_sources(self.tree, "g2rl_kernels")
 
     def own_uv(self) -> str:
         venv = self.folder / "uv"
@@ -327,14 +328,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     wanted = [p for p in PAIRS if (args.only in p.key if args.only else p.key not in recorded)]
     if not wanted:
-        say(
-            f"no pair to run: all {len(PAIRS)} are recorded"
-            if not args.only
-            else f"no pair has {args.only!r}"
-        )
+        say(f"no pair has {args.only!r}" if args.only else f"all {len(PAIRS)} pairs are recorded")
         return 0
     shop = Workshop(args.folder.absolute(), dict(given.split("=", 1) for given in args.python), args.workers)
-    shop.copy_sources(shop.tree, "g2rl_kernels")
     failures = 0
     for number, pair in enumerate(wanted, 1):
         say(f"{number}/{len(wanted)} Python {pair.python}, torch {pair.torch}")
