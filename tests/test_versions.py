@@ -62,8 +62,9 @@ def test_a_warning_is_given_once_for_a_caller(monkeypatch):
 def python(folder, code, version="2.13.0"):
     """Runs a script that imports the package of `folder`, from another file than the first line's."""
     (folder / "user.py").write_text(code)
+    # The import hook of an editable install would find the sources in place of `folder`.
     start = (
-        "import runpy, sys, torch; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+        "import runpy, sys, torch; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
         f"torch.__version__ = {version!r}; sys.path.insert(0, {str(folder)!r}); runpy.run_path('user.py')"
     )
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=folder)
