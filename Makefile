@@ -1,5 +1,5 @@
 # make demo | test | bench | lint | docs | clean: each does its own set-up; needs only python3 (3.10 or newer) and gcc.
-# PYTHON=... picks the interpreter; one that already has torch 2.11 to 2.13 is reused, offline.
+# PYTHON=... picks the interpreter; one that already has torch 2.11 or newer is reused, offline.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -56,6 +56,9 @@ hub-kernel: $(VENV)/.dev $(VENV)/.built ## a repository for the Hugging Face Hub
 wheels: ## dist/: a tested wheel for any Linux with glibc 2.28, for each Python; PYTHONS="python3.12 ..." picks them
 	@$(PYTHON) tools/wheels.py $(PYTHONS) $(ARGS)
 
+matrix: $(VENV)/.dev $(VENV)/.built ## tests of the ops on each Python and torch (hours, gigabytes); ARGS="--help"
+	$(PY) tools/matrix.py $(ARGS)
+
 clean: ## remove builds and environments; runs/ stays
 	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -80,4 +83,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix clean

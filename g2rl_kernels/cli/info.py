@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 import torch
 
 from .. import _C, __version__
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+from ..versions import TESTED, installed, untested
 
 
 def _isa() -> dict[str, Any]:
@@ -42,7 +35,7 @@ def _backends(isa: dict[str, Any], build: dict[str, Any], device: str | None) ->
         cuda_reason = "torch sees no CUDA device (driver? CUDA_VISIBLE_DEVICES?)"
     cuda_ready = build["cuda"] is not None and device is not None
     triton_reason = None
-    if _version("triton") is None:
+    if installed("triton") is None:
         triton_reason = "triton is not installed: pip install triton; the reference runs on GPUs meanwhile"
     elif device is None:
         triton_reason = "torch sees no CUDA device (a CPU build of torch? driver? CUDA_VISIBLE_DEVICES?)"
@@ -83,7 +76,8 @@ def collect() -> dict[str, Any]:
         "version": __version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "packages": {name: _version(name) for name in names},
+        "packages": {name: installed(name) for name in names},
+        "untested": {name: said for name in TESTED if (said := untested(name))},
         "build": build,
         "isa": isa,
         "threads": torch.get_num_threads(),
@@ -114,6 +108,9 @@ def render(info: dict[str, Any]) -> str:
     ]
     rows += [(name, version or "not installed") for name, version in info["packages"].items()]
     lines = [f"{name:<14}{value}" for name, value in rows]
+    if info["untested"]:
+        lines += ["", "untested (docs/compatibility.md says what ran)"]
+        lines += [f"  {said}" for said in info["untested"].values()]
     lines += ["", "backends"]
     for name, backend in info["backends"].items():
         mark = "yes" if backend["available"] else "no "

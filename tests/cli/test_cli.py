@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import g2rl_kernels
-from g2rl_kernels import _C
+from g2rl_kernels import _C, versions
 from g2rl_kernels.cli import info
 from g2rl_kernels.cli import main as cli
 
@@ -103,6 +103,17 @@ def test_text_says_what_json_says():
     for name, backend in found["backends"].items():
         assert name in text
         assert backend["reason"] is None or backend["reason"] in text
+
+
+def test_info_names_versions_that_are_untested(monkeypatch):
+    monkeypatch.setitem(versions.TESTED, "torch", ("1.0", "1.1"))
+    monkeypatch.setitem(versions.TESTED, "triton", ("0.1", "99.0"))
+    found = info.collect()
+    assert found["untested"].keys() == {"torch"}
+    assert "is newer than g2rl-kernels is tested with (1.0 to 1.1)" in found["untested"]["torch"]
+    assert found["untested"]["torch"] in info.render(found)
+    monkeypatch.setitem(versions.TESTED, "torch", ("1.0", "99.0"))
+    assert "untested" not in info.render(info.collect())
 
 
 def test_info_with_a_lower_instruction_set():

@@ -431,7 +431,7 @@ def test_the_torch_to_install_can_be_named(environment, monkeypatch):
 
 @pytest.mark.parametrize(
     ("version", "fits"),
-    [("2.11.0+cu130", True), ("2.13.0+cpu", True), ("2.14.0a0", False), ("2.10.2", False), (None, False)],
+    [("2.11.0+cu130", True), ("2.13.0+cpu", True), ("3.0.0a0", True), ("2.10.2", False), (None, False)],
 )
 def test_which_torch_is_reused(environment, monkeypatch, version, fits):
     monkeypatch.setattr(environment, "installed", lambda name: version)

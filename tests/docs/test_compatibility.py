@@ -1,0 +1,118 @@
+"""docs/compatibility.md is the record's page; what tools/matrix.py and tools/op_bits.py record is so."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tool import load_tool
+
+import g2rl_kernels as g2
+from g2rl_kernels import versions
+
+compatibility = load_tool("compatibility")
+matrix = load_tool("matrix")
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.head.test_head" name="test_a"/>
+<testcase classname="tests.head.test_head" name="test_b[1]"><failure message="no">trace</failure></testcase>
+<testcase classname="tests.head.test_head" name="test_c"><error message="no">trace</error></testcase>
+<testcase classname="tests.head.test_head" name="test_d"><skipped message="no">why</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(compatibility, "PAGE", tmp_path / "page.md")
+    return tmp_path / "record.json"
+
+
+def test_the_page_is_made_of_the_record():
+    assert compatibility.PAGE.read_text(encoding="utf-8") == compatibility.page()
+
+
+def test_every_pair_is_recorded_and_nothing_failed():
+    rows = compatibility.load()[matrix.SECTION]["rows"]
+    assert rows.keys() == {pair.key for pair in matrix.PAIRS}
+    for key, row in rows.items():
+        if row["note"].startswith("not run: "):
+            continue
+        assert row["failed"] == 0, key
+        assert row["same bits"] == ("compared with" if key == matrix.PAIRS[0].key else "yes"), key
+        assert row["passed"] > 1100, key
+
+
+def test_the_tested_versions_of_torch_are_those_that_passed():
+    rows = compatibility.load()[matrix.SECTION]["rows"].values()
+    passed = sorted(versions.minor(row["torch"]) for row in rows if row.get("passed") and not row["failed"])
+    assert (passed[0], passed[-1]) == tuple(map(versions.minor, versions.TESTED["torch"]))
+
+
+def test_rows_are_stored_at_once_in_the_order_of_versions(record):
+    for version in ("2.11", "2.9", "2.11"):
+        row = {"torch": version, "bits": {"avx2": "ab"}, "note": f"a | b, {version}"}
+        compatibility.store("torch", version, row, "Torch", "What ran.")
+        assert version in json.loads(record.read_text())["torch"]["rows"]
+    compatibility.store("trl", "1.16", {"TRL": "1.16", "passed": 3}, "TRL", "Its tests.")
+    text = compatibility.page()
+    assert "| torch | note |\n| --- | --- |\n| 2.9 | a \\| b, 2.9 |\n| 2.11 | a \\| b, 2.11 |\n" in text
+    assert "## TRL\n\nIts tests.\n\n| TRL | passed | note |\n" in text
+
+
+def test_a_report_of_pytest_is_counted(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    names = ["test_head.test_b[1]", "test_head.test_c"]
+    assert matrix.counts(report) == {"passed": 1, "failed": 2, "skipped": 1, "names": names}
+
+
+def test_a_reason_names_no_folder(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("$ uv pip install\nerror: /home/me/build/x.whl has no wheel for this Python\nhint: none\n")
+    assert matrix.reason(log) == "error: x.whl has no wheel for this Python"
+
+
+def test_recorded_pairs_are_not_run_again(record, monkeypatch, capsys):
+    first, second = matrix.PAIRS[:2]
+    monkeypatch.setattr(matrix, "PAIRS", [first, second])
+    monkeypatch.setattr(matrix, "Workshop", lambda folder, *_: SimpleNamespace(folder=folder))
+    tried = []
+
+    def try_pair(pair, shop):
+        tried.append(pair)
+        if pair == second and tried.count(second) == 1:
+            raise matrix.Unavailable("no python3.10 on this machine")
+        return {"passed": 3, "failed": 0, "note": ""}
+
+    monkeypatch.setattr(matrix, "try_pair", try_pair)
+    assert matrix.main([]) == 0
+    assert matrix.load()["torch"]["rows"][second.key]["note"] == "not run: no python3.10 on this machine"
+    matrix.main([])
+    assert tried == [first, second]
+    matrix.main(["--only", second.key])
+    assert tried == [first, second, second]
+
+
+def test_an_interpreter_of_another_version_is_not_taken(tmp_path):
+    wrong = tmp_path / "python9.9"
+    wrong.write_text("#!/bin/sh\necho 3 11 False\n")
+    wrong.chmod(0o755)
+    with pytest.raises(matrix.Unavailable, match=r"no python9\.9"):
+        matrix.find_python("9.9", {"9.9": str(wrong)})
+
+
+@pytest.mark.parametrize("name", ["linear_logprobs", "group_geometry"])
+def test_a_bit_changes_the_hash(monkeypatch, name):
+    bits = load_tool("op_bits")
+    before = bits.digest()
+    assert bits.digest() == before
+    op = getattr(g2, name)
+
+    def changed(*args, **options):
+        found = op(*args, **options)
+        last = found[-1].detach().clone()
+        last[-1] = torch.nextafter(last[-1], torch.tensor(9.0))
+        return found._replace(**{found._fields[-1]: last.requires_grad_(found[-1].requires_grad)})
+
+    monkeypatch.setattr(g2, name, changed)
+    assert bits.digest() != before
