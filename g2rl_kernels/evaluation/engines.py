@@ -202,13 +202,16 @@ class VllmEngine:
 
 def _vllm() -> Any:
     """The module vllm; TrainerError where it cannot be imported, a warning for an untested version."""
+    missing = "engine=vllm: vllm is not installed: pip install vllm, or use engine=transformers"
     try:
         import vllm
     except Exception as error:  # its dependencies raise many types where they do not fit each other
-        reason = import_failure(error) or f"{type(error).__name__}: {one_line(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            reason = "vllm is not installed: pip install vllm"
+            raise TrainerError(missing) from None
+        reason = import_failure(error) or f"{type(error).__name__}: {one_line(error)}"
         raise TrainerError(f"engine=vllm: {reason}; or use engine=transformers") from error
+    if not hasattr(vllm, "LLM"):  # a folder of that name
+        raise TrainerError(missing)
     versions.warn_untested("vllm", vllm.__version__, stacklevel=3)
     return vllm
 
@@ -235,7 +238,8 @@ def choose_engine(name: str, model: str) -> str:
         raise ConfigError(f"engine={name!r}: choose one of auto, transformers, vllm")
     if name != "auto":
         return name
-    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    found = importlib.util.find_spec("vllm")  # a folder of that name has no origin
+    usable = found is not None and found.origin is not None and torch.cuda.is_available()
     return "vllm" if usable and not model.startswith("pypi:") else "transformers"
 
 
