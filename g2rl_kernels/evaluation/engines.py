@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError, TrainerError
-from ..models.loading import load_model
+from .. import versions
+from ..errors import ConfigError, TrainerError, import_failure, one_line, out_of_memory
+from ..models.loading import load_config, load_model
 from ..trainer.config import TrainerConfig
 from ..trainer.sampling import (
     Sampler,
@@ -102,27 +104,39 @@ class TransformersEngine:
         return [responses[at : at + self.n] for at in range(0, len(responses), self.n)]
 
 
-class VllmEngine:
-    """Samples with vLLM's offline `LLM`. Each prompt has its own seed, whatever is in a batch with it."""
+# vLLM's environment, where the user has not set it.
+VLLM_ENVIRONMENT = {
+    # The engine in this process: one of its own outlives a killed parent, with all its memory, and schedules
+    # requests by arrival, so that equal seeds may give other samples.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; vLLM would take 92 % of all memory, or fail where it is in use
+}
 
-    def __init__(self, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
-        try:
-            import vllm
-        except ImportError as error:
-            raise TrainerError(
-                f"engine=vllm: {error}: pip install vllm, or use engine=transformers"
-            ) from None
-        from transformers import AutoConfig, GenerationConfig
+
+class VllmEngine:
+    """Samples with vLLM's offline `LLM`. Each prompt has its own seed, whatever is in a batch with it.
+
+    vLLM sets the seeds of torch, numpy and random in this process.
+    """
+
+    def __init__(self, tokenizer: Any, config: TrainerConfig, decoding: Decoding, **options: Any):
+        """options: further arguments of vllm.LLM, or others for its own, e.g. gpu_memory_utilization=0.5."""
+        for name, value in VLLM_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        vllm = _vllm()
+        from transformers import GenerationConfig
 
         if config.model.startswith("pypi:"):
             raise ConfigError(f"engine=vllm: cannot read {config.model}; use engine=transformers")
-        model_config = AutoConfig.from_pretrained(config.model)
+        model_config = load_config(config)
         try:
             generation = GenerationConfig.from_pretrained(config.model)
         except OSError:  # the model has no generation_config.json
             generation = GenerationConfig.from_model_config(model_config)
         prepare_tokenizer(tokenizer, model_config, config)
         self.tokenizer, self.end_tokens = tokenizer, end_tokens(tokenizer, generation, config)
+        self.longest = config.max_prompt_tokens
         self.params = {
             "n": decoding.n,
             "temperature": decoding.temperature,
@@ -133,16 +147,45 @@ class VllmEngine:
             "detokenize": False,  # `_response` decodes, as for the other engine
         }
         self.make_params = vllm.SamplingParams
+        self._check_params(decoding)
         # generation_config="vllm": nothing of the model's own generation_config.json is used
-        self.llm = vllm.LLM(
-            model=config.model,
-            dtype=config.dtype,
-            seed=config.seed,
-            max_model_len=config.max_prompt_tokens + config.max_new_tokens,
-            generation_config="vllm",
-        )
+        arguments = {
+            "model": config.model,
+            "dtype": config.dtype,
+            "seed": config.seed,
+            "max_model_len": config.max_prompt_tokens + config.max_new_tokens,
+            "generation_config": "vllm",
+            **options,
+        }
+        try:
+            self.llm = vllm.LLM(**arguments)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            reason = one_line(error)
+            raise TrainerError(f"engine=vllm: vLLM cannot load {config.model!r}: {reason}") from error
+
+    def _check_params(self, decoding: Decoding) -> None:
+        """Raises ConfigError for what vLLM refuses or would change, before the model is loaded."""
+        try:
+            made = self.make_params(seed=0, **self.params)
+        except Exception as error:  # of vLLM's own types, which differ from version to version
+            raise ConfigError(f"engine=vllm: {one_line(error)}; or use engine=transformers") from None
+        if made.temperature != decoding.temperature:  # it raises small ones, with a warning in its log
+            raise ConfigError(
+                f"temperature={decoding.temperature}: vLLM would sample with {made.temperature}: give that "
+                "or more, 0 (greedy) with n=1, or use engine=transformers"
+            )
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Response]]:
+        for index, prompt in enumerate(prompts):
+            if len(prompt) > self.longest:  # vLLM would cut its responses short
+                raise ConfigError(
+                    f"prompts: number {index} has {len(prompt)} tokens, the engine is made for "
+                    f"max_prompt_tokens={self.longest}: raise it"
+                )
+        # A cached prefix changes the last bits of logits, and so, now and then, a token.
+        self.llm.reset_prefix_cache()
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [self.make_params(seed=seed, **self.params) for seed in seeds],
@@ -155,6 +198,22 @@ class VllmEngine:
         if ends:
             tokens = tokens[: ends[0] + 1]
         return Response(tokens, response_text(tokens, self.tokenizer, self.end_tokens), not ends)
+
+
+def _vllm() -> Any:
+    """The module vllm; TrainerError where it cannot be imported, a warning for an untested version."""
+    missing = "engine=vllm: vllm is not installed: pip install vllm, or use engine=transformers"
+    try:
+        import vllm
+    except Exception as error:  # its dependencies raise many types where they do not fit each other
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            raise TrainerError(missing) from None
+        reason = import_failure(error) or f"{type(error).__name__}: {one_line(error)}"
+        raise TrainerError(f"engine=vllm: {reason}; or use engine=transformers") from error
+    if not hasattr(vllm, "LLM"):  # a folder of that name
+        raise TrainerError(missing)
+    versions.warn_untested("vllm", vllm.__version__, stacklevel=3)
+    return vllm
 
 
 def check_prompts(
@@ -179,7 +238,8 @@ def choose_engine(name: str, model: str) -> str:
         raise ConfigError(f"engine={name!r}: choose one of auto, transformers, vllm")
     if name != "auto":
         return name
-    usable = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    found = importlib.util.find_spec("vllm")  # a folder of that name has no origin
+    usable = found is not None and found.origin is not None and torch.cuda.is_available()
     return "vllm" if usable and not model.startswith("pypi:") else "transformers"
 
 

