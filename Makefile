@@ -31,6 +31,9 @@ test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/head/test_head.py AR
 test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL need different versions
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
+test-trl: $(VENV)/.dev $(VENV)/.built ## every option of TRL's GRPOConfig, with GRPOTrainer beside G2RLTrainer
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n "$(WORKERS)" -m "slow or not slow" tests/trl_options $(ARGS)
+
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
 
@@ -74,4 +77,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel clean
+.PHONY: help demo test test-trl test-verl bench evidence lint docs build wheel clean
