@@ -35,6 +35,9 @@ test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .ve
 test-vllm: $(VLLM)/.vllm $(VLLM)/.built ## tests of `g2rl eval --engine vllm`, in .venv-vllm (3 GB): vLLM on the CPU
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
+test-trl: $(VENV)/.dev $(VENV)/.built ## every option of TRL's GRPOConfig, with GRPOTrainer beside G2RLTrainer
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n "$(WORKERS)" -m "slow or not slow" tests/trl_options $(ARGS)
+
 bench: $(VENV)/.dev $(VENV)/.built ## speed, memory, error of the head op; OP=group or OP=train: those; ARGS="--help"
 	$(VENV)/bin/g2rl bench $(or $(OP),head) $(ARGS)
 
@@ -89,4 +92,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl $(VLLM)/.vllm: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix test-vllm clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix test-vllm test-trl clean
