@@ -63,6 +63,9 @@ hub-kernel: $(VENV)/.dev $(VENV)/.built ## a repository for the Hugging Face Hub
 wheels: ## dist/: a tested wheel for any Linux with glibc 2.28, for each Python; PYTHONS="python3.12 ..." picks them
 	@$(PYTHON) tools/wheels.py $(PYTHONS) $(ARGS)
 
+oldest: $(VENV)/.dev $(VENV)/.built ## a wheel built with the headers of torch 2.11, tested with the installed torch
+	tools/check_oldest.sh $(PY)
+
 matrix: $(VENV)/.dev $(VENV)/.built ## tests of the ops on each Python and torch (hours, gigabytes); ARGS="--help"
 	$(PY) tools/matrix.py $(ARGS)
 
@@ -92,4 +95,4 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl $(VLLM)/.vllm: $(SETUP)
 	@touch $@
 
 .NOTPARALLEL:
-.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels matrix test-vllm test-trl clean
+.PHONY: help demo test test-verl bench evidence lint docs build wheel hub-kernel wheels oldest matrix test-vllm test-trl clean
