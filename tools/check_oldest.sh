@@ -13,7 +13,12 @@ oldest=$("$python" -c 'import runpy; print(runpy.run_path("g2rl_kernels/versions
 
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.11 \
   --platform macosx_11_0_arm64 --dest "$work" "torch==$oldest.*"
-"$python" -m zipfile -e "$work"/torch-*.whl "$work/old"
+"$python" - "$work"/torch-*.whl "$work/old" <<'END'
+import sys
+import zipfile
+wheel = zipfile.ZipFile(sys.argv[1])
+wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if name.startswith("torch/include/")])
+END
 
 # The installed torch, by links, with the old headers in place of its own.
 torch=$("$python" -c 'import torch; print(torch.__path__[0])')
