@@ -42,8 +42,10 @@ except ImportError as error:
     )
 
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, which later versions keep
-# A100; H100 and H200 (a: wgmma); B200. PTX of the last serves later GPUs.
-CUDA_ARCHS = ("80", "90a", "100")
+# Code runs on later GPUs of its major version: one entry each keeps the binary small. 80: A100 and, as 86 and
+# 89, RTX 30 and 40, A10, L4, L40S. 90a: H100, H200 (a: wgmma). 120: RTX 50, RTX PRO and, as 121, GB10. 100:
+# B200, B300; it is last as its PTX serves all others from 100 on: Thor (110), and what comes later.
+CUDA_ARCHS = ("80", "90a", "120", "100")
 
 
 def say(line: str) -> None:

@@ -54,11 +54,13 @@ fi
 GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
 if [[ -n $GPU ]]; then
   NAME=gpu-$(tr -cs 'a-z0-9\n' '-' <<<"${GPU,,}" | sed 's/-*$//')
-  # "a" is what Hopper's wgmma needs
+  # "a" is what Hopper's wgmma needs; code for 120 runs on 121, which fewer nvcc know. AMD's GPUs have a
+  # capability too, but no nvcc.
   export G2RL_CUDA_ARCHS=${G2RL_CUDA_ARCHS:-$("$PYTHON" -c '
 import torch
 major, minor = torch.cuda.get_device_capability()
-print(f"{major}{minor}" + "a" * (major == 9))')}
+print(f"{major}{0 if major == 12 else minor}" + "a" * (major == 9))')}
+  "$PYTHON" -c 'import sys, torch; sys.exit(torch.version.hip is None)' && export G2RL_CUDA=0
 else
   NAME=cpu
   NO_GPU="torch sees no GPU"

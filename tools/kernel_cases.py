@@ -149,7 +149,7 @@ def large(
     """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
     descriptor; before sm_90 and on AMD all do."""
     kernel, constants = VARIANTS[variant]
-    if is_amd(arch) or arch < 90:
+    if isinstance(arch, str) or arch < 90:
         by_pointer = (*BOTH, "gradient")
     elif constants.get("LISTED"):
         by_pointer = (*by_pointer, "hidden")
@@ -167,7 +167,7 @@ def large(
         constants |= {"WEIGHTED": bias} | ({} if bias else {"alpha": None})
     needs = []
     if dtype != "fp32" or precision == "tf32x3":
-        needs.append("mfma" if is_amd(arch) else {90: "wgmma", 100: "tcgen05"}.get(arch, "mma"))
+        needs.append({90: "wgmma", 100: "tcgen05"}.get(arch, "mma") if isinstance(arch, int) else "mfma")
     if "unaligned" not in form and not is_amd(arch):
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
@@ -204,7 +204,7 @@ def large(
 def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
     from g2rl_kernels.head.triton.tuning import CANDIDATES, family_of
 
-    family = "hip" if is_amd(arch) else family_of(arch // 10)
+    family = family_of(arch // 10) if isinstance(arch, int) else "hip"
 
     def of(form: str) -> tuple[Any, list[Any]]:
         shipped, *others = CANDIDATES[family, form]

@@ -1,15 +1,15 @@
 """Registers, spills and shared memory of every kernel, compiled without a GPU for NVIDIA's and AMD's.
 
-    python tools/kernel_resources.py --shipped      what is launched; a test does this for some GPUs
-    python tools/kernel_resources.py                what only `g2rl tune` tries as well
-    python tools/kernel_resources.py --quick        the shipped choice of each kind alone, in bfloat16
-    python tools/kernel_resources.py --check        exits with 1 if one spills, does not fit or lacks instructions
-    ... --with-triton DIR ...                       and with other versions of Triton, each installed by
-                                                    pip install --no-deps --target DIR triton==3.9.0
-    ... --write                                     into benchmarks/results/triton-resources.md
+    python tools/kernel_resources.py             all; --shipped: without what only `g2rl tune` tries; --quick:
+                                                 the shipped choice of each kind alone, in bfloat16
+    ... --check                                  exits with 1 if one spills, does not fit, lacks instructions
+    ... --with-triton DIR ...                    also with the Triton that each folder holds, from
+                                                 pip install --no-deps --target DIR triton==3.9.0
+    ... --write                                  into benchmarks/results/triton-resources.md
 
-kernel_cases.py lists the kernels, kernel_table.py makes the table. Registers and spills come from Triton's ptxas
-and from its code for AMD. What was compiled is kept in build/kernel-resources, and compiled again after a change.
+kernel_cases.py lists the kernels, kernel_table.py makes the table. Registers and spills come from Triton's
+ptxas, and from its code for AMD. build/kernel-resources keeps results: what has not changed is not compiled
+again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
 NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4
 
-# Limits of a multiprocessor, shared by the programs on it. On NVIDIA's each program takes 1024 bytes of shared
-# memory on top of its own, and registers in steps of 8 a thread. AMD's have registers apart for each of four
-# groups of lanes, which take a program's warps in turn.
+# Limits of a multiprocessor, shared by the programs on it. On NVIDIA's each program takes 1024 bytes of
+# shared memory on top of its own, and registers in steps of 8 a thread. On AMD's each of four groups of lanes
+# has its own registers, and a program's warps are dealt to them in turn.
 KIB = 1024
-SHARED_MEMORY: dict[int | str, int] = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
-SHARED_MEMORY |= dict.fromkeys((86, 89, 120, 121), 100 * KIB)
-SHARED_MEMORY |= dict.fromkeys(AMD, 64 * KIB) | {"gfx950": 160 * KIB}
+SHARED_MEMORY: dict[int | str, int] = {
+    **{80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB},
+    **dict.fromkeys((86, 89, 120, 121), 100 * KIB),
+    **dict.fromkeys(AMD, 64 * KIB),
+    "gfx950": 160 * KIB,
+}
 REGISTERS = 65536
 AMD_REGISTERS = {"gfx1201": 1536}  # of a lane; others 512
 TENSOR_MEMORY = 512  # columns, on data-centre Blackwell
@@ -85,7 +88,11 @@ class Found:
         if is_amd(case.arch):
             limits = [
                 ("shared memory", n * self.shared, SHARED_MEMORY[case.arch]),
-                ("registers", n * -(-case.num_warps // 4) * registers, AMD_REGISTERS.get(str(case.arch), 512)),
+                (
+                    "registers",
+                    n * -(-case.num_warps // 4) * registers,
+                    AMD_REGISTERS.get(str(case.arch), 512),
+                ),
             ]
         else:
             limits = [
@@ -202,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--arch", nargs="+", choices=every, default=every, help="GPUs (default: all)")
     found.add_argument("--kernel", default="", metavar="NAME", help="kernels whose name contains this alone")
     found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    found.add_argument("--with-triton", type=Path, nargs="+", default=[], metavar="DIR", help="other versions")
+    found.add_argument(
+        "--with-triton", type=Path, nargs="+", default=[], metavar="DIR", help="other versions"
+    )
     found.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
     found.add_argument("--write", action="store_true", help="write the committed table")
     found.add_argument("--json", type=Path, metavar="FILE", help="what was found, for this Triton alone")

@@ -14,13 +14,13 @@ TABLE = ROOT / "benchmarks" / "results" / "triton-resources.md"
 HEADER = """\
 # Resources of the kernels
 
-Written by `python tools/kernel_resources.py {arguments}--with-triton ... --write`, which compiles without a GPU.
-{scope}
+Written by `python tools/kernel_resources.py {arguments}--with-triton ... --write`, which compiles without a
+GPU. {scope}
 
 Tiles are tokens x vocabulary x hidden size (head_project: responses x hidden size x columns). Where the
 configuration says `2 programs`, two of them fit on a multiprocessor. Shared memory, of one program, and
-instructions are those of Triton {own}. A column for each version of Triton has registers/spilled bytes: stores
-and loads on NVIDIA, scratch memory of a lane on AMD.
+instructions are those of Triton {own}, or of the newest where that does not compile the kernel. A column for
+each version of Triton has registers/spilled bytes: stores and loads on NVIDIA, scratch memory on AMD.
 """
 SCOPES = {
     "all": "It has all kernels, with what only `g2rl tune` tries.",
@@ -58,21 +58,23 @@ def page(versions: list[dict[str, Any]], own: str, scope: str) -> str:
 def rows(versions: list[dict[str, Any]], own: str, wanted: Any) -> list[str]:
     """Lines of a table of the GPUs that are wanted."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
-    details: dict[tuple[str, ...], tuple[str, str]] = {}
+    details: dict[tuple[str, ...], tuple[str, ...]] = {}
     for version in versions:
         for one in version["found"]:
             name = tuple(one["name"])
             if wanted(name[3]) and not one["error"]:
                 cells.setdefault(name, {})[version["triton"]] = f"{one['registers']}/{one['spilled']}"
-                if version["triton"] == own or name not in details:
+                if details.get(name, ("",))[0] != own:  # a later version otherwise
                     counts = ", ".join(f"{n} {what}" for what, n in one["counts"].items() if n)
-                    details[name] = (f"{one['shared'] / 1024:.1f}", counts)
-    names = [version["triton"] for version in versions if any(version["triton"] in row for row in cells.values())]
+                    details[name] = (version["triton"], f"{one['shared'] / 1024:.1f}", counts)
+    names = [
+        version["triton"] for version in versions if any(version["triton"] in row for row in cells.values())
+    ]
     columns = (*COLUMNS, *names)
     lines = []
     for name, found in cells.items():
         short = (re.sub(r"^\w+\.(\w+)_kernel$", r"\1", name[0]), *name[1:])
-        lines.append(f"| {' | '.join((*short, *details[name], *(found.get(v, '') for v in names)))} |")
+        lines.append(f"| {' | '.join((*short, *details[name][1:], *(found.get(v, '') for v in names)))} |")
     return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *sorted(lines)]
 
 

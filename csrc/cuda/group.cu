@@ -211,7 +211,7 @@ __device__ void zero_unnamed(const Device& a, Shared& shared, int64_t first) {
 }
 
 template <bool kVectors>
-__global__ void __launch_bounds__(kThreads) group_kernel(Device a) {
+__global__ void __launch_bounds__(kThreads, 1) group_kernel(Device a) {  // 1: or it spills on sm_120
   __shared__ Shared shared;
   const int64_t b = blockIdx.x, M = a.M;
   if (b >= a.B) {

@@ -151,7 +151,8 @@ def _members(features: Tensor, group_size: int | None, group_ids: Tensor | None)
 
 def _implementation(device: str) -> str:
     """The key in IMPLEMENTATIONS for a type of device."""
-    if device in GROUP_DEVICES:  # on a GPU too: it has not been measured against Triton there
+    # On a GPU too: it has not been measured against Triton there. torch calls AMD's "cuda" as well.
+    if device in GROUP_DEVICES and not (device == "cuda" and torch.version.hip):
         return "compiled"
     return "triton" if device == "cuda" and HAS_TRITON else "reference"
 
@@ -171,7 +172,7 @@ torch.library.define(qualified("group_geometry_triton"), _schema[_schema.index("
 def _(features: Tensor, rewards: Tensor, members: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     from . import triton as kernel
 
-    if members.shape[1] > kernel.MAX_M:
+    if not kernel.takes(members.shape[1]):
         return _by_reference(features, rewards, members, *flat)
     with torch.cuda.device_of(features):  # Triton launches on the current device
         return kernel.launch(features, rewards, members, *flat)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..head.triton.launch import launch_kernel
 from ..head.triton.tuning import is_hip
+from ..versions import minor
 
 MAX_M = 32  # several [64, 64] matrices of doubles do not fit the registers
 BR, BC = 256, 16  # zero_unnamed: rows of a program; members compared with them at once
@@ -45,6 +46,11 @@ class Config(NamedTuple):
 # multiply-adds take 80; and in the registers of RDNA, which multiplies no matrices of float64.
 CONFIGS = (Config(16, 32, 4, 8), Config(32, 16, 4, 4))
 HIP_CONFIGS = (Config(16, 16, 8, 8), Config(32, 16, 2, 8))
+
+
+def takes(M: int) -> bool:
+    """Whether the kernel takes groups of at most M here. On AMD Triton multiplies float64 from 3.8 on."""
+    return M <= MAX_M and not (is_hip() and minor(triton.__version__) < (3, 8))
 
 
 @triton.jit

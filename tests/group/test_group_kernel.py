@@ -54,9 +54,11 @@ def test_any_groups(grouping, scalars, **options):
     assert_right(features, rewards, members, **options, **dict(zip(("lam", "clip", "eps"), scalars)))
 
 
+@pytest.mark.parametrize("hip", [None, "7.2"])
 @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 31, 32])
-def test_sizes_of_groups(M):
-    """Every configuration, full and with an empty place in each group."""
+def test_sizes_of_groups(monkeypatch, M, hip):
+    """Every configuration, AMD's too, full and with an empty place in each group."""
+    monkeypatch.setattr(torch.version, "hip", hip)
     B, d = 2, 2 * 512 + 5  # several rounds of the loop over d, the last one partly filled
     features = torch.randn(B * M, d) * torch.logspace(-3, 3, B * M)[:, None]
     rewards = torch.randn(B * M).sign()
@@ -222,6 +224,26 @@ def test_what_a_gpu_gets(monkeypatch, compiled_for, has_triton, expected):
     assert geometry._implementation("cuda") == expected
     assert geometry._implementation("cpu") == "compiled"
     assert geometry._implementation("mps") == "reference"
+
+
+def test_what_an_amd_gpu_gets(monkeypatch):
+    """Never CUDA's kernel, and Triton's from the version on that compiles it."""
+    monkeypatch.setattr(geometry, "GROUP_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(geometry, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert geometry._implementation("cuda") == "triton"
+    assert geometry._implementation("cpu") == "compiled"
+    for version, expected in (("3.7.1", False), ("3.8.0", True), ("3.10.0", True)):
+        monkeypatch.setattr(kernel.triton, "__version__", version)
+        assert kernel.takes(16) == expected
+        assert not kernel.takes(kernel.MAX_M + 1)
+    monkeypatch.setattr(kernel.triton, "__version__", "3.7.1")
+    monkeypatch.setattr(kernel, "launch", None)  # is not called
+    arguments = torch.randn(4, 3), torch.randn(4), torch.arange(4).view(1, 4), 0.5, 3.0, 1, 0, 1, True, 1e-6
+    for a, b in zip(IMPLEMENTATIONS["triton"](*arguments), IMPLEMENTATIONS["reference"](*arguments)):
+        assert torch.equal(a, b)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernel.takes(16)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

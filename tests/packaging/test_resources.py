@@ -1,6 +1,7 @@
-"""Every kernel compiles for Ampere, Hopper and Blackwell: nothing that is shipped spills, everything fits."""
+"""Every kernel compiles for NVIDIA's and AMD's GPUs: nothing that is shipped spills, everything fits."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_kernels.versions import minor
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "kernel_resources.py"
+TESTED_TRITON = {(3, 6), (3, 7), (3, 8), (3, 9)}
 COMMITTED = ROOT / "benchmarks" / "results" / "triton-resources.md"
 
 
@@ -25,46 +29,75 @@ def tool():
     return module
 
 
-def run(out, *arguments):
+def run(*arguments):
     # Not in this process: here the kernels are the interpreter's, as conftest.py chose where no GPU is.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, str(TOOL), "--check", "--jobs", "2", "--out", str(out), *arguments]
+    command = [sys.executable, str(TOOL), "--check", "--jobs", "2", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def rows(text):
-    return [line for line in text.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+def committed(section):
+    """(name of the columns, rows) of one table of the committed page: "Resources" or "AMD"."""
+    text = next(part for part in COMMITTED.read_text().split("# ") if part.startswith(section))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return columns, rows
 
 
-def version(text):
-    return re.search(r"Triton (\S+)\.\s", text)[1]
+def compare(found, section):
+    """Every kernel that was compiled has its numbers in the committed table, if it has this Triton."""
+    columns, rows = committed(section)
+    if found["triton"] not in columns:
+        return
+    column = columns.index(found["triton"])
+    listed = {tuple(row[:5]): row[column] for row in rows}
+    for one in found["found"]:
+        name = (re.sub(r"^\w+\.(\w+)_kernel$", r"\1", one["name"][0]), *one["name"][1:])
+        assert listed.get(name) == f"{one['registers']}/{one['spilled']}", f"{name}: write the table anew"
 
 
 def test_every_kernel_compiles_fits_and_has_its_instructions(tmp_path):
-    done = run(tmp_path / "found.md", "--shipped")
+    done = run("--json", str(tmp_path / "found.json"), "--shipped", "--arch", "80", "90", "100")
     assert done.returncode == 0, done.stderr[-4000:]
-    found, committed = (tmp_path / "found.md").read_text(), COMMITTED.read_text()
-    if version(found) == version(committed):
-        stale = set(rows(found)) - set(rows(committed))
-        assert not stale, "python tools/kernel_resources.py writes the table anew"
+    compare(json.loads((tmp_path / "found.json").read_text()), "Resources")
 
 
-def test_the_committed_table_shows_clean_kernels():
-    text = COMMITTED.read_text()
-    assert len(rows(text)) > 250
-    columns = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows(text)]
-    assert max(int(row[6]) for row in columns) <= 32  # and the shipped ones not at all: the test above
-    assert {row[3] for row in columns} == {"sm_80", "sm_90", "sm_100"}
-    for kernel in (
-        "group",
-        "head_stats",
-        "head_residual",
-        "head_collect",
-        "head_project",
-        "head_gather",
-        "head_gradient",
-    ):
-        assert any(row[0] == kernel for row in columns)
+def test_consumer_gpus_in_short(tmp_path):
+    """One of each generation: RTX 40 and L40S, RTX 50."""
+    done = run("--json", str(tmp_path / "found.json"), "--quick", "--arch", "89", "120")
+    assert done.returncode == 0, done.stderr[-4000:]
+    compare(json.loads((tmp_path / "found.json").read_text()), "Resources")
+
+
+def test_amd_in_short(tmp_path):
+    """The head's kernels: older Tritons cannot multiply float64 on AMD (group/triton.py)."""
+    done = run("--json", str(tmp_path / "found.json"), "--quick", "--arch", "gfx942", "--kernel", "head")
+    assert done.returncode == 0, done.stderr[-4000:]
+    compare(json.loads((tmp_path / "found.json").read_text()), "AMD")
+
+
+@pytest.mark.parametrize(
+    ("section", "targets"),
+    [
+        ("Resources", {f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 120, 121)}),
+        ("AMD", {"gfx90a", "gfx942", "gfx950", "gfx1201"}),
+    ],
+)
+def test_the_committed_table_shows_clean_kernels(section, targets):
+    columns, rows = committed(section)
+    versions = columns[7:]
+    assert {minor(version) for version in versions} >= ({(3, 9)} if section == "AMD" else TESTED_TRITON)
+    assert len(rows) > 50 * len(targets)
+    for row in rows:
+        assert all(cell == "" or cell.endswith("/0") for cell in row[7:]), row
+        assert row[-1], "the newest version compiles everything"
+    assert {row[3] for row in rows} == targets
+    for target in targets:
+        kernels = {row[0] for row in rows if row[3] == target}
+        assert kernels >= {
+            *("group", "batch_scale", "head_stats", "head_residual", "head_collect"),
+            *("head_project", "head_gather", "head_gradient", "head_target", "head_skip"),
+        }
 
 
 @pytest.fixture
@@ -72,7 +105,7 @@ def case(tool):
     return tool.Case("stats.head_stats_kernel", "", "bf16", 90, "", {}, {}, (), 8, needs=("wgmma", "TMA"))
 
 
-NONE = {"wgmma": 0, "tcgen05": 0, "mma": 0, "TMA": 0, "cp.async": 0}
+NONE = dict.fromkeys(("wgmma", "tcgen05", "mma", "mfma", "TMA", "cp.async"), 0)
 GOOD = NONE | {"wgmma": 4, "TMA": 8}
 
 
@@ -91,6 +124,35 @@ def test_faults_are_found(tool, case):
     assert faults(tensor_memory=513) == ["tensor memory: 513 of 512"]
     assert faults(counts=NONE | {"mma": 64, "cp.async": 9}) == ["no wgmma", "no TMA"]
     assert faults(error="does not compile") == ["does not compile"]
+    small = {"arch": 120, "counts": GOOD | {"mma": 1}}
+    assert faults(shared=101376, **small) == []
+    assert faults(shared=101377, **small) == ["shared memory: 102401 of 102400"]
+    assert faults(arch="gfx942", shared=65536) == []
+    assert faults(arch="gfx942", shared=65537) == ["shared memory: 65537 of 65536"]
+    assert faults(arch="gfx950", shared=163840) == []
+    assert faults(arch="gfx942", registers=256, shared=0, programs_per_sm=2) == ["registers: 1024 of 512"]
+
+
+def test_a_column_for_each_version(tool):
+    import kernel_table
+
+    def one(arch, registers, shared, error=""):
+        name = ["stats.head_stats_kernel", "", "bf16", arch, "8 warps"]
+        numbers = {"registers": registers, "spilled": 0, "shared": shared, "counts": {"mma": 8}}
+        return {"name": name, "error": error, "faults": [error] * bool(error), **numbers}
+
+    old = {"triton": "3.9.0", "found": [one("sm_90", 100, 1024), one("gfx942", 9, 0, "does not compile")]}
+    new = {"triton": "3.10.0", "found": [one("sm_90", 101, 2048), one("gfx942", 90, 4096)]}
+    text = kernel_table.page([new, old], "3.9.0", "shipped")
+    assert "| head_stats |  | bf16 | sm_90 | 8 warps | 1.0 | 8 mma | 100/0 | 101/0 |" in text
+    amd = text.split("## AMD")[1]
+    assert "| 3.10.0 |" in amd
+    assert "3.9.0" not in amd, "it compiled nothing there"
+    assert "| head_stats |  | bf16 | gfx942 | 8 warps | 4.0 | 8 mma | 90/0 |" in amd
+    assert kernel_table.faults([new]) == []
+    assert kernel_table.faults([old]) == [
+        "Triton 3.9.0: stats.head_stats_kernel, bf16, gfx942, 8 warps: does not compile"
+    ]
 
 
 def test_a_spilling_configuration_fails_the_check(tmp_path):

@@ -33,7 +33,7 @@ def test_every_candidate_is_right(monkeypatch, dtype):
     case = make_case([700, 0, 33, 1, 290], V=5003, d=192, dtype=dtype, bias=torch.randn(5003))
     exact, form = autograd_head(case), "ieee" if dtype == torch.float32 else "plain"
     twice, four_times = allowed_errors(case, TRITON), allowed_errors(case, TRITON, multiple=4)
-    for config in tuning.candidates(torch.cuda.get_device_capability()[0], form):
+    for config in tuning.candidates_on(torch.device("cuda", 0), form):
         monkeypatch.setattr(tile, "choose", lambda *_, config=config: config)
         known = known_mode(case, exact.logprobs.float())
         for out, allowed in ((run_head(case, TRITON), twice), (known, four_times)):

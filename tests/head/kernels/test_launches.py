@@ -1,8 +1,8 @@
 """Every launch of the head's and the group's kernels compiles, with the arguments that they launch it with.
 
-They go through Triton's own launcher, with a driver that claims to be a Hopper and launches that end when the
-kernel is compiled. The interpreter shows what kernels compute, but does not read argument types as the
-compiler does."""
+They go through Triton's own launcher, with a driver that claims to be a Hopper, or an MI300, and launches
+that end when the kernel is compiled. The interpreter shows what kernels compute, but does not read argument
+types as the compiler does."""
 
 import json
 import os
@@ -21,7 +21,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
-class Hopper:
+AMD = sys.argv[3] == "MI300"
+
+
+class Driver:
     def get_current_device(self):
         return 0
 
@@ -29,15 +32,19 @@ class Hopper:
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("hip", "gfx942", 64) if AMD else GPUTarget("cuda", 90, 32)
 
 
-driver.set_active(Hopper())
-torch.cuda.get_device_capability = lambda *_: (9, 0)
+driver.set_active(Driver())
+torch.version.hip = "7.2" if AMD else None
+torch.cuda.get_device_capability = lambda *_: (9, 4 if AMD else 0)
+torch.backends.cuda.matmul.fp32_precision = sys.argv[4]
 compiled, launch = {}, JITFunction.run
 
 
 def run(self, *args, grid, warmup, **options):
+    assert options["enable_fp_fusion"] is True, self.__name__  # stated, not inherited
+    assert not AMD or not any(options.get(flag) for flag in ("H_TMA", "W_TMA", "G_TMA")), self.__name__
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel is not None, self.__name__
     compiled[id(kernel)] = (self.__name__, kernel)  # kept alive: ids are not used again
@@ -50,7 +57,7 @@ from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.head.triton import driver, logprobs, tile, tuning
 
 logprobs._add_product = lambda *_, **__: None
-tile.choose = lambda kind, device, dtype, V, D, form: tuning.candidates(9, form)[0]
+tile.choose = lambda kind, device, dtype, V, D, form: tuning.CANDIDATES["hip" if AMD else 9, form][0]
 
 
 def inputs(N, V, d, dtype, mode):
@@ -94,11 +101,13 @@ print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
 """
 
 
-def launches(sizes: list[tuple[int, int, int, int]], what: str) -> tuple[list[int], list[str]]:
+def launches(
+    sizes: list[tuple[int, int, int, int]], what: str, gpu: str = "Hopper", precision: str = "ieee"
+) -> tuple[list[int], list[str]]:
     """Kernels that were compiled after each size, and their names. `what` is a dtype, and sizes are (N, V, d,
-    S) of heads; or it is "groups", and sizes are (S, d, B, M)."""
+    S) of heads; or it is "groups", and sizes are (S, d, B, M). `precision` is torch's of float32 products."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what, gpu, precision]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     counts, names = json.loads(done.stdout.splitlines()[-1])
@@ -117,6 +126,13 @@ def test_every_mode_compiles_once_for_all_sizes(dtype):
             *("join", "gradient"),
         )
     }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_mode_compiles_for_amd(dtype):
+    """Where torch would multiply float32 as TF32, too: AMD has no 3xTF32."""
+    _, names = launches([(500, 7001, 192, 3)], dtype, "MI300", "tf32")
+    assert {"head_stats_kernel", "head_residual_kernel", "head_project_kernel"} <= set(names)
 
 
 def test_rows_that_tma_cannot_address_compile():

@@ -434,7 +434,7 @@ def test_compiles_in_one_graph_to_the_same_bits():
 def test_every_candidate_is_right(monkeypatch, dtype, softcap):
     case = make_case([700], V=5003, d=192, dtype=dtype, bias=torch.randn(5003), logit_softcap=softcap)
     form = "ieee" if dtype == torch.float32 else "softcap" if softcap else "plain"
-    for config in tuning.candidates(torch.cuda.get_device_capability()[0], form):
+    for config in tuning.candidates_on(torch.device("cuda", 0), form):
         monkeypatch.setattr(tile, "choose", lambda *_, config=config: config)
         check(case)
 

@@ -48,15 +48,59 @@ def choose(kind="stats", dtype=torch.bfloat16, V=V, D=D, form=None):
 
 
 def test_every_architecture_has_tiles_for_every_form():
-    assert set(CANDIDATES) == {(arch, form) for arch in (8, 9, 10) for form in FORMS}
+    families = {(family, form) for family in (8, 9, 10, "hip") for form in FORMS}
+    assert set(CANDIDATES) == families - {("hip", "tf32x3")}  # which AMD does not have
     for configs in CANDIDATES.values():
         assert len(set(configs)) == len(configs) >= 1
 
 
-@pytest.mark.parametrize(("capability", "least"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])
-def test_newer_gpus_take_the_tiles_of_the_newest_known(capability, least):
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    # 12, and what follows, may have neither the instructions nor the shared memory of data-centre GPUs
+    [(7, 8), (8, 8), (9, 9), (10, 10), (11, 10), (12, 8), (13, 8)],
+)
+def test_tiles_by_compute_capability(capability, family, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     for form in FORMS:
-        assert tuning.candidates(capability, form) == CANDIDATES[least, form]
+        shipped = CANDIDATES[family, form]
+        assert tuning.candidates(capability, form) == tuning.candidates_on(CUDA, form) == shipped
+
+
+@pytest.fixture
+def mi300(monkeypatch):
+    """torch's GPU on ROCm: it is called "cuda", and has a compute capability that is no Hopper's."""
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+
+
+def test_amds_tiles_and_precision(mi300):
+    assert choose() == CANDIDATES["hip", "plain"][0]
+    single, before = torch.empty(8, 64), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert tuning.precision() == tuning.products_on_tensor_cores() == "ieee"
+        assert choose(dtype=torch.float32) == CANDIDATES["hip", "ieee"][0]
+        assert tuning.form(single, single, False) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_descriptors_where_tma_is(monkeypatch):
+    tile = pytest.importorskip("g2rl_kernels.head.triton.tile")
+    monkeypatch.setattr(tile, "INTERPRETED", False)
+
+    def described(capability):
+        tile._has_tma.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        return tile.descriptor(torch.empty(64, 64), (16, 16)) is not None
+
+    try:
+        assert [described(capability) for capability in (8, 9, 10, 12)] == [False, True, True, True]
+        monkeypatch.setattr(torch.version, "hip", "7.2")
+        assert not described(9)
+    finally:
+        tile._has_tma.cache_clear()
 
 
 def test_without_a_file_the_first_candidate_is_chosen_and_nothing_is_written(hopper):
