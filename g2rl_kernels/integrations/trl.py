@@ -9,9 +9,12 @@ Several reward functions need `g2rl_correctness_reward`; rewards of -1 and +1 ne
 G2RLTrainer overrides `GRPOTrainer._generate_and_score_completions`. TRL's own runs inside it and calls, in
 this order:
 
-    _generate                               tool masks and the sampler's log-probs are kept
+    _generate                               tool masks and the sampler's log-probs are kept; where TRL skips
+                                            the next forward and the model's generate() samples, the hidden
+                                            states too, which give the features
     _get_per_token_logps_and_entropies      the forward under the policy that sampled: the same pass gives the
-                                            features (where TRL would skip it, it is made to run)
+                                            features (where TRL would skip it, another engine samples or the
+                                            weights are sharded, it is made to run)
     _get_per_token_logps_and_entropies      with beta > 0 again, for the reference: not measured
     _calculate_rewards                      the rewards of all ranks and this rank's texts are kept; evol_rl
                                             and majority labels read answers from the texts
@@ -37,6 +40,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
@@ -47,7 +51,7 @@ from ..group.evol import compared_text
 from ..group.options import ShapingOptions
 from ..group.shaping import check_gap, check_threshold, response_keys, shape_scores
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import LMHead, find_head
+from ..models.lm_head import LMHead, backbone_of, find_head
 from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
@@ -64,8 +68,10 @@ from .trl_head import (
     Scoring,
     compare_log_probs,
     completion_text,
+    current_head,
     head_inputs,
     innermost,
+    last_hidden_state,
     pad_like,
     runs_here,
     scoring_of,
@@ -81,6 +87,7 @@ class _Measurement:
     tool_mask: list[list[int]] | None = None  # S / R lists: 1 for the model's own token, 0 for a tool's
     known_logprobs: list[list[float | None]] | None = None  # S / R lists, as the sampler reported them
     completion_columns: int = 0  # how many of the padded ids' last columns hold completions
+    states: list[Tensor] = field(default_factory=list)  # hidden states [S / R, d] that sampled each token
     due: bool = False  # the next forward is the one under the policy that sampled
     num_iterations: int | None = None  # the trainer's own, while another makes TRL run that forward
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
@@ -284,30 +291,55 @@ class G2RLTrainer(GRPOTrainer):
             added = self._settle(measurement)
         if added:  # as without us: the ratio of the only update is 1, to the bit
             del batch["old_per_token_logps"]
+        if measurement.states:
+            self._measure_states(measurement, batch)
         batch["advantages"] = self._shape(measurement, len(inputs))
         return batch
 
     def _generate(self, prompts: list) -> tuple[Any, ...]:
-        generated: tuple[Any, ...] = super()._generate(prompts)
-        if self._measurement is not None:  # only now: a rollout_func may call forwards of its own
-            self._measurement.tool_mask, self._measurement.known_logprobs = generated[2], generated[4]
-            self._expect_forward(self._measurement)
-        return generated
-
-    def _expect_forward(self, measurement: _Measurement) -> None:
-        """Has the next forward measured, and makes TRL run it where each generation serves one update.
-
-        Until then `num_iterations` has no other use in TRL.
-        """
-        args, measurement.due = self.args, True
-        every = args.steps_per_generation * self.num_iterations
+        measurement, args = self._measurement, self.args
+        if measurement is None:
+            return tuple(super()._generate(prompts))
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        if args.gradient_accumulation_steps % every == 0 and not corrects:
+        every = args.steps_per_generation * self.num_iterations
+        skips = args.gradient_accumulation_steps % every == 0 and not corrects  # as TRL decides
+        if skips and self._samples_itself():
+            with last_hidden_state(backbone_of(innermost(self.model)), newest=True) as measurement.states:
+                generated: tuple[Any, ...] = super()._generate(prompts)
+            ids = generated[1]
+            if [len(state) for state in measurement.states] == [len(ids)] * max(map(len, ids)):
+                return generated
+            measurement.states = []  # several forwards a token, or several tokens a forward
+        else:
+            generated = super()._generate(prompts)
+        # Only now is the forward due: a rollout_func may call forwards of its own
+        measurement.tool_mask, measurement.known_logprobs, measurement.due = generated[2], generated[4], True
+        if skips:  # TRL is made to run the forward. Until it does, num_iterations has no other use
             measurement.num_iterations = self.num_iterations
             self.num_iterations = args.gradient_accumulation_steps + 1
+        return generated
+
+    def _samples_itself(self) -> bool:
+        """Whether the model's own generate() draws each token from one forward, with all weights at hand."""
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not (elsewhere or sharded or self.tools or self.args.generation_kwargs)
+
+    @torch.no_grad()
+    def _measure_states(self, measurement: _Measurement, batch: dict[str, Any]) -> None:
+        """`_measure` on the hidden states that the sampler left."""
+        ids, model = batch["completion_ids"], innermost(self.model)
+        labels = pad(ids.masked_fill(batch["completion_mask"] == 0, -100), (1, 0), value=-100)
+        assert self._scoring.head is not None
+        head, more = current_head(self._scoring.head, model), 1 + ids.shape[1] - len(measurement.states)
+        for first in range(0, len(ids), self.args.per_device_train_batch_size):
+            rows = slice(first, first + self.args.per_device_train_batch_size)
+            hidden = torch.stack([state[rows] for state in measurement.states], 1)
+            with self.accelerator.autocast():
+                self._measure(measurement, head, pad(hidden, (0, 0, 0, more)), labels[rows])
 
     def _settle(self, measurement: _Measurement) -> bool:
-        """Undoes `_expect_forward`; returns whether TRL would have skipped the forward."""
+        """The forward is not due any more; returns whether TRL would have skipped it."""
         measurement.due = False
         if measurement.num_iterations is None:
             return False

@@ -218,10 +218,18 @@ def current_head(head: LMHead, model: Any) -> LMHead:
 
 
 @contextmanager
-def last_hidden_state(backbone: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a list; the hidden states [B, L, d] of every call of the backbone are appended to it."""
+def last_hidden_state(backbone: Any, newest: bool = False) -> Iterator[list[Tensor]]:
+    """Yields a list; the hidden states [B, L, d] of every call of the backbone are appended to it.
+
+    newest: those of the last position alone, [B, d], from which generate() samples.
+    """
     seen: list[Tensor] = []
-    hook = backbone.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+
+    def keep(*call: Any) -> None:
+        hidden = call[-1].last_hidden_state
+        seen.append(hidden[:, -1].detach().clone() if newest else hidden)
+
+    hook = backbone.register_forward_hook(keep)
     try:
         yield seen
     finally:

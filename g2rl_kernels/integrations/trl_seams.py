@@ -49,8 +49,11 @@ ATTRIBUTES = (
     "ref_model",
     "reward_func_names",
     "reward_weights",
+    "rollout_func",
     "scale_rewards",
     "temperature",
+    "tools",
+    "use_transformers_continuous_batching",
     "use_vllm",
     "vllm_importance_sampling_correction",
 )

@@ -24,6 +24,20 @@ from g2rl_kernels.integrations.trl_head import pad_like
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
 
+def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
+    """Responses of 3 to 5 tokens, the second one a tool's; log-probs differ by row and position."""
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    tokenizer = trainer.processing_class
+    lengths = [3 + row % 3 for row in range(len(batch))]
+    draw = lambda n: torch.randint(3, 20, (n,), generator=generator).tolist()  # noqa: E731
+    return {
+        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in batch],
+        "completion_ids": [draw(n) for n in lengths],
+        "logprobs": [[-(row + at / 10) for at in range(n)] for row, n in enumerate(lengths)],
+        "env_mask": [[1, 0, *[1] * (n - 2)] for n in lengths],
+    }
+
+
 # --- what is measured ---------------------------------------------------------------------------------------
 
 
@@ -39,6 +53,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL call
         {"g2rl_fused_logprobs": False, "temperature": 0.6},
         {"pad_to_multiple_of": 8},
         {"cast_lm_head_to_fp32": True},
+        {"generation_kwargs": {"num_beams": 2, "early_stopping": True}},
+        {"generation_kwargs": {"num_beams": 2}, "mask_truncated_completions": True},
     ],
     ids=lambda s: "-".join(s) or "plain",
 )
@@ -89,7 +105,9 @@ def test_a_response_without_tokens_keeps_its_reward_and_touches_nobody(make: Cal
 @pytest.mark.parametrize(
     ("settings", "extra"),
     [
-        ({}, 1),  # TRL would skip the old log-probs
+        ({}, 0),  # TRL skips the old log-probs; the sampler's hidden states serve
+        ({"generation_kwargs": {"repetition_penalty": 1.1}}, 1),
+        ({"rollout_func": rollout}, 1),
         ({"num_iterations": 2}, 0),
         ({"num_iterations": 2, "beta": 0.1}, 0),
         ({"steps_per_generation": 2, "per_device_train_batch_size": 4}, 0),
@@ -168,20 +186,6 @@ def test_a_model_with_an_unknown_head_is_refused(make: Callable[..., Any], model
 
 
 # --- rollouts: tools and samplers ---------------------------------------------------------------------------
-
-
-def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
-    """Responses of 3 to 5 tokens, the second one a tool's; log-probs differ by row and position."""
-    generator = torch.Generator().manual_seed(trainer.state.global_step)
-    tokenizer = trainer.processing_class
-    lengths = [3 + row % 3 for row in range(len(batch))]
-    draw = lambda n: torch.randint(3, 20, (n,), generator=generator).tolist()  # noqa: E731
-    return {
-        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in batch],
-        "completion_ids": [draw(n) for n in lengths],
-        "logprobs": [[-(row + at / 10) for at in range(n)] for row, n in enumerate(lengths)],
-        "env_mask": [[1, 0, *[1] * (n - 2)] for n in lengths],
-    }
 
 
 @pytest.mark.parametrize("fused", [True, False])
