@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from skyrl.backends.skyrl_train.utils import ppo_utils
-from steps import Prompts, expected_features, make_trainer
+from skyrl_steps import Prompts, expected_features, make_trainer
 from tiny import make_model, make_tokenizer
 from transformers import Qwen3ForCausalLM
 
@@ -276,7 +276,7 @@ def test_the_algorithm_decides_entropy_and_clip_where_they_are_unset(overrides, 
         (f"{PREFIX}g2rl.algorithm=ppo", "trainer.algorithm.g2rl.algorithm: got 'ppo', needs one of 'grpo'"),
         (
             f"{PREFIX}advantage_estimator=gae",
-            "trainer.algorithm.advantage_estimator: got gae, G2RLTrainer needs",
+            "trainer.algorithm.advantage_estimator: got gae, G2RLTrainer",
         ),
         ("trainer.strategy=megatron", "trainer.strategy: got megatron, G2RLTrainer needs fsdp"),
         ("trainer.policy.sequence_parallel_size=2", "sequence_parallel_size: got 2, G2RLTrainer needs 1"),
