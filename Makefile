@@ -29,8 +29,8 @@ test: $(VENV)/.dev $(VENV)/.built ## all tests; TESTS=tests/head/test_head.py AR
 	  set -- -n "$(WORKERS)"; export OMP_NUM_THREADS=1; fi; \
 	  set -x; $(PY) -m pytest "$$@" $(TESTS) $(ARGS)
 
-test-verl: $(VERL)/.verl $(VERL)/.built ## tests of the verl integration, in .venv-verl: verl and TRL need different versions
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
+test-verl: $(VERL)/.skyrl $(VERL)/.built ## tests of the verl and SkyRL integrations, in .venv-verl: TRL needs other versions
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl tests/skyrl $(ARGS)
 
 test-vllm: $(VLLM)/.vllm $(VLLM)/.built ## tests of `g2rl eval --engine vllm`, in .venv-vllm (3 GB): vLLM on the CPU
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)
@@ -88,6 +88,10 @@ $(VENV)/.demo $(VENV)/.dev $(VERL)/.verl $(VLLM)/.vllm: $(SETUP)
 	@command -v c++ >/dev/null || { echo "g2rl-kernels needs a C++ compiler: install g++ 10 or newer"; exit 1; }
 	@$(PYTHON) tools/environment.py $(@D) $(EXTRAS)
 	@touch $@ $(@D)/.demo $(@D)/.built
+
+$(VERL)/.skyrl: tests/skyrl/requirements.txt $(VERL)/.verl
+	@$(VERL)/bin/python -m pip install -q --no-deps -r $<
+	@touch $@
 
 # The set-up builds the extension; this rebuilds it after a change of sources.
 %/.built: $(SOURCES)

@@ -4,4 +4,8 @@ trl.py                  G2RLTrainer (and G2RLConfig), for TRL; trl_config.py and
 geometry_callback.py    the geometry of responses in any of TRL's trainers
 rewards.py              reward functions of the recipes
 verl/                   the plugin for verl: how it loads, the trainer g2rl_sync, features in the FSDP engine
+skyrl.py                G2RLTrainer and its policy worker, for SkyRL
+measure.py              both of these: features from a worker's forward
+systems.py              both of these: settings, and what is read from the texts of responses
+seams.py                what an integration needs of another package, checked at import
 """

@@ -178,6 +178,9 @@ class G2RLTrainer(RayPPOTrainer):
         if model != "policy":
             found: Tensor = super()._execute_forward_pass(model, data_fwd_pass, key, mini_batch_boundaries)
             return found
+        ranks = self.dispatch.dp_size(model)
+        if any((end - start) % ranks for start, end in mini_batch_boundaries or ()):
+            mini_batch_boundaries = None  # SkyRL would leave padding rows between the mini-batches
         data = data_fwd_pass.select([*data_fwd_pass])  # a copy: other models' forwards are not measured
         data["loss_mask"] = self._g2rl_batch["loss_mask"]
         data.metadata = {**data_fwd_pass.metadata, REQUEST: True}

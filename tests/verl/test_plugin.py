@@ -16,7 +16,7 @@ from g2rl_kernels.integrations import verl as plugin
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=400)
 
 
 TRAINERS = "from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY; "

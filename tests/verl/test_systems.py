@@ -152,7 +152,7 @@ def test_the_actors_get_them(make_step):
         (["ratio_clip_high=nan"], "algorithm.g2rl.ratio_clip_high: got nan, needs a finite number"),
         (
             ["algorithm=grpo", "entropy_coef=0.01"],
-            "entropy_coeff: got 0.01 with algorithm.g2rl.algorithm=grpo",
+            "got 0.01 with algorithm.g2rl.algorithm=grpo: grpo has",
         ),
         (["algorithm=entropy_bonus", "entropy_coef=0"], "entropy_bonus has one; leave it"),
         (["labels=majority", "answer_func=nowhere.f"], "answer_func: cannot import 'nowhere.f' (No module"),

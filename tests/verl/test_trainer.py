@@ -238,7 +238,7 @@ def test_settings_default_and_are_read_from_the_command_line():
     [
         (
             "+algorithm.g2rl.lamda=1",
-            "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: algorithm, lam,",
+            "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: algorithm",
         ),
         ("+algorithm.g2rl.lam=much", "algorithm.g2rl: Value 'much' of type 'str' could not be convert"),
         ("+algorithm.g2rl.lam=-1", "algorithm.g2rl.lam: got -1.0, needs a positive finite number, or 0"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -53,7 +55,7 @@ def run(tmp_path_factory):
         ]
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(metrics), **environment}
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=folder, timeout=400
+            command, capture_output=True, text=True, env=environment, cwd=folder, timeout=900
         )
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return done, [json.loads(line)["data"] for line in lines]
@@ -64,7 +66,8 @@ def run(tmp_path_factory):
 def test_two_steps(run):
     done, steps = run("steps", "+algorithm.g2rl.lam=1")
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    assert "plugin loaded into verl 0.9.1; trainer.v1.trainer_mode=g2rl_sync selects it" in done.stderr
+    version = importlib.metadata.version("verl")
+    assert f"plugin loaded into verl {version}; trainer.v1.trainer_mode=g2rl_sync selects it" in done.stderr
     assert len(steps) == 2
     for step in steps:
         assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])  # 0 and 1, no padding
@@ -76,6 +79,20 @@ def test_two_steps(run):
         assert step["g2rl/sign_flips"] == 0
         assert 0 < step["g2rl/feature_seconds"] < step["timing_s/step"]
         assert step["actor/grad_norm"] > 0
+
+
+def test_a_step_of_evol_rl_by_majority(run):
+    options = ("algorithm=evol_rl", "labels=majority", "answer_func=scripted.answer", "encoder=characters")
+    paths = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).with_name("stand_in"))])
+    overrides = [f"+algorithm.g2rl.{option}" for option in options]
+    done, steps = run("evol", *overrides, "trainer.total_training_steps=1", PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    (step,) = steps
+    assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])
+    assert -1 < step["g2rl/shaped_reward_mean"] < 1
+    assert step["critic/advantages/max"] > 0
+    assert step["actor/grad_norm"] > 0
+    assert "entropy_coeff': 0.003" in done.stdout
 
 
 def test_a_worker_without_the_package_stops_the_run_before_the_first_rollout(run):

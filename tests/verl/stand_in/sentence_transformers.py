@@ -1,4 +1,4 @@
-"""In place of sentence-transformers, which verl's environment lacks: a text's vector counts its characters."""
+"""In place of sentence-transformers, which verl's environment lacks: vectors count a text's characters."""
 
 from __future__ import annotations
 

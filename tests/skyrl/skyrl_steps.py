@@ -18,7 +18,7 @@ from skyrl.backends.skyrl_train.distributed.dispatch import WorkerOutput
 from skyrl.backends.skyrl_train.distributed.fsdp_strategy import FSDPStrategy
 from skyrl.backends.skyrl_train.training_batch import pad_training_input_batch
 from skyrl.train.trainer import RayPPOTrainer
-from tiny import make_model, make_tokenizer
+from tiny import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +93,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, cfg: Any) -> Any:
     rank = {"world_size": 1, "rank": 0, "local_rank": 0, "sequence_parallel_size": 1}
     worker = G2RLPolicyWorkerBase(cfg=cfg.trainer, master_addr="127.0.0.1", master_port=1, **rank)
     worker.init_model(cfg.trainer.policy.model.path, num_training_steps=2)
+    worker.mesh_rank = SimpleNamespace(dp_size=1)
     worker.device_mesh = SimpleNamespace(get_group=lambda _name: dist.group.WORLD)
     return worker
 
@@ -152,7 +153,7 @@ class Prompts(list):
 
 
 class Generator:
-    """Random tokens for responses. Right are those with token 7; row 1's mask has a gap, row 2 has no token."""
+    """Random tokens; those with token 7 are right. Row 1's mask has a gap, row 2 has no token that counts."""
 
     def __init__(self) -> None:
         self.random = torch.Generator().manual_seed(0)
@@ -187,6 +188,9 @@ class Tracker:
 
     def log(self, metrics: dict[str, Any], step: int, commit: bool = False) -> None:
         self.logged.append(metrics)
+
+    def finish(self) -> None:
+        pass
 
 
 def make_trainer(

@@ -1,0 +1,138 @@
+"""What verl and SkyRL share: seams, the paper's systems as settings, and what is read from texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from g2rl_kernels import versions
+from g2rl_kernels.integrations import systems
+from g2rl_kernels.integrations.seams import check_seams
+from g2rl_kernels.integrations.systems import SystemSettings, TextReader
+
+
+class Trainer:
+    def step(self, batch, metrics):
+        pass
+
+    def run(self, *args, **options):
+        pass
+
+
+def test_seams_that_are_there_pass():
+    check_seams("verl", {Trainer: {"step": "batch metrics", "run": "anything", "__init__": ""}})
+
+
+def test_missing_seams_are_all_named_with_the_versions_that_have_them(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda _package: "9.9.1")
+    monkeypatch.setitem(versions.TESTED, "verl", ("0.9", "0.10"))
+    seams = {Trainer: {"step": "batch scores", "stop": ""}, torch: {"nowhere": ""}}
+    message = (
+        r"verl 9\.9\.1 lacks what g2rl-kernels builds on: Trainer\.step \(its parameters scores\), "
+        r"Trainer\.stop, torch\.nowhere; .* \(0\.9 to 0\.10: pip install 'verl==0\.10\.\*'\)"
+    )
+    with pytest.raises(ImportError, match=message):
+        check_seams("verl", seams)
+
+
+class Lengths:
+    """In place of the sentence encoder: a unit vector that depends on a text's length."""
+
+    def __init__(self, name: str, device: object) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        self.texts += texts
+        angles = torch.tensor([len(text) / 10 for text in texts])
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+TEXTS = [
+    "so \\boxed{0.5}",
+    "padding",
+    "<think>\\boxed{3}</think>\\boxed{\\frac{1}{2}}",
+    "\\boxed{7}",
+    "",
+    "\\boxed{2}",
+]
+GROUPS = torch.tensor([4, -1, 4, 4, 0, 0])
+
+
+def reader(monkeypatch, **settings):
+    monkeypatch.setattr(systems, "SentenceEncoder", Lengths)
+    return TextReader(SystemSettings(**settings))
+
+
+def test_votes_are_the_same_text_for_the_same_answer(monkeypatch):
+    pytest.importorskip("math_verify")
+    found = reader(monkeypatch, labels="majority")(TEXTS, GROUPS)
+    assert found == {"votes": ["1/2", None, "1/2", "7", None, "2"]}
+
+
+def test_evol_rl_gets_embeddings_and_answers_of_rows_with_a_group(monkeypatch):
+    path = f"{__name__}.first_word"
+    one = reader(monkeypatch, algorithm="evol_rl", answer_func=path)
+    found = one(TEXTS, GROUPS)
+    assert one.encoder.texts == [
+        "so \\boxed{0.5}",
+        "\\boxed{\\frac{1}{2}}",
+        "\\boxed{7}",
+        "",
+        "\\boxed{2}",
+    ]
+    assert found["answered"].tolist() == [True, False, False, False, False, False]
+    expected = Lengths("", None)(one.encoder.texts)
+    assert torch.equal(found["embeddings"][GROUPS >= 0], expected)
+    assert not found["embeddings"][1].any()
+
+
+def first_word(text: str) -> str | None:
+    return text.split()[0] if text[:1].isalpha() else " "
+
+
+def test_a_batch_without_answers_is_said_and_one_of_padding_is_not(monkeypatch, recwarn):
+    one = reader(monkeypatch, algorithm="evol_rl", labels="majority", answer_func="builtins.min")
+    found = one(["a", "b"], torch.tensor([-1, -1]))
+    assert found["votes"] == [None, None]
+    assert found["embeddings"].shape[0] == 2
+    assert not recwarn.list
+    one.answer = lambda text: None
+    with pytest.warns(UserWarning, match=r"no response .*: algorithm\.g2rl\.answer_func names the function"):
+        one(["a", "b"], torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "found"),
+    [
+        ({}, 0.0, 0.0),
+        ({}, 0.01, 0.01),
+        ({"algorithm": "evol_rl"}, 0.0, 0.003),
+        ({"algorithm": "evol_rl"}, 0.01, 0.01),
+        ({"algorithm": "evol_rl", "entropy_coef": 0.0}, 0.01, 0.0),
+        ({"algorithm": "entropy_bonus", "entropy_coef": 0.02}, 0.0, 0.02),
+    ],
+)
+def test_the_entropy_coefficient(settings, theirs, found):
+    assert SystemSettings(**settings).entropy(theirs, "coef") == found
+
+
+@pytest.mark.parametrize(
+    "settings", [{"algorithm": "grpo"}, {"algorithm": "entropy_bonus", "entropy_coef": 0.0}]
+)
+def test_a_bonus_that_contradicts_the_algorithm_is_refused(settings):
+    with pytest.raises(ValueError, match=r"^coef: got 0\.\d* with algorithm\.g2rl\.algorithm="):
+        SystemSettings(**settings).entropy(0.01, "coef")
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "found"),
+    [
+        ({}, 0.2, 0.2),
+        ({"algorithm": "evol_rl"}, 0.2, 0.28),
+        ({"algorithm": "evol_rl"}, None, 0.28),
+        ({"algorithm": "evol_rl"}, 0.3, 0.3),
+        ({"algorithm": "evol_rl", "ratio_clip_high": 0.2}, 0.3, 0.2),
+    ],
+)
+def test_the_upper_clip(settings, theirs, found):
+    assert SystemSettings(**settings).clip_high(theirs, 0.2) == found
