@@ -16,9 +16,11 @@ import megatron_stand_in
 import slime_stand_in
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 
 D, ROWS = 32, 512
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,14 @@ def main(rank: int, world: int, folder: Path) -> None:
     megatron_stand_in.install()
     found: dict[str, Any] = {name: run(way) for name, way in WAYS.items()}
     found["errors"] = errors()
+    from g2rl_kernels.integrations import slime
+
+    recipe = yaml.safe_load((ROOT / "recipes/slime-g2rl.yaml").read_text(encoding="utf-8"))
+    args = slime_stand_in.arguments(**recipe)  # as slime sets what it reads
+    found["settings"] = {"default": vars(slime.Settings()), "recipe": vars(slime.Settings.read(args))}
+    found["functions"] = sorted(
+        name for name in ("measure_features", "shaped_advantages") if hasattr(slime, name)
+    )
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
