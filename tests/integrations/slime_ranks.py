@@ -29,6 +29,7 @@ class Way:
     tensor_parallel: int = 1
     context_parallel: int = 1
     tied: bool = False
+    ascending: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,6 +47,7 @@ WAYS = {
     ),
     "without deviation": Way(STRADDLING, tied=True, args={"grpo_std_normalization": False, "g2rl": {}}),
     "dropped samples": Way([[[0, 5, 2], [9]], [[1, 3], [4, 6, 8]]]),
+    "in the rollout's order": Way(STRADDLING, ascending=True),
 }
 
 
@@ -108,7 +110,7 @@ def run(way: Way) -> dict[str, Any]:
     mine = mpu.get_data_parallel_group().rank()
 
     def advantages(args: Namespace, custom: Any) -> dict[str, Any]:
-        data = slime_stand_in.split(args, samples(), way.schedule)[mine]
+        data = slime_stand_in.split(args, samples(), way.schedule, way.ascending)[mine]
         if custom is not None:
             for prefix in ("ref_", ""):
                 slime_stand_in.forward_only(args, model, data, mpu, slime.measure_features, prefix)

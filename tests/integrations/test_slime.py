@@ -50,7 +50,8 @@ def features(way: Way, results: list[dict[str, Any]]) -> Tensor:
 def parts(way: Way, results: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
     """Each rank's results, and the samples that it has."""
     schedules = way.schedule if len(way.schedule) == len(results) else way.schedule * len(results)
-    return [(result, [i for batch in batches for i in batch]) for result, batches in zip(results, schedules)]
+    samples_of = [[i for batch in batches for i in batch] for batches in schedules]
+    return [(result, sorted(i) if way.ascending else i) for result, i in zip(results, samples_of)]
 
 
 @names
