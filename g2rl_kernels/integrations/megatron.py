@@ -25,7 +25,10 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..versions import warn_untested
+
 try:
+    import megatron.core
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 except ImportError as error:
     raise ImportError(
@@ -33,6 +36,8 @@ except ImportError as error:
         "pip install 'git+https://github.com/NVIDIA/Megatron-LM@core_v0.18.2', or put its sources on "
         "PYTHONPATH"
     ) from error
+
+warn_untested("megatron-core", megatron.core.__version__)  # its sources alone have no metadata
 
 
 @dataclass(frozen=True)

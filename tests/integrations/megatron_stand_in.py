@@ -192,6 +192,7 @@ class _Reduce(torch.autograd.Function):
 def install() -> None:
     """Makes `megatron.core` importable."""
     core = ModuleType("megatron.core")
+    core.__version__ = "0.18.0"
     core.mpu = ModuleType("megatron.core.mpu")
     core.mpu.get_tensor_model_parallel_group = lambda: GROUPS["tp"]
     core.mpu.get_context_parallel_group = lambda: GROUPS["cp"]

@@ -16,9 +16,11 @@ import megatron_stand_in
 import slime_stand_in
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 
 D, ROWS = 32, 512
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Way:
     tensor_parallel: int = 1
     context_parallel: int = 1
     tied: bool = False
+    ascending: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,6 +47,7 @@ WAYS = {
     ),
     "without deviation": Way(STRADDLING, tied=True, args={"grpo_std_normalization": False, "g2rl": {}}),
     "dropped samples": Way([[[0, 5, 2], [9]], [[1, 3], [4, 6, 8]]]),
+    "in the rollout's order": Way(STRADDLING, ascending=True),
 }
 
 
@@ -106,7 +110,7 @@ def run(way: Way) -> dict[str, Any]:
     mine = mpu.get_data_parallel_group().rank()
 
     def advantages(args: Namespace, custom: Any) -> dict[str, Any]:
-        data = slime_stand_in.split(args, samples(), way.schedule)[mine]
+        data = slime_stand_in.split(args, samples(), way.schedule, way.ascending)[mine]
         if custom is not None:
             for prefix in ("ref_", ""):
                 slime_stand_in.forward_only(args, model, data, mpu, slime.measure_features, prefix)
@@ -173,6 +177,14 @@ def main(rank: int, world: int, folder: Path) -> None:
     megatron_stand_in.install()
     found: dict[str, Any] = {name: run(way) for name, way in WAYS.items()}
     found["errors"] = errors()
+    from g2rl_kernels.integrations import slime
+
+    recipe = yaml.safe_load((ROOT / "recipes/slime-g2rl.yaml").read_text(encoding="utf-8"))
+    args = slime_stand_in.arguments(**recipe)  # as slime sets what it reads
+    found["settings"] = {"default": vars(slime.Settings()), "recipe": vars(slime.Settings.read(args))}
+    found["functions"] = sorted(
+        name for name in ("measure_features", "shaped_advantages") if hasattr(slime, name)
+    )
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -48,18 +48,22 @@ def own_rewards(args: Namespace, raw: list[float]) -> list[float]:
     return rewards.flatten().tolist()
 
 
-def split(args: Namespace, samples: list[Rollout], schedule: list[list[list[int]]]) -> list[Rollout]:
+def split(
+    args: Namespace, samples: list[Rollout], schedule: list[list[list[int]]], ascending: bool = False
+) -> list[Rollout]:
     """The rollout as each data-parallel rank gets it.
 
     samples: tokens, response_length, loss_mask and reward of each. schedule: of each rank, the samples of
-    each micro-batch; samples that it leaves out are dropped, as slime drops what fills no step.
+    each micro-batch; samples that it leaves out are dropped, as slime drops what fills no step. ascending: a
+    rank's samples come in the order of the rollout; slime's main has them in that of the micro-batches.
     """
     raw = [sample["reward"] for sample in samples]
     rewards = own_rewards(args, raw)
     parts = []
     for batches in schedule:
         partition = [i for batch in batches for i in batch]
-        starts = [sum(map(len, batches[:k])) for k in range(len(batches))]
+        if ascending:
+            partition.sort()
         mine = [samples[i] for i in partition]
         parts.append(
             {
@@ -70,9 +74,7 @@ def split(args: Namespace, samples: list[Rollout], schedule: list[list[list[int]
                 "loss_masks": [sample["loss_mask"].int() for sample in mine],
                 "rewards": [rewards[i] for i in partition],
                 "raw_reward": raw,
-                "micro_batch_indices": [
-                    list(range(start, start + len(batch))) for start, batch in zip(starts, batches)
-                ],
+                "micro_batch_indices": [[partition.index(i) for i in batch] for batch in batches],
             }
         )
     return parts

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +50,8 @@ def features(way: Way, results: list[dict[str, Any]]) -> Tensor:
 def parts(way: Way, results: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
     """Each rank's results, and the samples that it has."""
     schedules = way.schedule if len(way.schedule) == len(results) else way.schedule * len(results)
-    return [(result, [i for batch in batches for i in batch]) for result, batches in zip(results, schedules)]
+    samples_of = [[i for batch in batches for i in batch] for batches in schedules]
+    return [(result, sorted(i) if way.ascending else i) for result, i in zip(results, samples_of)]
 
 
 @names
@@ -137,3 +142,48 @@ def test_errors_say_what_to_change(found, name):
     for rank in found:
         assert rank["errors"].keys() == ERRORS.keys()
         assert rank["errors"][name].startswith(ERRORS[name]), rank["errors"][name]
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = (ROOT / "recipes" / "slime-qwen3-1.7b.sh").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "slime.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_setting_with_its_default(found):
+    table = PAGE[PAGE.index("## Settings") : PAGE.index("## What it does")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE))
+    assert rows == {name: str(value) for name, value in found[0]["settings"]["default"].items()}
+
+
+def test_the_recipe_names_both_functions_and_the_default_settings(found):
+    for text in (RECIPE, PAGE):
+        named = re.findall(r"g2rl_kernels\.integrations\.slime\.(\w+)", text)
+        assert sorted(named) == found[0]["functions"] == ["measure_features", "shaped_advantages"]
+    assert found[0]["settings"]["recipe"] == found[0]["settings"]["default"]
+
+
+def test_the_recipe_makes_several_steps_of_a_rollout():
+    """With one, slime leaves out the forward that gives features."""
+    numbers = {name: int(value) for name, value in re.findall(r"^  --([\w-]+) (\d+)\b", RECIPE, re.MULTILINE)}
+    assert numbers["rollout-batch-size"] * numbers["n-samples-per-prompt"] == 8 * numbers["global-batch-size"]
+
+
+def test_the_recipe_passes_its_own_and_the_users_options_to_slime(tmp_path):
+    """A Ray that prints its arguments takes them."""
+    models = tmp_path / "scripts" / "models"
+    models.mkdir(parents=True)
+    (models / "qwen3-1.7B.sh").write_text("MODEL_ARGS=(--num-layers 28)\n")
+    ray = tmp_path / "ray"
+    ray.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    ray.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLIME": str(tmp_path)}
+    command = [ROOT / "recipes" / "slime-qwen3-1.7b.sh", "--lr", "1e-6"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert said[:2] == ["job", "submit"]
+    assert said[said.index("--custom-config-path") + 1] == str(ROOT / "recipes" / "slime-g2rl.yaml")
+    assert said[said.index("--num-layers") + 1] == "28"
+    assert said[-3:-1] == ["--lr", "1e-6"]
