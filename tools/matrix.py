@@ -34,6 +34,7 @@ class Pair(NamedTuple):
     python: str  # as in the name of its command: 3.14t is free-threaded
     torch: str
     built: str = OLDEST  # the torch that the wheel is built against
+    triton: str = ""  # where it is not that which torch asks for; a CPU build asks for no Triton
 
     @property
     def key(self) -> str:
@@ -42,14 +43,13 @@ class Pair(NamedTuple):
 
 # The first is the pinned one, with which the bits of others are compared. Each Python and torch is in a pair.
 PAIRS = [
-    Pair("3.11", "2.13.0"),
-    Pair("3.10", "2.11.0"),
-    Pair("3.10", "2.14.1"),  # the last for Python 3.10
-    Pair("3.12", "2.12.1"),
-    Pair("3.13", "2.14.1"),
+    Pair("3.11", "2.13.0", triton="3.7.1"),
     Pair("3.14", "2.15.0"),
+    Pair("3.13", "2.14.1"),
+    Pair("3.13t", "2.12.0"),  # the last torch for free-threaded Python 3.13
+    Pair("3.12", "2.12.1"),
+    Pair("3.10", "2.11.0"),
     Pair("3.14", "2.11.0", built="2.15.0"),
-    Pair("3.13t", "2.12.0"),  # the last for Python 3.13t
     Pair("3.14t", "2.15.0"),
 ]
 TESTS = ["tests/head", "tests/group", "tests/test_versions.py"]
@@ -230,8 +230,9 @@ def try_pair(pair: Pair, shop: Workshop) -> dict[str, object]:
     log = shop.folder / "logs" / f"{name}.txt"
     log.unlink(missing_ok=True)
     wheel = shop.wheel(pair, log)
+    triton = f"triton=={pair.triton}" if pair.triton else "triton"
     say(f"  installing torch {pair.torch}")
-    python = shop.environment(name, pair.python, pair.torch, [*NEEDED, "triton", "setuptools"], log)
+    python = shop.environment(name, pair.python, pair.torch, [*NEEDED, "setuptools", triton], log)
     if run([shop.uv, "pip", "install", "--quiet", "--no-deps", "--python", python, wheel], log):
         raise Unavailable(reason(log))
     found = ask(python, ["-c", VERSIONS], shop.tree, log)
