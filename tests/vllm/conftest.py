@@ -54,7 +54,7 @@ def engine(model: str) -> Any:
 
 @pytest.fixture(scope="session")
 def bfloat16_engine(model: str) -> Any:
-    """Another in bfloat16. It lives as long: the end of one would take state of the process from the other."""
+    """Another in bfloat16. It lives as long: the end of one takes state of the process from the other."""
     from serve import make_engine
 
     return make_engine(model, dtype="bfloat16")
