@@ -117,7 +117,8 @@ VLLM_ENVIRONMENT = {
 class VllmEngine:
     """Samples with vLLM's offline `LLM`. Each prompt has its own seed, whatever is in a batch with it.
 
-    vLLM sets the seeds of torch, numpy and random in this process.
+    vLLM works in this process: it sets the seeds of torch, numpy and random, and when one of two engines is
+    freed, the other no longer works.
     """
 
     def __init__(self, tokenizer: Any, config: TrainerConfig, decoding: Decoding, **options: Any):
@@ -155,10 +156,13 @@ class VllmEngine:
             "seed": config.seed,
             "max_model_len": config.max_prompt_tokens + config.max_new_tokens,
             "generation_config": "vllm",
-            **options,
         }
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():  # vLLM 0.32 fails there at the first prompt with a seed that it splits
+            arguments["enable_chunked_prefill"] = False
         try:
-            self.llm = vllm.LLM(**arguments)
+            self.llm = vllm.LLM(**{**arguments, **options})
         except Exception as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise

@@ -306,6 +306,10 @@ def vllm(monkeypatch):
 
     module.LLM, module.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
+    platforms: Any = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: module.cpu)
+    module.cpu = False
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     return module
 
 
@@ -360,6 +364,15 @@ def test_vllm_says_what_it_cannot(monkeypatch, vllm):
         monkeypatch.setitem(sys.modules, "vllm", missing)
         with pytest.raises(TrainerError, match="pip install vllm, or use engine=transformers"):
             VllmEngine(make_tokenizer(), config, Decoding())
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_prompts_are_not_split_on_a_cpu(tmp_path, vllm, cpu):
+    vllm.cpu = cpu
+    config = TrainerConfig.from_dict({**CONFIG.to_dict(), "model": save_tiny(tmp_path)})
+    VllmEngine(make_tokenizer(), config, Decoding())
+    (made,) = vllm.made
+    assert made.get("enable_chunked_prefill", True) == (not cpu)
 
 
 def test_what_the_user_set_of_vllms_environment_stays(tmp_path, vllm, monkeypatch):

@@ -52,6 +52,14 @@ def engine(model: str) -> Any:
     return make_engine(model)
 
 
+@pytest.fixture(scope="session")
+def bfloat16_engine(model: str) -> Any:
+    """Another in bfloat16. It lives as long: the end of one takes state of the process from the other."""
+    from serve import make_engine
+
+    return make_engine(model, dtype="bfloat16")
+
+
 @pytest.fixture
 def remade(engine: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes an engine for other settings around the LLM of `engine`, which takes long to start."""

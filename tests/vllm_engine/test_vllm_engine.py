@@ -150,6 +150,14 @@ def test_the_end_tokens_of_generation_config(model, remade, tmp_path, monkeypatc
     assert not any({END, 5, 6} & {*one.tokens[:-1]} for one in responses)
 
 
+def test_more_prompts_than_vllm_takes_in_one_step(engine):
+    """It would split one of them, and on a CPU fail for its seed."""
+    limit = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = [[4 + i % 8] * 31 for i in range(limit // (4 * 31) + 8)]
+    answers = engine.sample(prompts, range(0, 10 * len(prompts), 10))
+    assert [len(responses) for responses in answers] == [4] * len(prompts)
+
+
 def test_an_over_long_prompt(engine):
     longest = [4] * 32
     assert all(len(one.tokens) == 8 or not one.truncated for one in engine.sample([longest], [1])[0])

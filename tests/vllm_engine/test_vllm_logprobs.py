@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from serve import OPTIONS, PROMPTS, SEEDS, TEMPERATURE, make_config, make_engine
+from serve import OPTIONS, PROMPTS, SEEDS, TEMPERATURE, make_config
 
 import g2rl_kernels as g2
-from g2rl_kernels.evaluation.engines import Decoding
 from g2rl_kernels.head.triton import driver
 from g2rl_kernels.models.loading import load_model
 
@@ -63,9 +62,8 @@ def float32(engine, model):
 
 
 @pytest.fixture(scope="module")
-def bfloat16(model):
-    decoding = Decoding(n=4, temperature=TEMPERATURE)
-    return sampled(make_engine(model, decoding, dtype="bfloat16"), model, "bfloat16")
+def bfloat16(bfloat16_engine, model):
+    return sampled(bfloat16_engine, model, "bfloat16")
 
 
 def test_in_float32_they_are_ours(float32):
