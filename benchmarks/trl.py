@@ -1,6 +1,6 @@
 """What G2RLTrainer adds to GRPOTrainer: making a trainer and training a few steps, in turns.
 
-    python -m benchmarks.trl                        a model as small as in TRL's own tests, 25 tokens
+    python -m benchmarks.trl                        model, batch and number of steps of TRL's own tests
     python -m benchmarks.trl --model qwen3-0.6b     a shape of benchmarks.train
 
 The clock is the processor's, of all threads, so that other programs on the machine matter little. Generation
@@ -36,13 +36,10 @@ CHARACTERS = "abcdefghijkl0123456789+="
 
 def tiny_model() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    ends = {"pad_token_id": 0, "eos_token_id": 1}
-    vocabulary = len(CHARACTERS) + 2
-    return Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=vocabulary, **sizes, **heads, **ends, initializer_range=0.3)
-    )
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
+    ends: dict[str, Any] = {"vocab_size": len(CHARACTERS) + 2, "pad_token_id": 0, "eos_token_id": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **ends))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -61,8 +58,8 @@ def measure(kind: type, folder: Path, model: Path, steps: int, **settings: Any) 
     config = G2RLConfig if kind is G2RLTrainer else GRPOConfig
     args = config(
         str(folder),
-        per_device_train_batch_size=8,
-        num_generations=4,
+        per_device_train_batch_size=3,
+        num_generations=3,
         max_steps=steps,
         report_to=[],
         save_strategy="no",
@@ -83,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="tests", choices=["tests", *MODELS])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=17)
     parser.add_argument("--length", type=int, default=8, help="tokens of a response")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -107,7 +104,7 @@ def main() -> None:
                 if round_:
                     found[name].append(seconds)
     base = [made + chosen.steps * step for made, step in found["GRPOTrainer"]]
-    print(f"{chosen.model}, {chosen.steps} steps of 8 responses of {chosen.length} tokens, ", end="")
+    print(f"{chosen.model}, {chosen.steps} steps of 3 responses of {chosen.length} tokens, ", end="")
     print(f"medians of {chosen.rounds} rounds, processor's seconds")
     for name, times in found.items():
         made, step = (statistics.median(column) for column in zip(*times))

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
 
 from ..errors import TrainerError
-from ..models.lm_head import LMHead, backbone_of
+from ..models.lm_head import LMHead, backbone_of, base_model
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
 from .trl_seams import FusedCausalLMOutput
 
@@ -135,7 +135,7 @@ def innermost(model: Any) -> Any:
     """The transformers model within DDP, FSDP, DeepSpeed and PEFT."""
     while hasattr(model, "module"):
         model = model.module
-    return model.get_base_model() if is_peft_model(model) else model
+    return base_model(model)  # accelerate's is_peft_model takes milliseconds: it looks for the package
 
 
 def runs_here(accelerator: Any, model: Any) -> bool:

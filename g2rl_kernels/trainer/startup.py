@@ -28,7 +28,7 @@ from ..errors import TrainerError, one_line, out_of_memory
 from ..models.lm_head import LMHead, base_model, evaluation_mode, response_hidden
 from .sampling import Rollout, autocast
 
-PROMPT, RESPONSES = 9, (3, 4)  # tokens of the probe; its second prompt is half as long
+PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long
 
 # What rounding explains: `spread` times the deviation of the logits (errors of hidden states) plus `last`
 # times the largest logit (their own rounding). Forty tiny random families and SmolLM2-135M stay below a tenth
