@@ -31,8 +31,7 @@ from skyrl.train.utils import initialize_ray, validate_cfg
 from torch import Tensor
 
 from .. import head_features, pack_responses, versions
-from ..group.options import ShapingOptions
-from ..group.shaping import check_gap, response_keys, shape_scores
+from ..group.shaping import response_keys
 from .measure import COMPARED, Measurement
 from .seams import check_seams
 from .systems import SystemSettings, TextReader
@@ -191,23 +190,16 @@ class G2RLTrainer(RayPPOTrainer):
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
         start = time.perf_counter()
-        settings, scores = self.g2rl, self._g2rl_scores
         groups = group_ids(data.metadata)
-        features = self._g2rl_features[: len(scores)]
+        scores = self._g2rl_scores.masked_fill(groups < 0, torch.nan)  # padding is not scored
         ids, attention, mask = (data[name] for name in ("sequences", "attention_mask", "loss_mask"))
         cu_seqlens = torch.nn.functional.pad(attention.sum(1).cumsum(0), (1, 0))
-        gap = settings.correctness_gap
-        check_gap(scores[groups >= 0], gap, "scores", f"{settings.prefix}correctness_gap")
-        shaped = shape_scores(
-            features,
-            scores.masked_fill(groups < 0, torch.nan),
-            ShapingOptions.of(settings),
+        shaped = self.g2rl.shape(
+            self._g2rl_features[: len(scores)],
+            scores,
             group_ids=groups,
             keys=response_keys(ids[attention.bool()], cu_seqlens),
             has_tokens=mask.sum(1) > 0,
-            threshold=settings.correctness_threshold,
-            gap=gap,
-            algorithm=settings.algorithm,
             **(self.g2rl_reader(self._texts(ids, mask), groups) if self.g2rl_reader else {}),
         )
         change = (shaped.scores - scores).masked_fill(groups < 0, 0.0)

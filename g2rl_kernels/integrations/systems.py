@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ..group.evol import compared_text
 from ..group.options import SCORE_GATE, ShapingOptions
-from ..group.shaping import ENTROPY_COEF, EVOL_CLIP_HIGH, check_options
+from ..group.shaping import (
+    ENTROPY_COEF,
+    EVOL_CLIP_HIGH,
+    ShapedScores,
+    check_gap,
+    check_options,
+    check_threshold,
+    shape_scores,
+)
 from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
 from ..tasks.mathematics import MathJudge
 from ..tasks.verify import answers_of, unify
@@ -31,6 +39,7 @@ class SystemSettings:
     shaping: str = ShapingOptions.shaping  # intent | equation | right | none
     exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
     uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
+    rewards: str = "binary"  # scores say right or wrong, or, graded, how good an answer is
     correctness_threshold: float = SCORE_GATE  # answers whose score is at least this are right
     correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
     labels: str = "truth"  # which answers are right: by score, or the group's most frequent one: majority
@@ -46,6 +55,29 @@ class SystemSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{self.prefix}{name}: got {value}, needs a finite number, 0 or more")
+
+    def shape(self, features: Tensor, scores: Tensor, **rows: Any) -> ShapedScores:
+        """`shape_scores` by these settings, after warnings about scores in units that the settings are not.
+
+        features [S, d], scores [S] with NaN in rows that take no part; rows: group_ids, keys, has_tokens,
+        and what a `TextReader` found.
+        """
+        binary = self.rewards == "binary"
+        if binary:
+            check_gap(scores, self.correctness_gap, "scores", f"{self.prefix}correctness_gap")
+        if binary and self.labels == "truth" and self.algorithm in ("g2rl", "evol_rl"):
+            option, remedy = f"{self.prefix}correctness_threshold", f"{self.prefix}rewards=graded"
+            check_threshold(scores, self.correctness_threshold, "scores", option, remedy)
+        return shape_scores(
+            features,
+            scores,
+            ShapingOptions.of(self),
+            threshold=self.correctness_threshold,
+            gap=self.correctness_gap,
+            algorithm=self.algorithm,
+            graded=not binary,
+            **rows,
+        )
 
     @property
     def reads_texts(self) -> bool:

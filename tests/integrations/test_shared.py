@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from g2rl_kernels import versions
+from g2rl_kernels.group.options import ShapingOptions
+from g2rl_kernels.group.shaping import shape_scores
 from g2rl_kernels.integrations import systems
 from g2rl_kernels.integrations.seams import check_seams
 from g2rl_kernels.integrations.systems import SystemSettings, TextReader
@@ -99,6 +101,21 @@ def test_a_batch_without_answers_is_said_and_one_of_padding_is_not(monkeypatch, 
     one.answer = lambda text: None
     with pytest.warns(UserWarning, match=r"no response .*: algorithm\.g2rl\.answer_func names the function"):
         one(["a", "b"], torch.tensor([0, 0]))
+
+
+def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
+    features, scores = torch.randn(4, 8), torch.tensor([0.1, 0.2, 0.4, torch.nan])
+    rows = {"group_ids": torch.tensor([0, 0, 0, -1]), "has_tokens": torch.tensor([True, True, True, False])}
+    settings = SystemSettings(lam=0.9, rewards="graded", correctness_threshold=0.3)
+    expected = shape_scores(features, scores, ShapingOptions(lam=0.9), threshold=0.3, graded=True, **rows)
+    assert torch.equal(settings.shape(features, scores, **rows).bonus, expected.bonus)
+    assert expected.bonus.any()
+    with pytest.warns(
+        UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards=graded"
+    ):
+        SystemSettings().shape(features, scores, **rows)
+    with pytest.warns(UserWarning, match=r"further apart than algorithm\.g2rl\.correctness_gap=0\.1"):
+        SystemSettings(correctness_gap=0.1, correctness_threshold=0.3).shape(features, scores, **rows)
 
 
 @pytest.mark.parametrize(

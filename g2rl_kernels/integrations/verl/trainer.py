@@ -24,8 +24,6 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from ...group.options import ShapingOptions
-from ...group.shaping import check_gap, shape_scores
 from ..seams import check_seams
 from ..systems import TextReader
 from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
@@ -105,19 +103,14 @@ class G2RLTrainerSync(PPOTrainerSync):
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
         features, keys, times = (torch.stack(data[name].unbind()) for name in (FEATURES, KEYS, SECONDS))
-        raw, settings, groups = data["rm_scores"], self.g2rl, group_ids(batch.keys, batch.tags)
+        raw, groups = data["rm_scores"], group_ids(batch.keys, batch.tags)
         scores = _row_sums(raw).masked_fill(groups < 0, torch.nan)  # padding is not scored
-        check_gap(scores, settings.correctness_gap, "scores", "algorithm.g2rl.correctness_gap")
-        shaped = shape_scores(
+        shaped = self.g2rl.shape(
             features,
             scores,
-            ShapingOptions.of(settings),
             group_ids=groups,
             keys=keys[:, 0],
             has_tokens=_row_sums(data["response_mask"]) > 0,
-            threshold=settings.correctness_threshold,
-            gap=settings.correctness_gap,
-            algorithm=settings.algorithm,
             **(self.g2rl_reader(self._texts(data), groups) if self.g2rl_reader else {}),
         )
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
