@@ -23,7 +23,7 @@ names = pytest.mark.parametrize("name", WAYS)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks("slime_ranks.py", tmp_path_factory.mktemp("ranks"))
+    return run_ranks("slime_ranks.py", tmp_path_factory)
 
 
 def features(way: Way, results: list[dict[str, Any]]) -> Tensor:
