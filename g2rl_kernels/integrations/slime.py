@@ -16,7 +16,6 @@ No forward is added and nothing of slime is replaced. docs/slime.md is for users
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 
 import g2rl_kernels as g2
 
+from .._clock import clock
 from ..group.options import SCORE_GATE, ShapingOptions
-from ..group.shaping import check_gap, check_options, response_keys, shape_scores
+from ..group.shaping import check_gap, check_options, check_threshold, response_keys, shape_scores
 from .megatron import head_shard, mean_over_ranks, packed_bounds, whole_sequence
 
 try:
@@ -52,6 +52,7 @@ class Settings:
     shaping: str = ShapingOptions.shaping  # intent | equation | right | none
     exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
     uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
+    rewards: str = "binary"  # what rewards say: binary, right or wrong; graded, how good an answer is
     correctness_threshold: float = SCORE_GATE  # answers whose reward is at least this are right
     correctness_gap: float = 1.0  # distance between right and wrong rewards: 1 for 0 and 1, 2 for -1 and +1
 
@@ -136,7 +137,7 @@ class Measurement:
 
     @torch.no_grad()
     def _after_model(self, _model: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        start = _seconds(self.hidden)
+        start = clock(self.hidden.device)
         hidden = whole_sequence(self.hidden, self.output_layer)[:, 0]
         head = head_shard(self.output_layer, self.weight, self.args.vocab_size)
         del self.hidden, self.weight
@@ -157,7 +158,7 @@ class Measurement:
             **head,
         ).features
         self.features.append(mean_over_ranks(features, counts, group))
-        self.seconds += _seconds(hidden) - start
+        self.seconds += clock(hidden.device) - start
 
     def by_sample(self, micro_batches: list[list[int]]) -> Tensor:
         """Features [samples, d] in the order of this rank's samples.
@@ -171,12 +172,6 @@ class Measurement:
         found = torch.cat([rows[: len(batch)] for rows, batch in zip(self.features, micro_batches)])
         order = torch.tensor([*chain.from_iterable(micro_batches)], device=found.device)
         return torch.empty_like(found).index_copy_(0, order, found)
-
-
-def _seconds(at: Tensor) -> float:
-    if at.is_cuda:
-        torch.cuda.synchronize(at.device)
-    return time.perf_counter()
 
 
 def following_tokens(
@@ -230,13 +225,17 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     if measurement is None or not measurement.features:
         raise RuntimeError(NO_FORWARD)
     measurement.stop()
-    start = time.perf_counter()
+    device = measurement.features[0].device
+    start = clock(device)
     settings, group = Settings.read(args), mpu.get_data_parallel_group()
     raw, mine = raw_rewards(args, rollout_data)
     S = len(raw)
-    check_gap(raw, settings.correctness_gap, "rewards", "g2rl.correctness_gap")
+    graded = settings.rewards == "graded"
+    if not graded:
+        check_gap(raw, settings.correctness_gap, "rewards", "g2rl.correctness_gap")
+        threshold = "g2rl.correctness_threshold"
+        check_threshold(raw, settings.correctness_threshold, "rewards", threshold, "g2rl.rewards: graded")
     features = measurement.by_sample(rollout_data["micro_batch_indices"])
-    device = features.device
     lengths = torch.tensor([len(tokens) for tokens in rollout_data["tokens"]], device=device)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     keys = response_keys(torch.cat(rollout_data["tokens"]).to(device), bounds)
@@ -251,11 +250,12 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         has_tokens=over_ranks(counts, mine, S, group) > 0,
         threshold=settings.correctness_threshold,
         gap=settings.correctness_gap,
+        graded=graded,
     )
     rewards = normalised(args, shaped.scores.cpu())[mine].to(device)
     returns = [torch.ones_like(kl) * reward for kl, reward in zip(rollout_data["kl"], rewards)]
     rollout_data["returns"], rollout_data["advantages"] = returns, [*returns]
-    seconds = measurement.seconds + time.perf_counter() - start
+    seconds = measurement.seconds + clock(device) - start
     for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
         rollout_data[f"g2rl/{name}"] = torch.tensor(value)
 

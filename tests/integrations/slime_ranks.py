@@ -46,6 +46,7 @@ WAYS = {
         STRADDLING, args={"rewards_normalization": False, "g2rl": {"shaping": "equation", "lam": 1.0}}
     ),
     "without deviation": Way(STRADDLING, tied=True, args={"grpo_std_normalization": False, "g2rl": {}}),
+    "graded rewards": Way(STRADDLING, args={"g2rl": {"rewards": "graded"}}),
     "dropped samples": Way([[[0, 5, 2], [9]], [[1, 3], [4, 6, 8]]]),
     "in the rollout's order": Way(STRADDLING, ascending=True),
 }

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from megatron_ranks import CASES, Case, batch
 from torch import Tensor
 
@@ -28,36 +31,49 @@ ROUNDING = {**TOLERANCE, torch.bfloat16: 1e-2}  # of gradients, which have the d
 names = pytest.mark.parametrize("name", CASES)
 
 
-def run_ranks(script: str, folder: Path, *args: str, world: int = 2) -> list[dict[str, Any]]:
-    """What each of two ranks of a script wrote."""
+def run_ranks(
+    script: str, factory: pytest.TempPathFactory, *args: str, world: int = 2
+) -> list[dict[str, Any]]:
+    """What each rank of a script wrote. Test processes beside one another share one run."""
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    base = factory.getbasetemp().parent if shared else factory.getbasetemp()
+    folder = base / "-".join([Path(script).stem, *args])
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            start_ranks(script, folder, *args, world=world)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def start_ranks(script: str, folder: Path, *args: str, world: int) -> None:
+    """One process a rank; `folder` is there only if all went well."""
+    paths = [*map(str, (HERE.parents[1], HERE.parent, HERE)), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join(
-            [*map(str, (HERE.parents[1], HERE.parent, HERE)), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(rank), str(world), str(folder), *args],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * world, "\n".join(said)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / script), str(rank), str(world), work, *args],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=600)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        assert [process.returncode for process in running] == [0] * world, "\n".join(said)
+        shutil.copytree(work, folder)
 
 
 @pytest.fixture(scope="module", params=["stand-in", "core"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if request.param == "core" and importlib.util.find_spec("megatron") is None:
         pytest.skip("needs Megatron Core: pip install megatron-core")
-    return run_ranks("megatron_ranks.py", tmp_path_factory.mktemp("ranks"), request.param)
+    return run_ranks("megatron_ranks.py", tmp_path_factory, request.param)
 
 
 def close(found: Tensor, exact: Tensor, tolerance: float) -> None:

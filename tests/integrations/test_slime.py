@@ -16,13 +16,14 @@ from test_megatron import close, run_ranks
 from torch import Tensor
 
 import g2rl_kernels as g2
+from g2rl_kernels.group.shaping import graded_rewards
 
 names = pytest.mark.parametrize("name", WAYS)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks("slime_ranks.py", tmp_path_factory.mktemp("ranks"))
+    return run_ranks("slime_ranks.py", tmp_path_factory)
 
 
 def features(way: Way, results: list[dict[str, Any]]) -> Tensor:
@@ -64,7 +65,8 @@ def test_features_are_those_of_each_sample_alone(found, name):
 
 
 def settings(way: Way) -> dict[str, Any]:
-    return {"lam": 0.5, "clip": 3.0, "shaping": "intent", **way.args.get("g2rl", {})}
+    given = {"lam": 0.5, "clip": 3.0, "shaping": "intent", **way.args.get("g2rl", {})}
+    return {name: value for name, value in given.items() if name != "rewards"}
 
 
 @names
@@ -78,8 +80,12 @@ def test_advantages_are_slimes_of_shaped_rewards(found, name):
     assert left_out[:1] == [7]  # the aborted one
     groups = torch.arange(12) // 4
     groups[left_out] = -1
+    half: float | Tensor = 0.5
+    if "rewards" in way.args.get("g2rl", {}):
+        signs, half = graded_rewards(raw, groups)
+        assert signs[8:].tolist() == [0.0] * 4  # all the same
     geometry = g2.group_geometry(features(way, results).float(), signs, group_ids=groups, **settings(way))
-    bonus = ((geometry.shaped_rewards - signs) / 2).masked_fill(groups < 0, 0)
+    bonus = ((geometry.shaped_rewards - signs) * half).masked_fill(groups < 0, 0)
     assert bonus[groups >= 0].abs().max() > 0.05
     expected = torch.tensor(slime_stand_in.own_rewards(args, (raw + bonus).tolist()))
     for result, samples_here in parts(way, results):
