@@ -79,6 +79,7 @@ def test_two_steps(run):
         assert step["g2rl/sign_flips"] == 0
         assert 0 < step["g2rl/feature_seconds"] < step["timing_s/step"]
         assert step["actor/grad_norm"] > 0
+        assert "actor/entropy_loss" not in step
 
 
 def test_a_step_of_evol_rl_by_majority(run):
@@ -92,7 +93,7 @@ def test_a_step_of_evol_rl_by_majority(run):
     assert -1 < step["g2rl/shaped_reward_mean"] < 1
     assert step["critic/advantages/max"] > 0
     assert step["actor/grad_norm"] > 0
-    assert "entropy_coeff': 0.003" in done.stdout
+    assert step["actor/entropy_loss"] > 0  # verl computes it where its coefficient is not 0
 
 
 def test_a_worker_without_the_package_stops_the_run_before_the_first_rollout(run):
