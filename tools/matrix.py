@@ -67,7 +67,7 @@ def listed(names: list[str]) -> str:
 
 
 ABOUT = f"""\
-One wheel for each Python, built against the torch of "built against", installed beside each torch of its rows.
+One wheel for each Python, built against the torch of "built against", installed beside the torch of its row.
 What a row ran: {listed(TESTS)}, without {listed(LEFT_OUT)}, on a CPU.
 "Same bits": outputs of the compiled ops, forward and backward, in three dtypes, with every instruction set of
 the machine, compared with those beside the pinned torch. Made by `make matrix`."""
