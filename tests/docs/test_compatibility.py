@@ -39,7 +39,7 @@ def test_every_pair_is_recorded_and_nothing_failed():
             continue
         assert row["failed"] == 0, key
         assert row["same bits"] == ("compared with" if key == matrix.PAIRS[0].key else "yes"), key
-        assert row["passed"] > 1100, key
+        assert row["passed"] > 900, key
 
 
 def test_the_tested_versions_of_torch_are_those_that_passed():
