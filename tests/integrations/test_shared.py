@@ -110,9 +110,7 @@ def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
     expected = shape_scores(features, scores, ShapingOptions(lam=0.9), threshold=0.3, graded=True, **rows)
     assert torch.equal(settings.shape(features, scores, **rows).bonus, expected.bonus)
     assert expected.bonus.any()
-    with pytest.warns(
-        UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards=graded"
-    ):
+    with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards=graded"):
         SystemSettings().shape(features, scores, **rows)
     with pytest.warns(UserWarning, match=r"further apart than algorithm\.g2rl\.correctness_gap=0\.1"):
         SystemSettings(correctness_gap=0.1, correctness_threshold=0.3).shape(features, scores, **rows)
