@@ -40,6 +40,9 @@ OLDEST_KERNELS = "0.17.0"
 ABI = "torch-stable-abi211"  # setup.py: TORCH_TARGET
 # Architectures that tools/kernel_resources.py compiles the Triton kernels for.
 ARCHS = {"cpu": None, "cuda": ["8.0+PTX"], "rocm": ["gfx90a", "gfx942", "gfx950", "gfx1201"]}
+GLIBC = "2.28"  # what the Hub asks for is manylinux_2_28
+NEWEST = {"GLIBC": [2, 28], "GLIBCXX": [3, 4, 24], "CXXABI": [1, 3, 11], "GCC": [7, 0, 0]}
+UNVERSIONED = re.compile(r"aoti_torch_|torch_")
 IMPORTS_C = re.compile(r"^from \. import _C\b.*\n", re.MULTILINE)
 
 INIT = '''"""{docstring}"""
@@ -162,29 +165,38 @@ def ops_file(id: str, library: str | None) -> str:
 
 
 def compile_ops(id: str, target: Path) -> None:
-    """The operators in C++ as one library without Python, linked as the wheels are."""
+    """The operators in C++ as one library without Python, linked for older systems as the wheels are."""
     temporary = ROOT / "build" / "hub-objects"
-    out = temporary / "out"
+    out, log = temporary / "out", temporary / "build.log"
     shutil.rmtree(out, ignore_errors=True)
-    env = os.environ | {"G2RL_OPS": id, "G2RL_CUDA": "0"}
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-temp",
-        str(temporary),
-        "--build-lib",
-        str(out),
-    ]
-    log = temporary / "build.log"
     temporary.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"G2RL_OPS": id, "G2RL_CUDA": "0", "G2RL_GLIBC": GLIBC}
+    folders = ["--build-temp", str(temporary), "--build-lib", str(out)]
+    command = [str(environment()), "setup.py", "-q", "build_ext", *folders]
     with log.open("w") as file:
         failed = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
     if failed:
         sys.exit(f"hub_kernel: the build failed:\n{log.read_text()[-4000:]}")
     (built,) = out.rglob("*.so")
+    if newer := newer_symbols(built):
+        sys.exit(f"hub_kernel: the library needs symbols of newer systems: {' '.join(newer)}")
     shutil.copyfile(built, target)
+
+
+def newer_symbols(library: Path) -> list[str]:
+    """Symbols that systems of `NEWEST` lack, or that no library's version covers."""
+    lines = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = []
+    for name in (line.split()[1] for line in lines if line.split()[0] == "U"):
+        version = re.search(r"@(\w+?)_([\d.]+)$", name)
+        if version is None:
+            if not UNVERSIONED.match(name):
+                found.append(name)
+        elif [int(n) for n in version[2].split(".")] > NEWEST.get(version[1], [0]):
+            found.append(name)
+    return found
 
 
 def write_variant(folder: Path, backend: str, sha: str, compiled: bool) -> None:
@@ -257,17 +269,24 @@ def build(out: Path, native: bool = True) -> list[str]:
     return list(variants)
 
 
-def check(out: Path) -> None:
-    """Runs hub/check.py in an environment of its own, with `kernels` and this environment's torch."""
+def environment() -> Path:
+    """The Python of an environment with `kernels` and zig, which sees this one's torch."""
     folder = ROOT / "build" / "hub-env"
     python = folder / "bin" / "python"
     requirements = ROOT / "tools" / "hub" / "requirements.txt"
-    if not python.exists():
-        venv.create(folder, with_pip=True, symlinks=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-    subprocess.run([*command, str(requirements)], check=True)
-    purelib = next(folder.glob("lib/python*/site-packages"))
-    (purelib / "reused.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    done = folder / "requirements.txt"
+    if not done.exists() or done.read_text() != requirements.read_text():
+        venv.create(folder, with_pip=True, symlinks=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-r", str(requirements)], check=True)
+        purelib = next(folder.glob("lib/python*/site-packages"))
+        (purelib / "reused.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        shutil.copyfile(requirements, done)
+    return python
+
+
+def check(out: Path) -> None:
+    """Runs hub/check.py in that environment."""
     env = os.environ | {
         "LOCAL_KERNELS": f"owner/{NAME}={out}",
         "HF_HUB_OFFLINE": "1",
@@ -275,7 +294,13 @@ def check(out: Path) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",  # files that the repository's digests do not know
         "TRITON_INTERPRET": "1",
     }
-    script = [str(python), "-W", "ignore::RuntimeWarning", str(ROOT / "tools" / "hub" / "check.py"), str(out)]
+    script = [
+        str(environment()),
+        "-W",
+        "ignore::RuntimeWarning",
+        str(ROOT / "tools" / "hub" / "check.py"),
+        str(out),
+    ]
     if subprocess.run(script, env=env, cwd=tempfile.gettempdir()).returncode:
         sys.exit("hub_kernel: the check failed (reason above)")
 
