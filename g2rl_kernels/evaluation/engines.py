@@ -188,7 +188,7 @@ class VllmEngine:
                     f"prompts: number {index} has {len(prompt)} tokens, the engine is made for "
                     f"max_prompt_tokens={self.longest}: raise it"
                 )
-        # A cached prefix changes the last bits of logits, and so, now and then, a token.
+        # Keys cached in an earlier call may differ in their last bits, and so, now and then, a token would.
         self.llm.reset_prefix_cache()
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
