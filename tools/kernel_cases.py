@@ -149,6 +149,8 @@ def large(
     """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
     descriptor; before sm_90 and on AMD all do."""
     kernel, constants = VARIANTS[variant]
+    if constants.get("CORRECT"):
+        config = config.for_correction()
     if isinstance(arch, str) or arch < 90:
         by_pointer = (*BOTH, "gradient")
     elif constants.get("LISTED"):

@@ -192,6 +192,8 @@ def _accumulate(
     device = chunk.hidden.device
     kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
     config = head.config(kind, chunk.hidden)
+    if seed is not None:
+        config = config.for_correction()
     cu_seqlens = chunk.cu_seqlens if listed is None else listed.cu_seqlens
     n_programs = programs(device) * config.programs_per_sm
     batches = _ranges(S, max(16, SLOTS // (4 * D)))

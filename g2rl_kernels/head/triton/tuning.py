@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class Config:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+    def for_correction(self) -> Config:
+        """A tile of at most 128 columns. A correction has few tokens, and two exponentials for each logit: at
+        256 columns they do not fit the registers (Triton 3.9 spills 16 bytes)."""
+        return replace(self, BN=min(self.BN, 128))
 
 
 # Of GPUs: the major compute capability of NVIDIA's data-centre GPUs, from which the others' follows

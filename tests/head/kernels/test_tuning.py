@@ -85,6 +85,24 @@ def test_descriptors_where_tma_is(monkeypatch):
         tile._has_tma.cache_clear()
 
 
+def test_a_correction_takes_a_narrow_tile(monkeypatch):
+    """Whichever is shipped or tuned for lists of tokens."""
+    driver = pytest.importorskip("g2rl_kernels.head.triton.driver")
+    taken = []
+
+    def residual(*_, config, seed=None, partial, **__):
+        taken.append((seed is not None, config.BN))
+        partial.zero_()
+
+    monkeypatch.setattr(driver, "head_residual", residual)
+    monkeypatch.setattr(tuning, "INTERPRETER", Config(32, 256, 64, 4, 2))
+    hidden, tokens = torch.randn(9, 16), torch.zeros(9, dtype=torch.int64)
+    responses = driver.Responses(torch.tensor([0, 9]), None)
+    known = driver.Hints(torch.full((9,), -1.0), None)
+    driver.features(hidden, tokens, driver.HeadSpec(torch.randn(300, 16)), responses, known)
+    assert set(taken) == {(False, 256), (True, 128)}
+
+
 def test_without_a_file_the_first_candidate_is_chosen_and_nothing_is_written(hopper):
     for form in FORMS:
         for kind in KINDS:
