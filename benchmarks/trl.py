@@ -10,6 +10,7 @@ is a part of a step, as in training.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -69,6 +70,7 @@ def measure(kind: type, folder: Path, model: Path, steps: int, **settings: Any) 
         **settings,
     )
     rows = Dataset.from_dict({"prompt": ["abc" + "+1" * (i % 5) + "=" for i in range(16)]})
+    gc.collect()  # what the last trainer left: this one's train() would collect it
     start = time.process_time()
     trainer = kind(str(model), reward, args, rows, processing_class=tokenizer())
     made = time.process_time()

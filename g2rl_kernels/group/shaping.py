@@ -11,6 +11,7 @@ docs/baselines.md describes the systems that the paper compares (`ALGORITHMS`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -119,13 +120,17 @@ def check_options(values: Mapping[str, Any], prefix: str) -> None:
         check_positive(f"{prefix}correctness_gap", values["correctness_gap"])
 
 
+def _scored(scores: Tensor) -> list[float]:
+    return [score for score in scores.tolist() if not math.isnan(score)]
+
+
 def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
     """Warns if scores are further apart than `gap`, as if the trainer's gap is not that of its rewards.
 
     scores: [S], NaN for responses without a score. name, option: what the message calls scores and gap.
     """
-    scored = scores[~scores.isnan()]
-    if len(scored) and scored.max() - scored.min() > 1.01 * gap:
+    scored = _scored(scores)
+    if scored and max(scored) - min(scored) > 1.01 * gap:
         warnings.warn(
             f"{name} lie further apart than {option}={gap:g}, so that shaping is weaker than lam says: set "
             "it to the distance between right and wrong (2 for rewards of -1 and +1)",
@@ -139,10 +144,10 @@ def check_threshold(scores: Tensor, threshold: float, name: str, option: str, re
     scores: [S], NaN for responses without a score. name, option: what the message calls scores and threshold;
     remedy: the setting for graded scores, as the user writes it.
     """
-    scored = scores[~scores.isnan()]
-    if not len(scored) or scored.min() == scored.max() or scored.min() < threshold <= scored.max():
+    scored = _scored(scores)
+    if not scored or min(scored) == max(scored) or min(scored) < threshold <= max(scored):
         return
-    side, taken = ("below", "wrong") if scored.max() < threshold else ("at or above", "right")
+    side, taken = ("below", "wrong") if max(scored) < threshold else ("at or above", "right")
     warnings.warn(
         f"{name} differ in a batch, but all lie {side} {option}={threshold:g}, so that shaping takes every "
         f"answer for {taken}: for graded rewards set {remedy}; else set {option} between wrong and right",
