@@ -177,7 +177,9 @@ class Workshop:
         interpreter = folder / "bin" / "python"
         if run([self.uv, "venv", "--quiet", "--python", self.python(python), folder], log):
             raise Unavailable(reason(log))
-        install: Command = [self.uv, "pip", "install", "--quiet", "--python", interpreter]
+        # Wheels alone: without one for this Python, an older version is taken and none is compiled.
+        install: Command = [self.uv, "pip", "install", "--quiet", "--only-binary", ":all:"]
+        install += ["--python", interpreter]
         for requirement in (f"torch=={torch}+cpu", f"torch=={torch}"):
             if not run([*install, requirement, *packages], log):
                 return interpreter

@@ -87,7 +87,7 @@ CANDIDATES: dict[tuple[Family, str], tuple[Config, ...]] = {
     (8, "softcap"): (Config(128, 64, 32, 8, 3),),
     (10, "ieee"): (Config(64, 64, 16, 8, 3),),
     (9, "ieee"): (Config(64, 32, 32, 8, 3), Config(32, 32, 32, 4, 3)),
-    (8, "ieee"): (Config(64, 64, 16, 8, 3),),
+    (8, "ieee"): (Config(64, 32, 16, 8, 3),),
     (10, "tf32x3"): (Config(128, 32, 32, 8, 3),),
     (9, "tf32x3"): (Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3)),
     (8, "tf32x3"): (Config(64, 128, 32, 8, 3),),
