@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,6 +38,39 @@ def test_missing_seams_are_all_named_with_the_versions_that_have_them(monkeypatc
     )
     with pytest.raises(ImportError, match=message):
         check_seams("verl", seams)
+
+
+class Config:
+    def __init__(self, others=None):
+        self.others = others
+
+
+def test_places_are_imported_and_attributes_found(monkeypatch):
+    monkeypatch.setitem(versions.TESTED, "torch", ("2.11", "2.15"))
+    here = f"torch.{Path(__file__).stem}"
+    monkeypatch.setitem(sys.modules, here, sys.modules[__name__])
+    check_seams("torch", {f"{here}:Config": {"others": ""}, f"{here}:Trainer": {"step": "batch / metrics"}})
+    seams = {
+        f"{here}:Config": {"other": ""},
+        f"{here}:Trainer": {"step": "metrics batch / metrics", "run": "one / two"},
+        f"{here}:Tester": {"step": ""},
+        f"{here}.parts": {},
+    }
+    message = (
+        rf"builds on: Config\.other, Trainer\.step \(its parameters metrics, batch\), "
+        rf"Trainer\.run \(its parameters one\), {here}\.Tester, {here}\.parts; install"
+    )
+    with pytest.raises(ImportError, match=message):
+        check_seams("torch", seams)
+
+
+def test_a_missing_package_is_told_from_a_missing_dependency(monkeypatch, tmp_path):
+    (tmp_path / "parted.py").write_text("import of_the_parted")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"needs unparted: pip install 'g2rl-kernels\[unparted\]'$"):
+        check_seams("unparted", {"unparted.parts": {}})
+    with pytest.raises(ModuleNotFoundError, match="No module named 'of_the_parted'"):
+        check_seams("parted", {"parted:Part": {}})
 
 
 class Lengths:
