@@ -47,18 +47,14 @@ import g2rl_kernels as g2
 
 from .._clock import clock
 from ..errors import one_line, short
-from ..group.evol import compared_text
-from ..group.options import ShapingOptions
-from ..group.shaping import check_gap, check_threshold, response_keys, shape_scores
-from ..models.encoder import SentenceEncoder
+from ..group.shaping import response_keys
 from ..models.lm_head import LMHead, backbone_of, find_head
-from ..tasks.mathematics import MathJudge
-from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import warn_unmoved
+from .systems import TextReader
 from .trl_config import (
     G2RLConfig,
-    answer_function,
+    TRLSettings,
     check_prompts,
     correctness_column,
     reward_names,
@@ -153,12 +149,8 @@ class G2RLTrainer(GRPOTrainer):
             correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
-        self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
-        self._answer = None
-        if self._votes:
-            self._answer = answer_function(args.g2rl_answer_func)
-        if args.g2rl_algorithm == "evol_rl":
-            self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
+        settings = TRLSettings.of(args)
+        self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         if self._shapes:
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused = self._may_fuse(args.g2rl_fused_logprobs)
@@ -375,54 +367,25 @@ class G2RLTrainer(GRPOTrainer):
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
         """What `shape_scores` needs to know of all ranks' completions, from the texts of this rank's."""
-        if not self._votes:
+        if self._reader is None:
             return {}
-        args, device = self.args, self.accelerator.device
-        if self._answer is None:
-            judge = MathJudge()
-            mine = answers_of(judge, texts)
-        else:
-            judge, mine = None, [(self._answer(text) or "").strip() or None for text in texts]
+        mine, embeddings = self._reader.read(texts)
         answers: list[str | None] = gather_object(mine)
-        if answers.count(None) == len(answers):
-            warnings.warn(
-                "no completion of the batch has an answer: g2rl_answer_func names the function that finds it",
-                stacklevel=2,
-            )
-        found: dict[str, Any] = {}
-        if args.g2rl_labels == "majority":
-            m = self.num_generations
-            groups = [(judge, answers[at : at + m]) for at in range(0, len(answers), m)]
-            found["votes"] = [answer for group in unify(groups) for answer in group]
-        if args.g2rl_algorithm == "evol_rl":
-            found["answered"] = torch.tensor([answer is not None for answer in answers], device=device)
-            found["embeddings"] = gather(self._encoder([compared_text(text) for text in texts]))
-        return found
+        groups = torch.arange(len(answers), device=self.accelerator.device) // self.num_generations
+        return self._reader.arguments(answers, None if embeddings is None else gather(embeddings), groups)
 
     def _shape(self, measurement: _Measurement, count: int) -> Tensor:
         """This rank's advantages [count], from the shaped rewards of all ranks; logs metrics and bonus."""
-        args, start = self.args, clock(self.accelerator.device)
+        start = clock(self.accelerator.device)
         assert measurement.rewards is not None
         rewards = measurement.rewards.clone()
-        scores = rewards[:, self._correctness]
-        name = f"rewards of {self.reward_func_names[self._correctness]}"
-        graded = args.g2rl_rewards == "graded"
-        if not graded:
-            check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
-        if not graded and args.g2rl_labels == "truth" and args.g2rl_algorithm in ("g2rl", "evol_rl"):
-            option, remedy = "g2rl_correctness_threshold", "g2rl_rewards='graded'"
-            check_threshold(scores, args.g2rl_correctness_threshold, name, option, remedy)
-        shaped = shape_scores(
+        shaped = TRLSettings.of(self.args).shape(
             gather(torch.cat(measurement.features)),
-            scores,
-            ShapingOptions.of(args, "g2rl_"),
+            rewards[:, self._correctness],
+            f"rewards of {self.reward_func_names[self._correctness]}",
             group_size=self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             keys=gather(torch.cat(measurement.keys)),
             has_tokens=gather(torch.cat(measurement.has_tokens)),
-            threshold=args.g2rl_correctness_threshold,
-            gap=args.g2rl_correctness_gap,
-            algorithm=args.g2rl_algorithm,
-            graded=graded,
             **self._read(measurement.texts),
         )
         rewards[:, self._correctness] = shaped.scores

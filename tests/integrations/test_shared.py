@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from g2rl_kernels import versions
+from g2rl_kernels.group import shaping
 from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.group.shaping import shape_scores
 from g2rl_kernels.integrations import systems
@@ -146,10 +148,24 @@ def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
     expected = shape_scores(features, scores, ShapingOptions(lam=0.9), threshold=0.3, graded=True, **rows)
     assert torch.equal(settings.shape(features, scores, **rows).bonus, expected.bonus)
     assert expected.bonus.any()
-    with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards=graded"):
+    with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards='graded'"):
         SystemSettings().shape(features, scores, **rows)
     with pytest.warns(UserWarning, match=r"further apart than algorithm\.g2rl\.correctness_gap=0\.1"):
         SystemSettings(correctness_gap=0.1, correctness_threshold=0.3).shape(features, scores, **rows)
+
+
+def test_settings_are_checked_and_small_groups_are_told(monkeypatch):
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(
+        UserWarning, match=r"^rollout\.n=2: .* equally novel, .* or algorithm\.g2rl\.lam to 0$"
+    ):
+        SystemSettings().check(2, "rollout.n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SystemSettings().check(4, "rollout.n")
+        SystemSettings(algorithm="grpo").check(2, "n")
+    with pytest.raises(ValueError, match=r"^algorithm\.g2rl\.clip: got 0"):
+        SystemSettings(clip=0).check(4, "rollout.n")
 
 
 @pytest.mark.parametrize(

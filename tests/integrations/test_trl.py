@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_trl import CHAT, Watched, config, length, logged, make_tokenizer, pari
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from g2rl_kernels import versions
+from g2rl_kernels.group import shaping
 from g2rl_kernels.integrations import trl_seams
 from g2rl_kernels.integrations.seams import check_seams
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
@@ -159,6 +161,16 @@ def test_a_data_set_too_small_to_train_on_evaluates(make: Callable[..., Any]) ->
         ours.train()
     unshaped = make(g2rl_lam=0, **few)
     assert unshaped.train().global_step == theirs.train().global_step == 0
+
+
+def test_small_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(UserWarning, match=r"^num_generations=2: .* equally novel, .* or g2rl_lam to 0$"):
+        config(tmp_path, num_generations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(tmp_path, num_generations=4)
+        config(tmp_path, num_generations=2, g2rl_algorithm="entropy_bonus")
 
 
 # --- TRL's versions -------------------------------------------------------------------------------------
