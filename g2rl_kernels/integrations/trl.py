@@ -27,13 +27,15 @@ TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` r
 `_generate`; with `g2rl_fused_logprobs=False` TRL's own head gives it. The ops run inside the model's forward,
 where FSDP has gathered the head's weight.
 
-trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it.
+trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it. trl_seams.py: what TRL must have.
+systems.py, shared with other trainers: shaping by the settings, answers and embeddings of texts.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +87,7 @@ class _Measurement:
     completion_columns: int = 0  # how many of the padded ids' last columns hold completions
     states: list[Tensor] = field(default_factory=list)  # hidden states [S / R, d] that sampled each token
     due: bool = False  # the next forward is the one under the policy that sampled
-    num_iterations: int | None = None  # the trainer's own, while another makes TRL run that forward
+    num_iterations: int | None = None  # the trainer's own, if another made TRL run the forward it would skip
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
     keys: list[Tensor] = field(default_factory=list)  # the same, `response_keys`
     has_tokens: list[Tensor] = field(default_factory=list)  # the same, bool
@@ -270,18 +272,18 @@ class G2RLTrainer(GRPOTrainer):
     # --- one batch of responses -----------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._shapes:
-            return super()._generate_and_score_completions(inputs)
-        if not self.model.training:  # evaluation reports raw rewards
-            self._logs["extra"]["g2rl_bonus"].extend([None] * len(inputs) * self.accelerator.num_processes)
+        if not (self._shapes and self.model.training):  # evaluation reports raw rewards
+            if self._shapes:
+                nothing = [None] * len(inputs) * self.accelerator.num_processes
+                self._logs["extra"]["g2rl_bonus"].extend(nothing)
             return super()._generate_and_score_completions(inputs)
         self._measurement = measurement = _Measurement()
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._measurement = None
-            added = self._settle(measurement)
-        if added:  # as without us: the ratio of the only update is 1, to the bit
+            self._settle(measurement)
+        if measurement.num_iterations is not None:  # as without us: the only update's ratio is 1, to the bit
             del batch["old_per_token_logps"]
         if measurement.states:
             self._measure_states(measurement, batch)
@@ -295,15 +297,16 @@ class G2RLTrainer(GRPOTrainer):
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         every = args.steps_per_generation * self.num_iterations
         skips = args.gradient_accumulation_steps % every == 0 and not corrects  # as TRL decides
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([])
         if skips and self._samples_itself():
-            with last_hidden_state(backbone_of(innermost(self.model)), newest=True) as measurement.states:
-                generated: tuple[Any, ...] = super()._generate(prompts)
-            ids = generated[1]
-            if [len(state) for state in measurement.states] == [len(ids)] * max(map(len, ids)):
-                return generated
-            measurement.states = []  # several forwards a token, or several tokens a forward
-        else:
-            generated = super()._generate(prompts)
+            watched = last_hidden_state(backbone_of(innermost(self.model)), newest=True)
+        with watched as states:
+            generated: tuple[Any, ...] = super()._generate(prompts)
+        ids = generated[1]
+        # Otherwise a token took several forwards, or a forward gave several tokens
+        if states and [len(state) for state in states] == [len(ids)] * max(map(len, ids)):
+            measurement.states = states
+            return generated
         # Only now is the forward due: a rollout_func may call forwards of its own
         measurement.tool_mask, measurement.known_logprobs, measurement.due = generated[2], generated[4], True
         if skips:  # TRL is made to run the forward. Until it does, num_iterations has no other use
@@ -330,13 +333,11 @@ class G2RLTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 self._measure(measurement, head, pad(hidden, (0, 0, 0, more)), labels[rows])
 
-    def _settle(self, measurement: _Measurement) -> bool:
-        """The forward is not due any more; returns whether TRL would have skipped it."""
+    def _settle(self, measurement: _Measurement) -> None:
+        """The forward is not due any more, and num_iterations is the trainer's own again."""
         measurement.due = False
-        if measurement.num_iterations is None:
-            return False
-        self.num_iterations = measurement.num_iterations
-        return True
+        if measurement.num_iterations is not None:
+            self.num_iterations = measurement.num_iterations
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -358,11 +359,11 @@ class G2RLTrainer(GRPOTrainer):
         finally:
             self._scoring.measure = None
 
-    def _calculate_rewards(self, *inputs: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(*inputs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], *others: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, *others)
         if self._measurement is not None:
             self._measurement.rewards = rewards
-            self._measurement.texts = [completion_text(completion) for completion in inputs[2]]
+            self._measurement.texts = [completion_text(completion) for completion in completions]
         return rewards
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
