@@ -120,6 +120,29 @@ def check_options(values: Mapping[str, Any], prefix: str) -> None:
         check_positive(f"{prefix}correctness_gap", values["correctness_gap"])
 
 
+_told: set[str] = set()  # warnings that this process has given
+
+
+def check_group_size(size: int, option: str, values: Mapping[str, Any], prefix: str) -> None:
+    """Warns once of groups too small for g2rl: the two responses of a pair get the same exploration score.
+
+    Args:
+        size: responses a prompt.
+        option: what the trainer calls their number.
+        values, prefix: the trainer's settings, as in `check_options`. With other algorithms, lam=0 or shaping
+            "none" nothing is shaped, and nothing said.
+    """
+    options = ShapingOptions.of(values)
+    shapes = values.get("algorithm", "g2rl") == "g2rl" and options.lam > 0 and options.shaping != "none"
+    said = (
+        f"{option}={size}: with fewer than 3 responses in a group all are equally novel, and g2rl prefers "
+        f"none: set it to at least 3 (the paper uses 16), or {prefix}lam to 0"
+    )
+    if size < 3 and shapes and said not in _told:
+        _told.add(said)
+        warnings.warn(said, stacklevel=3)
+
+
 def _scored(scores: Tensor) -> list[float]:
     return [score for score in scores.tolist() if not math.isnan(score)]
 

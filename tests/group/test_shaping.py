@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
+from g2rl_kernels.group import shaping
 from g2rl_kernels.group.metrics import describe
-from g2rl_kernels.group.options import SCORE_GATE, ShapingOptions
+from g2rl_kernels.group.options import EXPLORATION_SCORES, SCORE_GATE, SHAPINGS, ShapingOptions
 from g2rl_kernels.group.shaping import (
+    check_group_size,
     check_options,
     check_threshold,
     graded_rewards,
@@ -286,3 +288,58 @@ def test_scores_on_one_side_of_the_threshold_are_told(scores: list[float], said:
         check_threshold(torch.tensor(scores), 1.0, "scores", "limit", "x=y")
     assert len(told) == (said is not None)
     assert said is None or re.search(said, str(told[0].message))
+
+
+# --- groups of two ------------------------------------------------------------------------------------------
+
+RANDOM = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+# at some angle, almost alike, at right angles
+PAIRS = torch.stack([RANDOM[:2], RANDOM[:1] + 1e-3 * RANDOM[:2], torch.eye(2, 8)])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]], ids=["one", "both", "none"])
+@pytest.mark.parametrize("score", EXPLORATION_SCORES)
+@pytest.mark.parametrize("form", SHAPINGS)
+def test_a_pairs_advantages_are_grpos(form: str, score: str, rewards: list[float]) -> None:
+    options = {"group_size": 2, "exploration_score": score}
+    given = torch.tensor(rewards).repeat(len(PAIRS))
+    plain = g2.group_geometry(PAIRS.flatten(0, 1), given, lam=0, **options)
+    found = g2.group_geometry(PAIRS.flatten(0, 1), given, shaping=form, **options)
+    torch.testing.assert_close(found.advantages, plain.advantages, rtol=1e-6, atol=0)
+    bonus = found.shaped_rewards - given
+    odd = (form, score) == ("equation", "sqrt") and rewards[0] != rewards[1]  # the pair that is almost alike
+    assert (bonus[::2] - bonus[1::2]).tolist() == [0, 0.5 if odd else 0, 0]
+
+
+def test_three_responses_are_told_apart() -> None:
+    for form in SHAPINGS[1:3]:
+        found = g2.group_geometry(RANDOM[:3], SIGNS[:3], group_size=3, shaping=form).advantages
+        assert (found[0] - found[1]).abs() > 0.01  # both are right
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "told"),
+    [
+        (2, {}, True),
+        (1, {"algorithm": "g2rl", "shaping": "equation"}, True),
+        (3, {}, False),
+        (2, {"lam": 0.0}, False),
+        (2, {"shaping": "none"}, False),
+        (2, {"algorithm": "evol_rl"}, False),
+    ],
+    ids=str,
+)
+def test_groups_too_small_for_g2rl_are_told_once(
+    size: int, settings: dict[str, object], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shaping, "_told", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check_group_size(size, "responses", settings, "x_")
+    assert len(said) == told
+    if told:
+        expected = (
+            rf"^responses={size}: .* equally novel, .* at least 3 \(the paper uses 16\), or x_lam to 0$"
+        )
+        assert re.search(expected, str(said[0].message))

@@ -139,6 +139,7 @@ ERRORS = {
     "no partition": "RuntimeError: rollout_data: got no partition",
     "a micro-batch less": "RuntimeError: 2 micro-batches were measured, this rank has 1",
     "nothing wrong": "no error",
+    "groups of two": "--n-samples-per-prompt=2: with fewer than 3 responses in a group",
     "another pipeline stage": "None",
 }
 
