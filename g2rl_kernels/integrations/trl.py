@@ -76,6 +76,7 @@ from .trl_head import (
     runs_here,
     scoring_of,
     settle_positions,
+    without_autocast,
 )
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
@@ -151,6 +152,7 @@ class G2RLTrainer(GRPOTrainer):
             self._tag_names = GRPOTrainer._tag_names
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
             correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+        without_autocast(model)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
         self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
@@ -402,6 +404,11 @@ class G2RLTrainer(GRPOTrainer):
     def _shape(self, measurement: _Measurement, count: int) -> Tensor:
         """This rank's advantages [count], from the shaped rewards of all ranks; logs metrics and bonus."""
         args, start = self.args, clock(self.accelerator.device)
+        if not measurement.features:
+            raise RuntimeError(
+                "model: its forward no longer calls this G2RLTrainer, so there are no features: another "
+                "trainer was made of the same model since; train with that one, or make a new one"
+            )
         assert measurement.rewards is not None
         rewards = measurement.rewards.clone()
         scores = rewards[:, self._correctness]
