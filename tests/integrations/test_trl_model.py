@@ -71,9 +71,7 @@ def disturbed(model: Any) -> Any:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("first", [G2RLTrainer, GRPOTrainer])
-def test_a_second_trainer_measures_the_same_model(
-    make: Callable[..., Any], first: type, bf16: bool
-) -> None:
+def test_a_second_trainer_measures_the_same_model(make: Callable[..., Any], first: type, bf16: bool) -> None:
     """TRL puts its forward before the first trainer's, and accelerate's autocast stays on the model."""
     trainer = make(first, num_iterations=2, bf16=bf16)
     trainer.train()
