@@ -106,8 +106,8 @@ _SCORING = "_g2rl_scoring"  # the model's attribute, and the mark of our forward
 def scoring_of(model: Any) -> Scoring:
     """The `Scoring` of a model that TRL's `add_fused_lm_head` has prepared; at first TRL's own head answers.
 
-    Where a later trainer has prepared the model again, TRL's newer forward stands before ours: a new `Scoring`
-    and a forward around that one replace the earlier trainer's.
+    Where a later trainer has prepared the model again, TRL's newer forward stands before ours: a new
+    `Scoring` and a forward around that one replace the earlier trainer's.
 
     In a copy of such a model TRL's forward would compute logits with the original's weights, which it has
     bound, so there the class's own forward gives them.

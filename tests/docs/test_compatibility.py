@@ -120,7 +120,7 @@ def test_failures_are_never_counted_as_passed(tmp_path, monkeypatch):
     (tmp_path / "tests" / "test_import.py").write_text("import nothing_of_this_name\n")
     assert matrix.run_tests(sys.executable, shop, log)[0].failed == ["tests/test_import.py"]
     monkeypatch.setattr(matrix, "TESTS", ["tests/test_missing.py"])
-    with pytest.raises(matrix.Unavailable, match="the tests did not run: .*test_missing"):
+    with pytest.raises(matrix.Unavailable, match=r"the tests did not run: .*test_missing"):
         matrix.run_tests(sys.executable, shop, log)
 
 

@@ -291,7 +291,7 @@ def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
     features, scores, ids = graded_batch()
     with pytest.raises((TypeError, ValueError), match=r"x\.correctness_threshold: got .* needs a .*number"):
         check_options({"correctness_threshold": threshold}, "x.")
-    with pytest.raises((TypeError, ValueError), match="threshold: got .* needs a .*number"):
+    with pytest.raises((TypeError, ValueError), match=r"threshold: got .* needs a .*number"):
         shape_scores(features, scores, ShapingOptions(), group_ids=ids, threshold=threshold)
 
 
