@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,19 @@ def test_a_missing_linker_is_named(tmp_path):
     )
     assert done.returncode == 1
     assert "G2RL_GLIBC=2.28 links with zig: pip install ziglang" in done.stderr
+
+
+def test_libraries_are_those_of_the_whole_command(monkeypatch):
+    """CXX may begin with ccache, and flags may follow."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    library_file = runpy.run_path("setup.py")["library_file"]
+    found = library_file(["env", compiler(), "-O3", "-Wall"], "libgcc.a")
+    assert Path(found).is_file()
+    with pytest.raises(SystemExit, match=r"knows no libnothing\.so; CXX names a g"):
+        library_file([compiler()], "libnothing.so")
+    with pytest.raises(SystemExit, match=r"env knows no libgcc\.a: env: "):
+        library_file(["env"], "libgcc.a")
 
 
 def wheel_with(folder: Path, sources: dict[str, str]) -> Path:
