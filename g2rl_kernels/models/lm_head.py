@@ -278,7 +278,7 @@ def _compare_logits(model: Any, head: LMHead) -> None:
 
 @contextmanager
 def _without_autocast(model: Any) -> Iterator[None]:
-    """The model runs without the autocast that accelerate has put around its forward, but not its backbone's."""
+    """The model runs without the autocast that accelerate has put around its forward (not its backbone's)."""
     own, wrapped = vars(model).get("_original_forward"), model.forward
     if own is not None:
         model.forward = own
