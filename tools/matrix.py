@@ -385,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     if not wanted:
         say(f"no pair has {args.only!r}" if args.only else f"all {len(PAIRS)} pairs are recorded")
         return 0
-    if wrong := [given for given in args.python if not re.fullmatch(r"[\d.]+t?=.+", given)]:
+    named = re.compile(r"[\d.]+t?=(.+)").fullmatch
+    if wrong := [given for given in args.python if not (at := named(given)) or not shutil.which(at[1])]:
         parser.error(f"--python: got {wrong[0]!r}, needs NAME=PATH, as in 3.14t=/opt/py/bin/python3.14t")
     shop = Workshop(args.folder.absolute(), dict(given.split("=", 1) for given in args.python), args.workers)
     failures = 0

@@ -124,10 +124,11 @@ def test_failures_are_never_counted_as_passed(tmp_path, monkeypatch):
         matrix.run_tests(sys.executable, shop, log)
 
 
-def test_an_interpreter_is_named_with_its_path(capsys):
+@pytest.mark.parametrize("given", ["/opt/py/bin/python3.14t", "3.14t=/no/such/python"])
+def test_an_interpreter_is_named_with_its_path(capsys, given):
     with pytest.raises(SystemExit):
-        matrix.main(["--only", "3", "--python", "/opt/py/bin/python3.14t"])
-    assert "--python: got '/opt/py/bin/python3.14t', needs NAME=PATH" in capsys.readouterr().err
+        matrix.main(["--only", "3", "--python", given])
+    assert f"--python: got '{given}', needs NAME=PATH" in capsys.readouterr().err
 
 
 def test_a_reason_names_no_folder(tmp_path):
