@@ -66,6 +66,7 @@ from .trl_config import (
 )
 from .trl_head import (
     Scoring,
+    answers_by,
     compare_log_probs,
     completion_text,
     current_head,
@@ -110,6 +111,7 @@ class G2RLTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is a plain GRPOConfig.
+        RuntimeError: from `train()`, another trainer was made of the same model since.
         ValueError: several reward functions without `g2rl_correctness_reward`; `g2rl_fused_logprobs=True`
             where TRL's head is needed; from `train()`, fewer prompts than one generation batch takes.
         TrainerError: the model does something unknown between hidden states and logits.
@@ -163,7 +165,7 @@ class G2RLTrainer(GRPOTrainer):
             self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
         if self._shapes:
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
-        fused = self._may_fuse(args.g2rl_fused_logprobs)
+        fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
         if fused or self._shapes:
             policy = innermost(self.model)
             self._scoring = self._add_ops(policy, fused, compare=runs_here(self.accelerator, policy))
@@ -181,6 +183,11 @@ class G2RLTrainer(GRPOTrainer):
     # --- checks before work ---------------------------------------------------------------------------------
 
     def train(self, *args: Any, **keywords: Any) -> Any:
+        if self._scoring.head is not None and not answers_by(innermost(self.model), self._scoring):
+            raise RuntimeError(
+                "model: another trainer was made of it since, and answers its calls with its own settings: "
+                "train with that one, or make a new G2RLTrainer"
+            )
         if self._shapes:
             check_prompts(self.train_dataset, self.args)
         return super().train(*args, **keywords)
@@ -404,11 +411,6 @@ class G2RLTrainer(GRPOTrainer):
     def _shape(self, measurement: _Measurement, count: int) -> Tensor:
         """This rank's advantages [count], from the shaped rewards of all ranks; logs metrics and bonus."""
         args, start = self.args, clock(self.accelerator.device)
-        if not measurement.features:
-            raise RuntimeError(
-                "model: its forward no longer calls this G2RLTrainer, so there are no features: another "
-                "trainer was made of the same model since; train with that one, or make a new one"
-            )
         assert measurement.rewards is not None
         rewards = measurement.rewards.clone()
         scores = rewards[:, self._correctness]

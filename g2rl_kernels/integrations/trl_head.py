@@ -113,9 +113,9 @@ def scoring_of(model: Any) -> Scoring:
     bound, so there the class's own forward gives them.
     """
     scoring: Scoring | None = vars(model).get(_SCORING)
-    bound = model.forward
-    if scoring is not None and hasattr(bound, _SCORING):  # accelerate's wrappers take the mark over
+    if scoring is not None and answers_by(model, scoring):
         return scoring
+    bound = model.forward
     theirs = getattr(bound, "__func__", lambda _, *args, **inputs: bound(*args, **inputs))
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
@@ -133,6 +133,14 @@ def scoring_of(model: Any) -> Scoring:
     setattr(model, _SCORING, scoring)
     model.forward = types.MethodType(forward, model)
     return scoring
+
+
+def answers_by(model: Any, scoring: Scoring) -> bool:
+    """Whether the model's forward follows `scoring`: no other trainer has prepared it since."""
+    forward = model.forward
+    while not hasattr(forward, _SCORING) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__  # accelerate's autocast; TRL's own names the class's forward there
+    return vars(model).get(_SCORING) is scoring and hasattr(forward, _SCORING)
 
 
 def without_autocast(model: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
+from g2rl_kernels.integrations.trl_head import scoring_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -92,11 +93,25 @@ def test_a_second_trainer_counts_positions(make: Callable[..., Any]) -> None:
             torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_trainer_says_that_it_has_lost_the_model(make: Callable[..., Any]) -> None:
-    first = make(num_iterations=2)
-    make(model=first.model)
-    with pytest.raises(RuntimeError, match="another trainer was made of the same model"):
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}], ids=["states", "forward"])
+@pytest.mark.parametrize("second", [G2RLTrainer, GRPOTrainer])
+def test_the_first_trainer_says_that_it_has_lost_the_model(
+    make: Callable[..., Any], second: type, settings: dict[str, Any]
+) -> None:
+    """Its log-probs would be at the second one's temperature."""
+    first = make(**settings)
+    make(second, model=first.model, temperature=0.5)
+    with pytest.raises(RuntimeError, match="another trainer was made of it since"):
         first.train()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_trains_again(make: Callable[..., Any], bf16: bool) -> None:
+    trainer = make(Watched, max_steps=1, generation_kwargs={"repetition_penalty": 1.1}, bf16=bf16)
+    for count in (1, 2):
+        trainer.train()
+        assert len(trainer.seen) == count
+        assert scoring_of(trainer.model) is trainer._scoring
 
 
 def test_the_callback_measures_in_a_second_trainer(make: Callable[..., Any]) -> None:
