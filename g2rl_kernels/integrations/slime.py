@@ -56,7 +56,9 @@ class Settings(ShapingSettings):
         Raises ValueError or TypeError, naming the option, for a setting that cannot work, and for options of
         slime that leave no group rewards to shape.
         """
-        given, names = getattr(args, "g2rl", None) or {}, [one.name for one in fields(cls)]
+        given, names = getattr(args, "g2rl", None), [one.name for one in fields(cls)]
+        if given is None:
+            given = {}
         if not isinstance(given, dict) or not given.keys() <= set(names):
             raise ValueError(f"g2rl: got {given!r}, needs a mapping of {', '.join(names)}")
         settings = cls(**given)

@@ -64,6 +64,7 @@ from .trl_config import (
 )
 from .trl_head import (
     Scoring,
+    answers_by,
     compare_log_probs,
     completion_text,
     current_head,
@@ -74,6 +75,7 @@ from .trl_head import (
     runs_here,
     scoring_of,
     settle_positions,
+    without_autocast,
 )
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
@@ -107,6 +109,7 @@ class G2RLTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is a plain GRPOConfig.
+        RuntimeError: from `train()`, another trainer was made of the same model since.
         ValueError: several reward functions without `g2rl_correctness_reward`; `g2rl_fused_logprobs=True`
             where TRL's head is needed; from `train()`, fewer prompts than one generation batch takes.
         TrainerError: the model does something unknown between hidden states and logits.
@@ -149,13 +152,14 @@ class G2RLTrainer(GRPOTrainer):
             self._tag_names = GRPOTrainer._tag_names
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
             correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+        without_autocast(model)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
         settings = TRLSettings.of(args)
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         if self._shapes:
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
-        fused = self._may_fuse(args.g2rl_fused_logprobs)
+        fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
         if fused or self._shapes:
             policy = innermost(self.model)
             self._scoring = self._add_ops(policy, fused, compare=runs_here(self.accelerator, policy))
@@ -173,6 +177,11 @@ class G2RLTrainer(GRPOTrainer):
     # --- checks before work ---------------------------------------------------------------------------------
 
     def train(self, *args: Any, **keywords: Any) -> Any:
+        if self._scoring.head is not None and not answers_by(innermost(self.model), self._scoring):
+            raise RuntimeError(
+                "model: another trainer was made of it since, and answers its calls with its own settings: "
+                "train with that one, or make a new G2RLTrainer"
+            )
         if self._shapes:
             check_prompts(self.train_dataset, self.args)
         return super().train(*args, **keywords)

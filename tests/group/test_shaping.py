@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +233,24 @@ def test_graded_rewards_have_no_unit(scale: float, shift: float) -> None:
     )
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.2, 0.3], [10.1, 10.2, 10.3], [-0.3, -0.2, -0.1]], ids=str)
+def test_rounding_does_not_move_a_score_from_the_mean(scores: list[float]) -> None:
+    """In float32 the middle one lies above or below the mean of all by the last bits."""
+    rewards, half = graded_rewards(torch.tensor(scores), torch.zeros(3, dtype=torch.long))
+    assert rewards.tolist() == [-1.0, 0.0, 1.0]
+    torch.testing.assert_close(half, torch.full((3,), 0.1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_an_infinite_score_reaches_its_own_group_only(bad: float) -> None:
+    features, scores, ids = graded_batch()
+    alone = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    scores = torch.where(torch.arange(18) == 4, bad, scores)
+    found = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    assert torch.equal(found.bonus[ids != 1], alone.bonus[ids != 1])
+    assert found.bonus[ids == 1].isnan().all()
+
+
 def test_novelty_helps_the_better_half_and_harms_the_worse() -> None:
     features, scores, ids = graded_batch()
     shaped = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
@@ -266,6 +285,16 @@ def test_grades_need_the_truth() -> None:
         check_options({"rewards": "graded", "labels": "majority"}, "x_")
     with pytest.raises(ValueError, match="x_rewards: got 'gradual', needs one of 'binary', 'graded'"):
         check_options({"rewards": "gradual"}, "x_")
+
+
+@pytest.mark.parametrize("threshold", ["0.5", None, True, torch.nan, torch.inf], ids=str)
+def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
+    """NaN would take every answer for wrong; text would fail after the first rollout."""
+    features, scores, ids = graded_batch()
+    with pytest.raises((TypeError, ValueError), match=r"x\.correctness_threshold: got .* needs a .*number"):
+        check_options({"correctness_threshold": threshold}, "x.")
+    with pytest.raises((TypeError, ValueError), match=r"threshold: got .* needs a .*number"):
+        shape_scores(features, scores, ShapingOptions(), group_ids=ids, threshold=threshold)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def errors() -> dict[str, str]:
         "only the reference's forward": attempt(prefix="ref_"),
         "unknown setting": attempt(g2rl={"lambda": 1}),
         "not a mapping": attempt(g2rl=0.5),
+        "switched off": attempt(g2rl=False),
+        "threshold as text": attempt(g2rl={"correctness_threshold": "5e-1"}),
         "setting out of range": attempt(g2rl={"lam": -1}),
         "ppo": attempt(advantage_estimator="ppo"),
         "own post-processing": attempt(custom_reward_post_process_path="a.b"),
