@@ -90,7 +90,7 @@ CANDIDATES: dict[tuple[Family, str], tuple[Config, ...]] = {
     (8, "ieee"): (Config(64, 32, 16, 8, 3),),
     (10, "tf32x3"): (Config(128, 32, 32, 8, 3),),
     (9, "tf32x3"): (Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3)),
-    (8, "tf32x3"): (Config(64, 128, 32, 8, 3),),
+    (8, "tf32x3"): (Config(32, 64, 32, 8, 3),),
     (10, "unaligned"): (Config(64, 64, 32, 8, 3),),
     (10, "unaligned fp32"): (Config(64, 64, 16, 8, 3),),
     (9, "unaligned"): (Config(128, 64, 32, 8, 3),),
