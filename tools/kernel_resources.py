@@ -38,8 +38,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the checkout's kernels, insta
 
 from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
 
+from g2rl_kernels.versions import minor  # noqa: E402
+
 NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4
+
+AMD_SINCE = (3, 9)  # the oldest Triton that compiles all kernels for AMD; 3.7 aborts over float64 products
 
 # Limits of a multiprocessor, shared by the programs on it. On NVIDIA's each program takes 1024 bytes of
 # shared memory on top of its own, and registers in steps of 8 a thread. On AMD's each of four groups of lanes
@@ -244,6 +248,8 @@ def main() -> int:
     from g2rl_kernels._files import write_whole
 
     architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch]
+    if minor(triton.__version__) < AMD_SINCE:
+        architectures = [arch for arch in architectures if not is_amd(arch)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         cases = [case for case in all_cases(architectures, scope) if args.kernel in case.kernel]
