@@ -245,9 +245,8 @@ def main() -> int:
         return 2
     import kernel_table
 
-    from g2rl_kernels.versions import minor  # after prepare(): importing the package imports Triton
-
     from g2rl_kernels._files import write_whole
+    from g2rl_kernels.versions import minor  # after prepare(): importing the package imports Triton
 
     known = (*NVIDIA, *(AMD if minor(triton.__version__) >= AMD_SINCE else ()))
     architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch or map(str, known)]
