@@ -131,6 +131,35 @@ std::tuple<Tensor, Tensor> head_statistics(const Head& head) {
   return {partial, target};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_finish(const Tensor& partial, const Tensor& target) {
+  require(partial.dim() == 3 && partial.size(1) == 3, "partial has shape ", shape(partial), ", needs [R, 3, N]");
+  const int64_t N = partial.size(2);
+  require_vector(target, "target", N, "N");
+  const Tensor parts = contiguous(partial, ScalarType::Double), own = contiguous(target, ScalarType::Double);
+  const auto made = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(target, sizes, ScalarType::Float); };
+  const Tensor logprobs = made({N}), entropy = made({N}), normaliser = made({2, N}), rest = made({N});
+  const Finished out{logprobs.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(), normaliser.mutable_data_ptr<float>(),
+                     rest.mutable_data_ptr<float>()};
+  finish_tokens(parts.const_data_ptr<double>(), partial.size(0), own.const_data_ptr<double>(), N, out, parallel);
+  return {logprobs, entropy, normaliser, rest};
+}
+
+Tensor head_terms(const Tensor& grad_logprobs, const Tensor& grad_entropy, const Tensor& logprobs, const Tensor& entropy) {
+  require(logprobs.dim() == 1, "logprobs has shape ", shape(logprobs), ", needs [N]");
+  const int64_t N = logprobs.size(0);
+  const Tensor* given[] = {&grad_logprobs, &grad_entropy, &logprobs, &entropy};
+  const char* names[] = {"grad_logprobs", "grad_entropy", "logprobs", "entropy"};
+  std::vector<Tensor> rows;
+  for (int i = 0; i < 4; ++i) {
+    require_vector(*given[i], names[i], N, "N");
+    rows.push_back(floats(*given[i], names[i]));
+  }
+  const Tensor terms = torch::stable::new_empty(logprobs, {3, N}, ScalarType::Float);
+  const auto data = [&](int i) { return rows[i].const_data_ptr<float>(); };
+  token_terms(data(0), data(1), data(2), data(3), N, terms.mutable_data_ptr<float>(), parallel);
+  return terms;
+}
+
 Tensor head_features_of_part(const Head& head, const Tensor& cu_seqlens, const std::optional<Tensor>& token_weights,
                              const Tensor& logsumexp, const Tensor& rest) {
   Checked args(head);
@@ -188,6 +217,8 @@ G2RL_LIBRARY_FRAGMENT(m) {
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
         "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
   m.def("head_statistics(" G2RL_HEAD ") -> (Tensor partial, Tensor target)");
+  m.def("head_finish(Tensor partial, Tensor target) -> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor rest)");
+  m.def("head_terms(Tensor grad_logprobs, Tensor grad_entropy, Tensor logprobs, Tensor entropy) -> Tensor");
   m.def("head_features_of_part(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor logsumexp, Tensor rest) -> Tensor features");
   m.def("head_sweep(" G2RL_HEAD
@@ -198,6 +229,8 @@ G2RL_LIBRARY_FRAGMENT(m) {
 G2RL_LIBRARY_IMPL(CPU, m) {
   m.impl("head_features", TORCH_BOX(&Flat<&head_features>::call));
   m.impl("head_statistics", TORCH_BOX(&Flat<&head_statistics>::call));
+  m.impl("head_finish", TORCH_BOX(&head_finish));
+  m.impl("head_terms", TORCH_BOX(&head_terms));
   m.impl("head_features_of_part", TORCH_BOX(&Flat<&head_features_of_part>::call));
   m.impl("head_sweep", TORCH_BOX(&Flat<&head_sweep>::call));
 }

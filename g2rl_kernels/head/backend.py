@@ -44,6 +44,15 @@ class Hints(NamedTuple):
     max_skipped: float | None = None  # see certified_head_features
 
 
+class TokenLogprobs(NamedTuple):
+    """What is known of each token once the whole vocabulary has been summed; float32 or better."""
+
+    logprobs: Tensor  # [N], nats
+    entropy: Tensor  # [N], nats
+    normaliser: Tensor  # [2, N], the logsumexp of z as a sum of two: one would be rounded to the size of z
+    rest: Tensor  # [N], 1 - p_y
+
+
 class Incoming(NamedTuple):
     """What the backward pass knows of each token; float32 or better."""
 
@@ -69,6 +78,12 @@ class Backend(Protocol):
     def statistics(self, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
         """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
         of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better."""
+
+    def finish(self, partial: Tensor, target: Tensor) -> TokenLogprobs:
+        """From `statistics` of R strips, or ranks, [R, 3, N] and [N], added in order."""
+
+    def terms(self, g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """The `terms` of Incoming, [3, N], from the gradients of log-probs and entropies [N]: logprobs.py."""
 
     def features(
         self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops import ops, qualified
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -16,6 +16,16 @@ from .spec import HeadSpec, Responses
 def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
     """[1, 3, N] and [N], float64: see `Backend.statistics`."""
     return ops.head_statistics(hidden, tokens, *head)
+
+
+def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+    """See `Backend.finish`; float32. In C++, since torch's exponentials depend on a number's place."""
+    return TokenLogprobs(*ops.head_finish(partial, target))
+
+
+def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """See `Backend.terms`."""
+    return ops.head_terms(g, e, logprobs, entropy)
 
 
 def features(
@@ -52,6 +62,17 @@ def sweep(
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     N = hidden.shape[0]
     return hidden.new_empty((1, 3, N), dtype=torch.float64), hidden.new_empty(N, dtype=torch.float64)
+
+
+@torch.library.register_fake(qualified("head_finish"))
+def _(partial: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    N = target.shape[0]
+    return tuple(target.new_empty(size, dtype=torch.float32) for size in ((N,), (N,), (2, N), (N,)))
+
+
+@torch.library.register_fake(qualified("head_terms"))
+def _(g: Tensor, *others: Tensor) -> Tensor:
+    return g.new_empty((3, g.shape[0]), dtype=torch.float32)
 
 
 def _empty_features(hidden: Tensor, *others: Any) -> Tensor:

@@ -4,8 +4,8 @@
 
     m = max z_v,   s = sum exp(z_v - m),   u = sum exp(z_v - m) (z_v - m)         over v other than y
 
-and z_y of the realised token y. `merge` puts y back: as p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then
-keeps its digits, and the backward pass takes 1 - p_y from it.
+and z_y of the realised token y. `finish` puts y back: as p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then
+keeps its digits, and the backward pass takes 1 - p_y from it (`terms`).
 
 **Backward.** Let g and e be the gradients of the loss by log p_y and by the entropy H. Its gradient by
 W h + b is logit_scale / temperature times the softcap's slope times
@@ -29,12 +29,15 @@ from torch import Tensor
 from .._ops import qualified
 from ..arguments import check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .backend import Incoming, Sums, choose_backend
+from .backend import Incoming, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
 from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
+# Sweeps begin at multiples of this, as csrc/cpu/logprobs.cpp adds up hidden's gradient by slabs that divide it:
+# the same sums wherever `_gradients` cuts the vocabulary.
+SLAB = 1536
 
 
 class LinearLogprobs(NamedTuple):
@@ -100,20 +103,20 @@ def _check(
 # --- forward ------------------------------------------------------------------------------------------------
 
 
-def forward(
-    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [N], entropy [N] and the normaliser [2, N]: top and log_total, the logsumexp in two terms, as
-    their sum would be rounded to the size of the logits. With a group (vocab_parallel.py), of all ranks."""
-    partial_sums, target = implementation(name).statistics(hidden, tokens, head)
+def forward(name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> TokenLogprobs:
+    """Everything about each token that does not need a second product; with a group (vocab_parallel.py),
+    over the vocabulary of all ranks. A token in no row of the weight has NaN."""
+    chosen = implementation(name)
+    partial_sums, target = chosen.statistics(hidden, tokens, head)
     if group:
-        partial_sums, target = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
-    logprobs, entropy, normaliser = merge(partial_sums, target, reference.accumulation_dtype(hidden))
-    if not group:  # over_ranks does it for all ranks together
-        outside = (tokens < 0) | (tokens >= head.weight.shape[0])
-        for values in (logprobs, entropy):
-            values.masked_fill_(outside, torch.nan)
-    return logprobs, entropy, normaliser
+        strips = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
+        parts = [chosen.finish(*strip) for strip in strips] or [chosen.finish(partial_sums, target)]
+        return TokenLogprobs(*(torch.cat(part, dim=-1) for part in zip(*parts)))
+    found = chosen.finish(partial_sums, target)
+    outside = (tokens < 0) | (tokens >= head.weight.shape[0])
+    for values in (found.logprobs, found.entropy):
+        values.masked_fill_(outside, torch.nan)
+    return found
 
 
 @torch.library.custom_op(
@@ -125,29 +128,13 @@ def forward(
 def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         name, group = flat[5:]
-        return forward(name, group, hidden, tokens, HeadSpec(*flat[:5]))
+        return forward(name, group, hidden, tokens, HeadSpec(*flat[:5]))[:3]
 
 
 @_logprobs_op.register_fake
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     return tuple(hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
-
-
-def merge(sums: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """From m, s, u of each strip of the vocabulary [R, 3, N] and the realised logits [N]: log-probs [N],
-    entropy [N] and normaliser [2, N]."""
-    m, s, u = tiled.joined(sums)
-    top = torch.maximum(m, target)
-    s, u = tiled.shifted(m, s, u, top)
-    e_y = torch.exp(target - top)
-    log_total = torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
-    logprobs = target - top - log_total
-    u = u + torch.where(e_y == 0, 0, e_y * (target - top))
-    entropy = log_total - u / (s + e_y)
-    rounded = top.to(dtype)
-    normaliser = torch.stack([rounded, (log_total + (top - rounded)).to(dtype)])
-    return logprobs.to(dtype), entropy.to(dtype), normaliser
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -171,16 +158,12 @@ def _backward_op(
         flat[7:10],
         flat[10:],
     )
-    g, e, p_y = grad_logprobs.to(logprobs), grad_entropy.to(logprobs), logprobs.exp()
-    own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
-    terms = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
-    # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
-    terms.masked_fill_((g == 0) & (e == 0), 0.0)
-
-    incoming = Incoming(normaliser, terms)
+    chosen = implementation(name)
+    grads = grad_logprobs.to(logprobs), grad_entropy.to(logprobs)
+    incoming = Incoming(normaliser, chosen.terms(*grads, logprobs, entropy))
 
     def sweep(rows: slice, block: slice, sums: Sums) -> None:
-        implementation(name).sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums)
+        chosen.sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums)
 
     with torch.autocast(hidden.device.type, enabled=False):
         return _gradients(sweep, hidden, head, group, *needs)
@@ -242,7 +225,7 @@ def _gradients(
         if need_weight and not one_chunk:
             sweep(everything, vocabulary, Sums(None, gw))
     else:
-        start = max(0, (V - 2 * N) // 2 * 2)  # even: on a whole float32
+        start = max(0, (V - 2 * N) // SLAB * SLAB)
         memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()
         for rows in tiled.slices(0, N, (V - start) // 2):
             n = rows.stop - rows.start

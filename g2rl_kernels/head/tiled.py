@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -77,6 +77,27 @@ def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Ten
     delta = (m - new_m).masked_fill(m == -torch.inf, 0.0)  # nothing seen yet: s = u = 0
     factor = delta.exp()
     return s * factor, factor * (u + s * delta)
+
+
+def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+    """See `Backend.finish`. y is put back last: 1 - p_y is a sum over the others, and does not cancel."""
+    m, s, u = joined(partial)
+    top = torch.maximum(m, target)
+    s, u = shifted(m, s, u, top)
+    e_y = torch.exp(target - top)
+    log_total = torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
+    u = u + torch.where(e_y == 0, 0, e_y * (target - top))
+    entropy = log_total - u / (s + e_y)
+    return TokenLogprobs(target - top - log_total, entropy, torch.stack([top, log_total]), s / (s + e_y))
+
+
+def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """See `Backend.terms`."""
+    p_y = logprobs.exp()
+    own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
+    found = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
+    # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
+    return found.masked_fill_((g == 0) & (e == 0), 0.0)
 
 
 def joined(strips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
