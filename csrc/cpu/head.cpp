@@ -152,7 +152,7 @@ class Head {
     c.responses = responses.data();
     c.response_count = responses.size();
     c.tile_width = k.tile_width_for(fitting(c.tokens));
-    c.tiles = ceil_div(c.tokens, c.tile_width);
+    c.tiles = ceil_div(ceil_div(c.tokens, 16) * 16, c.tile_width);  // kept logits are those of 16 tokens
   }
 
   int64_t fitting(int64_t tokens) const { return std::min(plan.width, fitting_width(tokens)); }

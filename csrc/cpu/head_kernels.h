@@ -6,7 +6,6 @@
 
 namespace g2rl {
 
-constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
 constexpr int64_t kMaxWidth = 64;   // most tokens in flight
 constexpr int64_t kWidths[] = {64, 48, 32, 16};  // widths of a chunk of tokens: whole register tiles
 

@@ -90,10 +90,10 @@ struct Checked : HeadArgs {
     token_weights = keep(floats(*alpha, "token_weights")).const_data_ptr<float>();
   }
 
-  const Tensor& keep(const Tensor& tensor) { return kept.emplace_back(tensor); }
+  const Tensor& keep(const Tensor& tensor) { return held.emplace_back(tensor); }
 
  private:
-  std::vector<Tensor> kept;
+  std::vector<Tensor> held;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const Tensor& cu_seqlens,
@@ -118,8 +118,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const
 }
 
 // weight may be one rank's rows of a larger vocabulary: tokens outside [0, V) belong to other ranks.
-std::tuple<Tensor, Tensor> head_statistics(const Head& head) {
+// kept: bytes for whole blocks of logits. tokens: those of the forward pass; first: the one that this call begins with.
+KeptLogits kept_logits(const HeadArgs& args, const std::optional<Tensor>& kept, int64_t tokens, int64_t first) {
+  if (!kept || kept->numel() == 0) return {};
+  require(kept->dim() == 1 && kept->scalar_type() == ScalarType::Byte && kept->is_contiguous(), "kept has to be contiguous bytes");
+  require(0 <= first && first % 16 == 0 && first + args.N <= tokens, "kept_first = ", first, ", needs a multiple of 16, at most ",
+          tokens - args.N);
+  KeptLogits found{};
+  const bool rounded = args.dtype == DType::bf16 && (!args.bias || args.bias_dtype != DType::f32);
+  found.size = rounded && args.logit_softcap == 0 ? 2 : 4;
+  found.groups = (tokens + 15) / 16;
+  found.group = first / 16;
+  const int64_t bytes = KeptLogits::block_bytes(found.groups, found.size), all = (args.V + kBlock - 1) / kBlock;
+  found.blocks = kept->numel() / bytes;
+  found.first = all - found.blocks;
+  require(found.blocks * bytes == kept->numel() && found.first >= 0, "kept has ", kept->numel(), " bytes, needs a multiple of ", bytes,
+          ", at most ", all * bytes);
+  found.data = static_cast<char*>(kept->mutable_data_ptr());
+  return found;
+}
+
+std::tuple<Tensor, Tensor> head_statistics(const Head& head, std::optional<Tensor> kept) {
   Checked args(head);
+  args.kept = kept_logits(args, kept, args.N, 0);
   const int64_t all[2] = {0, args.N};
   args.cu_seqlens = all;
   args.S = 1;
@@ -182,12 +203,15 @@ void require_exactly(const Tensor& tensor, const char* name, ScalarType dtype, c
 }
 
 void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms, int64_t begin, int64_t end,
-                std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
+                std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                const std::optional<Tensor>& kept, int64_t kept_tokens, int64_t kept_first) {
   const Checked checked(head);
   SweepArgs args{};
   args.head = checked;
+  args.head.kept = kept_logits(checked, kept, kept_tokens, kept_first);
   const int64_t N = args.head.N, d = args.head.d, V = args.head.V;
   require(0 <= begin && begin <= end && end <= V, "begin = ", begin, ", end = ", end, ", needs 0 <= begin <= end <= V = ", V);
+  require(!args.head.kept.data || begin % kBlock == 0, "begin = ", begin, ", needs a multiple of ", kBlock, " with kept");
   const Tensor two = floats(normaliser, "normaliser"), three = floats(terms, "terms");
   require_exactly(two, "normaliser", ScalarType::Float, {2, N});
   require_exactly(three, "terms", ScalarType::Float, {3, N});
@@ -216,14 +240,15 @@ G2RL_LIBRARY_FRAGMENT(m) {
   m.def("head_features(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
         "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
-  m.def("head_statistics(" G2RL_HEAD ") -> (Tensor partial, Tensor target)");
+  m.def("head_statistics(" G2RL_HEAD ", Tensor(a!)? kept) -> (Tensor partial, Tensor target)");
   m.def("head_finish(Tensor partial, Tensor target) -> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor rest)");
   m.def("head_terms(Tensor grad_logprobs, Tensor grad_entropy, Tensor logprobs, Tensor entropy) -> Tensor");
   m.def("head_features_of_part(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor logsumexp, Tensor rest) -> Tensor features");
   m.def("head_sweep(" G2RL_HEAD
         ", Tensor normaliser, Tensor terms, int begin, int end, "
-        "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+        "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
+        "Tensor? kept, int kept_tokens, int kept_first) -> ()");
 }
 
 G2RL_LIBRARY_IMPL(CPU, m) {

@@ -63,6 +63,14 @@ class Incoming(NamedTuple):
         return Incoming(self.normaliser[:, rows], self.terms[:, rows])
 
 
+class Kept(NamedTuple):
+    """Logits that `statistics` left to `sweep`, in a form of the backend's own."""
+
+    data: Tensor  # uint8, as many as the backend's `kept_bytes`
+    tokens: int  # N of `statistics`
+    first: int = 0  # the token that a call of `sweep` begins with, a multiple of 64
+
+
 class Sums(NamedTuple):
     """Gradients that a sweep adds to or writes; None: not needed."""
 
@@ -75,9 +83,15 @@ NO_HINTS = Hints()
 
 
 class Backend(Protocol):
-    def statistics(self, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+    def kept_bytes(self, hidden: Tensor, head: HeadSpec, most: int) -> int:
+        """Size of the logits that `statistics` can keep within `most` bytes."""
+
+    def statistics(
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
-        of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better."""
+        of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better. Fills
+        `kept`."""
 
     def finish(self, partial: Tensor, target: Tensor) -> TokenLogprobs:
         """From `statistics` of R strips, or ranks, [R, 3, N] and [N], added in order."""
@@ -97,9 +111,17 @@ class Backend(Protocol):
         lse [N] float64 and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
 
     def sweep(
-        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: HeadSpec,
+        incoming: Incoming,
+        block: slice,
+        sums: Sums,
+        kept: Kept | None = None,
     ) -> None:
-        """Adds the share of a block of the vocabulary to the gradients: see logprobs.py."""
+        """Adds the share of a block of the vocabulary to the gradients: see logprobs.py. Logits that were
+        kept are not computed again."""
 
 
 def backend(name: str) -> Any:

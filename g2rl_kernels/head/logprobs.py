@@ -29,7 +29,7 @@ from torch import Tensor
 from .._ops import qualified
 from ..arguments import check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .backend import Incoming, Sums, TokenLogprobs, choose_backend
+from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
 from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
@@ -38,6 +38,9 @@ SUMS = 16 << 20
 # Sweeps begin at multiples of this, as csrc/cpu/logprobs.cpp adds up hidden's gradient by slabs that divide it:
 # the same sums wherever `_gradients` cuts the vocabulary.
 SLAB = 1536
+ROWS = 64  # and at multiples of this many tokens, as logits are kept by tiles
+
+LOGITS_MEMORY = 64 << 20  # bytes: default of linear_logprobs
 
 
 class LinearLogprobs(NamedTuple):
@@ -51,12 +54,13 @@ def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
 ) -> LinearLogprobs:  # fmt: skip
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
-    Neither forward nor backward makes a tensor of N x V; beside the gradients backends "cpu" and "triton"
-    need less than 64 MiB. Sums are in float32 or better; gradients are rounded once, to the dtype of their
+    Neither forward nor backward makes a tensor of N x V beyond logits_memory; beside that and the gradients
+    backends "cpu" and "triton" need less than 64 MiB. Sums are in float32 or better; gradients are rounded once, to the dtype of their
     input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no weight gradient.
 
     Args:
@@ -66,6 +70,10 @@ def linear_logprobs(
         tokens: [N] int64 in [0, V).
         bias: see `head_features`; float64 with a float64 hidden.
         temperature, logit_scale, logit_softcap, backend: see `head_features`.
+        logits_memory: bytes of logits that this call may keep until its backward pass (64 MiB). What fits is
+            not multiplied again: with all of them, gradients take three products of N x V x d in place of
+            four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "triton" and "reference"
+            keep none.
         process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
             incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
             over them again. The gradients of weight and bias are those of this rank's rows.
@@ -79,18 +87,32 @@ def linear_logprobs(
     """
 
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    check = partial(_check, hidden, tokens, head, backend)
-    facts = {"function": "linear_logprobs", "backend": backend}
+    check = partial(_check, hidden, tokens, head, logits_memory, backend)
+    facts = {"function": "linear_logprobs", "logits_memory": logits_memory, "backend": backend}
     (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
-    logprobs, entropy, _ = _logprobs_op(hidden, tokens, *head, backend, group)
+    trained = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    logprobs, entropy, *_ = _logprobs_op(
+        hidden, tokens, *head, backend, group, logits_memory if trained else 0
+    )
     return LinearLogprobs(logprobs, entropy)
 
 
 def _check(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, backend: str | None, whole: bool = False
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    logits_memory: int,
+    backend: str | None,
+    whole: bool = False,
 ) -> tuple[HeadSpec, str]:
     """The head in the form that backends take, and the backend's name; whole: as in features.py."""
     head = head.checked(hidden, tokens, (*DTYPES, torch.float64))
+    if isinstance(logits_memory, bool) or not isinstance(logits_memory, int):
+        raise TypeError(f"logits_memory: got {type(logits_memory).__name__}, needs a whole number of bytes")
+    if not 0 <= logits_memory < 2**63:
+        raise ValueError(f"logits_memory: got {logits_memory}, needs a number of bytes, 0 or more")
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
     if hidden.dtype != torch.float64:
@@ -103,11 +125,13 @@ def _check(
 # --- forward ------------------------------------------------------------------------------------------------
 
 
-def forward(name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> TokenLogprobs:
+def forward(
+    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> TokenLogprobs:
     """Everything about each token that does not need a second product; with a group (vocab_parallel.py),
     over the vocabulary of all ranks. A token in no row of the weight has NaN."""
     chosen = implementation(name)
-    partial_sums, target = chosen.statistics(hidden, tokens, head)
+    partial_sums, target = chosen.statistics(hidden, tokens, head, kept)
     if group:
         strips = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
         parts = [chosen.finish(*strip) for strip in strips] or [chosen.finish(partial_sums, target)]
@@ -122,19 +146,27 @@ def forward(name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpe
 @torch.library.custom_op(
     qualified("linear_logprobs"),
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group, int logits_memory) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept)",
 )
-def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, (name, group, most) = HeadSpec(*flat[:5]), flat[5:]
+    data = _empty_kept(name, hidden, head, most)
+    kept = Kept(data, hidden.shape[0]) if data.numel() else None
     with torch.autocast(hidden.device.type, enabled=False):
-        name, group = flat[5:]
-        return forward(name, group, hidden, tokens, HeadSpec(*flat[:5]))[:3]
+        return *forward(name, group, hidden, tokens, head, kept)[:3], data
 
 
 @_logprobs_op.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
-    return tuple(hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
+    found = (hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
+    return *found, _empty_kept(flat[5], hidden, HeadSpec(*flat[:5]), flat[7])
+
+
+def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
+    """Room for the logits that are kept, uint8."""
+    return hidden.new_empty(implementation(name).kept_bytes(hidden, head, most), dtype=torch.uint8)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -144,7 +176,7 @@ def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     qualified("linear_logprobs_backward"),
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
-    "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "
+    "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept, "
     "bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
@@ -152,18 +184,15 @@ def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
-    head, name, group, (logprobs, entropy, normaliser), needs = (
-        HeadSpec(*flat[:5]),
-        *flat[5:7],
-        flat[7:10],
-        flat[10:],
-    )
+    head, (name, group), needs = HeadSpec(*flat[:5]), flat[5:7], flat[11:]
+    logprobs, entropy, normaliser, data = flat[7:11]
     chosen = implementation(name)
     grads = grad_logprobs.to(logprobs), grad_entropy.to(logprobs)
     incoming = Incoming(normaliser, chosen.terms(*grads, logprobs, entropy))
 
     def sweep(rows: slice, block: slice, sums: Sums) -> None:
-        chosen.sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums)
+        kept = Kept(data, len(hidden), rows.start) if data.numel() else None
+        chosen.sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums, kept)
 
     with torch.autocast(hidden.device.type, enabled=False):
         return _gradients(sweep, hidden, head, group, *needs)
@@ -215,7 +244,7 @@ def _gradients(
         sweep(everything, vocabulary, Sums(grad_hidden, gw, sum_bias))
         vocab_parallel.all_reduce(grad_hidden, group)
     elif group or not need_weight or 4 * N * d <= SUMS:
-        step = max(1, SUMS // (4 * d))
+        step = max(1, SUMS // (4 * d) // ROWS) * ROWS
         one_chunk = 0 < N <= step
         for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
@@ -227,7 +256,7 @@ def _gradients(
     else:
         start = max(0, (V - 2 * N) // SLAB * SLAB)
         memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()
-        for rows in tiled.slices(0, N, (V - start) // 2):
+        for rows in tiled.slices(0, N, max(1, (V - start) // 2 // ROWS) * ROWS):
             n = rows.stop - rows.start
             sums = memory[: 2 * n * d].view(torch.float32).view(n, d).zero_()
             sweep(rows, slice(0, start), Sums(sums, gw, sum_bias))
@@ -238,23 +267,22 @@ def _gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, tokens, weight, bias, *options = inputs
-    ctx.mark_non_differentiable(output[2])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, tokens, weight, bias, *options, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(hidden, tokens, weight, bias, *output)
     ctx.options = options
 
 
 def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *operands, logprobs, entropy, normaliser = ctx.saved_tensors
-    outputs = logprobs, entropy, normaliser
-    incoming = [torch.zeros_like(logprobs) if g is None else g for g in (grad_logprobs, grad_entropy)]
+    operands, outputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
     grads = _backward_op(*incoming, *operands, *ctx.options, *outputs, *needs)
     grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs))
-    return grad_hidden, None, grad_weight, grad_bias, *[None] * len(ctx.options)
+    return grad_hidden, None, grad_weight, grad_bias, *[None] * (len(ctx.options) + 1)
 
 
 _logprobs_op.register_autograd(_backward, setup_context=_setup_context)

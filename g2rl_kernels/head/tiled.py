@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums, TokenLogprobs
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -45,7 +45,14 @@ def _index(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return (tokens - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
 
 
-def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
+    """See `Backend.kept_bytes`: keeps nothing."""
+    return 0
+
+
+def statistics(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """m, s and u [1, 3, N] of each token, and the realised token's logit [N]."""
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     partial, target = hidden.new_empty((1, 3, N), dtype=dtype), hidden.new_empty(N, dtype=dtype)
@@ -146,7 +153,13 @@ def features_of_part(
 
 
 def sweep(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    incoming: Incoming,
+    block: slice,
+    sums: Sums,
+    kept: Kept | None = None,
 ) -> None:
     """Adds the share of a block of the vocabulary to the gradients; logprobs.py has the equations."""
     dtype = incoming.normaliser.dtype
