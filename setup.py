@@ -142,6 +142,17 @@ def zig_linker(glibc: str) -> list[str]:
     return [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-Wl,--as-needed", "-s"]
 
 
+def library_file(compiler: list[str], name: str) -> str:
+    """Path of a library that the C++ compiler links with. compiler: its command, as in CXX="ccache g++"."""
+    command = [*compiler, f"-print-file-name={name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = done.stdout.strip()
+    if done.returncode or not os.path.isabs(found):  # the name alone where there is no such file
+        said = f": {done.stderr.strip()[-200:]}" if done.returncode else ""
+        sys.exit(f"g2rl-kernels: {compiler[0]} knows no {name}{said}; CXX names a g++ with its libraries")
+    return found
+
+
 class build_ext(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -186,9 +197,7 @@ class build_ext(BuildExtension):
         # Before torch's libraries, which export some of libstdc++ without versions for auditwheel to check.
         # libgcc.a: the CPU detection in zig 0.17's own runtime finds no instruction set at all.
         for name in ("libgcc.a", "libstdc++.so", "libgcc_s.so.1"):
-            command = [*self.compiler.compiler_cxx[:1], f"-print-file-name={name}"]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-            extension.extra_objects.append(found)
+            extension.extra_objects.append(library_file(self.compiler.compiler_cxx, name))
 
 
 # Build the operators alone, in this namespace of torch.ops, without the Python module (tools/hub_kernel.py).

@@ -58,6 +58,13 @@ def check_positive(name: str, value: float, remedy: str = "") -> None:
         raise ValueError(f"{name}: got {value}, needs a positive finite number{remedy}")
 
 
+def check_finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, needs a finite number")
+
+
 def check_scale(name: str, value: float, remedy: str = "") -> None:
     """Products and quotients of three such numbers, and of logits, stay within float32."""
     check_positive(name, value, remedy)

@@ -248,11 +248,25 @@ def write_metadata(folder: Path, id: str, backend: str) -> None:
 # --- the repository -----------------------------------------------------------------------------------------
 
 
+def check_out(out: Path) -> None:
+    """Ends the program if `out` is there and holds anything but an earlier build."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    builds = {path.name for path in (out / "build").glob("*") if not path.name.startswith("torch-")}
+    if foreign := sorted((names - {"build", "README.md"}) | builds):
+        sys.exit(
+            f"hub_kernel: --out: {out} holds {foreign[0]}, which a build would delete: name a new folder, or "
+            "one with an earlier build alone"
+        )
+
+
 def build(out: Path, native: bool = True) -> list[str]:
-    """Writes the repository to `out`, in place of what is there; returns the variants.
+    """Writes the repository to `out`, in place of an earlier one; returns the variants.
 
     native: with the variant in C++.
     """
+    check_out(out)
     sha = digest()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -310,7 +324,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "build" / "hub-kernel", help="default: build/hub-kernel"
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "hub-kernel",
+        help="a new folder, or one with an earlier build, which it replaces (build/hub-kernel)",
     )
     parser.add_argument("--no-native", action="store_true", help="leave out the variant in C++")
     parser.add_argument(

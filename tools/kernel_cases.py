@@ -352,7 +352,7 @@ def launched_project(
 def group_cases(arch: int | str, scope: str) -> Iterator[Case]:
     from g2rl_kernels.group import triton as group
 
-    cases = group.aot_cases(group.HIP_CONFIGS if is_amd(arch) else group.CONFIGS)
+    cases = group.aot_cases(group.HIP_CONFIGS if is_amd(arch) else group.configs_of(int(arch) // 10))
     for number, (kernel, signature, constants, num_warps, num_stages, label) in enumerate(cases):
         if scope == "quick" and number:
             return

@@ -218,8 +218,20 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def arguments() -> argparse.Namespace:
+    """The command line; ends the program where a table would lack what it says, or a column."""
+    command = parser()
+    args = command.parse_args()
+    if args.write and (args.kernel or len(set(args.arch)) < len(NVIDIA) + len(AMD)):
+        command.error("--write: the committed table has all kernels and GPUs: leave --kernel and --arch out")
+    for folder in args.with_triton:
+        if not (folder / "triton" / "__init__.py").is_file():
+            command.error(f"--with-triton: {folder} holds no triton: pip install --no-deps --target it")
+    return args
+
+
 def main() -> int:
-    args = parser().parse_args()
+    args = arguments()
     scope = "quick" if args.quick else "shipped" if args.shipped else "all"
     prepare()
     try:
@@ -229,10 +241,15 @@ def main() -> int:
         return 2
     import kernel_table
 
+    from g2rl_kernels._files import write_whole
+
     architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         cases = [case for case in all_cases(architectures, scope) if args.kernel in case.kernel]
+        if not cases:
+            print(f"kernel_resources: error: no kernel has {args.kernel!r} in its name", file=sys.stderr)
+            return 2
         found = as_json(triton.__version__, compile_all(cases, args.jobs))
     if args.json is not None:
         args.json.write_text(json.dumps(found))
@@ -243,7 +260,7 @@ def main() -> int:
         versions = [found, *(with_triton(folder, same) for folder in args.with_triton)]
         text = kernel_table.page(versions, found["triton"], scope)
         if args.write:
-            kernel_table.TABLE.write_text(text + kernel_table.cuda_table(), encoding="utf-8")
+            write_whole(kernel_table.TABLE, text + kernel_table.cuda_table())
         print(text)
     wrong = kernel_table.faults(versions)
     print("\n".join(wrong) or "nothing that is shipped spills, everything fits", file=sys.stderr)

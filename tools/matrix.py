@@ -177,7 +177,9 @@ class Workshop:
         interpreter = folder / "bin" / "python"
         if run([self.uv, "venv", "--quiet", "--python", self.python(python), folder], log):
             raise Unavailable(reason(log))
-        install: Command = [self.uv, "pip", "install", "--quiet", "--python", interpreter]
+        # Wheels alone: without one for this Python, an older version is taken and none is compiled.
+        install: Command = [self.uv, "pip", "install", "--quiet", "--only-binary", ":all:"]
+        install += ["--python", interpreter]
         for requirement in (f"torch=={torch}+cpu", f"torch=={torch}"):
             if not run([*install, requirement, *packages], log):
                 return interpreter
@@ -239,38 +241,56 @@ def ask(python: Path, command: Command, cwd: Path, log: Path) -> dict:
 class Counts(NamedTuple):
     passed: int
     skipped: int
-    failed: list[str]  # as pytest takes them: file::test
+    failed: list[str]  # as in `outcomes`
 
 
-def counts(report: Path) -> Counts:
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = [c for c in cases if c.find("skipped") is not None]
-    names = [f"{c.get('classname', '').replace('.', '/')}.py::{c.get('name')}" for c in failed]
-    return Counts(len(cases) - len(failed) - len(skipped), len(skipped), names)
+def outcomes(report: Path) -> dict[str, str]:
+    """ "passed", "skipped" or "failed" of each test, by its name as pytest takes it: file::test.
+
+    A file that could not be imported is "failed" under its own name.
+    """
+    found: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        file, scope, name = (case.get(key, "") for key in ("file", "classname", "name"))
+        classes = scope.removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
+        test = "::".join([file, *filter(None, classes.split(".")), name]) if scope else file
+        failed = case.find("failure") is not None or case.find("error") is not None
+        skipped = case.find("skipped") is not None
+        if found.get(test) != "failed":  # it is there twice where its teardown failed
+            found[test] = "failed" if failed else "skipped" if skipped else "passed"
+    return found
+
+
+def counts(found: dict[str, str]) -> Counts:
+    states = [*found.values()]
+    failed = [test for test, state in found.items() if state == "failed"]
+    return Counts(states.count("passed"), states.count("skipped"), failed)
 
 
 def run_tests(python: Path, shop: Workshop, log: Path) -> tuple[Counts, str]:
     """What TESTS come to, and a note on those that passed only when they ran again, alone."""
 
-    def pytest(*arguments: str) -> Counts:
+    def pytest(*arguments: str) -> dict[str, str]:
         report = log.with_suffix(".xml")
         report.unlink(missing_ok=True)
-        command: Command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        run([*command, *arguments], log, cwd=shop.tree, OMP_NUM_THREADS="1")
-        if not report.exists():
+        options = ("-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}")
+        command: Command = [python, "-m", "pytest", "-q", *options]
+        status = run([*command, *arguments], log, cwd=shop.tree, OMP_NUM_THREADS="1")
+        found = outcomes(report) if report.exists() else {}
+        if not found or (status and "failed" not in found.values()):
             raise Unavailable(f"the tests did not run: {reason(log)}")
-        return counts(report)
+        return found
 
     workers = ["-n", str(shop.workers)] if shop.workers > 1 else []
-    first = pytest(*workers, *(f"--ignore={test}" for test in LEFT_OUT), *TESTS)
-    if not first.failed:
-        return first, ""
-    say(f"  {len(first.failed)} failed: again, alone (a busy machine exceeds time limits)")
-    again = pytest(*first.failed)
-    late = len(first.failed) - len(again.failed)
-    note = f"{late} passed only alone" if late else ""
-    return Counts(first.passed + late, first.skipped, again.failed), note
+    found = pytest(*workers, *(f"--ignore={test}" for test in LEFT_OUT), *TESTS)
+    failed = [test for test in counts(found).failed if "::" in test]  # an import fails again
+    if not failed:
+        return counts(found), ""
+    say(f"  {len(failed)} failed: again, alone (a busy machine exceeds time limits)")
+    again = pytest(*failed)
+    late = [test for test in failed if again.get(test) == "passed"]
+    found |= dict.fromkeys(late, "passed")
+    return counts(found), f"{len(late)} passed only alone" if late else ""
 
 
 def try_pair(pair: Pair, shop: Workshop) -> dict[str, object]:
@@ -367,6 +387,9 @@ def main(argv: list[str] | None = None) -> int:
     if not wanted:
         say(f"no pair has {args.only!r}" if args.only else f"all {len(PAIRS)} pairs are recorded")
         return 0
+    named = re.compile(r"[\d.]+t?=(.+)").fullmatch
+    if wrong := [given for given in args.python if not (at := named(given)) or not shutil.which(at[1])]:
+        parser.error(f"--python: got {wrong[0]!r}, needs NAME=PATH, as in 3.14t=/opt/py/bin/python3.14t")
     shop = Workshop(args.folder.absolute(), dict(given.split("=", 1) for given in args.python), args.workers)
     failures = 0
     for number, pair in enumerate(wanted, 1):

@@ -56,8 +56,8 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def build(environment: Environment, work: Path, dist: Path) -> Path:
-    """The wheel, in `dist` beside the source archive that it was built from."""
+def build(environment: Environment, work: Path) -> tuple[Path, Path]:
+    """The wheel, and the source archive that it was built from, both in `work`."""
     if not environment.reuse:
         install_torch(environment)
     if not environment.install(*BUILD_TOOLS, *LINK_TOOLS):
@@ -78,9 +78,7 @@ def build(environment: Environment, work: Path, dist: Path) -> Path:
     if PLATFORM not in wheel.name:
         sys.exit(f"[wheels] auditwheel made {wheel.name}, needs {PLATFORM}")
     look_inside(wheel, work / "inside")
-    dist.mkdir(exist_ok=True)
-    shutil.copy(archive, dist)
-    return Path(shutil.copy(wheel, dist))
+    return wheel, archive
 
 
 def look_inside(wheel: Path, folder: Path) -> None:
@@ -129,18 +127,20 @@ def check(environment: Environment, wheel: Path, work: Path, quick: bool) -> str
 
 
 def make_wheel(dist: Path, quick: bool) -> None:
-    """Builds and checks the wheel of the Python that runs this."""
+    """Builds and checks the wheel of the Python that runs this; `dist` gets it only if its tests passed."""
     reuse = has_torch()
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
         work = Path(folder)
         builder, clean = (Environment(work / n, reuse, pins("constraints.txt")) for n in ("build", "clean"))
         builder.create()
-        wheel = build(builder, work, dist)
+        wheel, archive = build(builder, work)
         shutil.rmtree(builder.folder)  # torch may be large
         clean.create()
         elsewhere = work / "elsewhere"
         elsewhere.mkdir()
         seen = check(clean, wheel, elsewhere, quick)
+        dist.mkdir(parents=True, exist_ok=True)
+        wheel = [Path(shutil.copy(file, dist)) for file in (archive, wheel)][-1]
     say(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB; {seen}")
 
 
@@ -149,11 +149,11 @@ def works(python: str) -> bool:
 
 
 def found_pythons() -> list[str]:
-    """Interpreters on the PATH and of pyenv, one a minor version."""
+    """Interpreters on the PATH and of pyenv, one a minor version; not free-threaded ones (3.13.1t)."""
     found = []
     for minor in MINORS:
         name = shutil.which(f"python3.{minor}")
-        pyenv = sorted(glob(os.path.expanduser(f"~/.pyenv/versions/3.{minor}.*/bin/python3")))
+        pyenv = sorted(glob(os.path.expanduser(f"~/.pyenv/versions/3.{minor}.*[0-9]/bin/python3")))
         found += [python for python in [*([name] if name else []), *pyenv] if works(python)][:1]
     return found
 
@@ -172,6 +172,8 @@ def main() -> None:
     pythons = args.pythons or found_pythons()
     if not pythons:
         sys.exit("[wheels] no Python from 3.10 to 3.14 found; name interpreters: make wheels PYTHONS='...'")
+    if missing := [python for python in pythons if shutil.which(python) is None]:
+        sys.exit(f"[wheels] no such interpreter: {' '.join(missing)}")
     failed = []
     for python in pythons:
         options = ["--here", "--dist", args.dist.absolute(), *(["--quick"] if args.quick else [])]

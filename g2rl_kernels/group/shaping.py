@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice, check_positive, check_tensor
+from ..arguments import check_choice, check_finite, check_positive, check_tensor
 from .evol import evol_rewards, majority_labels
 from .geometry import GroupGeometry, group_geometry, row_groups
 from .metrics import accuracy, describe
@@ -72,29 +72,35 @@ def graded_rewards(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
 
     Adding a number to a group's scores changes neither; multiplying them multiplies `half`. Where a group has
     two scores, as of right and wrong answers, r is +1 and -1, and half is half of their difference. Where all
-    its scores are equal, both are 0.
+    its scores are equal, both are 0. A score is at the mean if float32's rounding explains the difference.
 
     Args:
-        scores: [S] float32; NaN only in padding rows.
+        scores: [S] float32; NaN only in padding rows. An infinite one makes both NaN in its own group.
         group_ids: [S] int64; negative: padding row, which gets zeros.
     """
     _, inverse = torch.unique(group_ids, return_inverse=True)
     row = torch.arange(len(scores), device=scores.device)
     member = scores.new_zeros(len(scores), int(inverse.max()) + 1 if len(scores) else 0, dtype=torch.float64)
-    member[row, inverse] = (group_ids >= 0).double()
-    values = scores.double().masked_fill(group_ids < 0, 0.0)  # sums of equal float32 numbers are exact in it
+    real = group_ids >= 0
+    member[row, inverse] = real.double()
+    infinite = real & ~scores.isfinite()  # left out of the products, where 0 times it would reach all groups
+    values = scores.double().masked_fill(~real | infinite, 0.0)  # sums of equal float32 numbers are exact
 
     def mean(x: Tensor, counts: Tensor) -> Tensor:
         """Of x over the rows of a group that count, for each row."""
         weights = member * counts.double()[:, None]
         return ((weights.T @ x) / weights.sum(0).clamp(min=1))[inverse]
 
-    d = (values - mean(values, group_ids >= 0)).masked_fill(group_ids < 0, 0.0)
+    d = (values - mean(values, real)).masked_fill(~real, 0.0)
+    if len(scores):  # a score and the mean are each rounded by at most 2^-24 of the largest score
+        largest = (member * values.abs()[:, None]).amax(0)[inverse]
+        d = d.masked_fill(d.abs() <= 2**-22 * largest, 0.0)
     above, below = mean(d, d > 0), -mean(d, d < 0)
     side = torch.where(d > 0, above, below)
     rewards = torch.where(side > 0, d / side, 0.0).clamp(-1, 1)
-    half = ((above + below) / 2).masked_fill(group_ids < 0, 0.0)
-    return rewards.float(), half.float()
+    half = ((above + below) / 2).masked_fill(~real, 0.0)
+    lost = real & (mean(infinite.double(), real) > 0)
+    return rewards.masked_fill(lost, torch.nan).float(), half.masked_fill(lost, torch.nan).float()
 
 
 def check_options(values: Mapping[str, Any], prefix: str) -> None:
@@ -118,6 +124,31 @@ def check_options(values: Mapping[str, Any], prefix: str) -> None:
                 )
     if "correctness_gap" in values:
         check_positive(f"{prefix}correctness_gap", values["correctness_gap"])
+    if "correctness_threshold" in values:
+        check_finite(f"{prefix}correctness_threshold", values["correctness_threshold"])
+
+
+_told: set[str] = set()  # warnings that this process has given
+
+
+def check_group_size(size: int, option: str, values: Mapping[str, Any], prefix: str) -> None:
+    """Warns once of groups too small for g2rl: the two responses of a pair get the same exploration score.
+
+    Args:
+        size: responses a prompt.
+        option: what the trainer calls their number.
+        values, prefix: the trainer's settings, as in `check_options`. With other algorithms, lam=0 or shaping
+            "none" nothing is shaped, and nothing said.
+    """
+    options = ShapingOptions.of(values)
+    shapes = values.get("algorithm", "g2rl") == "g2rl" and options.lam > 0 and options.shaping != "none"
+    said = (
+        f"{option}={size}: with fewer than 3 responses in a group all are equally novel, and g2rl prefers "
+        f"none: set it to at least 3 (the paper uses 16), or {prefix}lam to 0"
+    )
+    if size < 3 and shapes and said not in _told:
+        _told.add(said)
+        warnings.warn(said, stacklevel=3)
 
 
 def _scored(scores: Tensor) -> list[float]:
@@ -277,12 +308,14 @@ def shape_scores(
         metrics by name, of `describe`.
 
     Raises:
-        TypeError, ValueError: as `group_geometry`; gap is not positive; graded with votes or evol_rl.
+        TypeError, ValueError: as `group_geometry`; gap is not positive; threshold is not a finite number;
+            graded with votes or evol_rl.
     """
     if graded and (votes is not None or system.get("algorithm") == "evol_rl"):
         raise ValueError("graded: got True with votes or algorithm='evol_rl', which need right and wrong")
     if not gap > 0:
         raise ValueError(f"gap: got {gap}, needs the positive distance between right and wrong scores")
+    check_finite("threshold", threshold)
     check_tensor("scores", scores, None)
     scores = scores.float()
     ids = row_groups(len(scores), scores.device, group_size, group_ids)

@@ -43,14 +43,28 @@ class Config(NamedTuple):
 
 
 # As large as fits: in the 99 KiB of shared memory of NVIDIA's consumer GPUs, where the operands of plain
-# multiply-adds take 80; and in the registers of RDNA, which multiplies no matrices of float64.
+# multiply-adds take 80; and in the registers of RDNA, which multiplies no matrices of float64, and of
+# Blackwell's consumer GPUs (Triton 3.6 spills with more than one product of 32 x 32).
 CONFIGS = (Config(16, 32, 4, 8), Config(32, 16, 4, 4))
+BLACKWELL_CONFIGS = (Config(16, 32, 4, 8), Config(32, 16, 1, 8))
 HIP_CONFIGS = (Config(16, 16, 8, 8), Config(32, 16, 2, 8))
 
 
 def takes(M: int) -> bool:
     """Whether the kernel takes groups of at most M here. On AMD Triton multiplies float64 from 3.8 on."""
     return M <= MAX_M and not (is_hip() and minor(triton.__version__) < (3, 8))
+
+
+def configs_of(capability: int) -> tuple[Config, ...]:
+    """Those of NVIDIA's GPUs of compute capability `capability`.x."""
+    return BLACKWELL_CONFIGS if capability == 12 else CONFIGS
+
+
+def configs_on(device: torch.device) -> tuple[Config, ...]:
+    """Those of this GPU, or of the interpreter."""
+    if is_hip():
+        return HIP_CONFIGS
+    return configs_of(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else CONFIGS
 
 
 @triton.jit
@@ -229,7 +243,7 @@ def launch(
         B = 0  # all groups are empty
     nu, shaped, advantages = (features.new_empty(S) for _ in range(3))
     values = features.new_empty((B, M) if scale == 2 else 0, dtype=torch.float64)
-    config = next(config for config in (HIP_CONFIGS if is_hip() else CONFIGS) if M <= config.BM)
+    config = next(config for config in configs_on(features.device) if M <= config.BM)
     programs = B + triton.cdiv(S, BR)
     if programs:
         launch_kernel(

@@ -30,6 +30,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 import g2rl_kernels as g2
 
 from .._clock import clock
+from ..arguments import check_finite
 from ..errors import RewardError, short
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
@@ -126,6 +127,7 @@ class GeometryCallback(TrainerCallback):
             raise ValueError(f"every: got {every}, needs a number of steps, 1 or more")
         if getattr(trainer, "_shapes", False):
             raise TypeError("trainer: G2RLTrainer logs g2rl/* itself; the callback is for other trainers")
+        check_finite("correctness_threshold", correctness_threshold)
         self.trainer, self.every, self.threshold, self.answer = trainer, every, correctness_threshold, answer
         self.encoder = SentenceEncoder(encoder, trainer.accelerator.device) if encoder else None
         self.model = innermost(trainer.model)

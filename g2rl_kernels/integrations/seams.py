@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +11,28 @@ from .. import versions
 
 
 def check_seams(package: str, seams: Mapping[Any, Mapping[str, str]]) -> None:
-    """Raises ImportError, naming them, where seams of `package` are missing.
+    """Raises ImportError, naming them, where `package` is missing or lacks seams.
 
-    seams: class or module -> names in it that the integration uses, each with the parameters that it passes
-    to it by position or by name, separated by spaces ("" where it calls nothing).
+    A dependency of the package that is missing raises its own ModuleNotFoundError.
+
+    Args:
+        package: its name on PyPI, and to import it.
+        seams: owner -> names in it that the integration uses, each with the parameters that it passes to it
+            by position or by name, separated by spaces ("" where it calls nothing). Parameters before a "/"
+            must be the first, in this order. An owner is a class or module, or the place of one, to be
+            imported: "package.module" or "package.module:Class". What a class's __init__ sets is in it too.
     """
     missing = []
-    for owner, names in seams.items():
+    for place, names in seams.items():
+        owner = _imported(package, place) if isinstance(place, str) else place
+        if owner is None:
+            missing.append(place.replace(":", "."))
+            continue
         for name, parameters in names.items():
-            found = getattr(owner, name, None)
-            lacks = [one for one in parameters.split() if found and not _takes(found, one)]
-            if found is None or lacks:
-                of = f" (its parameters {', '.join(lacks)})" if lacks else ""
-                missing.append(f"{owner.__name__}.{name}{of}")
+            if not _has(owner, name):
+                missing.append(f"{owner.__name__}.{name}")
+            elif lacks := _lacks(getattr(owner, name, None), parameters):
+                missing.append(f"{owner.__name__}.{name} (its parameters {', '.join(lacks)})")
     if missing:
         raise ImportError(missing_seams(package, missing))
 
@@ -38,6 +48,36 @@ def missing_seams(package: str, missing: list[str]) -> str:
     )
 
 
-def _takes(function: Any, name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+def _imported(package: str, place: str) -> Any:
+    """The module or class at a place; None where the package does not have it."""
+    module, _, name = place.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            said = f"g2rl-kernels' integration needs {package}: pip install 'g2rl-kernels[{package}]'"
+            raise ImportError(said) from None
+        if (error.name or "").partition(".")[0] != package:
+            raise  # the package is there, and something that it needs is not
+        return None
+    return getattr(found, name, None) if name else found
+
+
+def _has(owner: Any, name: str) -> bool:
+    """Whether a module or class has the name, or the class's __init__ sets it."""
+    init = getattr(owner, "__init__", None)
+    code = getattr(inspect.unwrap(init), "__code__", None) if callable(init) else None
+    return hasattr(owner, name) or (code is not None and name in code.co_names)
+
+
+def _lacks(function: Any, parameters: str) -> list[str]:
+    """Those of the parameters that a function does not take by that name, or not at that place."""
+    if not parameters:
+        return []
+    taken = inspect.signature(function).parameters if callable(function) else {}
+    placed, _, named = parameters.rpartition("/")
+    at = [name for name in taken if name != "self"]
+    lacks = [name for place, name in enumerate(placed.split()) if at[place : place + 1] != [name]]
+    if any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        return lacks
+    return lacks + [name for name in named.split() if name not in taken]

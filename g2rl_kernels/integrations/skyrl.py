@@ -67,7 +67,7 @@ class G2RLSettings(SystemSettings):
         Raises ValueError, naming the option, for one that cannot work: GRPO's advantages of whole responses
         and the FSDP workers are needed.
         """
-        self.check()
+        self.check(cfg.generator.n_samples_per_prompt, "generator.n_samples_per_prompt")
         trainer, algorithm = cfg.trainer, cfg.trainer.algorithm
         needs = {
             "strategy": (trainer.strategy, "fsdp"),

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 import g2rl_kernels as g2
 
 from .._clock import clock
-from ..group.options import SCORE_GATE, ShapingOptions
-from ..group.shaping import check_gap, check_options, check_threshold, response_keys, shape_scores
+from ..group.shaping import response_keys
 from .megatron import head_shard, mean_over_ranks, packed_bounds, whole_sequence
+from .systems import ShapingSettings
 
 try:
     from megatron.core import mpu
@@ -44,17 +44,10 @@ ESTIMATORS = (
 
 
 @dataclass
-class Settings:
-    """The mapping `g2rl` in the file of `--custom-config-path`; names as in `g2.group_geometry`."""
+class Settings(ShapingSettings):
+    """The mapping `g2rl` in the file of `--custom-config-path`."""
 
-    lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: slime's GRPO, to the bit
-    clip: float = ShapingOptions.clip  # bound of the shaped reward, in units of right +1 and wrong -1
-    shaping: str = ShapingOptions.shaping  # intent | equation | right | none
-    exploration_score: str = ShapingOptions.exploration_score  # linear | sqrt
-    uniform_groups: str = ShapingOptions.uniform_groups  # of all right or all wrong answers: shape | skip
-    rewards: str = "binary"  # what rewards say: binary, right or wrong; graded, how good an answer is
-    correctness_threshold: float = SCORE_GATE  # answers whose reward is at least this are right
-    correctness_gap: float = 1.0  # distance between right and wrong rewards: 1 for 0 and 1, 2 for -1 and +1
+    prefix = "g2rl."
 
     @classmethod
     def read(cls, args: Any) -> Settings:
@@ -63,11 +56,13 @@ class Settings:
         Raises ValueError or TypeError, naming the option, for a setting that cannot work, and for options of
         slime that leave no group rewards to shape.
         """
-        given, names = getattr(args, "g2rl", None) or {}, [one.name for one in fields(cls)]
+        given, names = getattr(args, "g2rl", None), [one.name for one in fields(cls)]
+        if given is None:
+            given = {}
         if not isinstance(given, dict) or not given.keys() <= set(names):
             raise ValueError(f"g2rl: got {given!r}, needs a mapping of {', '.join(names)}")
         settings = cls(**given)
-        check_options(vars(settings), "g2rl.")
+        settings.check(args.n_samples_per_prompt, "--n-samples-per-prompt")
         if args.advantage_estimator not in ESTIMATORS:
             raise ValueError(
                 f"--advantage-estimator: got {args.advantage_estimator}, g2rl needs {', '.join(ESTIMATORS)}"
@@ -230,27 +225,19 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     settings, group = Settings.read(args), mpu.get_data_parallel_group()
     raw, mine = raw_rewards(args, rollout_data)
     S = len(raw)
-    graded = settings.rewards == "graded"
-    if not graded:
-        check_gap(raw, settings.correctness_gap, "rewards", "g2rl.correctness_gap")
-        threshold = "g2rl.correctness_threshold"
-        check_threshold(raw, settings.correctness_threshold, "rewards", threshold, "g2rl.rewards: graded")
     features = measurement.by_sample(rollout_data["micro_batch_indices"])
     lengths = torch.tensor([len(tokens) for tokens in rollout_data["tokens"]], device=device)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     keys = response_keys(torch.cat(rollout_data["tokens"]).to(device), bounds)
     counts = torch.stack([mask.sum() for mask in rollout_data["loss_masks"]]).to(keys)
-    shaped = shape_scores(
+    shaped = settings.shape(
         over_ranks(features, mine, S, group),
         raw.to(device),
-        ShapingOptions.of(settings),
+        "rewards",
         group_ids=torch.arange(S, device=device) // args.n_samples_per_prompt,
         keys=over_ranks(keys, mine, S, group),
         # samples of no rank, which slime drops where they fill no step, count none either
         has_tokens=over_ranks(counts, mine, S, group) > 0,
-        threshold=settings.correctness_threshold,
-        gap=settings.correctness_gap,
-        graded=graded,
     )
     rewards = normalised(args, shaped.scores.cpu())[mine].to(device)
     returns = [torch.ones_like(kl) * reward for kl, reward in zip(rollout_data["kl"], rewards)]

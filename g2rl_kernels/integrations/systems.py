@@ -1,4 +1,4 @@
-"""The paper's systems in verl and SkyRL: their settings, and what is read from the texts of responses."""
+"""The paper's systems in other packages' trainers: settings, and what is read from the texts of responses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..group.shaping import (
     EVOL_CLIP_HIGH,
     ShapedScores,
     check_gap,
+    check_group_size,
     check_options,
     check_threshold,
     shape_scores,
@@ -28,12 +29,11 @@ from ..tasks.verify import answers_of, unify
 
 
 @dataclass
-class SystemSettings:
-    """Settings by their names in `g2.group_geometry` and docs/baselines.md."""
+class ShapingSettings:
+    """What scores mean and how they are shaped, by the names of `g2.group_geometry` and `shape_scores`."""
 
     prefix: ClassVar[str] = "algorithm.g2rl."  # of their names in messages
 
-    algorithm: str = "g2rl"  # g2rl, or what the paper compares it with: grpo | entropy_bonus | evol_rl
     lam: float = ShapingOptions.lam  # exploration strength, 0 or more; 0: the trainer's GRPO, to the bit
     clip: float = ShapingOptions.clip  # bound of the shaped reward, in units of right +1 and wrong -1
     shaping: str = ShapingOptions.shaping  # intent | equation | right | none
@@ -42,42 +42,67 @@ class SystemSettings:
     rewards: str = "binary"  # scores say right or wrong, or, graded, how good an answer is
     correctness_threshold: float = SCORE_GATE  # answers whose score is at least this are right
     correctness_gap: float = 1.0  # distance between right and wrong scores: 1 for 0 and 1, 2 for -1 and +1
-    labels: str = "truth"  # which answers are right: by score, or the group's most frequent one: majority
-    answer_func: str | None = None  # dotted path: text -> answer or None; None: as `MathJudge` reads it
-    encoder: str = DEFAULT_ENCODER  # evol_rl: measures novelty
-    entropy_coef: float | None = None  # None: the trainer's own, or the algorithm's where that is unset
-    ratio_clip_high: float | None = None  # the same, of the upper clip of the ratio
 
-    def check(self) -> None:
-        """Raises ValueError or TypeError, naming it, for a setting that cannot work."""
+    def check(self, group_size: int, option: str) -> None:
+        """Raises ValueError or TypeError, naming it, for a setting that cannot work; warns of small groups.
+
+        group_size: responses a prompt; option: what the trainer calls their number.
+        """
         check_options(vars(self), self.prefix)
-        for name in ("entropy_coef", "ratio_clip_high"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{self.prefix}{name}: got {value}, needs a finite number, 0 or more")
+        check_group_size(group_size, option, vars(self), self.prefix)
 
-    def shape(self, features: Tensor, scores: Tensor, **rows: Any) -> ShapedScores:
+    @property
+    def by_threshold(self) -> bool:
+        """Whether the threshold decides which answers are right."""
+        return self.rewards == "binary"
+
+    def shape(self, features: Tensor, scores: Tensor, name: str = "scores", **rows: Any) -> ShapedScores:
         """`shape_scores` by these settings, after warnings about scores in units that the settings are not.
 
-        features [S, d], scores [S] with NaN in rows that take no part; rows: group_ids, keys, has_tokens,
-        and what a `TextReader` found.
+        features [S, d], scores [S] with NaN in rows that take no part; name: what warnings call the scores;
+        rows: group_size or group_ids, keys, has_tokens, and what a `TextReader` found.
         """
-        binary = self.rewards == "binary"
-        if binary:
-            check_gap(scores, self.correctness_gap, "scores", f"{self.prefix}correctness_gap")
-        if binary and self.labels == "truth" and self.algorithm in ("g2rl", "evol_rl"):
-            option, remedy = f"{self.prefix}correctness_threshold", f"{self.prefix}rewards=graded"
-            check_threshold(scores, self.correctness_threshold, "scores", option, remedy)
+        graded = self.rewards == "graded"
+        if not graded:
+            check_gap(scores, self.correctness_gap, name, f"{self.prefix}correctness_gap")
+        if self.by_threshold:
+            option, remedy = f"{self.prefix}correctness_threshold", f"{self.prefix}rewards='graded'"
+            check_threshold(scores, self.correctness_threshold, name, option, remedy)
         return shape_scores(
             features,
             scores,
             ShapingOptions.of(self),
             threshold=self.correctness_threshold,
             gap=self.correctness_gap,
-            algorithm=self.algorithm,
-            graded=not binary,
+            graded=graded,
             **rows,
         )
+
+
+@dataclass
+class SystemSettings(ShapingSettings):
+    """Settings of the paper's systems, by their names in docs/baselines.md."""
+
+    algorithm: str = "g2rl"  # g2rl, or what the paper compares it with: grpo | entropy_bonus | evol_rl
+    labels: str = "truth"  # which answers are right: by score, or the group's most frequent one: majority
+    answer_func: str | None = None  # dotted path: text -> answer or None; None: as `MathJudge` reads it
+    encoder: str = DEFAULT_ENCODER  # evol_rl: measures novelty
+    entropy_coef: float | None = None  # None: the trainer's own, or the algorithm's where that is unset
+    ratio_clip_high: float | None = None  # the same, of the upper clip of the ratio
+
+    def check(self, group_size: int, option: str) -> None:
+        super().check(group_size, option)
+        for name in ("entropy_coef", "ratio_clip_high"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{self.prefix}{name}: got {value}, needs a finite number, 0 or more")
+
+    @property
+    def by_threshold(self) -> bool:
+        return super().by_threshold and self.labels == "truth" and self.algorithm in ("g2rl", "evol_rl")
+
+    def shape(self, features: Tensor, scores: Tensor, name: str = "scores", **rows: Any) -> ShapedScores:
+        return super().shape(features, scores, name, algorithm=self.algorithm, **rows)
 
     @property
     def reads_texts(self) -> bool:
@@ -100,7 +125,7 @@ class SystemSettings:
             )
         return coef
 
-    def clip_high(self, theirs: float | None, default: float) -> float | None:
+    def clip_high(self, theirs: float | None, default: float | None) -> float | None:
         """The upper clip of the ratio. theirs: the trainer's option; its `default` counts as unset."""
         if self.ratio_clip_high is not None:
             return self.ratio_clip_high
@@ -126,18 +151,45 @@ class TextReader:
             self.encoder = SentenceEncoder(settings.encoder, device)
 
     def __call__(self, texts: Sequence[str], group_ids: Tensor) -> dict[str, Any]:
-        """Arguments of `shape_scores`: votes, embeddings [S, e], answered [S].
+        """Reads responses; see `arguments`.
 
         texts: S responses; those without a group (group_ids [S] negative) are not read.
         """
         rows = [row for row, group in enumerate(group_ids.tolist()) if group >= 0]
-        read = [texts[row] for row in rows]
+        found, vectors = self.read([texts[row] for row in rows])
+        answers: list[str | None] = [None] * len(texts)
+        for row, answer in zip(rows, found):
+            answers[row] = answer
+        embeddings = None
+        if vectors is not None:
+            embeddings = vectors.new_zeros(len(texts), vectors.shape[1])
+            embeddings[rows] = vectors
+        return self.arguments(answers, embeddings, group_ids)
+
+    def read(self, texts: Sequence[str]) -> tuple[list[str | None], Tensor | None]:
+        """The answer in each of S texts or None, and for evol_rl their embeddings [S, e]."""
         if self.answer is None:
-            judge = MathJudge()
-            answers = answers_of(judge, read)
+            answers = answers_of(MathJudge(), texts)
         else:
-            judge, answers = None, [(self.answer(text) or "").strip() or None for text in read]
-        if rows and not any(answers):
+            answers = [(self.answer(text) or "").strip() or None for text in texts]
+        if self.settings.algorithm != "evol_rl":
+            return answers, None
+        compared = [compared_text(text) for text in texts]
+        return answers, self.encoder(compared) if compared else torch.zeros(0, 1)
+
+    def arguments(
+        self, answers: list[str | None], embeddings: Tensor | None, group_ids: Tensor
+    ) -> dict[str, Any]:
+        """Arguments of `shape_scores`: votes, answered [S], embeddings [S, e].
+
+        answers, embeddings: of all ranks' responses, as `read` gives them; group_ids: [S], negative for a
+        response without a group.
+        """
+        members: dict[int, list[int]] = {}
+        for row, group in enumerate(group_ids.tolist()):
+            if group >= 0:
+                members.setdefault(group, []).append(row)
+        if members and not any(answers):
             warnings.warn(
                 f"no response of the batch has an answer: {self.settings.prefix}answer_func names the "
                 "function that finds it",
@@ -145,23 +197,17 @@ class TextReader:
             )
         found: dict[str, Any] = {}
         if self.settings.labels == "majority":
-            members: dict[int, list[int]] = {}
-            for at, row in enumerate(rows):
-                members.setdefault(int(group_ids[row]), []).append(at)
-            votes: list[str | None] = [None] * len(texts)
-            unified = unify([(judge, [answers[at] for at in group]) for group in members.values()])
-            for group, same in zip(members.values(), unified):
-                for at, answer in zip(group, same):
-                    votes[rows[at]] = answer
+            judge = MathJudge() if self.answer is None else None
+            unified = unify([(judge, [answers[row] for row in rows]) for rows in members.values()])
+            votes: list[str | None] = [None] * len(answers)
+            for rows, same in zip(members.values(), unified):
+                for row, answer in zip(rows, same):
+                    votes[row] = answer
             found["votes"] = votes
-        if self.settings.algorithm == "evol_rl":
-            found["answered"] = torch.zeros(len(texts), dtype=torch.bool)
-            found["answered"][rows] = torch.tensor(
-                [answer is not None for answer in answers], dtype=torch.bool
-            )
-            some = self.encoder([compared_text(text) for text in read]).cpu() if rows else torch.zeros(0, 1)
-            found["embeddings"] = torch.zeros(len(texts), some.shape[1])
-            found["embeddings"][rows] = some
+        if embeddings is not None:
+            answered = [answer is not None for answer in answers]
+            found["answered"] = torch.tensor(answered, dtype=torch.bool, device=group_ids.device)
+            found["embeddings"] = embeddings.to(group_ids.device)
         return found
 
 

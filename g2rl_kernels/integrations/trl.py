@@ -27,13 +27,15 @@ TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` r
 `_generate`; with `g2rl_fused_logprobs=False` TRL's own head gives it. The ops run inside the model's forward,
 where FSDP has gathered the head's weight.
 
-trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it.
+trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it. trl_seams.py: what TRL must have.
+systems.py, shared with other trainers: shaping by the settings, answers and embeddings of texts.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,18 +49,14 @@ import g2rl_kernels as g2
 
 from .._clock import clock
 from ..errors import one_line, short
-from ..group.evol import compared_text
-from ..group.options import ShapingOptions
-from ..group.shaping import check_gap, check_threshold, response_keys, shape_scores
-from ..models.encoder import SentenceEncoder
+from ..group.shaping import response_keys
 from ..models.lm_head import LMHead, backbone_of, find_head
-from ..tasks.mathematics import MathJudge
-from ..tasks.verify import answers_of, unify
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import warn_unmoved
+from .systems import TextReader
 from .trl_config import (
     G2RLConfig,
-    answer_function,
+    TRLSettings,
     check_prompts,
     correctness_column,
     reward_names,
@@ -66,6 +64,7 @@ from .trl_config import (
 )
 from .trl_head import (
     Scoring,
+    answers_by,
     compare_log_probs,
     completion_text,
     current_head,
@@ -76,6 +75,7 @@ from .trl_head import (
     runs_here,
     scoring_of,
     settle_positions,
+    without_autocast,
 )
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
@@ -89,7 +89,7 @@ class _Measurement:
     completion_columns: int = 0  # how many of the padded ids' last columns hold completions
     states: list[Tensor] = field(default_factory=list)  # hidden states [S / R, d] that sampled each token
     due: bool = False  # the next forward is the one under the policy that sampled
-    num_iterations: int | None = None  # the trainer's own, while another makes TRL run that forward
+    num_iterations: int | None = None  # the trainer's own, if another made TRL run the forward it would skip
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
     keys: list[Tensor] = field(default_factory=list)  # the same, `response_keys`
     has_tokens: list[Tensor] = field(default_factory=list)  # the same, bool
@@ -109,6 +109,7 @@ class G2RLTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is a plain GRPOConfig.
+        RuntimeError: from `train()`, another trainer was made of the same model since.
         ValueError: several reward functions without `g2rl_correctness_reward`; `g2rl_fused_logprobs=True`
             where TRL's head is needed; from `train()`, fewer prompts than one generation batch takes.
         TrainerError: the model does something unknown between hidden states and logits.
@@ -151,17 +152,14 @@ class G2RLTrainer(GRPOTrainer):
             self._tag_names = GRPOTrainer._tag_names
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
             correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+        without_autocast(model)
         super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
-        self._votes = args.g2rl_algorithm == "evol_rl" or args.g2rl_labels == "majority"
-        self._answer = None
-        if self._votes:
-            self._answer = answer_function(args.g2rl_answer_func)
-        if args.g2rl_algorithm == "evol_rl":
-            self._encoder = SentenceEncoder(args.g2rl_encoder, self.accelerator.device)
+        settings = TRLSettings.of(args)
+        self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         if self._shapes:
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
-        fused = self._may_fuse(args.g2rl_fused_logprobs)
+        fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
         if fused or self._shapes:
             policy = innermost(self.model)
             self._scoring = self._add_ops(policy, fused, compare=runs_here(self.accelerator, policy))
@@ -179,6 +177,11 @@ class G2RLTrainer(GRPOTrainer):
     # --- checks before work ---------------------------------------------------------------------------------
 
     def train(self, *args: Any, **keywords: Any) -> Any:
+        if self._scoring.head is not None and not answers_by(innermost(self.model), self._scoring):
+            raise RuntimeError(
+                "model: another trainer was made of it since, and answers its calls with its own settings: "
+                "train with that one, or make a new G2RLTrainer"
+            )
         if self._shapes:
             check_prompts(self.train_dataset, self.args)
         return super().train(*args, **keywords)
@@ -278,18 +281,18 @@ class G2RLTrainer(GRPOTrainer):
     # --- one batch of responses -----------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._shapes:
-            return super()._generate_and_score_completions(inputs)
-        if not self.model.training:  # evaluation reports raw rewards
-            self._logs["extra"]["g2rl_bonus"].extend([None] * len(inputs) * self.accelerator.num_processes)
+        if not (self._shapes and self.model.training):  # evaluation reports raw rewards
+            if self._shapes:
+                nothing = [None] * len(inputs) * self.accelerator.num_processes
+                self._logs["extra"]["g2rl_bonus"].extend(nothing)
             return super()._generate_and_score_completions(inputs)
         self._measurement = measurement = _Measurement()
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._measurement = None
-            added = self._settle(measurement)
-        if added:  # as without us: the ratio of the only update is 1, to the bit
+            self._settle(measurement)
+        if measurement.num_iterations is not None:  # as without us: the only update's ratio is 1, to the bit
             del batch["old_per_token_logps"]
         if measurement.states:
             self._measure_states(measurement, batch)
@@ -303,15 +306,16 @@ class G2RLTrainer(GRPOTrainer):
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         every = args.steps_per_generation * self.num_iterations
         skips = args.gradient_accumulation_steps % every == 0 and not corrects  # as TRL decides
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([])
         if skips and self._samples_itself():
-            with last_hidden_state(backbone_of(innermost(self.model)), newest=True) as measurement.states:
-                generated: tuple[Any, ...] = super()._generate(prompts)
-            ids = generated[1]
-            if [len(state) for state in measurement.states] == [len(ids)] * max(map(len, ids)):
-                return generated
-            measurement.states = []  # several forwards a token, or several tokens a forward
-        else:
-            generated = super()._generate(prompts)
+            watched = last_hidden_state(backbone_of(innermost(self.model)), newest=True)
+        with watched as states:
+            generated: tuple[Any, ...] = super()._generate(prompts)
+        ids = generated[1]
+        # Otherwise a token took several forwards, or a forward gave several tokens
+        if states and [len(state) for state in states] == [len(ids)] * max(map(len, ids)):
+            measurement.states = states
+            return generated
         # Only now is the forward due: a rollout_func may call forwards of its own
         measurement.tool_mask, measurement.known_logprobs, measurement.due = generated[2], generated[4], True
         if skips:  # TRL is made to run the forward. Until it does, num_iterations has no other use
@@ -338,13 +342,11 @@ class G2RLTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 self._measure(measurement, head, pad(hidden, (0, 0, 0, more)), labels[rows])
 
-    def _settle(self, measurement: _Measurement) -> bool:
-        """The forward is not due any more; returns whether TRL would have skipped it."""
+    def _settle(self, measurement: _Measurement) -> None:
+        """The forward is not due any more, and num_iterations is the trainer's own again."""
         measurement.due = False
-        if measurement.num_iterations is None:
-            return False
-        self.num_iterations = measurement.num_iterations
-        return True
+        if measurement.num_iterations is not None:
+            self.num_iterations = measurement.num_iterations
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -366,63 +368,34 @@ class G2RLTrainer(GRPOTrainer):
         finally:
             self._scoring.measure = None
 
-    def _calculate_rewards(self, *inputs: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(*inputs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], *others: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, *others)
         if self._measurement is not None:
             self._measurement.rewards = rewards
-            self._measurement.texts = [completion_text(completion) for completion in inputs[2]]
+            self._measurement.texts = [completion_text(completion) for completion in completions]
         return rewards
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
         """What `shape_scores` needs to know of all ranks' completions, from the texts of this rank's."""
-        if not self._votes:
+        if self._reader is None:
             return {}
-        args, device = self.args, self.accelerator.device
-        if self._answer is None:
-            judge = MathJudge()
-            mine = answers_of(judge, texts)
-        else:
-            judge, mine = None, [(self._answer(text) or "").strip() or None for text in texts]
+        mine, embeddings = self._reader.read(texts)
         answers: list[str | None] = gather_object(mine)
-        if answers.count(None) == len(answers):
-            warnings.warn(
-                "no completion of the batch has an answer: g2rl_answer_func names the function that finds it",
-                stacklevel=2,
-            )
-        found: dict[str, Any] = {}
-        if args.g2rl_labels == "majority":
-            m = self.num_generations
-            groups = [(judge, answers[at : at + m]) for at in range(0, len(answers), m)]
-            found["votes"] = [answer for group in unify(groups) for answer in group]
-        if args.g2rl_algorithm == "evol_rl":
-            found["answered"] = torch.tensor([answer is not None for answer in answers], device=device)
-            found["embeddings"] = gather(self._encoder([compared_text(text) for text in texts]))
-        return found
+        groups = torch.arange(len(answers), device=self.accelerator.device) // self.num_generations
+        return self._reader.arguments(answers, None if embeddings is None else gather(embeddings), groups)
 
     def _shape(self, measurement: _Measurement, count: int) -> Tensor:
         """This rank's advantages [count], from the shaped rewards of all ranks; logs metrics and bonus."""
-        args, start = self.args, clock(self.accelerator.device)
+        start = clock(self.accelerator.device)
         assert measurement.rewards is not None
         rewards = measurement.rewards.clone()
-        scores = rewards[:, self._correctness]
-        name = f"rewards of {self.reward_func_names[self._correctness]}"
-        graded = args.g2rl_rewards == "graded"
-        if not graded:
-            check_gap(scores, args.g2rl_correctness_gap, name, "g2rl_correctness_gap")
-        if not graded and args.g2rl_labels == "truth" and args.g2rl_algorithm in ("g2rl", "evol_rl"):
-            option, remedy = "g2rl_correctness_threshold", "g2rl_rewards='graded'"
-            check_threshold(scores, args.g2rl_correctness_threshold, name, option, remedy)
-        shaped = shape_scores(
+        shaped = TRLSettings.of(self.args).shape(
             gather(torch.cat(measurement.features)),
-            scores,
-            ShapingOptions.of(args, "g2rl_"),
+            rewards[:, self._correctness],
+            f"rewards of {self.reward_func_names[self._correctness]}",
             group_size=self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             keys=gather(torch.cat(measurement.keys)),
             has_tokens=gather(torch.cat(measurement.has_tokens)),
-            threshold=args.g2rl_correctness_threshold,
-            gap=args.g2rl_correctness_gap,
-            algorithm=args.g2rl_algorithm,
-            graded=graded,
             **self._read(measurement.texts),
         )
         rewards[:, self._correctness] = shaped.scores

@@ -1,19 +1,18 @@
-"""G2RLConfig, and what its settings name: a reward function, a function that finds answers."""
+"""G2RLConfig, the reward function that its settings name, and checks of both with the data."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from ..group.options import SCORE_GATE, option, option_field
-from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, REWARDS, check_options
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, LABELS, REWARDS
 from ..models.encoder import DEFAULT_ENCODER
+from .systems import SystemSettings
 from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
 
 
@@ -89,10 +88,8 @@ class G2RLConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        prefix = "g2rl_"
-        ours = {k.removeprefix(prefix): v for k, v in vars(self).items() if k.startswith(prefix)}
-        check_options(ours, prefix)
-        algorithm = self.g2rl_algorithm
+        settings, algorithm = TRLSettings.of(self), self.g2rl_algorithm
+        settings.check(self.num_generations, "num_generations")
         if self.entropy_coef is None:
             self.entropy_coef = ENTROPY_COEF[algorithm]
         bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
@@ -101,9 +98,19 @@ class G2RLConfig(GRPOConfig):
                 f"entropy_coef: got {self.entropy_coef} with g2rl_algorithm={algorithm}: grpo has no entropy "
                 "bonus, and entropy_bonus has one; leave it unset for the algorithm's own"
             )
-        if self.epsilon_high is None and algorithm == "evol_rl":  # type: ignore[has-type]
-            self.epsilon_high = EVOL_CLIP_HIGH
+        self.epsilon_high = settings.clip_high(self.epsilon_high, None)  # type: ignore[has-type]
         super().__post_init__()
+
+
+class TRLSettings(SystemSettings):
+    """The settings of a G2RLConfig, as verl and SkyRL have them."""
+
+    prefix = "g2rl_"
+
+    @classmethod
+    def of(cls, args: G2RLConfig) -> TRLSettings:
+        given, names = vars(args), [one.name for one in fields(cls)]
+        return cls(**{name: given[cls.prefix + name] for name in names if cls.prefix + name in given})
 
 
 def check_prompts(train_dataset: Any, args: G2RLConfig) -> None:
@@ -161,19 +168,3 @@ def correctness_column(names: list[str], asked: str | int | None) -> int:
         f"g2rl_correctness_reward: got {asked!r}, needs the name, or the index from 0 to {last}, of the one "
         f"reward function that says whether an answer is right: {', '.join(names)}"
     )
-
-
-def answer_function(path: str | None) -> Callable[[str], str | None] | None:
-    """The function at a dotted path; None for None, where `MathJudge` reads and compares answers."""
-    if path is None:
-        try:
-            import math_verify  # noqa: F401
-        except ImportError:
-            raise ValueError("g2rl_answer_func: name a function, or pip install math-verify") from None
-        return None
-    module, _, name = path.rpartition(".")
-    try:
-        function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"g2rl_answer_func: cannot import {path!r} ({error})") from None
-    return function

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.utils import extract_model_from_parallel, gather_object
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
@@ -100,17 +100,20 @@ class Scoring:
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropies, label_mask=mask)
 
 
-_SCORING = "_g2rl_scoring"  # the model's attribute
+_SCORING = "_g2rl_scoring"  # the model's attribute, and the mark of our forward
 
 
 def scoring_of(model: Any) -> Scoring:
     """The `Scoring` of a model that TRL's `add_fused_lm_head` has prepared; at first TRL's own head answers.
 
+    Where a later trainer has prepared the model again, TRL's newer forward stands before ours: a new
+    `Scoring` and a forward around that one replace the earlier trainer's.
+
     In a copy of such a model TRL's forward would compute logits with the original's weights, which it has
     bound, so there the class's own forward gives them.
     """
     scoring: Scoring | None = vars(model).get(_SCORING)
-    if scoring is not None:
+    if scoring is not None and answers_by(model, scoring):
         return scoring
     bound = model.forward
     theirs = getattr(bound, "__func__", lambda _, *args, **inputs: bound(*args, **inputs))
@@ -125,10 +128,28 @@ def scoring_of(model: Any) -> Scoring:
     # unwrap_model(keep_fp32_wrapper=False) goes past this function.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
-    scoring = Scoring()
+    setattr(forward, _SCORING, True)
+    scoring = Scoring(copied=scoring is not None and scoring.copied)
     setattr(model, _SCORING, scoring)
     model.forward = types.MethodType(forward, model)
     return scoring
+
+
+def answers_by(model: Any, scoring: Scoring) -> bool:
+    """Whether the model's forward follows `scoring`: no other trainer has prepared it since."""
+    forward = model.forward
+    while not hasattr(forward, _SCORING) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__  # accelerate's autocast; TRL's own names the class's forward there
+    return vars(model).get(_SCORING) is scoring and hasattr(forward, _SCORING)
+
+
+def without_autocast(model: Any) -> None:
+    """Takes off the autocast that an earlier trainer's accelerate has left around a model's forward.
+
+    Log-probs of the backbone and of the whole model would differ, and so would this trainer's precision.
+    """
+    if isinstance(model, nn.Module):
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def innermost(model: Any) -> Any:

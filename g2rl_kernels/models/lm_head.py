@@ -248,7 +248,7 @@ def _compare_logits(model: Any, head: LMHead) -> None:
     hook = head.output.register_forward_hook(lambda _module, args, _output: entered.extend(args[:1]))
     try:
         ids = _some_tokens(model, head).to(weight.device)
-        with evaluation_mode(model):
+        with evaluation_mode(model), _without_autocast(model):
             theirs = model(input_ids=ids, use_cache=False).logits
             hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
     except Exception as error:  # whatever a family's forward raises at text alone
@@ -274,6 +274,19 @@ def _compare_logits(model: Any, head: LMHead) -> None:
             f"model: {name} is not causal: later tokens change the log-probs of earlier ones by {nats:.2g} "
             f"nats; {f'set {off[0]}: true in its configuration' if off else 'it is not supported'}"
         )
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """The model runs without the autocast that accelerate has put around its forward (not its backbone's)."""
+    own, wrapped = vars(model).get("_original_forward"), model.forward
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = wrapped
 
 
 SAME = 4  # the two rows of tokens start with so many that are equal

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError, need
 from ..group.options import EXPLORATION_SCORES, SCALES, SCORE_GATE, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
-from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_group_size
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
 
@@ -232,6 +232,7 @@ class TrainerConfig:
             if b % a:
                 near = max(a, b - b % a)
                 raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
+        check_group_size(self.group_size, "group_size", vars(self), "")
 
     def limits(self) -> Limits:
         """The limits of verification."""

@@ -188,9 +188,9 @@ def test_without_trl_the_error_says_what_to_install(
     for name in ("trl", "trl_seams"):
         monkeypatch.delattr(package, name)
         monkeypatch.delitem(sys.modules, f"g2rl_kernels.integrations.{name}")
-    monkeypatch.setattr("g2rl_kernels.versions.installed", lambda name: None)
+    monkeypatch.setitem(sys.modules, "trl", None)
     assert cli.main([recipe()]) == 2
-    assert "needs TRL: pip install 'g2rl-kernels[trl]'" in capsys.readouterr().err
+    assert "needs trl: pip install 'g2rl-kernels[trl]'" in capsys.readouterr().err
 
 
 def test_errors_in_training_keep_their_traceback(recipe: Any) -> None:

@@ -1,6 +1,7 @@
 """docs/compatibility.md is the record's page; what tools/matrix.py and tools/op_bits.py record is so."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,18 @@ from g2rl_kernels import versions
 
 compatibility = load_tool("compatibility")
 matrix = load_tool("matrix")
-REPORT = """<testsuites><testsuite>
-<testcase classname="tests.head.test_head" name="test_a"/>
-<testcase classname="tests.head.test_head" name="test_b[1]"><failure message="no">trace</failure></testcase>
-<testcase classname="tests.head.test_head" name="test_c"><error message="no">trace</error></testcase>
-<testcase classname="tests.head.test_head" name="test_d"><skipped message="no">why</skipped></testcase>
-</testsuite></testsuites>"""
+CASE = '<testcase classname="tests.head.test_head{}" file="tests/head/test_head.py" name="{}">{}</testcase>'
+FAILED, ERROR = '<failure message="no">trace</failure>', '<error message="no">trace</error>'
+UNREAD = f'<testcase classname="" file="tests/test_x.py" name="tests.test_x">{ERROR}</testcase>'
+B, C = "tests/head/test_head.py::test_b[1]", "tests/head/test_head.py::TestIt::test_c"
+
+
+def report(b: str = FAILED, c: str = ERROR, more: str = "") -> str:
+    """pytest's report: test_a passed, test_d was skipped."""
+    skipped = '<skipped message="no">why</skipped>'
+    cases = [("", "test_a", ""), ("", "test_b[1]", b), (".TestIt", "test_c", c), ("", "test_d", skipped)]
+    text = "".join(CASE.format(*case) for case in cases)
+    return f"<testsuites><testsuite>{text}{more}</testsuite></testsuites>"
 
 
 @pytest.fixture
@@ -66,26 +73,62 @@ def test_rows_are_stored_at_once_in_the_order_of_versions(record):
 
 
 def test_a_report_of_pytest_is_counted(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(REPORT)
-    failed = ["tests/head/test_head.py::test_b[1]", "tests/head/test_head.py::test_c"]
-    assert matrix.counts(report) == (1, 1, failed)
+    file = tmp_path / "report.xml"
+    twice = CASE.format("", "test_a", ERROR)  # its teardown failed
+    file.write_text(report(more=UNREAD + twice))
+    failed = ["tests/head/test_head.py::test_a", B, C, "tests/test_x.py"]
+    assert matrix.counts(matrix.outcomes(file)) == (0, 1, failed)
 
 
-def test_failed_tests_run_again_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("reports", "passed", "failed", "said"),
+    [
+        ([report(), report(c="")], 2, [B], "1 passed only alone"),
+        ([report(more=UNREAD), report(b="", c="")], 3, ["tests/test_x.py"], "2 passed only alone"),
+        ([report(b="", c="", more=UNREAD)], 3, ["tests/test_x.py"], ""),
+        ([report(b="", c="")], 3, [], ""),
+    ],
+)
+def test_failed_tests_run_again_alone(tmp_path, monkeypatch, reports, passed, failed, said):
     calls = []
 
     def run(command, log, cwd, **_):
+        text = reports[len(calls)]
         calls.append(command)
-        passing = '<error message="no">trace</error>' if len(calls) == 2 else ""
-        log.with_suffix(".xml").write_text(REPORT.replace(passing, ""))
+        log.with_suffix(".xml").write_text(text)
+        return int(">trace<" in text)
 
     monkeypatch.setattr(matrix, "run", run)
     shop = SimpleNamespace(workers=2, tree=tmp_path)
     result, note = matrix.run_tests("python", shop, tmp_path / "log.txt")
-    assert calls[1][-2:] == ["tests/head/test_head.py::test_b[1]", "tests/head/test_head.py::test_c"]
-    assert (result.passed, result.failed) == (2, ["tests/head/test_head.py::test_b[1]"])
-    assert note == "1 passed only alone"
+    assert all(call[-2:] == [B, C] for call in calls[1:])
+    assert len(calls) == len(reports)
+    assert (result.passed, result.failed, note) == (passed, failed, said)
+
+
+def test_failures_are_never_counted_as_passed(tmp_path, monkeypatch):
+    """By pytest itself: a class, a file that does not import, and names that pytest does not find again."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_class.py").write_text(
+        "class TestIt:\n    def test_no(self):\n        assert 0\n    def test_yes(self):\n        pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    shop, log = SimpleNamespace(workers=1, tree=tmp_path), tmp_path / "log.txt"
+    monkeypatch.setattr(matrix, "TESTS", ["tests"])
+    no = "tests/test_class.py::TestIt::test_no"
+    assert matrix.run_tests(sys.executable, shop, log) == ((1, 0, [no]), "")
+    (tmp_path / "tests" / "test_import.py").write_text("import nothing_of_this_name\n")
+    assert matrix.run_tests(sys.executable, shop, log)[0].failed == ["tests/test_import.py"]
+    monkeypatch.setattr(matrix, "TESTS", ["tests/test_missing.py"])
+    with pytest.raises(matrix.Unavailable, match=r"the tests did not run: .*test_missing"):
+        matrix.run_tests(sys.executable, shop, log)
+
+
+@pytest.mark.parametrize("given", ["/opt/py/bin/python3.14t", "3.14t=/no/such/python"])
+def test_an_interpreter_is_named_with_its_path(capsys, given):
+    with pytest.raises(SystemExit):
+        matrix.main(["--only", "3", "--python", given])
+    assert f"--python: got '{given}', needs NAME=PATH" in capsys.readouterr().err
 
 
 def test_a_reason_names_no_folder(tmp_path):

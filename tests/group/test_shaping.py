@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
+from g2rl_kernels.group import shaping
 from g2rl_kernels.group.metrics import describe
-from g2rl_kernels.group.options import SCORE_GATE, ShapingOptions
+from g2rl_kernels.group.options import EXPLORATION_SCORES, SCORE_GATE, SHAPINGS, ShapingOptions
 from g2rl_kernels.group.shaping import (
+    check_group_size,
     check_options,
     check_threshold,
     graded_rewards,
@@ -230,6 +233,24 @@ def test_graded_rewards_have_no_unit(scale: float, shift: float) -> None:
     )
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.2, 0.3], [10.1, 10.2, 10.3], [-0.3, -0.2, -0.1]], ids=str)
+def test_rounding_does_not_move_a_score_from_the_mean(scores: list[float]) -> None:
+    """In float32 the middle one lies above or below the mean of all by the last bits."""
+    rewards, half = graded_rewards(torch.tensor(scores), torch.zeros(3, dtype=torch.long))
+    assert rewards.tolist() == [-1.0, 0.0, 1.0]
+    torch.testing.assert_close(half, torch.full((3,), 0.1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_an_infinite_score_reaches_its_own_group_only(bad: float) -> None:
+    features, scores, ids = graded_batch()
+    alone = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    scores = torch.where(torch.arange(18) == 4, bad, scores)
+    found = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    assert torch.equal(found.bonus[ids != 1], alone.bonus[ids != 1])
+    assert found.bonus[ids == 1].isnan().all()
+
+
 def test_novelty_helps_the_better_half_and_harms_the_worse() -> None:
     features, scores, ids = graded_batch()
     shaped = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
@@ -266,6 +287,16 @@ def test_grades_need_the_truth() -> None:
         check_options({"rewards": "gradual"}, "x_")
 
 
+@pytest.mark.parametrize("threshold", ["0.5", None, True, torch.nan, torch.inf], ids=str)
+def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
+    """NaN would take every answer for wrong; text would fail after the first rollout."""
+    features, scores, ids = graded_batch()
+    with pytest.raises((TypeError, ValueError), match=r"x\.correctness_threshold: got .* needs a .*number"):
+        check_options({"correctness_threshold": threshold}, "x.")
+    with pytest.raises((TypeError, ValueError), match=r"threshold: got .* needs a .*number"):
+        shape_scores(features, scores, ShapingOptions(), group_ids=ids, threshold=threshold)
+
+
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
@@ -286,3 +317,58 @@ def test_scores_on_one_side_of_the_threshold_are_told(scores: list[float], said:
         check_threshold(torch.tensor(scores), 1.0, "scores", "limit", "x=y")
     assert len(told) == (said is not None)
     assert said is None or re.search(said, str(told[0].message))
+
+
+# --- groups of two ------------------------------------------------------------------------------------------
+
+RANDOM = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+# at some angle, almost alike, at right angles
+PAIRS = torch.stack([RANDOM[:2], RANDOM[:1] + 1e-3 * RANDOM[:2], torch.eye(2, 8)])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]], ids=["one", "both", "none"])
+@pytest.mark.parametrize("score", EXPLORATION_SCORES)
+@pytest.mark.parametrize("form", SHAPINGS)
+def test_a_pairs_advantages_are_grpos(form: str, score: str, rewards: list[float]) -> None:
+    options = {"group_size": 2, "exploration_score": score}
+    given = torch.tensor(rewards).repeat(len(PAIRS))
+    plain = g2.group_geometry(PAIRS.flatten(0, 1), given, lam=0, **options)
+    found = g2.group_geometry(PAIRS.flatten(0, 1), given, shaping=form, **options)
+    torch.testing.assert_close(found.advantages, plain.advantages, rtol=1e-6, atol=0)
+    bonus = found.shaped_rewards - given
+    odd = (form, score) == ("equation", "sqrt") and rewards[0] != rewards[1]  # the pair that is almost alike
+    assert (bonus[::2] - bonus[1::2]).tolist() == [0, 0.5 if odd else 0, 0]
+
+
+def test_three_responses_are_told_apart() -> None:
+    for form in SHAPINGS[1:3]:
+        found = g2.group_geometry(RANDOM[:3], SIGNS[:3], group_size=3, shaping=form).advantages
+        assert (found[0] - found[1]).abs() > 0.01  # both are right
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "told"),
+    [
+        (2, {}, True),
+        (1, {"algorithm": "g2rl", "shaping": "equation"}, True),
+        (3, {}, False),
+        (2, {"lam": 0.0}, False),
+        (2, {"shaping": "none"}, False),
+        (2, {"algorithm": "evol_rl"}, False),
+    ],
+    ids=str,
+)
+def test_groups_too_small_for_g2rl_are_told_once(
+    size: int, settings: dict[str, object], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shaping, "_told", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check_group_size(size, "responses", settings, "x_")
+    assert len(said) == told
+    if told:
+        expected = (
+            rf"^responses={size}: .* equally novel, .* at least 3 \(the paper uses 16\), or x_lam to 0$"
+        )
+        assert re.search(expected, str(said[0].message))

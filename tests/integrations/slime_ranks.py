@@ -7,6 +7,7 @@ writes what it found, by way, to FOLDER/rank<RANK>.pt.
 from __future__ import annotations
 
 import sys
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,8 @@ def errors() -> dict[str, str]:
         "only the reference's forward": attempt(prefix="ref_"),
         "unknown setting": attempt(g2rl={"lambda": 1}),
         "not a mapping": attempt(g2rl=0.5),
+        "switched off": attempt(g2rl=False),
+        "threshold as text": attempt(g2rl={"correctness_threshold": "5e-1"}),
         "setting out of range": attempt(g2rl={"lam": -1}),
         "ppo": attempt(advantage_estimator="ppo"),
         "own post-processing": attempt(custom_reward_post_process_path="a.b"),
@@ -168,6 +171,11 @@ def errors() -> dict[str, str]:
         "a micro-batch less": attempt(after={"micro_batch_indices": [[0, 1, 2]]}),
         "nothing wrong": attempt(),
     }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        slime.Settings.read(slime_stand_in.arguments(n_samples_per_prompt=4))
+        slime.Settings.read(slime_stand_in.arguments(n_samples_per_prompt=2))
+    said["groups of two"] = "; ".join(str(one.message) for one in told)
     slime.measure_features(slime_stand_in.arguments(), model[:1], "")
     said["another pipeline stage"] = str(slime._measurement)
     return said

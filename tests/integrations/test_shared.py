@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
 from g2rl_kernels import versions
+from g2rl_kernels.group import shaping
 from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.group.shaping import shape_scores
 from g2rl_kernels.integrations import systems
@@ -35,6 +40,39 @@ def test_missing_seams_are_all_named_with_the_versions_that_have_them(monkeypatc
     )
     with pytest.raises(ImportError, match=message):
         check_seams("verl", seams)
+
+
+class Config:
+    def __init__(self, others=None):
+        self.others = others
+
+
+def test_places_are_imported_and_attributes_found(monkeypatch):
+    monkeypatch.setitem(versions.TESTED, "torch", ("2.11", "2.15"))
+    here = f"torch.{Path(__file__).stem}"
+    monkeypatch.setitem(sys.modules, here, sys.modules[__name__])
+    check_seams("torch", {f"{here}:Config": {"others": ""}, f"{here}:Trainer": {"step": "batch / metrics"}})
+    seams = {
+        f"{here}:Config": {"other": ""},
+        f"{here}:Trainer": {"step": "metrics batch / metrics", "run": "one / two"},
+        f"{here}:Tester": {"step": ""},
+        f"{here}.parts": {},
+    }
+    message = (
+        rf"builds on: Config\.other, Trainer\.step \(its parameters metrics, batch\), "
+        rf"Trainer\.run \(its parameters one\), {here}\.Tester, {here}\.parts; install"
+    )
+    with pytest.raises(ImportError, match=message):
+        check_seams("torch", seams)
+
+
+def test_a_missing_package_is_told_from_a_missing_dependency(monkeypatch, tmp_path):
+    (tmp_path / "parted.py").write_text("import of_the_parted")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"needs unparted: pip install 'g2rl-kernels\[unparted\]'$"):
+        check_seams("unparted", {"unparted.parts": {}})
+    with pytest.raises(ModuleNotFoundError, match="No module named 'of_the_parted'"):
+        check_seams("parted", {"parted:Part": {}})
 
 
 class Lengths:
@@ -110,10 +148,24 @@ def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
     expected = shape_scores(features, scores, ShapingOptions(lam=0.9), threshold=0.3, graded=True, **rows)
     assert torch.equal(settings.shape(features, scores, **rows).bonus, expected.bonus)
     assert expected.bonus.any()
-    with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards=graded"):
+    with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards='graded'"):
         SystemSettings().shape(features, scores, **rows)
     with pytest.warns(UserWarning, match=r"further apart than algorithm\.g2rl\.correctness_gap=0\.1"):
         SystemSettings(correctness_gap=0.1, correctness_threshold=0.3).shape(features, scores, **rows)
+
+
+def test_settings_are_checked_and_small_groups_are_told(monkeypatch):
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(
+        UserWarning, match=r"^rollout\.n=2: .* equally novel, .* or algorithm\.g2rl\.lam to 0$"
+    ):
+        SystemSettings().check(2, "rollout.n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SystemSettings().check(4, "rollout.n")
+        SystemSettings(algorithm="grpo").check(2, "n")
+    with pytest.raises(ValueError, match=r"^algorithm\.g2rl\.clip: got 0"):
+        SystemSettings(clip=0).check(4, "rollout.n")
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ ERRORS = {
     "only the reference's forward": "RuntimeError: g2rl: no features were measured for this rollout.",
     "unknown setting": "ValueError: g2rl: got {'lambda': 1}, needs a mapping of lam, clip",
     "not a mapping": "ValueError: g2rl: got 0.5, needs a mapping of lam, clip",
+    "switched off": "ValueError: g2rl: got False, needs a mapping of lam, clip",
+    "threshold as text": "TypeError: g2rl.correctness_threshold: got str, needs a number",
     "setting out of range": "ValueError: g2rl.lam: got -1",
     "ppo": "ValueError: --advantage-estimator: got ppo, g2rl needs grpo, gspo, cispo",
     "own post-processing": "ValueError: --custom-reward-post-process-path: got a.b",
@@ -139,6 +141,7 @@ ERRORS = {
     "no partition": "RuntimeError: rollout_data: got no partition",
     "a micro-batch less": "RuntimeError: 2 micro-batches were measured, this rank has 1",
     "nothing wrong": "no error",
+    "groups of two": "--n-samples-per-prompt=2: with fewer than 3 responses in a group",
     "another pipeline stage": "None",
 }
 

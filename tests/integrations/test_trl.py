@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from tiny_trl import CHAT, Watched, config, length, logged, make_tokenizer, pari
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from g2rl_kernels import versions
+from g2rl_kernels.group import shaping
 from g2rl_kernels.integrations import trl_seams
+from g2rl_kernels.integrations.seams import check_seams
 from g2rl_kernels.integrations.trl import G2RLConfig, G2RLTrainer
 from g2rl_kernels.integrations.trl_config import correctness_column
 
@@ -159,30 +163,41 @@ def test_a_data_set_too_small_to_train_on_evaluates(make: Callable[..., Any]) ->
     assert unshaped.train().global_step == theirs.train().global_step == 0
 
 
+def test_small_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(UserWarning, match=r"^num_generations=2: .* equally novel, .* or g2rl_lam to 0$"):
+        config(tmp_path, num_generations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(tmp_path, num_generations=4)
+        config(tmp_path, num_generations=2, g2rl_algorithm="entropy_bonus")
+
+
 # --- TRL's versions -------------------------------------------------------------------------------------
 
 
 def test_a_trl_without_a_seam_is_refused_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    trl_seams.check_seams()
+    check_seams("trl", trl_seams.SEAMS)
     monkeypatch.delattr("trl.trainer.utils.FusedCausalLMOutput")
     monkeypatch.delattr(GRPOTrainer, "_generate")
     monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self, inputs, completions: None)
-    monkeypatch.setitem(trl_seams.NAMES, "trl.nowhere", ("f",))
-    monkeypatch.setattr(trl_seams, "ATTRIBUTES", (*trl_seams.ATTRIBUTES, "num_iteration"))
-    monkeypatch.setattr(trl_seams, "SETTINGS", (*trl_seams.SETTINGS, "epsilon_low"))
+    others = {
+        "trl.nowhere": {"f": ""},
+        "trl:NoTrainer": {"train": ""},
+        "trl:GRPOTrainer": {**trl_seams.SEAMS["trl:GRPOTrainer"], "num_iteration": ""},
+        "trl:GRPOConfig": {**trl_seams.SEAMS["trl:GRPOConfig"], "epsilon_low": ""},
+    }
     lacking = (
-        r"\(trl.trainer.utils.FusedCausalLMOutput; trl.nowhere; GRPOTrainer._generate\(prompts, ...\); "
-        r"GRPOTrainer._calculate_rewards\(inputs, prompts, completions, ...\); "
-        r"GRPOTrainer's attribute num_iteration; GRPOConfig.epsilon_low\): pip install 'trl==1.16.\*'"
+        r"^trl .* lacks what g2rl-kernels builds on: trl.trainer.utils.FusedCausalLMOutput, "
+        r"GRPOTrainer._generate, "
+        r"GRPOTrainer._calculate_rewards \(its parameters prompts, completions\), GRPOTrainer.num_iteration, "
+        r"GRPOConfig.epsilon_low, trl.nowhere, trl.NoTrainer; .*pip install 'trl==1.16.\*'"
     )
     with pytest.raises(ImportError, match=lacking):
-        trl_seams.check_seams()
+        check_seams("trl", {**trl_seams.SEAMS, **others})
 
 
 def test_a_trl_that_was_not_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda package: "1.99.0")
     with pytest.warns(versions.UntestedVersionWarning, match=r"trl 1.99.0 is newer"):
-        trl_seams.check_seams()
-    monkeypatch.setattr(versions, "installed", lambda package: None)
-    with pytest.raises(ImportError, match=r"needs TRL: pip install 'g2rl-kernels\[trl\]'"):
-        trl_seams.check_seams()
+        importlib.reload(trl_seams)

@@ -19,7 +19,7 @@ from tiny_trl import save_model
 from trl_ddp_script import run
 
 import g2rl_kernels
-from g2rl_kernels.integrations import trl as integration
+from g2rl_kernels.integrations import systems
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 WRAPPED = {
@@ -35,7 +35,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """One test for all ways: starting the processes takes longer than training in them."""
     save_model(tmp_path / "model")
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
-    monkeypatch.setattr(integration, "SentenceEncoder", None)  # the script sets it; restored at the end
+    monkeypatch.setattr(systems, "SentenceEncoder", None)  # the script sets it; restored at the end
     for way in ("alone", "alone-evol", "alone-head"):
         run(tmp_path, way)
     geometry_ddp.run(tmp_path, "alone")

@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from g2rl_kernels.integrations.geometry_callback import GeometryCallback
+from g2rl_kernels.integrations.trl_head import scoring_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -49,11 +50,85 @@ def assert_computes_with_its_own_weights(model: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def learned_positions() -> Any:
+    """A tiny GPT-2, whose log-probs depend on where padding counts positions from."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=25, **sizes, **drops, **ends)
+    return transformers.GPT2LMHeadModel(config)
+
+
 def disturbed(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+# --- a model in one trainer after another ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("first", [G2RLTrainer, GRPOTrainer])
+def test_a_second_trainer_measures_the_same_model(make: Callable[..., Any], first: type, bf16: bool) -> None:
+    """TRL puts its forward before the first trainer's, and accelerate's autocast stays on the model."""
+    trainer = make(first, num_iterations=2, bf16=bf16)
+    trainer.train()
+    second = make(Watched, model=trainer.model, num_iterations=2, temperature=0.6)
+    second.train()
+    for seen in second.seen:
+        torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
+    assert trainer.model is second.model
+
+
+def test_a_second_trainer_counts_positions(make: Callable[..., Any]) -> None:
+    model = learned_positions()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="needs position_ids"):
+            trainer = make(Watched, model=model, processing_class=make_tokenizer(), num_iterations=2)
+        trainer.train()
+        for seen in trainer.seen:
+            torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}], ids=["states", "forward"])
+@pytest.mark.parametrize("second", [G2RLTrainer, GRPOTrainer])
+def test_the_first_trainer_says_that_it_has_lost_the_model(
+    make: Callable[..., Any], second: type, settings: dict[str, Any]
+) -> None:
+    """Its log-probs would be at the second one's temperature."""
+    first = make(**settings)
+    make(second, model=first.model, temperature=0.5)
+    with pytest.raises(RuntimeError, match="another trainer was made of it since"):
+        first.train()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_trains_again(make: Callable[..., Any], bf16: bool) -> None:
+    trainer = make(Watched, max_steps=1, generation_kwargs={"repetition_penalty": 1.1}, bf16=bf16)
+    for count in (1, 2):
+        trainer.train()
+        assert len(trainer.seen) == count
+        assert scoring_of(trainer.model) is trainer._scoring
+
+
+def test_the_callback_measures_in_a_second_trainer(make: Callable[..., Any]) -> None:
+    model = None
+    for _ in range(2):
+        trainer = make(GRPOTrainer, **({"model": model} if model else {}))
+        trainer.add_callback(GeometryCallback(trainer, every=1))
+        trainer.train()
+        assert len(logged(trainer, "g2rl/cos_mean")) == 2
+        model = trainer.model
+
+
+def test_a_copy_in_a_second_trainer_computes_with_its_own_weights(make: Callable[..., Any]) -> None:
+    trainer = make()
+    trainer.train()
+    second = make(model=copy.deepcopy(trainer.model))
+    assert_computes_with_its_own_weights(disturbed(second.model))
 
 
 # --- copies ---------------------------------------------------------------------------------------------
@@ -112,12 +187,7 @@ def test_a_model_is_pickled_as_trls_is(make: Callable[..., Any]) -> None:
 
 
 def test_a_copy_with_positions_counts_them(make: Callable[..., Any], tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
-    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    config = transformers.GPT2Config(vocab_size=25, **sizes, **drops, **ends)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    learned_positions().save_pretrained(tmp_path / "gpt2")
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.warns(UserWarning, match="needs position_ids"):
         trainer = make(model=str(tmp_path / "gpt2"), g2rl_lam=0)

@@ -14,7 +14,7 @@ from tiny_trl import Letters, Watched, assert_same_run, logged, trained
 from trl import GRPOTrainer
 
 from g2rl_kernels.group.evol import evol_rewards, majority_labels
-from g2rl_kernels.integrations import trl as integration
+from g2rl_kernels.integrations import systems
 from g2rl_kernels.integrations.trl_head import completion_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL call
 
 @pytest.fixture
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration, "SentenceEncoder", Letters)
+    monkeypatch.setattr(systems, "SentenceEncoder", Letters)
 
 
 def last_letter(text: str) -> str | None:
@@ -67,7 +67,7 @@ def test_evol_rl_trains_on_its_rewards(make: Callable[..., Any], labels: str) ->
         assert not torch.equal(right, majority_labels(answers, torch.arange(len(answers)) // 4))
         right = majority_labels(answers, torch.arange(len(answers)) // 4)
     valid = torch.tensor([answer is not None for answer in answers])
-    evolved = evol_rewards(trainer._encoder(texts), right, torch.arange(len(right)) // 4, valid)
+    evolved = evol_rewards(trainer._reader.encoder(texts), right, torch.arange(len(right)) // 4, valid)
     groups = ((evolved + 1) / 2).view(-1, 4)  # the correctness reward is 0 or 1
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-4, atol=1e-5)
@@ -99,8 +99,8 @@ def test_majority_labels_need_no_truth(make: Callable[..., Any]) -> None:
 @pytest.mark.usefixtures("_letters")
 def test_a_batch_without_answers_is_told(make: Callable[..., Any]) -> None:
     trainer = make(g2rl_algorithm="evol_rl", g2rl_answer_func="builtins.min", max_steps=1)
-    trainer._answer = lambda text: " "
-    with pytest.warns(UserWarning, match="no completion of the batch has an answer: g2rl_answer_func"):
+    trainer._reader.answer = lambda text: " "
+    with pytest.warns(UserWarning, match="no response of the batch has an answer: g2rl_answer_func"):
         trainer.train()
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tiny_trl import Letters, config, logged, parity, prompts
 from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 
-from g2rl_kernels.integrations import trl as integration
+from g2rl_kernels.integrations import systems
 from g2rl_kernels.integrations.trl import G2RLTrainer
 
 EVOL = {
@@ -70,7 +70,7 @@ def run(folder: Path, way: str) -> None:
     out, head = folder / way, way.endswith("-head")
     share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
     own = EVOL if way.endswith("-evol") else {}
-    integration.SentenceEncoder = Letters
+    systems.SentenceEncoder = Letters
     # SGD, because Adam would magnify rounding
     args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share, **own)
     if way.startswith("fsdp"):

@@ -103,3 +103,21 @@ def test_the_comparison_leaves_every_module_in_its_mode() -> None:
     with pytest.raises(RuntimeError, match="does something unknown"):
         g2.find_head(model)
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_model_that_accelerate_has_prepared(precision: str) -> None:
+    """Its autocast is around the model's forward alone, and stays there."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=True)
+        model = accelerator.prepare(make("Qwen3", {"head_dim": 16}))
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before = model.forward, model(input_ids=ids).logits
+    head = g2.find_head(model)
+    assert head.output is model.get_output_embeddings()
+    assert model.forward == before[0]
+    assert torch.equal(model(input_ids=ids).logits, before[1])

@@ -107,3 +107,19 @@ def test_a_changed_ops_file_stops_the_build(monkeypatch, tmp_path):
     (tmp_path / "_ops.py").write_text('import torch\n\nNAMESPACE = "g2rl"\n')
     with pytest.raises(SystemExit, match="one import of _C"):
         hub_kernel.ops_file("_id", None)
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", "notes.txt", "build/objects/a.o"])
+def test_a_folder_with_other_files_is_not_replaced(tmp_path, monkeypatch, name):
+    """Such as a clone of the Hub's repository, or a home folder."""
+    monkeypatch.setattr(hub_kernel, "write_variant", lambda folder, *_: folder.mkdir(parents=True))
+    for _ in range(2):  # an earlier build is replaced
+        hub_kernel.build(tmp_path / "kernel", native=False)
+    file = tmp_path / "kernel" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(
+        SystemExit, match=r"--out: .*kernel holds (\.git|notes\.txt|objects), which a build would"
+    ):
+        hub_kernel.build(tmp_path / "kernel", native=False)
+    assert file.read_text() == "mine"

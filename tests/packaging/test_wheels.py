@@ -1,8 +1,10 @@
 """Wheels for older systems: tools/wheels.py, and what csrc/runtime adds to binaries built with G2RL_GLIBC."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -107,6 +109,19 @@ def test_a_missing_linker_is_named(tmp_path):
     assert "G2RL_GLIBC=2.28 links with zig: pip install ziglang" in done.stderr
 
 
+def test_libraries_are_those_of_the_whole_command(monkeypatch):
+    """CXX may begin with ccache, and flags may follow."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    library_file = runpy.run_path("setup.py")["library_file"]
+    found = library_file(["env", compiler(), "-O3", "-Wall"], "libgcc.a")
+    assert Path(found).is_file()
+    with pytest.raises(SystemExit, match=r"knows no libnothing\.so; CXX names a g"):
+        library_file([compiler()], "libnothing.so")
+    with pytest.raises(SystemExit, match=r"env knows no libgcc\.a: env: "):
+        library_file(["env"], "libgcc.a")
+
+
 def wheel_with(folder: Path, sources: dict[str, str]) -> Path:
     """A zip of shared libraries made from C."""
     path = folder / "some.whl"
@@ -167,9 +182,39 @@ def test_pythons_are_found_once_a_version_where_they_run(wheels, tmp_path, monke
     expected = [script("bin/python3.10", 0), script("home/.pyenv/versions/3.11.4/bin/python3", 0)]
     script("home/.pyenv/versions/3.10.2/bin/python3", 0)
     script("home/.pyenv/versions/3.12.1/bin/python3", 1)
+    script("home/.pyenv/versions/3.13.0t/bin/python3", 0)  # free-threaded: another wheel
+    expected.append(script("home/.pyenv/versions/3.13.5/bin/python3", 0))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin")
     monkeypatch.setenv("HOME", f"{tmp_path}/home")
     assert wheels.found_pythons() == expected
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_dist_gets_only_a_wheel_whose_tests_passed(wheels, tmp_path, monkeypatch, passes):
+    def build(_environment, work):
+        for name in ("some.whl", "some.tar.gz"):
+            (work / name).write_text("made")
+        return work / "some.whl", work / "some.tar.gz"
+
+    def check(*_):
+        if not passes:
+            sys.exit("[wheels] failed with 1: pytest")
+        return "tests: 1 passed"
+
+    monkeypatch.setattr(wheels.Environment, "create", lambda self: self.folder.mkdir())
+    monkeypatch.setattr(wheels, "build", build)
+    monkeypatch.setattr(wheels, "check", check)
+    dist = tmp_path / "new" / "dist"
+    with contextlib.nullcontext() if passes else pytest.raises(SystemExit):
+        wheels.make_wheel(dist, quick=True)
+    assert sorted(file.name for file in dist.glob("*")) == (["some.tar.gz", "some.whl"] if passes else [])
+
+
+def test_a_missing_interpreter_is_told_before_work(wheels, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["wheels.py", sys.executable, "python3.99"])
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(SystemExit, match=r"no such interpreter: python3\.99"):
+        wheels.main()
 
 
 def test_the_example_is_readmes_op(wheels):
@@ -183,3 +228,22 @@ def test_a_release_has_every_python(wheels):
     pythons = [f"3.{minor}" for minor in wheels.MINORS]
     assert re.findall(r"^ +(3\.\d+)$", text, re.MULTILINE) == pythons
     assert f'PYTHONS="{" ".join(f"python{version}" for version in pythons)}"' in text
+
+
+@pytest.mark.parametrize(
+    ("tag", "released"), [("v0.2.0", True), ("v0.2", False), ("v0.1.0", False), ("v0.2.0rc1", False)]
+)
+def test_a_release_checks_its_tag_before_it_builds(tmp_path, tag, released):
+    """The tag is the version of the sources, and the changelog has its section."""
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +- run: (.+)$", text, re.MULTILINE)
+    checks = commands[: next(i for i, command in enumerate(commands) if "make wheels" in command)]
+    (tmp_path / "g2rl_kernels").mkdir()
+    (tmp_path / "g2rl_kernels" / "__init__.py").write_text('import torch\n__version__ = "0.2.0"\n')
+    log = "# Changes\n\n## 0.2.0, 2027-01-01\n\nnew\n\n## 0.1.0\n\nold\n"
+    (tmp_path / "CHANGELOG.md").write_text(log)
+    environment = os.environ | {"GITHUB_REF_NAME": tag}
+    failed = subprocess.run(["bash", "-ec", "\n".join(checks)], cwd=tmp_path, env=environment).returncode
+    assert (failed == 0) == released
+    if released:
+        assert (tmp_path / "notes.md").read_text() == "## 0.2.0, 2027-01-01\n\nnew\n\n"

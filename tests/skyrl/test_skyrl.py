@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from g2rl_kernels import versions
 from g2rl_kernels.errors import TrainerError
-from g2rl_kernels.group import reference
+from g2rl_kernels.group import reference, shaping
 from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.integrations import skyrl
 from g2rl_kernels.integrations.skyrl import REQUEST, G2RLConfig, G2RLSettings, G2RLTrainer, group_ids
@@ -266,6 +266,14 @@ def test_the_algorithm_decides_entropy_and_clip_where_they_are_unset(overrides, 
     assert algorithm.use_entropy_loss == (entropy is not None)
     assert entropy is None or algorithm.entropy_loss_coef == entropy
     assert algorithm.eps_clip_high == clip
+
+
+def test_small_groups_are_told(monkeypatch):
+    monkeypatch.setattr(shaping, "_told", set())
+    cfg = configure("generator.n_samples_per_prompt=2")
+    said = rf"^generator\.n_samples_per_prompt=2: .* equally novel, .* {PREFIX}g2rl\.lam to 0$"
+    with pytest.warns(UserWarning, match=said):
+        cfg.trainer.algorithm.g2rl.apply(cfg)
 
 
 @pytest.mark.parametrize(

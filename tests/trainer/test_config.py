@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
+from g2rl_kernels.group import shaping
 from g2rl_kernels.group.shaping import ALGORITHMS
 from g2rl_kernels.trainer import ConfigError, TrainerConfig
 
@@ -165,3 +167,14 @@ def test_recipes_are_valid_with_every_system(path: Path, algorithm: str) -> None
     config = TrainerConfig.load(path, [f"algorithm={algorithm}"])
     assert config.tasks
     assert config.algorithm == algorithm
+
+
+def test_small_groups_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(UserWarning, match=r"^group_size=2: .* equally novel, .* or lam to 0$"):
+        TrainerConfig.from_dict({"group_size": 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrainerConfig.from_dict({"group_size": 4})
+        TrainerConfig.from_dict({"group_size": 2, "algorithm": "grpo"})
+        TrainerConfig.from_dict({"group_size": 2, "lam": 0.0})

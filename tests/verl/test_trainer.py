@@ -9,7 +9,7 @@ from steps import PROMPTS, SCORES, Step, compose_config
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from g2rl_kernels.group import reference
+from g2rl_kernels.group import reference, shaping
 from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, is_patched
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync, _with_bonus, group_ids
@@ -225,8 +225,10 @@ def test_a_bonus_goes_to_the_last_token_and_nothing_changes_no_bit():
 GRPO = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.name=vllm")
 
 
-def test_settings_default_and_are_read_from_the_command_line():
-    assert G2RLSettings.read(compose_config(*GRPO)) == G2RLSettings()
+def test_settings_default_and_are_read_from_the_command_line(monkeypatch):
+    monkeypatch.setattr(shaping, "_told", set())
+    with pytest.warns(UserWarning, match=r"^actor_rollout_ref\.rollout\.n=1: .* equally novel"):
+        assert G2RLSettings.read(compose_config(*GRPO)) == G2RLSettings()  # verl's default is one response
     options = ["lam=1", "shaping=equation", "correctness_gap=2", "correctness_threshold=0"]
     config = compose_config(*GRPO, *(f"+algorithm.g2rl.{option}" for option in options))
     expected = G2RLSettings(lam=1.0, shaping="equation", correctness_gap=2.0, correctness_threshold=0.0)
@@ -238,7 +240,7 @@ def test_settings_default_and_are_read_from_the_command_line():
     [
         (
             "+algorithm.g2rl.lamda=1",
-            "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: algorithm",
+            "algorithm.g2rl: Key 'lamda' not in 'G2RLSettings'; options: lam",
         ),
         ("+algorithm.g2rl.lam=much", "algorithm.g2rl: Value 'much' of type 'str' could not be convert"),
         ("+algorithm.g2rl.lam=-1", "algorithm.g2rl.lam: got -1.0, needs a positive finite number, or 0"),

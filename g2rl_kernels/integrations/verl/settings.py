@@ -33,7 +33,7 @@ class G2RLSettings(SystemSettings):
             reason = str(error).splitlines()[0]
             names = ", ".join(OmegaConf.structured(cls))
             raise ValueError(f"algorithm.g2rl: {reason}; options: {names}") from None
-        settings.check()
+        settings.check(config.actor_rollout_ref.rollout.n, "actor_rollout_ref.rollout.n")
         algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
         if algorithm.adv_estimator != AdvantageEstimator.GRPO:
             raise ValueError(f"algorithm.adv_estimator: got {algorithm.adv_estimator}, g2rl_sync needs grpo")
