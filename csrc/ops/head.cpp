@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const
 // weight may be one rank's rows of a larger vocabulary: tokens outside [0, V) belong to other ranks.
 // kept: bytes for whole blocks of logits. tokens: those of the forward pass; first: the one that this call begins with.
 KeptLogits kept_logits(const HeadArgs& args, const std::optional<Tensor>& kept, int64_t tokens, int64_t first) {
-  if (!kept || kept->numel() == 0) return {};
+  if (!kept || kept->numel() == 0 || tokens == 0) return {};
   require(kept->dim() == 1 && kept->scalar_type() == ScalarType::Byte && kept->is_contiguous(), "kept has to be contiguous bytes");
   require(0 <= first && first % 16 == 0 && first + args.N <= tokens, "kept_first = ", first, ", needs a multiple of 16, at most ",
           tokens - args.N);
