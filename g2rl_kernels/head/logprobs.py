@@ -255,8 +255,13 @@ def _gradients(
             sweep(everything, vocabulary, Sums(None, gw))
     else:
         start = max(0, (V - 2 * N) // SLAB * SLAB)
-        memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()
-        for rows in tiled.slices(0, N, max(1, (V - start) // 2 // ROWS) * ROWS):
+        room = V - start
+        if room < 2 * min(N, ROWS):
+            room = 2 * min(N, ROWS)
+            memory = hidden.new_empty(room * d)
+        else:
+            memory = grad_weight[start:].flatten()
+        for rows in tiled.slices(0, N, max(ROWS, room // 2 // ROWS * ROWS)):
             n = rows.stop - rows.start
             sums = memory[: 2 * n * d].view(torch.float32).view(n, d).zero_()
             sweep(rows, slice(0, start), Sums(sums, gw, sum_bias))

@@ -261,12 +261,12 @@ def test_opcheck(alone, trained):
         inputs[name].requires_grad_()
     head = inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0
     args = (inputs["hidden"], tokens, *head, "reference", group)
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, args)
+    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20))
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
         features_args = (*args[:7], *case.responses, None, None, *args[7:])
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
-        outputs = torch.ops.g2rl.linear_logprobs(*args)
+        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20)
         needs = (True, True, True)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,

@@ -31,7 +31,7 @@ static void keep_logits(const HeadChunk& c, int64_t v0, int64_t count, const flo
     const float* z = logits + column;
     if (kept.size == 4) {
       float* out = (float*)kept.logits(block, group) + lane;
-      for (int64_t r = 0; r < count; r++) store(out + r * 16, load(z + r * width));
+      for (int64_t r = 0; r < kBlock; r++) store(out + r * 16, r < count ? load(z + r * width) : splat(0.0f));
       return;
     }
     vf top = none;
@@ -43,6 +43,7 @@ static void keep_logits(const HeadChunk& c, int64_t v0, int64_t count, const flo
       const vf y = (load(z + r * width) - top) * log2e;
       store_code(out + r * 16, less(y, least, nothing, sqrt(at_least(least, y) * scale)));
     }
+    for (int64_t r = count; r < kBlock; r++) store_code(out + r * 16, splat(0.0f));
   });
 }
 
