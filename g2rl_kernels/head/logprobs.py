@@ -282,7 +282,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    operands, outputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # read once: checkpointing allows no more
+    operands, outputs = saved[:4], saved[4:]
     incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
     grads = _backward_op(*incoming, *operands, *ctx.options, *outputs, *needs)

@@ -5,6 +5,7 @@ import torch
 from examples import given, st
 from oracle import CPU_BACKENDS, environment, make_case
 from strategies import cases
+from torch.utils.checkpoint import checkpoint
 
 import g2rl_kernels as g2
 from g2rl_kernels.head import cpu, logprobs
@@ -136,6 +137,20 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
     assert asked == [0, 0]
     g2.linear_logprobs(case.hidden, case.weight, case.tokens)
     assert asked == [0, 0, logprobs.LOGITS_MEMORY]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call_has_the_same_gradients(reentrant):
+    case = make_case([33], V=1000, d=16, dtype=torch.float32)
+    leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight)]
+
+    def loss(hidden, weight):
+        return sum(one.sum() for one in g2.linear_logprobs(hidden, weight, case.tokens))
+
+    plain = torch.autograd.grad(loss(*leaves), leaves)
+    checkpoint(loss, *leaves, use_reentrant=reentrant).backward()  # reentrant ones refuse autograd.grad
+    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, plain, strict=True))
+    assert min(gradient.abs().max() for gradient in plain) > 0
 
 
 @pytest.mark.parametrize(
