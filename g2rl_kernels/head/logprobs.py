@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .._ops import qualified
-from ..arguments import check_token_values, may_read_values
+from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
@@ -109,10 +109,7 @@ def _check(
 ) -> tuple[HeadSpec, str]:
     """The head in the form that backends take, and the backend's name; whole: as in features.py."""
     head = head.checked(hidden, tokens, (*DTYPES, torch.float64))
-    if isinstance(logits_memory, bool) or not isinstance(logits_memory, int):
-        raise TypeError(f"logits_memory: got {type(logits_memory).__name__}, needs a whole number of bytes")
-    if not 0 <= logits_memory < 2**63:
-        raise ValueError(f"logits_memory: got {logits_memory}, needs a number of bytes, 0 or more")
+    check_bytes("logits_memory", logits_memory)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
     if hidden.dtype != torch.float64:
