@@ -38,8 +38,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the checkout's kernels, insta
 
 from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
 
+from g2rl_kernels.versions import minor  # noqa: E402
+
 NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4
+
+AMD_SINCE = (3, 9)  # the oldest Triton that compiles all kernels for AMD; 3.7 aborts over float64 products
 
 # Limits of a multiprocessor, shared by the programs on it. On NVIDIA's each program takes 1024 bytes of
 # shared memory on top of its own, and registers in steps of 8 a thread. On AMD's each of four groups of lanes
@@ -206,7 +210,9 @@ def parser() -> argparse.ArgumentParser:
     scopes.add_argument("--shipped", action="store_true", help="leave out what only `g2rl tune` tries")
     scopes.add_argument("--quick", action="store_true", help="the shipped choice of each kind, bfloat16")
     every = (*map(str, NVIDIA), *AMD)
-    found.add_argument("--arch", nargs="+", choices=every, default=every, help="GPUs (default: all)")
+    found.add_argument(
+        "--arch", nargs="+", choices=every, help="GPUs (default: all; AMD's from Triton 3.9 on)"
+    )
     found.add_argument("--kernel", default="", metavar="NAME", help="kernels whose name contains this alone")
     found.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     found.add_argument(
@@ -222,7 +228,7 @@ def arguments() -> argparse.Namespace:
     """The command line; ends the program where a table would lack what it says, or a column."""
     command = parser()
     args = command.parse_args()
-    if args.write and (args.kernel or len(set(args.arch)) < len(NVIDIA) + len(AMD)):
+    if args.write and (args.kernel or args.arch):
         command.error("--write: the committed table has all kernels and GPUs: leave --kernel and --arch out")
     for folder in args.with_triton:
         if not (folder / "triton" / "__init__.py").is_file():
@@ -243,7 +249,8 @@ def main() -> int:
 
     from g2rl_kernels._files import write_whole
 
-    architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch]
+    known = (*NVIDIA, *(AMD if minor(triton.__version__) >= AMD_SINCE else ()))
+    architectures = [int(arch) if arch.isdigit() else arch for arch in args.arch or map(str, known)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         cases = [case for case in all_cases(architectures, scope) if args.kernel in case.kernel]
@@ -255,8 +262,8 @@ def main() -> int:
         args.json.write_text(json.dumps(found))
         versions = [found]
     else:
-        same = [f"--{scope}"] * (scope != "all") + ["--arch", *args.arch, "--jobs", str(args.jobs)]
-        same += ["--kernel", args.kernel]
+        same = [f"--{scope}"] * (scope != "all") + ["--jobs", str(args.jobs), "--kernel", args.kernel]
+        same += ["--arch", *args.arch] if args.arch else []
         versions = [found, *(with_triton(folder, same) for folder in args.with_triton)]
         text = kernel_table.page(versions, found["triton"], scope)
         if args.write:

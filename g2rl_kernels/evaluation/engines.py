@@ -38,6 +38,10 @@ class Decoding:
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot work."""
+        for name in ("n", "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name}={value}: must be a whole number")
         if self.n < 1:
             raise ConfigError(f"n={self.n}: must be at least 1, the number of responses a problem")
         if not 0 <= self.temperature < math.inf:

@@ -251,6 +251,8 @@ def test_greedy_and_top_p_and_top_k():
         (Decoding(temperature=math.inf), "temperature=inf"),
         (Decoding(top_p=0), "top_p=0"),
         (Decoding(top_k=-1), "top_k=-1"),
+        (Decoding(top_k=2.5), "top_k=2.5: must be a whole number"),
+        (Decoding(n=True), "n=True: must be a whole number"),
     ],
 )
 def test_wrong_decoding(tmp_path, decoding, message):

@@ -76,10 +76,6 @@ def test_amd_in_short(tmp_path):
     compare(json.loads((tmp_path / "found.json").read_text()), "AMD")
 
 
-@pytest.mark.xfail(
-    reason="the table is still that of Triton 3.7.1 on three GPUs; kernel_resources.py --write makes it anew",
-    strict=True,
-)
 @pytest.mark.parametrize(
     ("section", "targets"),
     [

@@ -165,3 +165,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_built(monkeypa
     with pytest.raises(ValueError, match=r".*") as error:
         G2RLTrainerSync(compose_config(*GRPO, *options))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["false", "0", "[]"])
+def test_what_is_no_mapping_does_not_mean_the_defaults(value):
+    with pytest.raises(ValueError, match=r"algorithm.g2rl: got .*, needs options; leave it out"):
+        G2RLTrainerSync(compose_config(*GRPO, f"+algorithm.g2rl={value}"))

@@ -26,8 +26,11 @@ class G2RLSettings(SystemSettings):
         Raises ValueError, naming the option, for a setting that cannot work, and for options of verl that
         leave no GRPO advantages to shape or no forward pass that gives features.
         """
+        given = config.algorithm.get("g2rl")
+        if not isinstance(given, DictConfig | None):
+            raise ValueError(f"algorithm.g2rl: got {given!r}, needs options; leave it out for the defaults")
         try:
-            merged = OmegaConf.merge(OmegaConf.structured(cls), config.algorithm.get("g2rl") or {})
+            merged = OmegaConf.merge(OmegaConf.structured(cls), given or {})
             settings: G2RLSettings = OmegaConf.to_object(merged)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
