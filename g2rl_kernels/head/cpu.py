@@ -12,7 +12,6 @@ from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, Toke
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
-
 BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits: KeptLogits in csrc/cpu/head.h
 
 

@@ -35,8 +35,8 @@ from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
-# Sweeps begin at multiples of this, as csrc/cpu/logprobs.cpp adds up hidden's gradient by slabs that divide it:
-# the same sums wherever `_gradients` cuts the vocabulary.
+# Sweeps begin at multiples of this, since csrc/cpu/logprobs.cpp adds up hidden's gradient by slabs that divide
+# it: the same sums wherever `_gradients` cuts the vocabulary.
 SLAB = 1536
 ROWS = 64  # and at multiples of this many tokens, as logits are kept by tiles
 
@@ -60,8 +60,9 @@ def linear_logprobs(
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
     Neither forward nor backward makes a tensor of N x V beyond logits_memory; beside that and the gradients
-    backends "cpu" and "triton" need less than 64 MiB. Sums are in float32 or better; gradients are rounded once, to the dtype of their
-    input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no weight gradient.
+    backends "cpu" and "triton" need less than 64 MiB. Sums are in float32 or better; gradients are rounded
+    once, to the dtype of their input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no
+    weight gradient.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16, or float64 (for gradient checks: float64 throughout, in

@@ -35,7 +35,16 @@ from .target import head_target
 from .tile import LOG2E, HeadOperands, programs
 from .tuning import Config
 
-__all__ = ["features", "features_of_part", "finish", "kept_bytes", "statistics", "sweep", "terms", "token_statistics"]
+__all__ = [
+    "features",
+    "features_of_part",
+    "finish",
+    "kept_bytes",
+    "statistics",
+    "sweep",
+    "terms",
+    "token_statistics",
+]
 
 KNOWN_TOLERANCE = 0.01
 GROSS = (-60.0, 10.0)  # log2 l outside: start afresh
