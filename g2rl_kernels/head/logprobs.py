@@ -35,7 +35,7 @@ from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
-# Sweeps begin at multiples of this: csrc/cpu/logprobs.cpp adds up hidden's gradient by slabs that divide it, so
+# Sweeps begin at multiples of this: csrc/cpu/logprobs.cpp sums hidden's gradient by slabs that divide it, so
 # that sums are the same wherever `_gradients` cuts the vocabulary.
 SLAB = 1536
 ROWS = 64  # and at multiples of this many tokens, as logits are kept by tiles
