@@ -273,6 +273,7 @@ def _gradients(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, tokens, weight, bias, *options, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
     ctx.save_for_backward(hidden, tokens, weight, bias, *output)
     ctx.options = options
 

@@ -5,6 +5,7 @@ import torch
 from examples import given, st
 from oracle import CPU_BACKENDS, environment, make_case
 from strategies import cases
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import g2rl_kernels as g2
@@ -151,6 +152,16 @@ def test_a_checkpointed_call_has_the_same_gradients(reentrant):
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()  # reentrant ones refuse autograd.grad
     assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, plain, strict=True))
     assert min(gradient.abs().max() for gradient in plain) > 0
+
+
+def test_the_backward_pass_makes_nothing_as_large():
+    """No gradient of zeros is made for the kept logits themselves."""
+    case = make_case([33], V=100_000, d=16, dtype=torch.float32)
+    out = g2.linear_logprobs(case.hidden.requires_grad_(), case.weight, case.tokens, logits_memory=ALL)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out.logprobs.sum().backward()
+    made = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert made < 1e6  # kept: 19 MB
 
 
 @pytest.mark.parametrize(
