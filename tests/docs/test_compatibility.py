@@ -51,10 +51,6 @@ def test_what_is_recorded_passed_beside_the_pinned_torch_and_others():
         assert row["passed"] > 900, key
 
 
-@pytest.mark.xfail(
-    reason="2.11, 2.14 and 2.15 passed before there was a record; make matrix adds them",
-    strict=True,
-)
 def test_the_tested_versions_of_torch_are_those_that_passed():
     rows = compatibility.load()[matrix.SECTION]["rows"].values()
     passed = sorted(versions.minor(row["torch"]) for row in rows if row.get("passed") and not row["failed"])
