@@ -38,8 +38,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the checkout's kernels, insta
 
 from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
 
-from g2rl_kernels.versions import minor  # noqa: E402
-
 NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4
 
@@ -246,6 +244,8 @@ def main() -> int:
         print("kernel_resources: error: triton is not installed", file=sys.stderr)
         return 2
     import kernel_table
+
+    from g2rl_kernels.versions import minor  # after prepare(): importing the package imports Triton
 
     from g2rl_kernels._files import write_whole
 
