@@ -241,7 +241,7 @@ def statistics_bytes(tokens: int, ranks: int) -> int:
 
 
 def gradient_bytes(tokens: int, d: int) -> int:
-    """[tokens, d] float32, all-reduced in the backward pass of a vocabulary-parallel head."""
+    """[tokens, d] float32, summed over ranks in the backward pass of a vocabulary-parallel head."""
     return 4 * tokens * d
 
 

@@ -72,6 +72,13 @@ def check_scale(name: str, value: float, remedy: str = "") -> None:
         raise ValueError(f"{name}: got {value}, needs a number from 1e-8 to 1e8{remedy}")
 
 
+def check_bytes(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a whole number of bytes")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, needs a number of bytes, 0 or more")
+
+
 def may_read_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False

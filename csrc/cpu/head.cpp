@@ -18,6 +18,9 @@
 // A process that holds some rows of a larger vocabulary calls this twice: for the statistics of these rows
 // (HeadArgs::partial), and, once all processes' statistics are merged, for their share of the features (HeadArgs::lse).
 //
+// A token's outputs have the same bits in any batch; a response's feature wherever its first token has the same index
+// modulo 16, since sums over tokens take 16 of them at a time.
+//
 // The target's logit is taken out of its block and merged last: 1 - p(target) is then a sum over the other entries and
 // does not cancel, however sure the policy is (p = 1 - 1e-12 keeps all its digits).
 #include "head.h"
@@ -37,6 +40,7 @@ namespace {
 constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
 constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
+constexpr int64_t kSpan = 16384;           // blocks whose statistics are held and merged together
 
 // Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
 thread_local Workspace workspace;
@@ -46,22 +50,36 @@ struct Plan {
   int64_t width;  // tokens in flight
   int64_t slab;   // vocabulary entries in flight; a multiple of kBlock unless it is V
   int64_t rows;   // rows of A
-  int64_t slabs(int64_t V) const { return ceil_div(V, slab); }
 };
+
+// Strips of the vocabulary whose shares of a projection are added in order.  They depend on the vocabulary alone, as do
+// slabs: a response's feature is then summed in one order, whatever stands beside it.
+int64_t strips_of(int64_t slab) { return std::min<int64_t>(64, ceil_div(slab, kBlock)); }
+
+// Codes and partial projections share memory: codes are dead while rows are projected.
+int64_t code_bytes_of(const HeadArgs& a, int64_t width, int64_t slab) {
+  return std::max(2 * ceil_div(slab, kBlock) * kBlock * width, 4 * row_stride(a.d) * strips_of(slab));
+}
+
+// Rows of A that are projected together.
+int64_t rows_of(const HeadArgs& a, int64_t width, int64_t slab) {
+  return code_bytes_of(a, width, slab) / (4 * row_stride(a.d) * strips_of(slab));
+}
 
 Plan make_plan(const HeadArgs& a, int64_t units) {
   // The more tokens in flight, the less often W is read; the more rows of A, the less often it is read to project them.
   const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
     if (width > 16 && (width >= 2 * a.N || width * units * 4 > kTileBytes)) continue;
-    const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * blocks + 4 * units);
+    const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * std::min(blocks, kSpan) + 4 * units);
     const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
-    if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows})};
+    if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows, rows_of(a, width, a.V)})};
   }
-  // Too large for one slab. A block takes the codes of 16 tokens, their statistics and its columns of A.
-  const int64_t rows = std::min<int64_t>(a.S, 4), block_bytes = kBlock * (16 * 2 + 4 * rows) + 16 * 12;
-  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * 4 * units) / block_bytes, 1);
-  return {16, std::min(fit * kBlock, a.V), rows};
+  // Too large for one slab. A block takes the codes of 16 tokens and its columns of four rows of A.
+  const int64_t block_bytes = kBlock * (16 * 2 + 4 * 4);
+  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * (4 * units + 3 * 4 * std::min(blocks, kSpan))) / block_bytes, 1);
+  const int64_t slab = std::min(fit, kSpan) * kBlock;
+  return {16, slab, std::min<int64_t>(4, rows_of(a, 16, slab))};
 }
 
 class Head {
@@ -72,10 +90,7 @@ class Head {
     c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
     plan = make_plan(args, c.units);
     const int64_t width = plan.width;
-    const int64_t blocks = ceil_div(plan.slab, kBlock);
-    // codes and partial projections share memory: codes are dead while rows are projected
-    code_bytes = std::max(2 * blocks * kBlock * width, std::min<int64_t>(4 << 20, 16 * plan.rows * args.d * 4));
-    code_bytes = std::max(code_bytes, 4 * row_stride(args.d));
+    const int64_t blocks = std::min(ceil_div(args.V, kBlock), kSpan), code_bytes = code_bytes_of(args, width, plan.slab);
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
     const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
@@ -84,18 +99,18 @@ class Head {
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
     c.packed = reinterpret_cast<float*>(memory + packed_at);
-    c.block_max = reinterpret_cast<float*>(memory + statistics_at);
-    c.block_sum = c.block_max + blocks * width;
-    c.block_moment = c.block_sum + blocks * width;
+    statistics = reinterpret_cast<float*>(memory + statistics_at);
+    span_statistics = blocks * width;
     c.target_logit = target.data();
     c.max = run_max.data();
     c.weight = weight.data();
+    c.target_residual = target_residual.data();
     c.residual = reinterpret_cast<float*>(memory + residual_at);
   }
 
   void run_all() {
     if (a.features) std::fill_n(a.features, a.S * a.d, 0.0f);
-    for (int64_t n = 0; n < a.N; n += c.tokens) {
+    for (int64_t n = 0; n < a.N; n = c.first_token + c.tokens) {
       take_chunk(n);
       pack();
       statistics_of_chunk();
@@ -106,15 +121,18 @@ class Head {
   }
 
  private:
-  // The next tokens that fit, by response; each response gets a row of A.
+  // The tokens from n on that fit, by response; each response gets a row of A.  Chunks start at multiples of 16, so that
+  // a token's vector lane, and with it the order of all sums, is its index modulo 16.  Where the chunk before had to end
+  // elsewhere, its last tokens are computed again, to the same bits, for no response.
   void take_chunk(int64_t n) {
-    c.first_token = n;
-    c.tokens = 0;
+    c.first_token = n / 16 * 16;
+    c.tokens = n - c.first_token;
     responses.clear();
     // Two chunks of nearly one size at the end: a small last one would cost as much reading of W as a full one.
-    const int64_t left = a.N - n, limit = left > plan.width && left < 2 * plan.width ? fitting((left + 1) / 2) : plan.width;
+    const int64_t left = a.N - c.first_token;
+    const int64_t limit = left > plan.width && left < 2 * plan.width ? fitting((left + 1) / 2) : plan.width;
     while (c.tokens < limit && c.tokens < left) {
-      const int64_t at = n + c.tokens;
+      const int64_t at = c.first_token + c.tokens;
       while (a.cu_seqlens[response + 1] <= at) response++;  // also passes over empty responses
       auto row = std::find(row_response.begin(), row_response.end(), response);
       const bool fresh = row == row_response.end();
@@ -134,7 +152,7 @@ class Head {
     c.responses = responses.data();
     c.response_count = responses.size();
     c.tile_width = k.tile_width_for(fitting(c.tokens));
-    c.tiles = ceil_div(c.tokens, c.tile_width);
+    c.tiles = ceil_div(ceil_div(c.tokens, 16) * 16, c.tile_width);  // kept logits are those of 16 tokens
   }
 
   int64_t fitting(int64_t tokens) const { return std::min(plan.width, fitting_width(tokens)); }
@@ -147,9 +165,25 @@ class Head {
     });
   }
 
-  void set_slab(int64_t i) {
-    c.slab_begin = i * plan.slab;
-    c.slab_end = std::min(c.slab_begin + plan.slab, a.V);
+  bool one_slab() const { return plan.slab >= a.V; }
+
+  // Calls body() for each slab of [begin, end), part of a span that starts at `begin`.
+  template <class Body>
+  void each_slab(int64_t begin, int64_t end, const Body& body) {
+    for (int64_t v = begin; v < end; v += plan.slab) set_slab(begin, v, std::min(v + plan.slab, end)), body();
+  }
+
+  template <class Body>
+  void each_span(const Body& body) {
+    for (int64_t v = 0; v < a.V; v += kSpan * kBlock) body(v, std::min(v + kSpan * kBlock, a.V));
+  }
+
+  void set_slab(int64_t span, int64_t begin, int64_t end) {
+    c.slab_begin = begin;
+    c.slab_end = end;
+    c.block_max = statistics + (begin - span) / kBlock * c.tiles * c.tile_width;
+    c.block_sum = c.block_max + span_statistics;
+    c.block_moment = c.block_sum + span_statistics;
   }
 
   void forward(bool keep_codes) {
@@ -160,12 +194,11 @@ class Head {
   void statistics_of_chunk() {
     for (auto* v : {&run_max, &target}) std::fill(v->begin(), v->end(), -INFINITY);
     for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
-    const int64_t slabs = plan.slabs(a.V);
-    for (int64_t i = 0; i < slabs; i++) {
-      set_slab(i);
-      forward(a.features && slabs == 1);
+    each_span([&](int64_t begin, int64_t end) {
+      each_slab(begin, end, [&] { forward(a.features && one_slab()); });
+      set_slab(begin, begin, end);
       k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
-    }
+    });
   }
 
   // From the sums over the vocabulary to the per-token outputs and factors, in double.
@@ -213,22 +246,17 @@ class Head {
   }
 
   void residuals_of_chunk() {
-    const int64_t slabs = plan.slabs(a.V);
-    for (int64_t i = 0; i < slabs; i++) {
-      set_slab(i);
-      if (slabs > 1) forward(true);
-      run(parallel, ceil_div(c.slab_end - c.slab_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
-      for (const ResponseTokens& s : responses)
-        for (int64_t t = s.begin; t < s.end; t++) {
-          const int64_t v = a.tokens[c.first_token + t];
-          if (v >= c.slab_begin && v < c.slab_end) c.residual[s.row * (c.slab_end - c.slab_begin) + v - c.slab_begin] += target_residual[t];
-        }
-      if (slabs > 1) project(all_rows());
-    }
+    each_span([&](int64_t begin, int64_t end) {
+      each_slab(begin, end, [&] {
+        if (!one_slab()) forward(true);
+        run(parallel, ceil_div(c.slab_end - c.slab_begin, kBlock), [&](int64_t b) { k.collect(c, b); });
+        if (!one_slab()) project(all_rows());
+      });
+    });
     for (const ResponseTokens& s : responses) {
-      const int64_t end = a.cu_seqlens[row_response[s.row] + 1];
-      if (slabs > 1) row_response[s.row] = -1;
-      else if (c.first_token + s.end == end) complete.push_back(s.row);
+      const int64_t last = a.cu_seqlens[row_response[s.row] + 1];
+      if (!one_slab()) row_response[s.row] = -1;
+      else if (c.first_token + s.end == last) complete.push_back(s.row);
     }
   }
 
@@ -244,27 +272,24 @@ class Head {
     complete.clear();
   }
 
-  // features[response of row] += A[row, :] W / (sum of its weights), in strips of the slab that depend on shapes alone
+  // features[response of row] += A[row, :] W / (sum of its weights)
   void project(const std::vector<int64_t>& rows) {
-    const int64_t stride = row_stride(a.d), fit = code_bytes / (4 * stride), slab = c.slab_end - c.slab_begin;
-    for (size_t first = 0; first < rows.size(); first += fit) {
-      const int64_t count = std::min<int64_t>(rows.size() - first, fit), size = count * stride;
-      const int64_t strips = std::min({int64_t(64), ceil_div(slab, kBlock), fit / count});
-      float* partial = reinterpret_cast<float*>(codes);
-      run(parallel, strips, [&](int64_t x) {
-        const int64_t i = strips - 1 - x;  // the last rows of W are still in cache
-        k.project(c, rows.data() + first, count, c.slab_begin + slab * i / strips, c.slab_begin + slab * (i + 1) / strips, partial + i * size);
-      });
-      run(parallel, count, [&](int64_t j) {
-        const int64_t s = row_response[rows[first + j]];
-        const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
-        for (int64_t x = 0; x < a.d; x++) {
-          float sum = 0;
-          for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
-          a.features[s * a.d + x] += sum * scale;
-        }
-      });
-    }
+    const int64_t stride = row_stride(a.d), slab = c.slab_end - c.slab_begin, strips = strips_of(slab);
+    const int64_t count = rows.size(), size = count * stride;
+    float* partial = reinterpret_cast<float*>(codes);
+    run(parallel, strips, [&](int64_t x) {
+      const int64_t i = strips - 1 - x;  // the last rows of W are still in cache
+      k.project(c, rows.data(), count, c.slab_begin + slab * i / strips, c.slab_begin + slab * (i + 1) / strips, partial + i * size);
+    });
+    run(parallel, count, [&](int64_t j) {
+      const int64_t s = row_response[rows[j]];
+      const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
+      for (int64_t x = 0; x < a.d; x++) {
+        float sum = 0;
+        for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
+        a.features[s * a.d + x] += sum * scale;
+      }
+    });
   }
 
   double total_weight(int64_t s) const {
@@ -278,8 +303,9 @@ class Head {
   Parallel parallel;
   HeadChunk c{};
   Plan plan;
-  int64_t code_bytes, response = 0;
+  int64_t response = 0, span_statistics;
   char* codes;
+  float* statistics;  // of the blocks of a span: maxima, sums, moments
   std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<ResponseTokens> responses;

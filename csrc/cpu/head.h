@@ -14,6 +14,26 @@ struct Matrix {
   int64_t stride0, stride1;  // in elements, any value
 };
 
+constexpr int64_t kBlock = 96;  // vocabulary rows that are reduced together, while their logits are in cache
+
+// Logits of the last blocks of the vocabulary, from a forward pass to its backward pass: as float32, or, with size 2, as
+// 16-bit codes of their distance to the block's largest (kernels/kept.h).  [block][16 tokens][kBlock][token], then the
+// largest logits [block][token].
+struct KeptLogits {
+  char* data;             // null: none are kept
+  int64_t groups;         // of 16 tokens, of the forward pass
+  int64_t blocks, first;  // number of blocks; the first of them, counted from the vocabulary's first
+  int64_t size;           // bytes of a logit
+  int64_t group;          // that the tokens of this call begin with
+
+  static int64_t block_bytes(int64_t groups, int64_t size) { return groups * 16 * (kBlock * size + (size == 2 ? 4 : 0)); }
+  bool has(int64_t block) const { return data && block >= first; }
+  char* logits(int64_t block, int64_t at) const { return data + ((block - first) * groups + group + at) * kBlock * 16 * size; }
+  float* largest(int64_t block, int64_t at) const {
+    return reinterpret_cast<float*>(data + blocks * groups * kBlock * 16 * size) + ((block - first) * groups + group + at) * 16;
+  }
+};
+
 struct HeadArgs {
   DType dtype;                 // of hidden and weight
   Matrix hidden, weight;       // [N, d], [V, d]
@@ -31,6 +51,7 @@ struct HeadArgs {
   // target [N]: the token's z, -inf if it belongs to another rank; z over temperature.
   // Second: features alone, from the logsumexp [N] and rest = 1 - p(token) [N] of the whole vocabulary.
   double *partial, *target;
+  KeptLogits kept;  // written with `partial`, read by head_sweep
   const double *lse, *rest;
 };
 

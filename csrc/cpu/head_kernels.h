@@ -6,7 +6,6 @@
 
 namespace g2rl {
 
-constexpr int64_t kBlock = 96;      // vocabulary rows that are reduced together, while their logits are in cache
 constexpr int64_t kMaxWidth = 64;   // most tokens in flight
 constexpr int64_t kWidths[] = {64, 48, 32, 16};  // widths of a chunk of tokens: whole register tiles
 
@@ -43,6 +42,7 @@ struct HeadChunk {
   float* target_logit;          // [tiles * tile_width]
   // for collect():
   const float *max, *weight;    // [tiles * tile_width]: reference maximum and factor of each token
+  const float* target_residual; // [tiles * tile_width]: factor times 1 - p of the realised token
   const ResponseTokens* responses;
   int64_t response_count;
   float* residual;              // A: [rows][slab_end - slab_begin]
@@ -66,7 +66,7 @@ struct HeadKernels {
   void (*forward)(const HeadChunk&, int64_t block);
   // running max [W], sum [W], compensation [W], moment [W] over blocks, in order
   void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
-  // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v
+  // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v, 16 tokens after the other; += the realised tokens' own
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] weight[v, :]; rows of out are row_stride(d) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);

@@ -17,6 +17,7 @@
 #include "logprobs.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -44,8 +45,10 @@ class Sweep {
     columns = k.tile_width_for(kMaxWidth);
     column_blocks = ceil_div(h.d, columns);
     // The slab's weight takes a third of the memory, but at least one block; tokens share the rest.
-    const int64_t width = column_blocks * columns, entry = width * size + (a.grad_weight ? width * 4 : 0);
-    slab = std::clamp(kMemory / 3 / entry / kBlock * kBlock, kBlock, kSlab);
+    // A slab's share of sum_hidden is added at once. Slabs depend on d alone and divide kSlab, of which calls begin at
+    // multiples: a token's sum has the same bits in any batch.
+    const int64_t width = column_blocks * columns, entry = width * size + width * 4;
+    for (slab = kSlab; slab > kBlock && slab * entry > kMemory / 3;) slab /= 2;
     const int64_t token = 2 * width * size + 2 * slab * size;
     chunk = std::clamp((kMemory - slab * entry) / token / kMaxWidth * kMaxWidth, kMaxWidth, kChunk);
     chunk = std::min(chunk, ceil_div(h.N, kMaxWidth) * kMaxWidth);
@@ -197,6 +200,56 @@ void head_sweep(const SweepArgs& args, Isa isa, Parallel parallel) {
   const int64_t row = args.head.d * (args.head.dtype == DType::f32 ? 4 : 2), bytes = (args.end - args.begin) * row;
   if (args.head.N > 0) Sweep(args, kernels_for(isa), parallel).run_all();
   else if (args.grad_weight) std::memset(static_cast<char*>(args.grad_weight) + args.begin * row, 0, bytes);
+}
+
+namespace {
+
+// Calls body(n) for each token, some to a task.
+template <class Body>
+void each_token(int64_t N, Parallel parallel, const Body& body) {
+  constexpr int64_t kTokens = 4096;
+  run(parallel, ceil_div(N, kTokens), [&](int64_t i) {
+    for (int64_t n = i * kTokens; n < std::min(N, (i + 1) * kTokens); n++) body(n);
+  });
+}
+
+double larger(double a, double b) { return a != a || a > b ? a : b; }  // NaN, if one is
+
+}  // namespace
+
+void finish_tokens(const double* partial, int64_t R, const double* target, int64_t N, const Finished& out, Parallel parallel) {
+  each_token(N, parallel, [&](int64_t n) {
+    const double z = target[n];
+    double other = -INFINITY;
+    for (int64_t r = 0; r < R; r++) other = larger(partial[3 * r * N + n], other);
+    const double top = larger(other, z);
+    double sum = 0, moment = 0;  // over the other entries, relative to top
+    for (int64_t r = 0; r < R; r++) {
+      const double *part = partial + 3 * r * N + n, below = part[0] == -INFINITY ? 0.0 : part[0] - top, lift = std::exp(below);
+      sum += lift * part[N];
+      moment += lift * (part[2 * N] + part[N] * below);
+    }
+    const double own = std::exp(z - top), total = sum + own;
+    const double log_total = z >= other ? std::log1p(sum) : std::log(total);
+    if (own != 0) moment += own * (z - top);
+    out.logprobs[n] = float(z - top - log_total);
+    out.entropy[n] = float(log_total - moment / total);
+    out.normaliser[n] = float(top);
+    out.normaliser[N + n] = float(log_total + (top - double(float(top))));
+    out.rest[n] = float(sum / total);
+  });
+}
+
+void token_terms(const float* grad_logprobs, const float* grad_entropy, const float* logprobs, const float* entropy, int64_t N,
+                 float* terms, Parallel parallel) {
+  each_token(N, parallel, [&](int64_t n) {
+    const double g = grad_logprobs[n], e = grad_entropy[n], log_p = logprobs[n], p = std::exp(log_p);
+    // A token outside the vocabulary, where values are not checked, has NaN for its log-probability.
+    const bool nothing = g == 0 && e == 0;
+    terms[n] = nothing ? 0.0f : float(g + e * entropy[n]);
+    terms[N + n] = nothing ? 0.0f : float(e);
+    terms[2 * N + n] = nothing ? 0.0f : float(-g * std::expm1(log_p) - (p == 0 ? 0.0 : e * p * (log_p + entropy[n])));
+  });
 }
 
 }  // namespace g2rl

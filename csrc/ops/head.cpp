@@ -90,10 +90,10 @@ struct Checked : HeadArgs {
     token_weights = keep(floats(*alpha, "token_weights")).const_data_ptr<float>();
   }
 
-  const Tensor& keep(const Tensor& tensor) { return kept.emplace_back(tensor); }
+  const Tensor& keep(const Tensor& tensor) { return held.emplace_back(tensor); }
 
  private:
-  std::vector<Tensor> kept;
+  std::vector<Tensor> held;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const Tensor& cu_seqlens,
@@ -118,8 +118,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const
 }
 
 // weight may be one rank's rows of a larger vocabulary: tokens outside [0, V) belong to other ranks.
-std::tuple<Tensor, Tensor> head_statistics(const Head& head) {
+// kept: bytes for whole blocks of logits. tokens: those of the forward pass; first: the one that this call begins with.
+KeptLogits kept_logits(const HeadArgs& args, const std::optional<Tensor>& kept, int64_t tokens, int64_t first) {
+  if (!kept || kept->numel() == 0 || tokens == 0) return {};
+  require(kept->dim() == 1 && kept->scalar_type() == ScalarType::Byte && kept->is_contiguous(), "kept has to be contiguous bytes");
+  require(0 <= first && first % 16 == 0 && first + args.N <= tokens, "kept_first = ", first, ", needs a multiple of 16, at most ",
+          tokens - args.N);
+  KeptLogits found{};
+  const bool rounded = args.dtype == DType::bf16 && (!args.bias || args.bias_dtype != DType::f32);
+  found.size = rounded && args.logit_softcap == 0 ? 2 : 4;
+  found.groups = (tokens + 15) / 16;
+  found.group = first / 16;
+  const int64_t bytes = KeptLogits::block_bytes(found.groups, found.size), all = (args.V + kBlock - 1) / kBlock;
+  found.blocks = kept->numel() / bytes;
+  found.first = all - found.blocks;
+  require(found.blocks * bytes == kept->numel() && found.first >= 0, "kept has ", kept->numel(), " bytes, needs a multiple of ", bytes,
+          ", at most ", all * bytes);
+  found.data = static_cast<char*>(kept->mutable_data_ptr());
+  return found;
+}
+
+std::tuple<Tensor, Tensor> head_statistics(const Head& head, std::optional<Tensor> kept) {
   Checked args(head);
+  args.kept = kept_logits(args, kept, args.N, 0);
   const int64_t all[2] = {0, args.N};
   args.cu_seqlens = all;
   args.S = 1;
@@ -129,6 +150,35 @@ std::tuple<Tensor, Tensor> head_statistics(const Head& head) {
   args.target = target.mutable_data_ptr<double>();
   g2rl::head_features(args, chosen_isa(), parallel);
   return {partial, target};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_finish(const Tensor& partial, const Tensor& target) {
+  require(partial.dim() == 3 && partial.size(1) == 3, "partial has shape ", shape(partial), ", needs [R, 3, N]");
+  const int64_t N = partial.size(2);
+  require_vector(target, "target", N, "N");
+  const Tensor parts = contiguous(partial, ScalarType::Double), own = contiguous(target, ScalarType::Double);
+  const auto made = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(target, sizes, ScalarType::Float); };
+  const Tensor logprobs = made({N}), entropy = made({N}), normaliser = made({2, N}), rest = made({N});
+  const Finished out{logprobs.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(), normaliser.mutable_data_ptr<float>(),
+                     rest.mutable_data_ptr<float>()};
+  finish_tokens(parts.const_data_ptr<double>(), partial.size(0), own.const_data_ptr<double>(), N, out, parallel);
+  return {logprobs, entropy, normaliser, rest};
+}
+
+Tensor head_terms(const Tensor& grad_logprobs, const Tensor& grad_entropy, const Tensor& logprobs, const Tensor& entropy) {
+  require(logprobs.dim() == 1, "logprobs has shape ", shape(logprobs), ", needs [N]");
+  const int64_t N = logprobs.size(0);
+  const Tensor* given[] = {&grad_logprobs, &grad_entropy, &logprobs, &entropy};
+  const char* names[] = {"grad_logprobs", "grad_entropy", "logprobs", "entropy"};
+  std::vector<Tensor> rows;
+  for (int i = 0; i < 4; ++i) {
+    require_vector(*given[i], names[i], N, "N");
+    rows.push_back(floats(*given[i], names[i]));
+  }
+  const Tensor terms = torch::stable::new_empty(logprobs, {3, N}, ScalarType::Float);
+  const auto data = [&](int i) { return rows[i].const_data_ptr<float>(); };
+  token_terms(data(0), data(1), data(2), data(3), N, terms.mutable_data_ptr<float>(), parallel);
+  return terms;
 }
 
 Tensor head_features_of_part(const Head& head, const Tensor& cu_seqlens, const std::optional<Tensor>& token_weights,
@@ -153,12 +203,15 @@ void require_exactly(const Tensor& tensor, const char* name, ScalarType dtype, c
 }
 
 void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms, int64_t begin, int64_t end,
-                std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
+                std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                const std::optional<Tensor>& kept, int64_t kept_tokens, int64_t kept_first) {
   const Checked checked(head);
   SweepArgs args{};
   args.head = checked;
+  args.head.kept = kept_logits(checked, kept, kept_tokens, kept_first);
   const int64_t N = args.head.N, d = args.head.d, V = args.head.V;
   require(0 <= begin && begin <= end && end <= V, "begin = ", begin, ", end = ", end, ", needs 0 <= begin <= end <= V = ", V);
+  require(!args.head.kept.data || begin % kBlock == 0, "begin = ", begin, ", needs a multiple of ", kBlock, " with kept");
   const Tensor two = floats(normaliser, "normaliser"), three = floats(terms, "terms");
   require_exactly(two, "normaliser", ScalarType::Float, {2, N});
   require_exactly(three, "terms", ScalarType::Float, {3, N});
@@ -187,17 +240,22 @@ G2RL_LIBRARY_FRAGMENT(m) {
   m.def("head_features(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
         "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
-  m.def("head_statistics(" G2RL_HEAD ") -> (Tensor partial, Tensor target)");
+  m.def("head_statistics(" G2RL_HEAD ", Tensor(a!)? kept) -> (Tensor partial, Tensor target)");
+  m.def("head_finish(Tensor partial, Tensor target) -> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor rest)");
+  m.def("head_terms(Tensor grad_logprobs, Tensor grad_entropy, Tensor logprobs, Tensor entropy) -> Tensor");
   m.def("head_features_of_part(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor logsumexp, Tensor rest) -> Tensor features");
   m.def("head_sweep(" G2RL_HEAD
         ", Tensor normaliser, Tensor terms, int begin, int end, "
-        "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+        "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
+        "Tensor? kept, int kept_tokens, int kept_first) -> ()");
 }
 
 G2RL_LIBRARY_IMPL(CPU, m) {
   m.impl("head_features", TORCH_BOX(&Flat<&head_features>::call));
   m.impl("head_statistics", TORCH_BOX(&Flat<&head_statistics>::call));
+  m.impl("head_finish", TORCH_BOX(&head_finish));
+  m.impl("head_terms", TORCH_BOX(&head_terms));
   m.impl("head_features_of_part", TORCH_BOX(&Flat<&head_features_of_part>::call));
   m.impl("head_sweep", TORCH_BOX(&Flat<&head_sweep>::call));
 }

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, TrainerError, import_failure, need
-from ..group.options import ShapingOptions
+from ..group.options import SCORE_GATE, ShapingOptions
+from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
 from ..trainer.config import TrainerConfig
@@ -92,7 +93,9 @@ def _keys() -> str:
     """The source of TrainerConfig's fields, with the values of defaults that other modules own."""
     source = inspect.getsource(TrainerConfig)
     keys = source[source.index("    # model") : source.index("    @classmethod")].rstrip()
-    keys = keys.replace("DEFAULT_ENCODER", json.dumps(DEFAULT_ENCODER))
+    constants = {"DEFAULT_ENCODER": DEFAULT_ENCODER, "LOGITS_MEMORY": LOGITS_MEMORY, "SCORE_GATE": SCORE_GATE}
+    for name, value in constants.items():
+        keys = keys.replace(name, json.dumps(value))
     owners = {"ShapingOptions": ShapingOptions, "Limits": Limits}
     return re.sub(
         r"(ShapingOptions|Limits)\.(\w+)", lambda found: json.dumps(getattr(owners[found[1]], found[2])), keys

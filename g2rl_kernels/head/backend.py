@@ -44,6 +44,15 @@ class Hints(NamedTuple):
     max_skipped: float | None = None  # see certified_head_features
 
 
+class TokenLogprobs(NamedTuple):
+    """What is known of each token once the whole vocabulary has been summed; float32 or better."""
+
+    logprobs: Tensor  # [N], nats
+    entropy: Tensor  # [N], nats
+    normaliser: Tensor  # [2, N], the logsumexp of z as a sum of two: one would be rounded to the size of z
+    rest: Tensor  # [N], 1 - p_y
+
+
 class Incoming(NamedTuple):
     """What the backward pass knows of each token; float32 or better."""
 
@@ -52,6 +61,14 @@ class Incoming(NamedTuple):
 
     def rows(self, rows: slice) -> Incoming:
         return Incoming(self.normaliser[:, rows], self.terms[:, rows])
+
+
+class Kept(NamedTuple):
+    """Logits that `statistics` left to `sweep`, in a form of the backend's own."""
+
+    data: Tensor  # uint8, as many as the backend's `kept_bytes`
+    tokens: int  # N of `statistics`
+    first: int = 0  # the token that a call of `sweep` begins with, a multiple of 64
 
 
 class Sums(NamedTuple):
@@ -66,9 +83,21 @@ NO_HINTS = Hints()
 
 
 class Backend(Protocol):
-    def statistics(self, hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+    def kept_bytes(self, hidden: Tensor, head: HeadSpec, most: int) -> int:
+        """Size of the logits that `statistics` can keep within `most` bytes."""
+
+    def statistics(
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
-        of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better."""
+        of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better. Fills
+        `kept`."""
+
+    def finish(self, partial: Tensor, target: Tensor) -> TokenLogprobs:
+        """From `statistics` of R strips, or ranks, [R, 3, N] and [N], added in order."""
+
+    def terms(self, g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """The `terms` of Incoming, [3, N], from the gradients of log-probs and entropies [N]: logprobs.py."""
 
     def features(
         self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
@@ -82,9 +111,17 @@ class Backend(Protocol):
         lse [N] float64 and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
 
     def sweep(
-        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: HeadSpec,
+        incoming: Incoming,
+        block: slice,
+        sums: Sums,
+        kept: Kept | None = None,
     ) -> None:
-        """Adds the share of a block of the vocabulary to the gradients: see logprobs.py."""
+        """Adds the share of a block of the vocabulary to the gradients: see logprobs.py. Logits that were
+        kept are not computed again."""
 
 
 def backend(name: str) -> Any:

@@ -8,14 +8,38 @@ import torch
 from torch import Tensor
 
 from .._ops import ops, qualified
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
+BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits: KeptLogits in csrc/cpu/head.h
 
-def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+
+def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
+    """See `Backend.kept_bytes`: whole blocks of the vocabulary, from its end. 16 bits a logit where all
+    gradients are bfloat16, but not behind a softcap, whose slope needs more."""
+    rounded = hidden.dtype == torch.bfloat16 and (head.bias is None or head.bias.dtype != torch.float32)
+    size = 2 if rounded and not head.logit_softcap else 4
+    maxima = 4 if size == 2 else 0
+    block = torch.sym_max(-(-hidden.shape[0] // GROUP), 1) * GROUP * (BLOCK * size + maxima)
+    return torch.sym_min(-(-head.weight.shape[0] // BLOCK), most // block) * block
+
+
+def statistics(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """[1, 3, N] and [N], float64: see `Backend.statistics`."""
-    return ops.head_statistics(hidden, tokens, *head)
+    return ops.head_statistics(hidden, tokens, *head, None if kept is None else kept.data)
+
+
+def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+    """See `Backend.finish`; float32. In C++, since torch's exponentials depend on a number's place."""
+    return TokenLogprobs(*ops.head_finish(partial, target))
+
+
+def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """See `Backend.terms`."""
+    return ops.head_terms(g, e, logprobs, entropy)
 
 
 def features(
@@ -39,10 +63,17 @@ def features_of_part(
 
 
 def sweep(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    incoming: Incoming,
+    block: slice,
+    sums: Sums,
+    kept: Kept | None = None,
 ) -> None:
     """See `Backend.sweep`."""
-    ops.head_sweep(hidden, tokens, *head, *incoming, block.start, block.stop, *sums)
+    logits = kept or (None, 0, 0)
+    ops.head_sweep(hidden, tokens, *head, *incoming, block.start, block.stop, *sums, *logits)
 
 
 # --- fake implementations, for torch.compile ----------------------------------------------------------------
@@ -52,6 +83,17 @@ def sweep(
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     N = hidden.shape[0]
     return hidden.new_empty((1, 3, N), dtype=torch.float64), hidden.new_empty(N, dtype=torch.float64)
+
+
+@torch.library.register_fake(qualified("head_finish"))
+def _(partial: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    N = target.shape[0]
+    return tuple(target.new_empty(size, dtype=torch.float32) for size in ((N,), (N,), (2, N), (N,)))
+
+
+@torch.library.register_fake(qualified("head_terms"))
+def _(g: Tensor, *others: Tensor) -> Tensor:
+    return g.new_empty((3, g.shape[0]), dtype=torch.float32)
 
 
 def _empty_features(hidden: Tensor, *others: Any) -> Tensor:

@@ -265,9 +265,9 @@ def _over_ranks(
 ) -> tuple[Tensor, ...]:
     """Features of a head whose vocabulary is spread over ranks (vocab_parallel.py): the normaliser over all
     ranks first, then the share of this rank's vocabulary in the features, summed over all ranks."""
-    found, entropy, normaliser = logprobs.forward(name, group, hidden, tokens, head)
-    logsumexp, rest = normaliser.double().sum(0), -torch.expm1(found)
-    features = implementation(name).features_of_part(hidden, tokens, head, responses, logsumexp, rest)
+    found = logprobs.forward(name, group, hidden, tokens, head)
+    lse = found.normaliser.double().sum(0)
+    features = implementation(name).features_of_part(hidden, tokens, head, responses, lse, found.rest)
     vocab_parallel.all_reduce(features, group)
     skipped = features.new_zeros(len(features))
-    return features, found, logsumexp.float(), entropy, skipped, skipped.long()
+    return features, found.logprobs, lse.float(), found.entropy, skipped, skipped.long()

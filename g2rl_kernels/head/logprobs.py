@@ -4,8 +4,8 @@
 
     m = max z_v,   s = sum exp(z_v - m),   u = sum exp(z_v - m) (z_v - m)         over v other than y
 
-and z_y of the realised token y. `merge` puts y back: as p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then
-keeps its digits, and the backward pass takes 1 - p_y from it.
+and z_y of the realised token y. `finish` puts y back: as p_y nears 1, log p_y = -log1p(s exp(m - z_y)) then
+keeps its digits, and the backward pass takes 1 - p_y from it (`terms`).
 
 **Backward.** Let g and e be the gradients of the loss by log p_y and by the entropy H. Its gradient by
 W h + b is logit_scale / temperature times the softcap's slope times
@@ -27,14 +27,20 @@ import torch
 from torch import Tensor
 
 from .._ops import qualified
-from ..arguments import check_token_values, may_read_values
+from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .backend import Incoming, Sums, choose_backend
+from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
 from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
+# Sweeps begin at multiples of this: csrc/cpu/logprobs.cpp sums hidden's gradient by slabs that divide it, so
+# that sums are the same wherever `_gradients` cuts the vocabulary.
+SLAB = 1536
+ROWS = 64  # and at multiples of this many tokens, as logits are kept by tiles
+
+LOGITS_MEMORY = 64 << 20  # bytes: default of linear_logprobs
 
 
 class LinearLogprobs(NamedTuple):
@@ -48,13 +54,15 @@ def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
 ) -> LinearLogprobs:  # fmt: skip
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
-    Neither forward nor backward makes a tensor of N x V; beside the gradients backends "cpu" and "triton"
-    need less than 64 MiB. Sums are in float32 or better; gradients are rounded once, to the dtype of their
-    input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no weight gradient.
+    Neither forward nor backward makes a tensor of N x V beyond logits_memory; beside that and the gradients
+    backends "cpu" and "triton" need less than 64 MiB. Sums are in float32 or better; gradients are rounded
+    once, to the dtype of their input. 1 - p does not cancel for near-certain tokens. A frozen weight costs no
+    weight gradient.
 
     Args:
         hidden: [N, d] float32, bfloat16, float16, or float64 (for gradient checks: float64 throughout, in
@@ -63,6 +71,10 @@ def linear_logprobs(
         tokens: [N] int64 in [0, V).
         bias: see `head_features`; float64 with a float64 hidden.
         temperature, logit_scale, logit_softcap, backend: see `head_features`.
+        logits_memory: bytes of logits that this call may keep until its backward pass (64 MiB). What fits is
+            not multiplied again: with all of them, gradients take three products of N x V x d in place of
+            four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "triton" and "reference"
+            keep none.
         process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
             incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
             over them again. The gradients of weight and bias are those of this rank's rows.
@@ -76,18 +88,29 @@ def linear_logprobs(
     """
 
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    check = partial(_check, hidden, tokens, head, backend)
-    facts = {"function": "linear_logprobs", "backend": backend}
+    check = partial(_check, hidden, tokens, head, logits_memory, backend)
+    facts = {"function": "linear_logprobs", "logits_memory": logits_memory, "backend": backend}
     (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
-    logprobs, entropy, _ = _logprobs_op(hidden, tokens, *head, backend, group)
+    trained = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    logprobs, entropy, *_ = _logprobs_op(
+        hidden, tokens, *head, backend, group, logits_memory if trained else 0
+    )
     return LinearLogprobs(logprobs, entropy)
 
 
 def _check(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, backend: str | None, whole: bool = False
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    logits_memory: int,
+    backend: str | None,
+    whole: bool = False,
 ) -> tuple[HeadSpec, str]:
     """The head in the form that backends take, and the backend's name; whole: as in features.py."""
     head = head.checked(hidden, tokens, (*DTYPES, torch.float64))
+    check_bytes("logits_memory", logits_memory)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
     if hidden.dtype != torch.float64:
@@ -101,53 +124,47 @@ def _check(
 
 
 def forward(
-    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [N], entropy [N] and the normaliser [2, N]: top and log_total, the logsumexp in two terms, as
-    their sum would be rounded to the size of the logits. With a group (vocab_parallel.py), of all ranks."""
-    partial_sums, target = implementation(name).statistics(hidden, tokens, head)
+    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> TokenLogprobs:
+    """Everything about each token that does not need a second product; with a group (vocab_parallel.py),
+    over the vocabulary of all ranks. A token in no row of the weight has NaN."""
+    chosen = implementation(name)
+    partial_sums, target = chosen.statistics(hidden, tokens, head, kept)
     if group:
-        partial_sums, target = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
-    logprobs, entropy, normaliser = merge(partial_sums, target, reference.accumulation_dtype(hidden))
-    if not group:  # over_ranks does it for all ranks together
-        outside = (tokens < 0) | (tokens >= head.weight.shape[0])
-        for values in (logprobs, entropy):
-            values.masked_fill_(outside, torch.nan)
-    return logprobs, entropy, normaliser
+        strips = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
+        parts = [chosen.finish(*strip) for strip in strips] or [chosen.finish(partial_sums, target)]
+        return TokenLogprobs(*(torch.cat(part, dim=-1) for part in zip(*parts)))
+    found = chosen.finish(partial_sums, target)
+    outside = (tokens < 0) | (tokens >= head.weight.shape[0])
+    for values in (found.logprobs, found.entropy):
+        values.masked_fill_(outside, torch.nan)
+    return found
 
 
 @torch.library.custom_op(
     qualified("linear_logprobs"),
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group, int logits_memory) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept)",
 )
-def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, (name, group, most) = HeadSpec(*flat[:5]), flat[5:]
+    data = _empty_kept(name, hidden, head, most)
+    kept = Kept(data, hidden.shape[0]) if data.numel() else None
     with torch.autocast(hidden.device.type, enabled=False):
-        name, group = flat[5:]
-        return forward(name, group, hidden, tokens, HeadSpec(*flat[:5]))
+        return *forward(name, group, hidden, tokens, head, kept)[:3], data
 
 
 @_logprobs_op.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
-    return tuple(hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
+    found = (hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
+    return *found, _empty_kept(flat[5], hidden, HeadSpec(*flat[:5]), flat[7])
 
 
-def merge(sums: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """From m, s, u of each strip of the vocabulary [R, 3, N] and the realised logits [N]: log-probs [N],
-    entropy [N] and normaliser [2, N]."""
-    m, s, u = tiled.joined(sums)
-    top = torch.maximum(m, target)
-    s, u = tiled.shifted(m, s, u, top)
-    e_y = torch.exp(target - top)
-    log_total = torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
-    logprobs = target - top - log_total
-    u = u + torch.where(e_y == 0, 0, e_y * (target - top))
-    entropy = log_total - u / (s + e_y)
-    rounded = top.to(dtype)
-    normaliser = torch.stack([rounded, (log_total + (top - rounded)).to(dtype)])
-    return logprobs.to(dtype), entropy.to(dtype), normaliser
+def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
+    """Room for the logits that are kept, uint8."""
+    return hidden.new_empty(implementation(name).kept_bytes(hidden, head, most), dtype=torch.uint8)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -157,7 +174,7 @@ def merge(sums: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     qualified("linear_logprobs_backward"),
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
-    "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "
+    "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept, "
     "bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
@@ -165,22 +182,15 @@ def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
-    head, name, group, (logprobs, entropy, normaliser), needs = (
-        HeadSpec(*flat[:5]),
-        *flat[5:7],
-        flat[7:10],
-        flat[10:],
-    )
-    g, e, p_y = grad_logprobs.to(logprobs), grad_entropy.to(logprobs), logprobs.exp()
-    own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
-    terms = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
-    # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
-    terms.masked_fill_((g == 0) & (e == 0), 0.0)
-
-    incoming = Incoming(normaliser, terms)
+    head, (name, group), needs = HeadSpec(*flat[:5]), flat[5:7], flat[11:]
+    logprobs, entropy, normaliser, data = flat[7:11]
+    chosen = implementation(name)
+    grads = grad_logprobs.to(logprobs), grad_entropy.to(logprobs)
+    incoming = Incoming(normaliser, chosen.terms(*grads, logprobs, entropy))
 
     def sweep(rows: slice, block: slice, sums: Sums) -> None:
-        implementation(name).sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums)
+        kept = Kept(data, len(hidden), rows.start) if data.numel() else None
+        chosen.sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums, kept)
 
     with torch.autocast(hidden.device.type, enabled=False):
         return _gradients(sweep, hidden, head, group, *needs)
@@ -232,7 +242,7 @@ def _gradients(
         sweep(everything, vocabulary, Sums(grad_hidden, gw, sum_bias))
         vocab_parallel.all_reduce(grad_hidden, group)
     elif group or not need_weight or 4 * N * d <= SUMS:
-        step = max(1, SUMS // (4 * d))
+        step = max(1, SUMS // (4 * d) // ROWS) * ROWS
         one_chunk = 0 < N <= step
         for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
@@ -242,9 +252,14 @@ def _gradients(
         if need_weight and not one_chunk:
             sweep(everything, vocabulary, Sums(None, gw))
     else:
-        start = max(0, (V - 2 * N) // 2 * 2)  # even: on a whole float32
-        memory = (grad_weight[start:] if V > 1 else hidden.new_empty(2, d)).flatten()
-        for rows in tiled.slices(0, N, (V - start) // 2):
+        start = max(0, (V - 2 * N) // SLAB * SLAB)
+        room = V - start
+        if room < 2 * min(N, ROWS):
+            room = 2 * min(N, ROWS)
+            memory = hidden.new_empty(room * d)
+        else:
+            memory = grad_weight[start:].flatten()
+        for rows in tiled.slices(0, N, max(ROWS, room // 2 // ROWS * ROWS)):
             n = rows.stop - rows.start
             sums = memory[: 2 * n * d].view(torch.float32).view(n, d).zero_()
             sweep(rows, slice(0, start), Sums(sums, gw, sum_bias))
@@ -255,23 +270,24 @@ def _gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, tokens, weight, bias, *options = inputs
-    ctx.mark_non_differentiable(output[2])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, tokens, weight, bias, *options, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
     ctx.save_for_backward(hidden, tokens, weight, bias, *output)
     ctx.options = options
 
 
 def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *operands, logprobs, entropy, normaliser = ctx.saved_tensors
-    outputs = logprobs, entropy, normaliser
-    incoming = [torch.zeros_like(logprobs) if g is None else g for g in (grad_logprobs, grad_entropy)]
+    saved = ctx.saved_tensors  # read once: checkpointing allows no more
+    operands, outputs = saved[:4], saved[4:]
+    incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
     grads = _backward_op(*incoming, *operands, *ctx.options, *outputs, *needs)
     grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs))
-    return grad_hidden, None, grad_weight, grad_bias, *[None] * len(ctx.options)
+    return grad_hidden, None, grad_weight, grad_bias, *[None] * (len(ctx.options) + 1)
 
 
 _logprobs_op.register_autograd(_backward, setup_context=_setup_context)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Sums
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -45,7 +45,14 @@ def _index(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return (tokens - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
 
 
-def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
+    """See `Backend.kept_bytes`: keeps nothing."""
+    return 0
+
+
+def statistics(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """m, s and u [1, 3, N] of each token, and the realised token's logit [N]."""
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     partial, target = hidden.new_empty((1, 3, N), dtype=dtype), hidden.new_empty(N, dtype=dtype)
@@ -77,6 +84,27 @@ def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Ten
     delta = (m - new_m).masked_fill(m == -torch.inf, 0.0)  # nothing seen yet: s = u = 0
     factor = delta.exp()
     return s * factor, factor * (u + s * delta)
+
+
+def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+    """See `Backend.finish`. y is put back last: 1 - p_y is a sum over the others, and does not cancel."""
+    m, s, u = joined(partial)
+    top = torch.maximum(m, target)
+    s, u = shifted(m, s, u, top)
+    e_y = torch.exp(target - top)
+    log_total = torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
+    u = u + torch.where(e_y == 0, 0, e_y * (target - top))
+    entropy = log_total - u / (s + e_y)
+    return TokenLogprobs(target - top - log_total, entropy, torch.stack([top, log_total]), s / (s + e_y))
+
+
+def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """See `Backend.terms`."""
+    p_y = logprobs.exp()
+    own = torch.where(p_y == 0, 0.0, p_y * (logprobs + entropy))
+    found = torch.stack([g + e * entropy, e, -g * torch.expm1(logprobs) - e * own])
+    # An out-of-range token, where values are not checked, has NaN terms; zero them if its gradient is zero.
+    return found.masked_fill_((g == 0) & (e == 0), 0.0)
 
 
 def joined(strips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +153,13 @@ def features_of_part(
 
 
 def sweep(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    incoming: Incoming,
+    block: slice,
+    sums: Sums,
+    kept: Kept | None = None,
 ) -> None:
     """Adds the share of a block of the vocabulary to the gradients; logprobs.py has the equations."""
     dtype = incoming.normaliser.dtype

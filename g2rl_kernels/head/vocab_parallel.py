@@ -8,7 +8,7 @@ tokens, S responses and hidden size d,
     float32 [S, d]          features, summed over ranks               features._over_ranks
     float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
 
-`over_ranks` joins the ranks' statistics as strips of the vocabulary, in rank order. The realised token is
+The ranks' statistics are joined as strips of the vocabulary, in rank order. The realised token is
 left out of all sums and lives on one rank only, so 1 - p keeps its digits here too. Features and gradients
 are sums over the vocabulary: once the normaliser is known, each rank adds up its own rows.
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ from .spec import HeadSpec
 
 ELSEWHERE, NOWHERE = -1, -2  # a token in another rank's rows; in no rank's
 CHUNK = 2**20  # tokens times ranks whose statistics are gathered at a time
+REDUCED = 2**22  # numbers that are summed over ranks at a time
 MESSAGE = 4096  # bytes that each rank sends before it begins
 
 Result = TypeVar("Result")
@@ -150,9 +151,26 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(values: Tensor, group: str) -> None:
-    """Replaces values by their sum over all ranks; does nothing without a group."""
-    if group and values.numel():
-        dist.all_reduce(values, group=_members(group))
+    """Replaces values by their sum over all ranks; does nothing without a group.
+
+    Each number is summed in rank order: rank r adds up the r-th part of all ranks' values, then all gather
+    the sums. torch's own all_reduce sends as much, and its order depends on where in a tensor a number lies.
+    """
+    if not group:
+        return
+    members = _members(group)
+    world, flat = members.size(), values.flatten()
+    for rows in tiled.slices(0, flat.numel(), REDUCED):
+        size = -(-(rows.stop - rows.start) // world)
+        parts = flat.new_zeros(world * size)
+        parts[: rows.stop - rows.start] = flat[rows]
+        mine = torch.empty_like(parts)
+        dist.all_to_all_single(mine, parts, group=members)
+        total = mine[:size].clone()
+        for part in mine.view(world, size)[1:]:
+            total += part
+        flat[rows] = _gathered(total, members).flatten()[: rows.stop - rows.start]
+    values.copy_(flat.view_as(values))
 
 
 @torch.library.custom_op(qualified("local_tokens"), mutates_args=())
@@ -171,17 +189,17 @@ def _(tokens: Tensor, V: int, group: str) -> Tensor:
     return torch.empty_like(tokens)
 
 
-def over_ranks(partial: Tensor, target: Tensor, tokens: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """From this rank's `statistics`, [R, 3, N] and [N], to those of all ranks, [1, 3, N] and [N].
+def over_ranks(
+    partial: Tensor, target: Tensor, tokens: Tensor, group: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`statistics` of all ranks, [world, 3, n] and [n], for n tokens at a time, from this rank's [1, 3, N]
+    and [N].
 
     tokens [N] are local; a token in no rank's rows gets NaN for its logit.
     """
     members = _members(group)
-    mine = torch.cat([torch.stack(tiled.joined(partial)), target[None]])
+    mine = torch.cat([partial[0], target[None]])
     mine[3].masked_fill_(tokens == NOWHERE, torch.nan)
-    found = torch.empty_like(mine)
     for rows in tiled.slices(0, len(tokens), CHUNK // members.size()):
         everyone = _gathered(mine[:, rows].contiguous(), members)
-        found[:3, rows] = torch.stack(tiled.joined(everyone[:, :3]))
-        found[3, rows] = everyone[:, 3].amax(0)  # -inf on all ranks but one
-    return found[None, :3], found[3]
+        yield everyone[:, :3], everyone[:, 3].amax(0)  # the logit is -inf on all ranks but one

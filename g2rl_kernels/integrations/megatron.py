@@ -25,6 +25,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 
+from ..head.logprobs import LOGITS_MEMORY
 from ..versions import warn_untested
 
 try:
@@ -50,6 +51,7 @@ class HeadOptions:
     )
     features: bool = False  # also the feature of each sequence
     cp_group: Any = None  # context-parallel group: its ranks hold parts of the same sequences
+    logits_memory: int = LOGITS_MEMORY  # bytes of logits that a rank may keep for its backward pass
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def head_output(
     if features is not None and not torch.is_grad_enabled():
         logprobs, entropy = measured.logprobs, measured.entropy
     else:
+        head["logits_memory"] = options.logits_memory
         logprobs, entropy = g2.linear_logprobs(hidden, tokens=tokens, **head)
     return HeadOutput(_spread(logprobs, mask), _spread(entropy, mask), features)
 

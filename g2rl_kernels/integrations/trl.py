@@ -250,6 +250,7 @@ class G2RLTrainer(GRPOTrainer):
         head, scoring = find_head(model, compare), scoring_of(model)
         scoring.head, scoring.fused, scoring.temperature = head, fused, self.temperature
         scoring.float32 = self.args.cast_lm_head_to_fp32
+        scoring.logits_memory = self.args.g2rl_logits_memory
         return scoring
 
     def _measure(

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_bytes
 from ..group.options import SCORE_GATE, option, option_field
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, LABELS, REWARDS
+from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from .systems import SystemSettings
 from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
@@ -86,10 +88,16 @@ class G2RLConfig(GRPOConfig):
         "logits, tile by tile, forward and backward) instead of TRL's chunked head. Unset: yes, except with "
         "g2rl_lam=0, under ZeRO-3 and with a mixture-of-experts loss, which need TRL's.",
     )
+    g2rl_logits_memory: int = option(
+        LOGITS_MEMORY,
+        "Bytes of logits that g2.linear_logprobs may keep from a micro-batch's forward to its backward pass, "
+        "on a CPU; more saves time up to all of them, 0 computes them again.",
+    )
 
     def __post_init__(self) -> None:
         settings, algorithm = TRLSettings.of(self), self.g2rl_algorithm
         settings.check(self.num_generations, "num_generations")
+        check_bytes("g2rl_logits_memory", self.g2rl_logits_memory)
         if self.entropy_coef is None:
             self.entropy_coef = ENTROPY_COEF[algorithm]
         bonus = self.entropy_coef != 0 or self.use_adaptive_entropy

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 import g2rl_kernels as g2
 
 from ..errors import TrainerError
+from ..head.logprobs import LOGITS_MEMORY
 from ..models.lm_head import LMHead, backbone_of, base_model
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
 from .trl_seams import FusedCausalLMOutput
@@ -64,6 +65,7 @@ class Scoring:
     head: LMHead | None = None  # its arithmetic alone counts: the modules are those of the model at each call
     fused: bool = False  # log-probs come from `linear_logprobs` or `measure`, else from TRL's head
     temperature: float = 1.0
+    logits_memory: int = LOGITS_MEMORY  # of `linear_logprobs`
     float32: bool = False  # TRL's cast_lm_head_to_fp32
     positions: bool = False  # positions are counted by `count_positions`
     measure: Measure | None = None  # while a forward is measured
@@ -91,7 +93,7 @@ class Scoring:
             logprobs, entropy = self.measure(head, hidden, labels)
         else:
             packed, weight, bias, tokens, *_ = head_inputs(head, hidden, labels, self.float32)
-            options = head.options(self.temperature)
+            options = {**head.options(self.temperature), "logits_memory": self.logits_memory}
             logprobs, entropy = g2.linear_logprobs(packed, weight, tokens, bias=bias, **options)
         mask = labels[:, 1:] != -100
         log_probs, entropies = (

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import ConfigError, need
 from ..group.options import EXPLORATION_SCORES, SCALES, SCORE_GATE, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_group_size
+from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
 
@@ -95,6 +96,7 @@ class TrainerConfig:
     epochs: int = 1
     mini_batch_size: int = 0  # responses an update; 0: batch_size
     micro_batch_size: int = 0  # responses a forward pass; 0: mini_batch_size
+    logits_memory: int = LOGITS_MEMORY  # bytes of logits to keep for a backward pass; 0: computed again
     lr: float = 1e-6
     lr_schedule: str = "constant"  # constant | linear | cosine: to 0 at the last step
     warmup_steps: int = 0
@@ -186,8 +188,9 @@ class TrainerConfig:
         for key, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{key}={value}: must be a finite number")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed}: must fit in 64 bits")
+        for key in ("seed", "logits_memory"):
+            if not -(2**63) <= getattr(self, key) < 2**63:
+                raise ConfigError(f"{key}={getattr(self, key)}: must fit in 64 bits")
         at_least = {
             **dict.fromkeys(
                 ("batch_size", "group_size", "max_new_tokens", "max_prompt_tokens", "steps", "epochs"), 1
@@ -195,7 +198,7 @@ class TrainerConfig:
             **dict.fromkeys(
                 ("mini_batch_size", "micro_batch_size", "generate_batch_size", "warmup_steps"), 0
             ),
-            **dict.fromkeys(("checkpoint_every", "report_every", "samples_shown"), 0),
+            **dict.fromkeys(("logits_memory", "checkpoint_every", "report_every", "samples_shown"), 0),
             **dict.fromkeys(("keep_checkpoints",), 1),
             **dict.fromkeys(
                 ("lam", "entropy_coef", "beta", "lr", "weight_decay", "ratio_clip", "ratio_clip_high"), 0.0

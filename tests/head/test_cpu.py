@@ -19,7 +19,16 @@ def given():
 
 def test_opcheck_statistics():
     hidden, tokens, head, _ = given()
-    torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head))
+    for kept in (None, torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)):
+        torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head, kept))
+
+
+def test_opcheck_finish():
+    torch.library.opcheck(torch.ops.g2rl.head_finish, (torch.rand(2, 3, 8).double(), torch.rand(8).double()))
+
+
+def test_opcheck_terms():
+    torch.library.opcheck(torch.ops.g2rl.head_terms, tuple(torch.rand(4, 8)))
 
 
 def test_opcheck_features_of_part():
@@ -33,9 +42,39 @@ def test_opcheck_features_of_part():
 def test_opcheck_sweep(wanted):
     hidden, tokens, head, _ = given()
     sums = torch.zeros(8, 16), torch.zeros(67, 16), torch.zeros(67)
-    arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8), 5, 60)
-    arguments += sums if wanted else (None, None, None)
-    torch.library.opcheck(torch.ops.g2rl.head_sweep, arguments)
+    arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8))
+    sums = sums if wanted else (None, None, None)
+    torch.library.opcheck(torch.ops.g2rl.head_sweep, (*arguments, 5, 60, *sums, None, 0, 0))
+    kept = torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.g2rl.head_sweep, (*arguments, 0, 60, *sums, kept, 8, 0))
+
+
+@pytest.mark.parametrize(
+    ("kept", "tokens", "first", "message"),
+    [
+        (torch.zeros(3, dtype=torch.uint8), 8, 0, "kept has 3 bytes"),
+        (torch.zeros(96 * 16 * 4 * 2, dtype=torch.uint8), 8, 0, "kept has 12288 bytes"),  # one block too many
+        (torch.zeros(96 * 16 * 4), 8, 0, "contiguous bytes"),
+        (torch.zeros(96 * 16 * 4, dtype=torch.uint8), 7, 0, "kept_first = 0"),
+        (torch.zeros(96 * 16 * 4, dtype=torch.uint8), 16, 8, "kept_first = 8"),
+        (torch.zeros(96 * 16 * 4, dtype=torch.uint8), 16, -16, "kept_first = -16"),
+    ],
+)
+def test_kept_logits_that_do_not_fit_are_refused(kept, tokens, first, message):
+    hidden, realised, head, _ = given()
+    of_tokens = torch.rand(2, 8), torch.rand(3, 8)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.g2rl.head_sweep(
+            hidden, realised, *head, *of_tokens, 0, 60, None, None, None, kept, tokens, first
+        )
+
+
+def test_kept_logits_are_read_at_whole_blocks():
+    hidden, tokens, head, _ = given()
+    kept = torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)
+    arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8))
+    with pytest.raises((ValueError, RuntimeError), match="multiple of 96 with kept"):
+        torch.ops.g2rl.head_sweep(*arguments, 5, 60, None, None, None, kept, 8, 0)
 
 
 def test_without_max_skipped_no_token_is_skipped():

@@ -261,12 +261,12 @@ def test_opcheck(alone, trained):
         inputs[name].requires_grad_()
     head = inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0
     args = (inputs["hidden"], tokens, *head, "reference", group)
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, args)
+    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20))
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
         features_args = (*args[:7], *case.responses, None, None, *args[7:])
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
-        outputs = torch.ops.g2rl.linear_logprobs(*args)
+        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20)
         needs = (True, True, True)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,
@@ -318,9 +318,9 @@ def test_a_sharded_dtensor_says_how_to_pass_the_shard(alone):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_messages_are_those_of_the_cost_model(alone, monkeypatch, dtype):
     """docs/scaling.md: their number, order and bytes, of what each rank holds in the end."""
-    case = make_case([20, 13], 203, 24, dtype=dtype)
+    case = make_case([60, 40], 203, 24, dtype=dtype)
     sent = []
-    for name in ("all_gather", "all_reduce"):
+    for name in ("all_gather", "all_to_all_single"):
         call = getattr(dist, name)
 
         def counted(values, *args, name=name, call=call, **options):
@@ -329,13 +329,17 @@ def test_messages_are_those_of_the_cost_model(alone, monkeypatch, dtype):
 
         monkeypatch.setattr(dist, name, counted)
     before = [("all_gather", vocab_parallel.MESSAGE), ("all_gather", 8)]  # arguments; sizes of the shards
-    before.append(("all_gather", scaling.statistics_bytes(33, ranks=1)))
+    before.append(("all_gather", scaling.statistics_bytes(100, ranks=1)))
     options = {"process_group": alone, "backend": "reference"}
+
+    def summed(size):
+        return [("all_to_all_single", size), ("all_gather", size)]
+
     g2.head_features(case.hidden, case.weight, case.tokens, case.cu_seqlens, **options)
-    assert sent == [*before, ("all_reduce", scaling.feature_bytes(2, 24))]
+    assert sent == [*before, *summed(scaling.feature_bytes(2, 24))]
     sent.clear()
-    monkeypatch.setattr(logprobs, "SUMS", 4 * 24 * 20)
+    monkeypatch.setattr(logprobs, "SUMS", 4 * 24 * 64)
     hidden = case.hidden.requires_grad_()
     g2.linear_logprobs(hidden, case.weight, case.tokens, **options).logprobs.sum().backward()
-    chunks = [33] if dtype == torch.float32 else [20, 13]
-    assert sent == [*before, *[("all_reduce", scaling.gradient_bytes(n, 24)) for n in chunks]]
+    chunks = [100] if dtype == torch.float32 else [64, 36]
+    assert sent == [*before, *(one for n in chunks for one in summed(scaling.gradient_bytes(n, 24)))]

@@ -18,6 +18,7 @@ from typing import Any
 import megatron_stand_in
 import torch
 import torch.distributed as dist
+from kept import kept_logits
 from torch import Tensor, nn
 
 D, SEQUENCE, BATCH = 32, 12, 3
@@ -35,6 +36,7 @@ class Case:
     features: bool = False
     grad: bool = True
     masked: bool = True  # loss_mask leaves out prompts, and one sequence whole
+    logits_memory: int | None = None  # None: the option's default
 
 
 CASES = {
@@ -44,6 +46,8 @@ CASES = {
     "tied, sequence parallel": Case(tied=True, sequence_parallel=True),
     "one rank is all padding": Case(vocab_size=200),
     "float32, features": Case(dtype=torch.float32, features=True, temperature=0.7, sequence_parallel=True),
+    "no logits kept": Case(dtype=torch.float32, temperature=0.7, logits_memory=0),
+    "all logits kept": Case(dtype=torch.float32, temperature=0.7, logits_memory=1 << 30),
     "bfloat16, features": Case(dtype=torch.bfloat16, features=True, temperature=0.7, mup=1.5),
     "no gradients": Case(dtype=torch.float32, features=True, temperature=0.7, grad=False),
 }
@@ -78,16 +82,19 @@ def measured(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> dict[st
     places = torch.arange(SEQUENCE).expand(BATCH, -1)
     causal = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
     vocab_size = None if case.vocab_size == case.rows else case.vocab_size
-    with contextlib.nullcontext() if case.grad else torch.no_grad():
+    options = {"temperature": case.temperature, "vocab_size": vocab_size, "features": case.features}
+    if case.logits_memory is not None:
+        options["logits_memory"] = case.logits_memory
+    with contextlib.nullcontext() if case.grad else torch.no_grad(), kept_logits() as kept_bytes:
         out = model(
             inputs["ids"], places, causal, labels=inputs["labels"], loss_mask=inputs["mask"],
-            output_processor=spy,
-            output_processor_context=HeadOptions(case.temperature, vocab_size, case.features),
+            output_processor=spy, output_processor_context=HeadOptions(**options),
         )  # fmt: skip
     weight = kept["output_layer"].weight if kept["output_weight"] is None else kept["output_weight"]
     found = {
         "hidden": kept["hidden_states"].detach(),
         "weight": weight.detach(),
+        "kept bytes": sum(kept_bytes),
         **{name: value.detach() for name, value in vars(out).items() if value is not None},
     }
     if not case.grad:
@@ -271,6 +278,7 @@ def errors(group: Any) -> dict[str, str]:
         "labels of another shape": {"labels": good["labels"][:, 1:]},
         "mask of another shape": {"loss_mask": torch.ones(1, 23)},
         "temperature": {"context": HeadOptions(temperature=0.0)},
+        "logits memory": {"context": HeadOptions(logits_memory=-1)},
     }
     said = {}
     for name, changes in cases.items():

@@ -129,6 +129,19 @@ def test_it_is_the_head_in_float64(found, name):
         close(shards, weight.grad, ROUNDING[case.dtype])
 
 
+def test_kept_logits_change_no_bit_in_float32(found):
+    for rank in found:
+        none, every = rank["no logits kept"], rank["all logits kept"]
+        assert none["kept bytes"] == 0
+        assert every["kept bytes"] > 0
+        for name in ("logprobs", "entropy", "hidden grad"):
+            assert torch.equal(none[name], every[name]), name
+        for name, gradient in none["ours"].items():
+            assert torch.equal(gradient, every["ours"][name]), name
+        assert rank["float32, features"]["kept bytes"] > 0  # by default
+        assert rank["no gradients"]["kept bytes"] == 0
+
+
 @names
 def test_every_gradient_is_that_of_cores_own_logits(found, name):
     case = CASES[name]
@@ -179,6 +192,7 @@ ERRORS = {
     "labels of another shape": "ValueError: tokens: got shape [1, 23]",
     "mask of another shape": "ValueError: mask: got shape [1, 23]",
     "temperature": "ValueError: temperature: got 0",
+    "logits memory": "ValueError: logits_memory: got -1, needs a number of bytes",
 }
 
 

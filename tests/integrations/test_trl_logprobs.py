@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
-from tiny_trl import Watched, logged, make_tokenizer, trained, weights
+from kept import asked_memory, kept_logits
+from tiny_trl import (
+    G2RLConfig,
+    Watched,
+    assert_same_run,
+    logged,
+    make_tokenizer,
+    trained,
+    weights,
+)
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
@@ -24,6 +34,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 import g2rl_kernels as g2
+from g2rl_kernels.head.logprobs import LOGITS_MEMORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # how TRL calls transformers
 
@@ -61,6 +72,47 @@ def test_whose_head_computes_the_log_probs(
     calls.clear()
     make(g2rl_lam=0, g2rl_fused_logprobs=fused, beta=0.1).train()
     assert bool(calls) == (fused is not True)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_kept_logits_change_no_bit_in_float32(make: Callable[..., Any], checkpointed: bool) -> None:
+    """Only the loss keeps logits: not the check before training, old log-probs or the reference."""
+    settings = {"beta": 0.1, "num_iterations": 2, "max_steps": 2, "gradient_checkpointing": checkpointed}
+    runs = []
+    for memory in (0, 1 << 30):
+        with kept_logits() as kept:
+            runs.append(trained(make, g2rl_logits_memory=memory, entropy_coef=0.01, **settings))
+        assert len(kept) == 2  # one micro-batch a step
+        assert (min(kept) > 0) == (max(kept) > 0) == (memory > 0)
+    assert_same_run(*runs)
+    assert min(logged(runs[0], "grad_norm")) > 0
+
+
+def test_logits_memory_reaches_policy_and_reference(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_memory(monkeypatch)
+    for settings, memory in (({}, LOGITS_MEMORY), ({"g2rl_logits_memory": 12345}, 12345)):
+        trainer = make(beta=0.1, max_steps=1, **settings)
+        asked.clear()
+        trainer.train()
+        assert asked == [memory] * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-1, ValueError, "got -1, needs a number of bytes, 0 or more"),
+        (2**63, ValueError, "got 9223372036854775808, needs a number of bytes"),
+        (1e9, TypeError, "got float, needs a whole number of bytes"),
+        (True, TypeError, "got bool, needs a whole number of bytes"),
+    ],
+)
+def test_logits_memory_that_cannot_work_is_named(
+    tmp_path: Path, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^g2rl_logits_memory: {message}"):
+        G2RLConfig(str(tmp_path), use_cpu=True, g2rl_logits_memory=value)
 
 
 def gemma() -> Any:

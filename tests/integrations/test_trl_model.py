@@ -225,7 +225,8 @@ def test_unwrapped_after_bf16_training(make: Callable[..., Any], keep: bool, lam
         logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     assert logits.isfinite().all()
     if lam > 0 or keep or peft:  # otherwise accelerate takes TRL's own forward away, too
-        assert (scored(model) - expected).abs().max() < 0.05
+        # Two units in the last place of a bfloat16 logit: one of the two rounds its logits.
+        assert (scored(model) - expected).abs().max() < 2**-7 * expected.abs().max()
     assert model.generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] > IDS.shape[1]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from g2rl_kernels.group import shaping
 from g2rl_kernels.group.shaping import ALGORITHMS
+from g2rl_kernels.head.logprobs import LOGITS_MEMORY
 from g2rl_kernels.trainer import ConfigError, TrainerConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -30,6 +31,12 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
         TrainerConfig.load(None, []).to_dict()
         == TrainerConfig.from_dict(TrainerConfig.load(None).to_dict()).to_dict()
     )
+
+
+def test_logits_memory_is_the_ops_own_unless_set() -> None:
+    assert TrainerConfig.load(None).logits_memory == LOGITS_MEMORY
+    assert TrainerConfig.load(None, ["logits_memory=0"]).logits_memory == 0
+    assert TrainerConfig.load(None, ["logits_memory=1_000_000"]).resolved().logits_memory == 1_000_000
 
 
 def test_sizes_left_at_zero_follow() -> None:
@@ -70,6 +77,10 @@ def test_autocast_auto(isa: str, device: str | None, autocast: str, monkeypatch:
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"seed": 2**63}, "seed=9223372036854775808: must fit in 64 bits"),
         ({"seed": -(2**63) - 1}, "must fit in 64 bits"),
+        ({"logits_memory": -1}, "logits_memory=-1: must be at least 0"),
+        ({"logits_memory": 2**63}, "logits_memory=9223372036854775808: must fit in 64 bits"),
+        ({"logits_memory": True}, "logits_memory=True: expected int, got bool"),
+        ({"logits_memory": "64 MiB"}, "logits_memory='64 MiB': expected int, got str"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         *(
             ({key: value}, f"{key}={value}: must be a finite number")
@@ -120,6 +131,10 @@ def test_what_may_change_on_resume() -> None:
     other = {**config.to_dict(), "steps": 5, "output_dir": "elsewhere", "checkpoint_every": 1}
     assert config.differences(other) == []
     assert config.differences({**other, "lr": 1.0, "seed": 4}) == ["lr", "seed"]
+    for key in ("micro_batch_size", "logits_memory"):  # in bfloat16 they may round differently
+        assert config.differences({**other, key: 1}) == [key]
+    del other["logits_memory"]  # of an earlier version
+    assert config.differences(other) == []
     assert config.differences(config.resolved().to_dict()) == []
     assert config.resolved().differences(config.to_dict()) == []
     assert config.differences({**other, "algorithm": "evol_rl"}) == [

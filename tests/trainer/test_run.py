@@ -70,6 +70,8 @@ def test_resume_with_other_settings(tmp_path: Path) -> None:
         ConfigError, match=r"has lr=0\.001 \(now 0\.1\): choose another output_dir, or resume=over"
     ):
         make_trainer(tmp_path, steps=4, lr=0.1).train()
+    with pytest.raises(ConfigError, match=r"has logits_memory=67108864 \(now 0\): choose another output_dir"):
+        make_trainer(tmp_path, steps=4, logits_memory=0).train()
     with pytest.raises(ConfigError, match="is past steps=1"):
         make_trainer(tmp_path, steps=1).train()
     metrics = make_trainer(tmp_path, steps=1, lr=0.1, resume="overwrite").train()

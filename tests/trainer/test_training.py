@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kept import asked_memory, kept_logits
 from tiny import CHARACTERS, gradients_of_a_step, make_model, make_trainer, without_times
 from torch.utils import checkpoint as checkpoint_utils
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, modeling_utils
 
 import g2rl_kernels as g2
+from g2rl_kernels.head.logprobs import LOGITS_MEMORY
 from g2rl_kernels.trainer.trainer import Verified
 
 
@@ -58,6 +60,32 @@ def test_accumulation_is_one_big_batch(tmp_path: Path, loss_mean: str, ratio: st
     assert max(g.abs().max() for g in whole.values()) > 1e-3
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_kept_logits_change_no_bit_in_float32(tmp_path: Path, checkpointed: bool) -> None:
+    keys: dict[str, Any] = {"micro_batch_size": 4, "beta": 0.1, "algorithm": "entropy_bonus"}
+    keys["gradient_checkpointing"] = checkpointed
+    runs = []
+    for memory in (0, 1 << 30):
+        trainer = make_trainer(tmp_path / str(memory), logits_memory=memory, **keys)
+        with kept_logits() as kept:
+            runs.append((without_times(trainer.step()), [*trainer.model.parameters()]))
+        assert len(kept) == 2  # micro-batches of the update; its reference and `measure` keep nothing
+        assert (min(kept) > 0) == (max(kept) > 0) == (memory > 0)
+    assert runs[0][0]["grad_norm"] > 0
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("keys", [{}, {"logits_memory": 12345}], ids=["default", "set"])
+def test_the_update_asks_for_the_memory_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, int]
+) -> None:
+    trainer = make_trainer(tmp_path, micro_batch_size=4, **keys)
+    asked = asked_memory(monkeypatch)
+    trainer.step()
+    assert asked == [keys.get("logits_memory", LOGITS_MEMORY)] * 2
 
 
 def test_copies_of_a_response_are_not_told_apart_by_rounding(

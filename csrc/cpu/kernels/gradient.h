@@ -83,8 +83,12 @@ static void store_gradient(const GradientBlock& g, int64_t count, const float* l
 static void gradient(const GradientBlock& g, int64_t v0, int64_t count) {
   const HeadChunk& c = *g.chunk;
   alignas(64) float logits[kBlock * kMaxWidth], slope[kMaxWidth];
-  logits_block_for(c)(c, v0, count, logits);
-  finish_logits(c, v0, count, logits);
+  if (c.args->kept.has(v0 / kBlock)) {
+    kept_logits(c, v0, count, logits);
+  } else {
+    logits_block_for(c)(c, v0, count, logits);
+    finish_logits(c, v0, count, logits);
+  }
   slopes(g, v0, count, logits, slope);
   (c.args->logit_softcap != 0.0f ? differentiate<true> : differentiate<false>)(g, count, logits);
   add_realised(g, v0, count, logits, slope);

@@ -6,46 +6,50 @@ namespace g2rl {
 namespace G2RL_ISA {
 namespace {
 
-// weight_t e_t kCodeMax^4 summed over the vectors [first, last) of one row of codes, lane by lane.  The caller divides by
-// kCodeMax^4 as it adds up the lanes.
-G2RL_INLINE vf decode_row(const uint16_t* codes, int64_t first, int64_t last, const float* weight) {
+// weight_t e_t kCodeMax^4 summed over the vectors of `tokens` numbers of one row of codes, lane by lane.  The caller divides
+// by kCodeMax^4 as it adds up the lanes.
+G2RL_INLINE vf decode_row(const uint16_t* codes, int64_t tokens, const float* weight) {
   vf acc = splat(0.0f);
-  for (int64_t t = first; t < last; t += kLanes) {
+  for (int64_t t = 0; t < tokens; t += kLanes) {
     const vf root = load_code(codes + t), square = root * root;
     acc = fma(load(weight + t), square * square, acc);
   }
   return acc;
 }
 
+// Tokens are added 16 at a time (8 without vectors), whatever the width of tiles, and the realised tokens' own terms behind theirs: a response
+// has the same sums in any chunk.
 static void collect(const HeadChunk& c, int64_t block) {
+  constexpr int64_t kGroup = kLanes < 8 ? 2 * kLanes : 16;  // divides every tile
   const int64_t v0 = block * kBlock, slab = c.slab_end - c.slab_begin, count = smaller(kBlock, slab - v0);
   const vf quarter = splat(0.25f * kLog2e / c.args->temperature), unscale = splat(1.0f / kCodeMax / kCodeMax / kCodeMax / kCodeMax);
-  alignas(64) float weight[kMaxWidth];
+  alignas(64) float weight[kGroup];
   for (int64_t s = 0; s < c.response_count; s++) {
     const ResponseTokens& response = c.responses[s];
     float* out = c.residual + response.row * slab + v0;
     if (response.fresh)
       for (int64_t r = 0; r < count; r++) out[r] = 0.0f;
-    for (int64_t p = response.begin / c.tile_width; p * c.tile_width < response.end; p++) {
-      const int64_t begin = p * c.tile_width < response.begin ? response.begin - p * c.tile_width : 0;  // columns of this tile
-      const int64_t end = smaller(response.end - p * c.tile_width, c.tile_width), first = begin / kLanes * kLanes;
-      for (int64_t t = first; t < end; t += kLanes) {  // exp(block max - max) in the response's own lanes, 0 in others
-        const int64_t token = p * c.tile_width + t;
-        const vf shift = (load(c.block_max + block * c.tiles * c.tile_width + token) - load(c.max + token)) * quarter;
+    for (int64_t g = response.begin / kGroup * kGroup; g < response.end; g += kGroup) {
+      for (int64_t t = 0; t < kGroup; t += kLanes) {  // exp(block max - max) in the response's own lanes, 0 in others
+        const vf shift = (load(c.block_max + block * c.tiles * c.tile_width + g + t) - load(c.max + g + t)) * quarter;
         const vf root = exp2_negative(at_least(splat(kQuarterLog2Floor), shift)), square = root * root;
-        store(weight + t, square * square * load(c.weight + token));
+        store(weight + t, square * square * load(c.weight + g + t));
         for (int64_t i = t; i < t + kLanes; i++)
-          if (i < begin || i >= end) weight[i] = 0.0f;
+          if (g + i < response.begin || g + i >= response.end) weight[i] = 0.0f;
       }
-      const uint16_t* codes = c.codes + (block * c.tiles + p) * kBlock * c.tile_width;
+      const uint16_t* codes = c.codes + (block * c.tiles + g / c.tile_width) * kBlock * c.tile_width + g % c.tile_width;
       int64_t r = 0;
       for (; r + kLanes <= count; r += kLanes) {  // the lanes of several rows are added up together, in fewer steps
         vf row[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) row[i] = decode_row(codes + (r + i) * c.tile_width, first, end, weight);
+        for (int i = 0; i < kLanes; i++) row[i] = decode_row(codes + (r + i) * c.tile_width, kGroup, weight);
         store(out + r, load(out + r) - sums(row) * unscale);
       }
-      for (; r < count; r++) out[r] -= sum(decode_row(codes + r * c.tile_width, first, end, weight) * unscale);
+      for (; r < count; r++) out[r] -= sum(decode_row(codes + r * c.tile_width, kGroup, weight) * unscale);
+      for (int64_t t = g < response.begin ? response.begin : g; t < smaller(g + kGroup, response.end); t++) {
+        const int64_t at = c.args->tokens[c.first_token + t] - c.slab_begin - v0;
+        if (at >= 0 && at < count) out[at] += c.target_residual[t];
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 // Logits of a block to its statistics and codes, and the blocks' statistics to those of the vocabulary.
 #pragma once
-#include "logits.h"
+#include "kept.h"
 
 namespace g2rl {
 namespace G2RL_ISA {
@@ -82,6 +82,7 @@ static void forward(const HeadChunk& c, int64_t block) {
   const int64_t v0 = c.slab_begin + block * kBlock, count = smaller(kBlock, c.slab_end - v0);
   logits_block_for(c)(c, v0, count, logits);
   finish_logits(c, v0, count, logits);
+  if (c.args->kept.has(v0 / kBlock)) keep_logits(c, v0, count, logits);
   take_targets(c, v0, count, logits);
   const bool capped = c.args->logit_softcap != 0.0f;
   if (c.codes) (capped ? softmax_block<true, true> : softmax_block<false, true>)(c, block, count, logits);

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backend import NO_HINTS, FeatureOutputs, Hints
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
-from ..tiled import slices
+from ..tiled import finish, kept_bytes, slices, terms
 from .chunk import CHUNK, SEEDED_CHUNK, Chunk, TokenList, chunks, pick
 from .collect import head_collect
 from .finish import TokenStatistics, head_finish
@@ -35,7 +35,16 @@ from .target import head_target
 from .tile import LOG2E, HeadOperands, programs
 from .tuning import Config
 
-__all__ = ["features", "features_of_part", "statistics", "sweep", "token_statistics"]
+__all__ = [
+    "features",
+    "features_of_part",
+    "finish",
+    "kept_bytes",
+    "statistics",
+    "sweep",
+    "terms",
+    "token_statistics",
+]
 
 KNOWN_TOLERANCE = 0.01
 GROSS = (-60.0, 10.0)  # log2 l outside: start afresh

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import Incoming, Sums
+from ..backend import Incoming, Kept, Sums
 from ..spec import HeadSpec
 from ..tiled import slices
 from .chunk import CHUNK
@@ -36,7 +36,9 @@ ENTRIES = 16384  # of a block of the vocabulary
 SUMS = 8 << 20  # bytes of a block's sums, where the gradient itself has no room for them
 
 
-def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor]:
+def statistics(
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
     """See `Backend.statistics`: [1, 3, N] and [N], float32. A token outside of [0, V) has the logit -inf."""
     operands = HeadOperands.of(head)
     config = operands.config("stats", hidden)
@@ -51,7 +53,13 @@ def statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, 
 
 
 def sweep(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, incoming: Incoming, block: slice, sums: Sums
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    incoming: Incoming,
+    block: slice,
+    sums: Sums,
+    kept: Kept | None = None,
 ) -> None:
     """See `Backend.sweep`. block.start is even; sums.weight[block] is scratch memory until this returns."""
     begin, end = block.start, block.stop

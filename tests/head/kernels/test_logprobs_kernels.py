@@ -13,7 +13,7 @@ from oracle import GPU, TRITON, Case, make_case
 from strategies import DTYPES
 
 import g2rl_kernels as g2
-from g2rl_kernels.head import logprobs
+from g2rl_kernels.head import logprobs, tiled
 
 pytest.importorskip("triton", reason="pip install triton")
 
@@ -179,8 +179,8 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
     for found in targets:
         assert (found == -torch.inf).any()
         assert not found.isnan().any()
-    whole = logprobs.merge(partial, target, torch.float32)
-    for a, b in zip(whole, logprobs.merge(torch.cat(parts), target, torch.float32)):
+    whole = tiled.finish(partial, target)
+    for a, b in zip(whole, tiled.finish(torch.cat(parts), target)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
     def swept(begin, end):
@@ -361,7 +361,7 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
 
     def run():
         inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
-        out = logprobs._logprobs_op._init_fn(*inputs)
+        out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY)
         return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
 
     if HAS_GPU:
@@ -402,7 +402,7 @@ def test_products_are_rounded_once_and_torchs_setting_comes_back():
 @pytest.mark.parametrize("trained", [(), (0,), (0, 2, 3)], ids=str)
 def test_opcheck(trained):
     case = make_case([8], V=67, d=16).to(GPU)
-    args = [case.hidden, case.tokens, case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND]
+    args = [case.hidden, case.tokens, case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND, 0]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))

@@ -1,0 +1,154 @@
+"""A token's outputs have the same bits alone, in any batch, at any place, with any number of threads.
+
+Backend "cpu", on every instruction set of this machine. Features: the same bits where a response starts at
+the same offset modulo 16, else within two units in the last place of the largest term.
+"""
+
+import pytest
+import torch
+from examples import given, settings, st
+from oracle import CPU_BACKENDS, environment, make_case
+from strategies import cases
+from torch import Tensor
+
+import g2rl_kernels as g2
+from g2rl_kernels.head import logprobs, vocab_parallel
+
+ISAS = [isa for _, isa in CPU_BACKENDS]
+
+
+def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, Tensor]:
+    """Outputs and hidden's gradients of some of the tokens, by themselves."""
+    g = torch.Generator().manual_seed(len(case.tokens))
+    incoming = torch.randn(2, len(case.tokens), generator=g)[:, rows]
+    hidden, weight = case.hidden[rows].clone().requires_grad_(), case.weight.detach().requires_grad_()
+    options = {**case.head, "backend": backend, **options}
+    trained = g2.linear_logprobs(hidden, weight, case.tokens[rows], **options)
+    gradients = torch.autograd.grad((torch.stack(trained) * incoming).sum(), hidden)
+    options.pop("logits_memory", None)
+    lengths = torch.tensor([0, len(rows)])
+    found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
+    return {
+        "logprobs": trained.logprobs.detach(),
+        "entropy": trained.entropy.detach(),
+        "gradient of hidden": gradients[0],
+        **{f"head_features: {name}": value for name, value in found._asdict().items() if name != "features"},
+    }
+
+
+def assert_same(found: dict[str, Tensor], whole: dict[str, Tensor], rows: Tensor) -> None:
+    for name, values in found.items():
+        assert torch.equal(values.nan_to_num(7.0), whole[name][rows].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(case=cases(), seed=st.integers(0, 99), memory=st.sampled_from((0, 20_000, 1 << 30)))
+def test_a_token_has_the_same_bits_in_any_batch(isa, case, seed, memory):
+    N = len(case.tokens)
+    with environment("G2RL_CPU_ISA", isa):
+        whole = per_token(case, torch.arange(N), logits_memory=memory)
+        g = torch.Generator().manual_seed(seed)
+        some = torch.randint(max(N, 1), (int(torch.randint(1, 40, (), generator=g)),), generator=g)
+        for rows in (torch.randperm(N, generator=g)[: N // 2], some[: 40 * N], torch.arange(N)[-1:]):
+            # All logits or none: a budget for a part keeps other blocks in another batch.
+            part = per_token(case, rows, logits_memory=memory if memory in (0, 1 << 30) else 0)
+            if memory == 20_000 and case.hidden.dtype == torch.bfloat16:
+                part.pop("gradient of hidden")
+            assert_same(part, whole, rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_slabs_nor_chunks_nor_threads_change_a_bit(isa, dtype, monkeypatch):
+    """A vocabulary that needs several slabs, gradients whose sums borrow the weight's rows, narrow chunks."""
+    case = make_case([150], V=5000, d=24, dtype=dtype)
+    rows = torch.arange(150)
+    threads = torch.get_num_threads()
+    with environment("G2RL_CPU_ISA", isa):
+        whole = per_token(case, rows, logits_memory=0)
+        monkeypatch.setattr(logprobs, "SUMS", 4 * 24 * 64)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert_same(per_token(case, rows, logits_memory=0), whole, rows)
+        finally:
+            torch.set_num_threads(threads)
+        for n in (1, 16, 17, 63, 100):
+            assert_same(per_token(case, rows[-n:], logits_memory=0), whole, rows[-n:])
+
+
+@pytest.mark.parametrize("isa", ISAS[-1:])
+def test_a_vocabulary_of_several_slabs(isa):
+    """Above 480,000 entries logits are computed twice; how many responses there are changes nothing."""
+    case = make_case([5, 6, 7, 8, 9, 10], V=500_003, d=4, dtype=torch.float32)
+    with environment("G2RL_CPU_ISA", isa):
+        whole = per_token(case, torch.arange(45), logits_memory=0)
+        for rows in (torch.arange(16), torch.arange(40, 45)):
+            assert_same(per_token(case, rows, logits_memory=0), whole, rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25)
+@given(case=cases(), before=st.lists(st.integers(0, 20), max_size=9), length=st.integers(1, 80))
+def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, length):
+    """Whatever responses stand before and behind; at another offset it is as near as rounding."""
+    V, d = case.weight.shape
+    g = torch.Generator().manual_seed(length)
+    lengths = [*before, length, 5]
+    N = sum(lengths)
+    hidden = torch.randn(N, d, generator=g).to(case.hidden.dtype)
+    tokens = torch.randint(V, (N,), generator=g)
+    options = {**case.head, "backend": "cpu"}
+    if case.bias is not None:
+        options["bias"] = case.bias.nan_to_num(neginf=0.0)
+    start = sum(before)
+
+    def feature(first: int) -> Tensor:
+        """The response's, as the second one of a batch, from row `first` on."""
+        rows = torch.cat([torch.arange(N)[-first:][:first], torch.arange(start, start + length)])
+        cut = torch.tensor([0, first, first + length])
+        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **options).features[1]
+
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    with environment("G2RL_CPU_ISA", isa):
+        found = g2.head_features(hidden, case.weight, tokens, ends, **options).features[len(before)]
+        same = feature(start % 16)
+        other = feature((start + 5) % 16)
+    assert torch.equal(found, same)
+    W = case.weight.double().abs().amax(0)  # bounds the terms of each column, of which 1 - p count
+    ulp = 2.0**-23 * (case.logit_scale * 2 * W).clamp(min=1e-30)
+    assert ((found - other).abs() <= 2 * ulp).all()
+
+
+def test_sums_over_ranks_do_not_depend_on_the_place(monkeypatch):
+    """Each number is added up in rank order, in however many messages."""
+    members, sent = 3, []
+
+    class Group:
+        def size(self):
+            return members
+
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(50, generator=g) * 10.0**power for power in (0, 4, 8)]
+    monkeypatch.setattr(vocab_parallel, "_members", lambda group: Group())
+    monkeypatch.setattr(vocab_parallel, "REDUCED", 20)
+    place = {"rows": slice(0, 0)}
+
+    def all_to_all_single(out, parts, group):
+        start = place["rows"].stop
+        place["rows"] = slice(start, min(start + 20, 50))
+        size = len(parts) // members
+        padded = [torch.nn.functional.pad(v[place["rows"]], (0, 20))[: len(parts)] for v in values]
+        sent[:] = [torch.stack([p.view(members, size)[r] for p in padded]) for r in range(members)]
+        out.copy_(sent[0].flatten())
+
+    def gathered(total, group):
+        others = [(part[0] + part[1]) + part[2] for part in sent]
+        assert torch.equal(total, others[0])
+        return torch.stack(others)
+
+    monkeypatch.setattr(vocab_parallel.dist, "all_to_all_single", all_to_all_single)
+    monkeypatch.setattr(vocab_parallel, "_gathered", gathered)
+    summed = values[0].clone()
+    vocab_parallel.all_reduce(summed, "a group")
+    assert torch.equal(summed, (values[0] + values[1]) + values[2])
