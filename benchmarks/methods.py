@@ -173,9 +173,8 @@ def torch_chunked(p: Problem, chunk: int) -> Outputs:
 # --- linear_logprobs ----------------------------------------------------------------------------------------
 
 
-def _logprobs(p: Problem, entropy: bool = False, backend: str | None = None, kept_mib: int = 64) -> Outputs:
-    options: dict[str, Any] = {"logit_softcap": p.softcap, "backend": backend}
-    out = g2.linear_logprobs(p.hidden, p.weight, p.tokens, logits_memory=kept_mib << 20, **options)
+def _logprobs(p: Problem, entropy: bool = False, **options: Any) -> Outputs:
+    out = g2.linear_logprobs(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap, **options)
     return Outputs(logprobs=out.logprobs, entropy=out.entropy if entropy else None)
 
 
@@ -286,8 +285,10 @@ TRAINING = {
     for method in (
         # C++ on a CPU, Triton on a GPU
         Method(OURS, _logprobs, default=EVERYWHERE),
-        Method(f"{OURS}, no logits kept", lambda p: _logprobs(p, kept_mib=0), default=("cpu",)),
-        Method(f"{OURS}, 256 MiB of logits", lambda p: _logprobs(p, kept_mib=256), default=("cpu",)),
+        Method(f"{OURS}, no logits kept", lambda p: _logprobs(p, logits_memory=0), default=("cpu",)),
+        Method(
+            f"{OURS}, 256 MiB of logits", lambda p: _logprobs(p, logits_memory=256 << 20), default=("cpu",)
+        ),
         Method(f"{OURS}, entropy bonus", lambda p: _logprobs(p, entropy=True), default=EVERYWHERE),
         Method(f"{OURS}, frozen weight", _logprobs, frozen=True, default=EVERYWHERE),
         Method(f"{OURS}, tiles in PyTorch", lambda p: _logprobs(p, backend="reference"), default=EVERYWHERE),

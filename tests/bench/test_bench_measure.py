@@ -92,7 +92,7 @@ def test_linear_logprobs_takes_64_MiB_at_most_beside_gradients_and_logits(N, V, 
     p = registry.Problem(
         hidden, weight, torch.randint(V, (N,)), nothing, (0, N), None, nothing, nothing, entropy=0.0
     )
-    options = {"entropy": True, "backend": "cpu", "kept_mib": kept}
+    options = {"entropy": True, "backend": "cpu", "logits_memory": kept << 20}
     method = Method("", lambda p: methods._logprobs(p, **options), frozen=frozen)
     extra = logprobs.first_pass(method, p, "cpu", None)["extra_bytes"]
     assert kept << 20 < extra <= (64 + kept) << 20, f"{extra / 2**20:.1f} MiB"
