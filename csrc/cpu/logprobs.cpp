@@ -3,7 +3,7 @@
 // dz, the gradient of the logits [N, V], is never held: sum_hidden += dz W and grad_weight = dz^T hidden run over slabs of
 // up to 1536 vocabulary entries, and within a slab over chunks of up to 1024 tokens:
 //
-//   gradient  each tile of 96 entries x 64 tokens: logits anew, p, dz; kept twice, as rows of entries and rows of tokens,
+//   gradient  each tile of 96 entries x 64 tokens: logits, anew or kept (kernels/kept.h), p, dz; kept twice, as rows of entries and rows of tokens,
 //             in bf16 for bf16 inputs if products take pairs of bf16, else in float32
 //   hidden    sum_hidden[tokens, a block of columns] += dz W, the slab's sum in registers
 //   weight    grad_weight[a block of entries, some blocks of columns] = dz^T hidden, likewise; over several chunks in

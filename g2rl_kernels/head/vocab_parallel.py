@@ -151,7 +151,7 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(values: Tensor, group: str) -> None:
-    """Replaces values by their sum over all ranks; does nothing without a group.
+    """Replaces values, contiguous, by their sum over all ranks; does nothing without a group.
 
     Each number is summed in rank order: rank r adds up the r-th part of all ranks' values, then all gather
     the sums. torch's own all_reduce sends as much, and its order depends on where in a tensor a number lies.
@@ -159,18 +159,18 @@ def all_reduce(values: Tensor, group: str) -> None:
     if not group:
         return
     members = _members(group)
-    world, flat = members.size(), values.flatten()
+    world, flat = members.size(), values.view(-1)
     for rows in tiled.slices(0, flat.numel(), REDUCED):
-        size = -(-(rows.stop - rows.start) // world)
+        n = rows.stop - rows.start
+        size = -(-n // world)
         parts = flat.new_zeros(world * size)
-        parts[: rows.stop - rows.start] = flat[rows]
+        parts[:n] = flat[rows]
         mine = torch.empty_like(parts)
         dist.all_to_all_single(mine, parts, group=members)
         total = mine[:size].clone()
         for part in mine.view(world, size)[1:]:
             total += part
-        flat[rows] = _gathered(total, members).flatten()[: rows.stop - rows.start]
-    values.copy_(flat.view_as(values))
+        flat[rows] = _gathered(total, members).flatten()[:n]
 
 
 @torch.library.custom_op(qualified("local_tokens"), mutates_args=())

@@ -1,4 +1,4 @@
-"""The strips of stats.py as one part of the vocabulary, in nats: what head/logprobs.py merges.
+"""The strips of stats.py as one part of the vocabulary, in nats: what `finish` of tiled.py takes.
 
 In: partial [strips, 3, N], base 2. Out: m, s, u [1, 3, N]; ranks that share a vocabulary exchange these.
 
