@@ -9,7 +9,7 @@
 // The first arguments of every schema: hidden, tokens, and HEAD_SCHEMA of g2rl_kernels/head/spec.py.
 #define G2RL_HEAD                                                                                     \
   "Tensor hidden, Tensor tokens, Tensor weight, Tensor? bias, float temperature, float logit_scale, " \
-  "float logit_softcap"
+  "float logit_softcap, Tensor? temperatures, Tensor? low_hidden, Tensor? low_weight"
 
 namespace g2rl::ops {
 namespace {
@@ -19,6 +19,7 @@ struct Head {
   const Tensor &hidden, &tokens, &weight;
   const std::optional<Tensor>& bias;
   double temperature, logit_scale, logit_softcap;  // softcap 0: no softcap
+  const std::optional<Tensor>&temperatures, &low_hidden, &low_weight;
 };
 
 // TORCH_BOX takes functions of single arguments. Flat<&op>::call is one for an `op` of a Head and further arguments.
@@ -27,8 +28,9 @@ struct Flat;
 template <class Result, class... Rest, Result (*op)(const Head&, Rest...)>
 struct Flat<op> {
   static Result call(const Tensor& hidden, const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias,
-                     double temperature, double logit_scale, double logit_softcap, Rest... rest) {
-    return op({hidden, tokens, weight, bias, temperature, logit_scale, logit_softcap}, rest...);
+                     double temperature, double logit_scale, double logit_softcap, const std::optional<Tensor>& temperatures,
+                     const std::optional<Tensor>& low_hidden, const std::optional<Tensor>& low_weight, Rest... rest) {
+    return op({hidden, tokens, weight, bias, temperature, logit_scale, logit_softcap, temperatures, low_hidden, low_weight}, rest...);
   }
 };
 

@@ -17,7 +17,7 @@ from ..arguments import check_shape, check_tensor, check_token_values, may_read_
 from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
 from .backend import Hints, choose_backend
 from .backend import backend as implementation
-from .spec import HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
+from .spec import FIELDS, HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
 
 
 class HeadFeatures(NamedTuple):
@@ -245,8 +245,8 @@ torch.library.define(
 @torch.library.impl(qualified("features"), "CompositeExplicitAutograd")
 def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
-    head, responses = HeadSpec(*flat[:5]), Responses(*flat[5:7])
-    hints, (name, group) = Hints(*flat[7:9]), flat[9:]
+    head, rest = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
+    responses, hints, (name, group) = Responses(*rest[:2]), Hints(*rest[2:4]), rest[4:]
     with torch.autocast(hidden.device.type, enabled=False):
         if group:
             return _over_ranks(name, group, hidden, tokens, head, responses)
@@ -255,7 +255,7 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(qualified("features"))
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    N, d, S = *hidden.shape, flat[5].shape[0] - 1
+    N, d, S = *hidden.shape, flat[FIELDS].shape[0] - 1
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
     return *floats, hidden.new_empty(S, dtype=torch.int64)
 

@@ -31,7 +31,7 @@ from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
-from .spec import DTYPES, HEAD_SCHEMA, HeadSpec
+from .spec import DTYPES, FIELDS, HEAD_SCHEMA, HeadSpec
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
@@ -148,7 +148,7 @@ def forward(
     "-> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept)",
 )
 def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, (name, group, most) = HeadSpec(*flat[:5]), flat[5:]
+    head, (name, group, most) = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
     data = _empty_kept(name, hidden, head, most)
     kept = Kept(data, hidden.shape[0]) if data.numel() else None
     with torch.autocast(hidden.device.type, enabled=False):
@@ -159,7 +159,7 @@ def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Te
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     found = (hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
-    return *found, _empty_kept(flat[5], hidden, HeadSpec(*flat[:5]), flat[7])
+    return *found, _empty_kept(flat[FIELDS], hidden, HeadSpec(*flat[:FIELDS]), flat[-1])
 
 
 def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
@@ -182,15 +182,16 @@ def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
-    head, (name, group), needs = HeadSpec(*flat[:5]), flat[5:7], flat[11:]
-    logprobs, entropy, normaliser, data = flat[7:11]
+    head, (name, group, *outputs) = HeadSpec(*flat[:FIELDS]), flat[FIELDS:-3]
+    logprobs, entropy, normaliser, data = outputs
+    needs = flat[-3:]
     chosen = implementation(name)
     grads = grad_logprobs.to(logprobs), grad_entropy.to(logprobs)
     incoming = Incoming(normaliser, chosen.terms(*grads, logprobs, entropy))
 
     def sweep(rows: slice, block: slice, sums: Sums) -> None:
         kept = Kept(data, len(hidden), rows.start) if data.numel() else None
-        chosen.sweep(hidden[rows], tokens[rows], head, incoming.rows(rows), block, sums, kept)
+        chosen.sweep(hidden[rows], tokens[rows], head.at(rows), incoming.rows(rows), block, sums, kept)
 
     with torch.autocast(hidden.device.type, enabled=False):
         return _gradients(sweep, hidden, head, group, *needs)
@@ -271,23 +272,25 @@ def _gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, tokens, weight, bias, *options, _ = inputs
+    *arguments, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
-    ctx.save_for_backward(hidden, tokens, weight, bias, *output)
-    ctx.options = options
+    tensors = [value if isinstance(value, Tensor) else None for value in arguments]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = [None if isinstance(value, Tensor) else value for value in arguments]
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: checkpointing allows no more
-    operands, outputs = saved[:4], saved[4:]
+    tensors, outputs = saved[: len(ctx.options)], saved[len(ctx.options) :]
+    arguments = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options)]
     incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    grads = _backward_op(*incoming, *operands, *ctx.options, *outputs, *needs)
+    grads = _backward_op(*incoming, *arguments, *outputs, *needs)
     grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs))
-    return grad_hidden, None, grad_weight, grad_bias, *[None] * (len(ctx.options) + 1)
+    return grad_hidden, None, grad_weight, grad_bias, *[None] * (len(ctx.options) - 3)
 
 
 _logprobs_op.register_autograd(_backward, setup_context=_setup_context)

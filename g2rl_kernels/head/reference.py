@@ -38,7 +38,7 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
     -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
-    weight, bias, temperature, logit_scale, logit_softcap = head
+    weight, bias, temperature, logit_scale, logit_softcap, *_ = head
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
     x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)

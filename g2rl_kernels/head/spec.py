@@ -21,7 +21,10 @@ from ..arguments import (
     sizes,
 )
 
-HEAD_SCHEMA = "Tensor weight, Tensor? bias, float temperature, float logit_scale, float logit_softcap"
+HEAD_SCHEMA = (
+    "Tensor weight, Tensor? bias, float temperature, float logit_scale, float logit_softcap, "
+    "Tensor? temperatures, Tensor? low_hidden, Tensor? low_weight"
+)
 RESPONSES_SCHEMA = "Tensor cu_seqlens, Tensor? token_weights"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,13 +42,16 @@ class HeadSpec(NamedTuple):
     temperature: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = 0.0  # c; 0: no softcap. Before `checked`: None, as public functions have it
+    temperatures: Tensor | None = None  # [N] float32, one a token, in place of `temperature`, which is then 1
+    low_hidden: Tensor | None = None  # [N, r], scaling A h of `lora`: B low_hidden is added to W h
+    low_weight: Tensor | None = None  # [V, r], B of `lora`
 
     def checked(self, hidden: Tensor, tokens: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> HeadSpec:
         """The same with plain numbers, if hidden [N, d], tokens [N] and the head fit together.
 
         Raises TypeError or ValueError naming the argument; values of tensors are not read.
         """
-        weight, bias, temperature, logit_scale, logit_softcap = self
+        weight, bias, temperature, logit_scale, logit_softcap, *_ = self
         check_tensor("hidden", hidden, dtypes)
         if hidden.dim() != 2 or hidden.shape[1] == 0:
             raise ValueError(
@@ -71,9 +77,19 @@ class HeadSpec(NamedTuple):
 
     def detached(self) -> HeadSpec:
         """The same without gradients."""
-        return self._replace(
-            weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach()
+        weight, bias, temperature, logit_scale, logit_softcap, *others = self
+        bias, *others = (None if t is None else t.detach() for t in (bias, *others))
+        return HeadSpec(weight.detach(), bias, temperature, logit_scale, logit_softcap, *others)
+
+    def at(self, rows: slice) -> HeadSpec:
+        """The same for some of the tokens."""
+        temperatures, low_hidden = (
+            None if t is None else t[rows] for t in (self.temperatures, self.low_hidden)
         )
+        return self._replace(temperatures=temperatures, low_hidden=low_hidden)
+
+
+FIELDS = len(HeadSpec._fields)  # of an operator's arguments, that make up a head
 
 
 class Responses(NamedTuple):

@@ -5,6 +5,7 @@ import torch
 from oracle import make_case
 
 import g2rl_kernels as g2
+from g2rl_kernels.head.spec import HeadSpec
 
 backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
 compiled = {"fullgraph": True, "backend": "aot_eager"}  # inductor's first compilation takes 20 s
@@ -64,7 +65,8 @@ KEPT = 1 << 20  # room for all logits
 @pytest.mark.parametrize("trained", [(), (0,), (2,), (0, 2, 3)], ids=str)
 def test_opcheck_linear_logprobs(trained, backend):
     case = make_case([8], V=67, d=16)
-    args = [case.hidden, case.tokens, case.weight, torch.randn(67), 0.7, 1.3, 4.0, backend, "", KEPT]
+    head = HeadSpec(case.weight, torch.randn(67), 0.7, 1.3, 4.0)
+    args = [case.hidden, case.tokens, *head, backend, "", KEPT]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))

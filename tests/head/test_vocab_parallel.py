@@ -259,12 +259,12 @@ def test_opcheck(alone, trained):
     inputs = {"hidden": case.hidden.clone(), "weight": case.weight.clone(), "bias": case.bias.clone()}
     for name in trained:
         inputs[name].requires_grad_()
-    head = inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0
+    head = HeadSpec(inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0)
     args = (inputs["hidden"], tokens, *head, "reference", group)
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20))
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
-        features_args = (*args[:7], *case.responses, None, None, *args[7:])
+        features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:])
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
         outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20)
         needs = (True, True, True)

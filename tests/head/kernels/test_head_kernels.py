@@ -177,7 +177,8 @@ def test_opcheck(mode):
 @modes
 def test_compiles_in_one_graph_to_the_same_bits(mode):
     hidden, tokens, weight, bias, *_ = arguments = operator_arguments(mode == "one pass", None)
-    inputs = (hidden, weight, tokens, arguments[7], bias, *arguments[8:10])
+    cu_seqlens, alpha, known = arguments[2 + len(HeadSpec._fields) :][:3]
+    inputs = (hidden, weight, tokens, cu_seqlens, bias, alpha, known)
 
     def function(hidden, weight, tokens, cu_seqlens, bias, alpha, known):
         if mode == "certificate":

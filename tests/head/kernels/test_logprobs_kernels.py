@@ -402,7 +402,8 @@ def test_products_are_rounded_once_and_torchs_setting_comes_back():
 @pytest.mark.parametrize("trained", [(), (0,), (0, 2, 3)], ids=str)
 def test_opcheck(trained):
     case = make_case([8], V=67, d=16).to(GPU)
-    args = [case.hidden, case.tokens, case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0, *BACKEND, 0]
+    head = HeadSpec(case.weight, torch.randn(67, device=GPU), 0.7, 1.3, 4.0)
+    args = [case.hidden, case.tokens, *head, *BACKEND, 0]
     for i in trained:
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
