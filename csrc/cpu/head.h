@@ -37,15 +37,16 @@ struct KeptLogits {
 struct HeadArgs {
   DType dtype;                 // of hidden and weight
   Matrix hidden, weight;       // [N, d], [V, d]
+  Matrix low_hidden, low_weight;  // [N, r], [V, r], of the same dtype: W h gets low_weight low_hidden added; null if r = 0
   const int64_t* tokens;       // [N] in [0, V), checked by the caller; with `partial` or `lse`, others belong to other ranks
   const int64_t* cu_seqlens;   // [S + 1], monotone from 0 to N, checked by the caller
   const void* bias;            // [V] or null
   DType bias_dtype;
   int64_t bias_stride;
   const float* token_weights;  // [N] or null (all ones)
-  int64_t N, d, V, S;
+  int64_t N, d, V, S, r;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
-  float *features, *logprobs, *logsumexp, *entropy;     // [S, d], [N], [N], [N]: written in full
+  float *features, *logprobs, *logsumexp, *entropy;     // [S, d + r] (of [W, low_weight]), [N], [N], [N]: written in full
   // A rank's rows of a larger vocabulary take two calls.  First: features null, and instead of the other outputs
   // partial [3, N]: max, sum exp(z - max) and sum exp(z - max) (z - max) over all entries but the token, and
   // target [N]: the token's z, -inf if it belongs to another rank; z over temperature.

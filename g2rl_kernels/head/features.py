@@ -17,6 +17,7 @@ from ..arguments import check_shape, check_tensor, check_token_values, may_read_
 from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
 from .backend import Hints, choose_backend
 from .backend import backend as implementation
+from .lora import Lora, folded, with_lora
 from .spec import FIELDS, HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
 
 
@@ -44,6 +45,7 @@ def head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    lora: Lora | None = None,
     token_weights: Tensor | None = None, known_logprobs: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> HeadFeatures:  # fmt: skip
@@ -70,6 +72,10 @@ def head_features(
         temperature, logit_scale: positive, from 1e-8 to 1e8.
         logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
             of logit_scale, without a softcap) has the same bounds.
+        lora: (A [r, d], B [V, r], scaling): the head is W + scaling B A in place of W, which is never formed.
+            A and B of the dtype of hidden or float32; scaling any finite number. For a 16-bit hidden, B and
+            scaling A h are rounded to its dtype, as the weight is; A is not. Extra memory: 2 bytes for each
+            number of a float32 B.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
             It saves backend "triton" one of two passes over the logits; other backends ignore it.
@@ -77,9 +83,10 @@ def head_features(
             within 0.01 of 1 counts with l alpha_t in its feature's sum; every other token counts exactly. A
             NaN, or l above 1000, costs the second pass for all tokens.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
-            are then this rank's rows, [V_r, d] and [V_r]; the rows of rank r follow those of rank r - 1, and
-            V_r may differ. All else is the same on all ranks, and tokens are global ids. All ranks get the
-            same bits. They exchange 4 numbers a token and [S, d] sums. known_logprobs is ignored.
+            are then this rank's rows, [V_r, d] and [V_r], and B of lora too; the rows of rank r follow those
+            of rank r - 1, and V_r may differ. All else is the same on all ranks, and tokens are global ids.
+            All ranks get the same bits. They exchange 4 numbers a token and [S, d + r] sums. known_logprobs
+            is ignored.
         backend: "triton" (CUDA), "cpu" (C++) or "reference" (PyTorch, any device). None: "cpu" for CPU
             tensors, "triton" for CUDA tensors where it is installed, else "reference". float32 products of
             "triton" follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are
@@ -110,7 +117,7 @@ def head_features(
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
     out = _call(
-        "head_features", hidden, tokens, head, responses, known_logprobs, None, process_group, backend
+        "head_features", hidden, tokens, head, lora, responses, known_logprobs, None, process_group, backend
     )
     return HeadFeatures(*out[:4])
 
@@ -120,6 +127,7 @@ def certified_head_features(
     max_skipped: float = 0.01,
     bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    lora: Lora | None = None,
     token_weights: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> CertifiedHeadFeatures:  # fmt: skip
@@ -158,7 +166,7 @@ def certified_head_features(
         )
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
-    out = _call("", hidden, tokens, head, responses, None, float(max_skipped), None, backend)
+    out = _call("", hidden, tokens, head, lora, responses, None, float(max_skipped), None, backend)
     return CertifiedHeadFeatures(*out)
 
 
@@ -167,6 +175,7 @@ def _call(
     hidden: Tensor,
     tokens: Tensor,
     head: HeadSpec,
+    lora: Lora | None,
     responses: Responses,
     known_logprobs: Tensor | None,
     max_skipped: float | None,
@@ -174,19 +183,21 @@ def _call(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     """Checks everything, on all ranks of a group together, and calls the operator."""
-    check = partial(_check, hidden, tokens, head, responses, known_logprobs, backend)
-    facts = {"function": function, "backend": backend, **responses._asdict()}
+    check = partial(_check, hidden, tokens, head, lora, responses, known_logprobs, backend)
+    facts = {"function": function, "backend": backend, "lora": lora, **responses._asdict()}
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     head, responses, backend = checked
     known = None if known_logprobs is None else known_logprobs.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
-    return ops.features(*operands, known, max_skipped, backend, group)
+    features, *others = ops.features(*operands, known, max_skipped, backend, group)
+    return folded(features, lora), *others
 
 
 def _check(
     hidden: Tensor,
     tokens: Tensor,
     head: HeadSpec,
+    lora: Lora | None,
     responses: Responses,
     known_logprobs: Tensor | None,
     backend: str | None,
@@ -196,7 +207,7 @@ def _check(
 
     whole: weight holds the whole vocabulary, so that tokens must lie in it.
     """
-    head = head.checked(hidden, tokens)
+    head = with_lora(head.checked(hidden, tokens), hidden, lora)
     check_per_token("known_logprobs", known_logprobs, hidden)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
@@ -244,8 +255,9 @@ torch.library.define(
 
 @torch.library.impl(qualified("features"), "CompositeExplicitAutograd")
 def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
-    head, rest = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
+    """Features of [W, B] by a backend, [S, d + r] with a low-rank part; certified with max_skipped; group: ""
+    for a whole vocabulary."""
+    head, rest = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     responses, hints, (name, group) = Responses(*rest[:2]), Hints(*rest[2:4]), rest[4:]
     with torch.autocast(hidden.device.type, enabled=False):
         if group:
@@ -255,8 +267,9 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(qualified("features"))
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    N, d, S = *hidden.shape, flat[FIELDS].shape[0] - 1
-    floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
+    (N, d), S = hidden.shape, flat[FIELDS].shape[0] - 1
+    columns = d + HeadSpec(*flat[:FIELDS]).rank
+    floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, columns), (N,), (N,), (N,), (S,))]
     return *floats, hidden.new_empty(S, dtype=torch.int64)
 
 

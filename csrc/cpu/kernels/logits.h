@@ -66,16 +66,18 @@ using LogitsBlock = void (*)(const HeadChunk&, int64_t v0, int64_t count, float*
 static LogitsBlock logits_block_for(const HeadChunk&);  // these two pick the register tile: tiles_*.h
 static int64_t tile_width_for(int64_t width);
 
+// logits (+)= rows of w, of so many columns, times units [first, first + units) of the packed tokens
 template <class Dot, int R, int T>
-static void logits_block(const HeadChunk& c, int64_t v0, int64_t count, float* logits) {
-  const Matrix& w = c.args->weight;
-  const bool in_place = readable_in_place(c, w);
-  const int64_t step = in_place ? c.units : kColumnBlock;
+static void add_product(const HeadChunk& c, const Matrix& w, int64_t columns, int64_t first, int64_t units, int64_t v0, int64_t count,
+                        float* logits) {
+  const bool in_place = readable_in_place(c, w, columns);
+  const int64_t step = in_place ? units : kColumnBlock;
   float scratch[R * kColumnBlock];
   for (int64_t r = 0; r < count; r += R) {
     const int64_t n = smaller(R, count - r);
-    for (int64_t k = 0; k < c.units; k += step) {
-      const int64_t length = smaller(step, c.units - k);
+    for (int64_t k = 0; k < units; k += step) {
+      const int64_t length = smaller(step, units - k);
+      const bool accumulate = first + k > 0;
       const char *rows = (const char*)scratch, *next = nullptr;
       int64_t row_bytes = kColumnBlock * 4;
       if (in_place) {
@@ -83,17 +85,25 @@ static void logits_block(const HeadChunk& c, int64_t v0, int64_t count, float* l
         rows = (const char*)w.data + (v0 + r) * row_bytes;
         if (v0 + r + 2 * R <= c.args->V) next = rows + R * row_bytes;
       } else {
-        for (int64_t i = 0; i < n; i++) unpack_units(c, w, v0 + r + i, k, length, scratch + i * kColumnBlock);
+        for (int64_t i = 0; i < n; i++) unpack_units(c, w, columns, v0 + r + i, k, length, scratch + i * kColumnBlock);
       }
       for (int64_t p = 0; p < c.tiles; p++) {
-        const float* h = c.packed + (p * c.units + k) * c.tile_width;
+        const float* h = c.packed + (p * c.units + first + k) * c.tile_width;
         float* out = logits + (p * kBlock + r) * c.tile_width;
-        if (n == R) product_tile<Dot, R, T>(rows, row_bytes, h, length, out, c.tile_width, k > 0, p == 0 ? next : nullptr);
+        if (n == R) product_tile<Dot, R, T>(rows, row_bytes, h, length, out, c.tile_width, accumulate, p == 0 ? next : nullptr);
         else
-          for (int64_t i = 0; i < n; i++) product_tile<Dot, 1, T>(rows + i * row_bytes, row_bytes, h, length, out + i * c.tile_width, c.tile_width, k > 0, nullptr);
+          for (int64_t i = 0; i < n; i++) product_tile<Dot, 1, T>(rows + i * row_bytes, row_bytes, h, length, out + i * c.tile_width, c.tile_width, accumulate, nullptr);
       }
     }
   }
+}
+
+template <class Dot, int R, int T>
+static void logits_block(const HeadChunk& c, int64_t v0, int64_t count, float* logits) {
+  const HeadArgs& a = *c.args;
+  const int64_t units = c.units - c.low_units;
+  add_product<Dot, R, T>(c, a.weight, a.d, 0, units, v0, count, logits);
+  if (c.low_units) add_product<Dot, R, T>(c, a.low_weight, a.r, units, c.low_units, v0, count, logits);
 }
 
 // z = softcap(logit_scale (W h + b)), in place

@@ -83,7 +83,7 @@ static void add_lines(const float* const factor[J], const char* lines, int64_t l
 template <class Load, int L>
 static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
                         int64_t length, float* out) {
-  const int64_t slab = c.slab_end - c.slab_begin, stride = row_stride(c.args->d);
+  const int64_t slab = c.slab_end - c.slab_begin, stride = row_stride(c.args->d + c.args->r);
   int64_t j = 0;
   for (; j + 4 <= row_count; j += 4) {
     const float* factor[4];
@@ -99,17 +99,17 @@ static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_cou
 // Reads the weight once for any number of responses: a few rows and a block of columns at a time, which stay in L1 with
 // their share of `out`.  Rows are prefetched kAhead rows ahead.
 template <class Load>
-static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+static void project_as(const HeadChunk& c, const Matrix& w, int64_t columns, const int64_t* rows, int64_t row_count, int64_t begin,
+                       int64_t end, float* out) {
   constexpr int kLines = 6;
   constexpr int64_t kColumns = 128, kAhead = 3 * kLines;
-  const HeadArgs& a = *c.args;
-  const Matrix& w = a.weight;
-  const bool in_place = w.stride1 == 1 && Load::size == element_size(a.dtype);
+  const DType dtype = c.args->dtype;
+  const bool in_place = w.stride1 == 1 && Load::size == element_size(dtype);
   float scratch[kLines * kColumns];
   for (int64_t v = begin; v < end; v += kLines) {
     const int64_t n = smaller(kLines, end - v);
-    for (int64_t k = 0; k < a.d; k += kColumns) {
-      const int64_t length = smaller(kColumns, a.d - k);
+    for (int64_t k = 0; k < columns; k += kColumns) {
+      const int64_t length = smaller(kColumns, columns - k);
       const char* lines = (const char*)scratch;
       int64_t line_bytes = kColumns * 4;
       if (in_place) {
@@ -118,7 +118,7 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
         for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
           for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, 2);
       } else {
-        for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
+        for (int64_t i = 0; i < n; i++) unpack_floats(dtype, w, v + i, k, length, scratch + i * kColumns);
       }
       if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
       else
@@ -127,12 +127,19 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
   }
 }
 
+static void project_matrix(const HeadChunk& c, const Matrix& w, int64_t columns, const int64_t* rows, int64_t row_count, int64_t begin,
+                           int64_t end, float* out) {
+  const DType dtype = w.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
+  if (dtype == DType::bf16) project_as<LoadBf16>(c, w, columns, rows, row_count, begin, end, out);
+  else if (dtype == DType::f16) project_as<LoadF16>(c, w, columns, rows, row_count, begin, end, out);
+  else project_as<LoadFloat>(c, w, columns, rows, row_count, begin, end, out);
+}
+
 static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
-  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
-  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
-  if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
-  else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
-  else project_as<LoadFloat>(c, rows, row_count, begin, end, out);
+  const HeadArgs& a = *c.args;
+  std::memset(out, 0, sizeof(float) * row_count * row_stride(a.d + a.r));
+  project_matrix(c, a.weight, a.d, rows, row_count, begin, end, out);
+  if (a.r) project_matrix(c, a.low_weight, a.r, rows, row_count, begin, end, out + a.d);
 }
 
 }  // namespace

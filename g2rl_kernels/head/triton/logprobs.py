@@ -63,7 +63,7 @@ def sweep(
 ) -> None:
     """See `Backend.sweep`. block.start is even; sums.weight[block] is scratch memory until this returns."""
     begin, end = block.start, block.stop
-    sum_hidden, grad_weight, grad_bias = sums
+    sum_hidden, grad_weight, grad_bias, sum_low_hidden, sum_low_weight = sums
     N, d = hidden.shape
     if N == 0:
         if grad_weight is not None:
