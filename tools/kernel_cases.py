@@ -25,7 +25,14 @@ TYPES = {
     "fp32": "factor most outside scale sign",
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
-OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
+OPERANDS = (
+    "hidden",
+    "weight",
+    "low_hidden",
+    "low_weight",
+    "bias",
+    "gradient",
+)  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
 OWN = ("stride_gn", "n_columns")  # sizes of our own buffers, always multiples of 16
 
@@ -106,6 +113,7 @@ def made(
 
 # Variant -> the kernel and its constants.
 NO_GATE = {"gate": None, "GATED": False}
+NO_LOW = {"low_hidden": None, "low_weight": None, "R": None, "LOW": False}
 EXACT = {"index": None, "sums": None, "seed": None, "kappa": None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "statistics": ("stats.head_stats_kernel", NO_GATE),
@@ -129,6 +137,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient": ("gradient.head_gradient_kernel", {}),
 }
 BOTH = ("hidden", "weight")
+FLAGS = ("HAS_BIAS", "SOFTCAP", "LOW")  # of head_target
 STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
 
 
@@ -141,6 +150,7 @@ def large(
     *,
     bias: bool = False,
     softcap: bool = False,
+    low: bool = False,
     precision: str = "ieee",
     by_pointer: tuple[str, ...] = (),
     strided: tuple[str, ...] = (),
@@ -163,6 +173,7 @@ def large(
     }  # fmt: skip
     if not bias:
         constants["bias"] = None
+    constants |= {"LOW": True} if low else NO_LOW
     if "G_TMA" in function(kernel).arg_names:
         constants["G_TMA"] = "gradient" not in by_pointer
     if "WEIGHTED" in function(kernel).arg_names:  # tokens have weights where the head has a bias
@@ -173,6 +184,7 @@ def large(
     if "unaligned" not in form and not is_amd(arch):
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
+    extra += ["low-rank part"] * low
     how = ", 3xTF32" if precision == "tf32x3" else ""
     if "unaligned" in form:
         how += ", d = 2050" if strided == ROW_STRIDES else ", any strides"
@@ -216,6 +228,8 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
     shipped, others = of("plain")
     for variant in usual:
         yield large(variant, arch, shipped, "plain", "bf16")
+    for variant in usual if scope != "quick" else ("statistics", "gradient"):
+        yield large(variant, arch, shipped, "plain", "bf16", low=True)
     if scope == "quick":
         return
     yield large("statistics, gated", arch, shipped, "plain", "bf16")
@@ -230,6 +244,9 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
         for variant in usual:
             yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
+            yield large(
+                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True
+            )
             if scope == "all":
                 for config in (shipped, *others):
                     yield large(variant, arch, config, form, dtype, precision=precision, softcap=softcap)
@@ -261,7 +278,7 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
 
     joined = {"LN2": LN2, "BT": join.BT}
     realised = {"BT": target.BT, "BD": target.BD}
-    plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False}
+    plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False, **NO_LOW}
     single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
         ("collect", "", {"BM": 128, "BC": collect.BC}, 4),
         ("finish", "", joined | NO_GATE, 4),
@@ -272,7 +289,8 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
         ("reduce", "kappa", {"BD": reduce.BD, "HAS_KAPPA": True}, 4),
         ("skip", "", {"BT": skip.BT}, 8),
         ("target", "", realised | plain, 4),
-        ("target", "bias, softcap", realised | {"HAS_BIAS": True, "SOFTCAP": True}, 4),
+        ("target", "bias, softcap", realised | {"HAS_BIAS": True, "SOFTCAP": True, **NO_LOW}, 4),
+        ("target", "bias, softcap, low-rank part", realised | dict.fromkeys(FLAGS, True), 4),
     )
     for name, variant, constants, num_warps in single:
         yield made(f"{name}.head_{name}_kernel", arch, constants, variant=variant, num_warps=num_warps)

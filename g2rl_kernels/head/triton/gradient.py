@@ -30,16 +30,17 @@ from .tuning import Config
 
 
 @triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient"))
-@triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "D"])
+@triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "R", "D"])
 def head_gradient_kernel(
-    hidden, weight, bias, tokens, numbers, gradient,
+    hidden, weight, low_hidden, low_weight, bias, tokens, numbers, gradient,
     N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
     scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
-    D,
+    R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
@@ -50,8 +51,8 @@ def head_gradient_kernel(
     m_row = o_row < i_row0 + n_rows
 
     b_acc = dot_tile(
-        hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-        D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+        hidden, weight, low_hidden, low_weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd,
+        stride_wv, stride_wd, V, R, D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST, LOW,
     )  # fmt: skip
     b_y = tl.load(tokens + o_row, mask=m_row, other=-1).to(tl.int32)
     p_numbers = numbers + o_row

@@ -24,16 +24,17 @@ MAX_STRIPS = 32
 
 
 @triton.heuristics(TILE_FLAGS | given("GATED", "gate"))
-@triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "D"])
+@triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "R", "D"])
 def head_stats_kernel(
-    hidden, weight, bias, tokens, gate, partial,
+    hidden, weight, low_hidden, low_weight, bias, tokens, gate, partial,
     N, V, n_strips, tiles_per_strip,
     scale, factor,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D,
+    R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the strips of one token block, then those of the next: the tiles of the weight
     # and the rows of hidden that are in use together stay in the L2 cache.
@@ -58,8 +59,8 @@ def head_stats_kernel(
         m_row = o_row < N
 
         b_acc = dot_tile(
-            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+            hidden, weight, low_hidden, low_weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd,
+            stride_wv, stride_wd, V, R, D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST, LOW,
         )  # fmt: skip
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
         b_x = add_bias(b_acc, b_y, bias, i_col, V, factor, BN, HAS_BIAS, not SOFTCAP)
