@@ -73,7 +73,7 @@ def head_features(
         logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
             of logit_scale, without a softcap) has the same bounds.
         lora: (A [r, d], B [V, r], scaling): the head is W + scaling B A in place of W, which is never formed.
-            A and B of the dtype of hidden or float32; scaling any finite number. For a 16-bit hidden, B and
+            A and B of any dtype that hidden may have; scaling any finite number. For a 16-bit hidden, B and
             scaling A h are rounded to its dtype, as the weight is; A is not. Extra memory: 2 bytes for each
             number of a float32 B.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ops import qualified
 from ..arguments import check_finite, check_tensor, sizes
-from .spec import HeadSpec
+from .spec import DTYPES, HeadSpec
 from .tiled import elements, slices
 
 Lora = tuple[Tensor, Tensor, float]  # A [r, d], B [V, r], scaling
@@ -34,7 +34,7 @@ def with_lora(head: HeadSpec, hidden: Tensor, lora: Lora | None) -> HeadSpec:
         raise TypeError(f"lora: got {type(lora).__name__}, needs a tuple (A, B, scaling)")
     A, B, scaling = lora
     for name, matrix in (("A", A), ("B", B)):
-        dtypes = tuple(dict.fromkeys((hidden.dtype, torch.float32)))
+        dtypes = (*DTYPES, torch.float64) if hidden.dtype == torch.float64 else DTYPES
         check_tensor(f"lora: {name}", matrix, dtypes, hidden.device)
     (V, d) = head.weight.shape
     if A.dim() != 2 or A.shape[1] != d or A.shape[0] == 0:

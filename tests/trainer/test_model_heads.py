@@ -72,8 +72,8 @@ def test_unknown_logit_arithmetic_is_told(tmp_path: Path) -> None:
         make_trainer(tmp_path, model=model)
 
 
-def test_unmerged_adapter_on_the_head_is_told(tmp_path: Path) -> None:
-    class LoraLinear(nn.Module):
+def test_another_adapter_on_the_head_is_told(tmp_path: Path) -> None:
+    class OtherLinear(nn.Module):
         def __init__(self, base_layer: nn.Linear):
             super().__init__()
             self.base_layer = base_layer
@@ -83,8 +83,8 @@ def test_unmerged_adapter_on_the_head_is_told(tmp_path: Path) -> None:
             return self.base_layer(x)
 
     model = make_model(tie_word_embeddings=False)
-    model.lm_head = LoraLinear(model.lm_head)
-    with pytest.raises(TrainerError, match=r"unmerged adapter.*merge"):
+    model.lm_head = OtherLinear(model.lm_head)
+    with pytest.raises(TrainerError, match=r"adapter that is not LoRA .*OtherLinear.*merge"):
         make_trainer(tmp_path, model=model)
 
 
