@@ -276,6 +276,7 @@ def _compare_logits(model: Any, head: LMHead) -> None:
         with evaluation_mode(model), _without_autocast(model):
             theirs = model(input_ids=ids, use_cache=False).logits
             hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
+            ours = head.logits(hidden.to(weight.device, weight.dtype))
     except Exception as error:  # whatever a family's forward raises at text alone
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
@@ -290,7 +291,6 @@ def _compare_logits(model: Any, head: LMHead) -> None:
         same = entered[0].shape == hidden.shape
         same = same and torch.allclose(entered[0].float(), hidden.to(entered[0].device).float(), 1e-2, 1e-2)
         where = ", after its LM head" if same else ", before its LM head"
-    ours = head.logits(hidden.to(weight.device, weight.dtype))
     check_logits(model, ours, theirs.to(weight.device), weight.dtype, where)
     agrees, nats = _compare(theirs[0, :SAME], theirs[1, :SAME], weight.dtype)
     if not agrees:
@@ -419,7 +419,7 @@ def frozen_copy(head: LMHead, autocast: bool) -> LMHead:
     """
     backbone, output = copy.deepcopy((head.backbone, head.output))  # in one call: a tied head stays tied
     backbone.requires_grad_(False).eval()
-    output.requires_grad_(False)
+    output.requires_grad_(False).eval()
     if autocast:
         tied = {
             parameter.data_ptr()
