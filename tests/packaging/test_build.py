@@ -131,6 +131,9 @@ def head(**changes):
         "temperature": 1.0,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
+        "temperatures": None,
+        "low_hidden": None,
+        "low_weight": None,
         "cu_seqlens": torch.tensor([0, 1, 4]),
         "token_weights": None,
         "known_logprobs": None,
@@ -145,6 +148,10 @@ def head(**changes):
         ({"hidden": torch.ones(4, 2)}, r"weight has shape \[5, 3\], needs \[V, d\] with d = 2"),
         ({"weight": torch.ones(3, dtype=torch.float32)}, r"weight has shape \[3\]"),
         ({"weight": torch.ones(5, 3, dtype=torch.bfloat16)}, "one dtype"),
+        ({"low_weight": torch.ones(5, 2)}, "needs low_hidden too"),
+        ({"low_weight": torch.ones(4, 2), "low_hidden": torch.ones(4, 2)}, r"low_weight has shape \[4, 2\]"),
+        ({"low_weight": torch.ones(5, 2), "low_hidden": torch.ones(4, 3)}, r"low_hidden has shape \[4, 3\]"),
+        ({"low_weight": torch.ones(5, 2), "low_hidden": torch.ones(4, 2).half()}, "dtype of hidden"),
         (
             {
                 "hidden": torch.ones(4, 3, dtype=torch.float64),
