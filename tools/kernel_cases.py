@@ -14,6 +14,8 @@ from typing import Any
 
 # Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
 TRIED_MAY_SPILL = 32
+# And a low-rank part beside a softcap, a bias and weights, which is rarer than its own tiles would be worth.
+LOW_MAY_SPILL = 32
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
@@ -245,8 +247,9 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         for variant in usual:
             yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
             yield large(
-                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True
-            )
+                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True,
+                may_spill=LOW_MAY_SPILL,
+            )  # fmt: skip
             if scope == "all":
                 for config in (shipped, *others):
                     yield large(variant, arch, config, form, dtype, precision=precision, softcap=softcap)
