@@ -93,6 +93,12 @@ class HeadSpec(NamedTuple):
         """r of the low-rank part; 0 without."""
         return 0 if self.low_weight is None else self.low_weight.shape[1]
 
+    def bytes_of_logit(self, dtype: torch.dtype) -> int:
+        """Bytes of a logit that is kept for the backward pass: 2 where all gradients are bfloat16, but not
+        behind a softcap, whose slope needs more; else 4. dtype: of hidden."""
+        rounded = dtype == torch.bfloat16 and (self.bias is None or self.bias.dtype != torch.float32)
+        return 2 if rounded and not self.logit_softcap else 4
+
     def at(self, rows: slice) -> HeadSpec:
         """The same for some of the tokens."""
         temperatures, low_hidden = (
