@@ -10,7 +10,7 @@ import pytest
 import test_linear_logprobs as shared
 import torch
 from oracle import GPU, TRITON, Case, make_case
-from strategies import DTYPES
+from strategies import DTYPES, low_rank
 
 import g2rl_kernels as g2
 from g2rl_kernels.head import logprobs, tiled
@@ -21,9 +21,9 @@ from live_bytes import LiveBytes, no_launches
 
 from g2rl_kernels.head.backend import Incoming, Sums
 from g2rl_kernels.head.spec import HeadSpec
+from g2rl_kernels.head.triton import driver, tile, tuning
 from g2rl_kernels.head.triton import gradient as head_gradient
 from g2rl_kernels.head.triton import logprobs as kernels
-from g2rl_kernels.head.triton import tile, tuning
 
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
@@ -84,6 +84,18 @@ def test_many_chunks_and_blocks(tiny_budgets, dtype, softcap):
     case = make_case([61], V=251, d=24, dtype=dtype, bias=torch.randn(251), logit_softcap=softcap)
     check(case)
     check(case.replace(bias=None, temperature=0.6, logit_scale=1.5))
+
+
+@dtypes
+@pytest.mark.parametrize("r", [3, 20])
+def test_a_low_rank_part_in_many_chunks_and_blocks(tiny_budgets, monkeypatch, dtype, r):
+    """Kept logits hold it already; without them it is multiplied again."""
+    case = make_case([61], V=251, d=24, dtype=dtype, bias=torch.randn(251), logit_softcap=3.0)
+    case.lora = low_rank(case, r, torch.float32)
+    check(case)
+    check(case.replace(bias=None, logit_softcap=None, temperature=0.6))
+    monkeypatch.setattr(driver, "kept_bytes", lambda *_: 0)
+    check(case.replace(logit_softcap=None))
 
 
 @pytest.mark.parametrize("V", [1, 31, 32, 33])
@@ -362,7 +374,8 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
     def run():
         inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
         out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY)
-        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
+        needs = (True, not frozen, False, False, False)
+        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, *needs)
 
     if HAS_GPU:
         run()  # cuBLAS' own workspace is in place
@@ -463,7 +476,8 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
     def run():
         inputs = (case.hidden, case.tokens, *HeadSpec(case.weight), *BACKEND)
         out = torch.ops.g2rl.linear_logprobs(*inputs)
-        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, True, True, False)
+        needs = (True, True, False, False, False)
+        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, *needs)
 
     expected = run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
