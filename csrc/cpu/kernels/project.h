@@ -127,8 +127,9 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
   }
 }
 
-static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
-  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
+static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out,
+                    bool accumulate) {
+  if (!accumulate) std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
   const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
   if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
   else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
