@@ -39,7 +39,6 @@ namespace {
 
 constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
 constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
-constexpr int64_t kSpan = 16384;           // blocks whose statistics are held and merged together
 
 // How the workspace is shared out.
 struct Plan {
@@ -265,7 +264,7 @@ class Head {
     float* partial = reinterpret_cast<float*>(codes);
     run(parallel, strips, [&](int64_t x) {
       const int64_t i = strips - 1 - x;  // the last rows of W are still in cache
-      k.project(c, rows.data(), count, c.slab_begin + slab * i / strips, c.slab_begin + slab * (i + 1) / strips, partial + i * size, false);
+      k.project(c, rows.data(), count, c.slab_begin + slab * i / strips, c.slab_begin + slab * (i + 1) / strips, partial + i * size);
     });
     run(parallel, count, [&](int64_t j) {
       const int64_t s = row_response[rows[j]];

@@ -34,6 +34,7 @@ struct OnePassPlan {
 
 OnePassPlan plan_for(const HeadArgs& a, int64_t row_units) {
   const int64_t blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
+  if (blocks > kSpan) return {0, 0};  // head.cpp merges statistics span by span
   for (int64_t tokens : kTokens) {
     const int64_t left = kWorkspace - tokens * 4 * (row_units + 3 * blocks);
     const int64_t units = left / (4 * row_stride(a.d) * strips);
@@ -152,6 +153,8 @@ class OnePass {
       alignas(64) uint16_t codes[kBlock * kMaxWidth];
       alignas(64) float residual[kMostUnits * kBlock];
       const int64_t begin = blocks * i / strips, end = blocks * (i + 1) / strips;
+      float* out = partial + i * unit_count * stride;
+      std::fill_n(out, unit_count * stride, 0.0f);
       for (int64_t b = begin; b < end; b++) {
         HeadChunk block = base;
         for (HeadChunk c : tiles) {
@@ -163,7 +166,7 @@ class OnePass {
           k.collect(c, 0);
           block = c;
         }
-        k.project(block, rows.data(), unit_count, block.slab_begin, block.slab_end, partial + i * unit_count * stride, b > begin);
+        k.project_cached(block, rows.data(), unit_count, block.slab_begin, block.slab_end, out);
       }
     });
   }

@@ -6,15 +6,16 @@
 namespace g2rl {
 
 constexpr int64_t kWorkspace = 15500000;  // bytes; with what the caller allocates beside it the total stays below 16 MB
+constexpr int64_t kSpan = 16384;          // blocks whose statistics are held and merged together
 
 // The thread's scratch memory. A call of reserve() ends the use of what the one before returned.
 Workspace& head_workspace();
 
 // Sums over the vocabulary but the realised token, as merge() leaves them, and that token's logit.
 struct TokenSums {
-  double target, max, run_sum, lost, run_moment;
+  float target, max, run_sum, lost, run_moment;
 
-  double sum() const { return run_sum - lost; }
+  double sum() const { return double(run_sum) - lost; }
   double moment() const { return run_moment * 2.772588722239781; }  // sum exp((z - max) / T) (z - max) / T; 4 log 2
 };
 
