@@ -8,6 +8,8 @@ from oracle import CPU_BACKENDS, Case, autograd_head, errors, make_case, run_hea
 from strategies import DTYPES, cases
 from torch import Tensor
 
+from g2rl_kernels.head.cpu import share_of_right_responses
+
 backends = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=[isa for _, isa in CPU_BACKENDS])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
@@ -131,3 +133,17 @@ def test_a_vocabulary_too_large_for_one_pass_takes_two():
     two_passes = run_head(case, CPU_BACKENDS[-1])
     known = two_passes.logprobs + 0.005
     assert all(map(torch.equal, two_passes, run_head(case, CPU_BACKENDS[-1], known_logprobs=known)))
+
+
+def test_a_response_is_right_if_all_its_tokens_are_within_the_tolerance():
+    cu_seqlens = torch.tensor([0, 2, 2, 3, 5])
+    logprobs = torch.tensor([-1.0, -2.0, -1e-3, -3.0, -4.0])
+    for known, share in (
+        (logprobs, 1.0),
+        (logprobs + 0.0099, 1.0),  # above 0 where p is nearly 1: taken as 0
+        (logprobs - 0.02, 0.25),
+        (logprobs.where(torch.arange(5) != 3, torch.nan), 0.75),
+    ):
+        assert share_of_right_responses(known, logprobs, cu_seqlens) == share
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
+    assert share_of_right_responses(logprobs - 0.02, logprobs, cu_seqlens.int(), weights) == 0.5
