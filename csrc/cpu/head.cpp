@@ -219,7 +219,9 @@ class Head {
 
   void merge_target(int64_t t, int64_t n) {
     const FinishedToken token = finish_token(a, n, sums(t));
-    weigh(t, n, token.scale, token.rest);
+    const double l = a.known_logprobs ? std::exp(std::min(a.known_logprobs[n], 0.0f) - token.log_p) : 1.0;
+    const double counts = std::abs(l - 1) <= kKnownTolerance ? l : 1.0;
+    weigh(t, n, token.scale * counts, token.rest * counts);
   }
 
   // scale: from exp((z - max) / T) to p; rest: 1 - p(target)
@@ -316,9 +318,10 @@ FinishedToken finish_token(const HeadArgs& a, int64_t n, const TokenSums& s) {
   if (lift > 0) mean += lift * (s.moment() + s.sum() * (other - top) / T);
   const double log_total = z >= other ? std::log1p(others) : std::log(total);
   a.logsumexp[n] = float(top / T + log_total);
-  a.logprobs[n] = float((z - top) / T - log_total);
+  const double log_p = (z - top) / T - log_total;
+  a.logprobs[n] = float(log_p);
   a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
-  return {top / T + log_total, lift / total, others / total};
+  return {top / T + log_total, log_p, lift / total, others / total};
 }
 
 double total_weight(const HeadArgs& a, int64_t begin, int64_t end) {

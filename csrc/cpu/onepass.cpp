@@ -5,8 +5,8 @@
 // and A times the block. With exact statistics at the end, l = exp(lse - m / T) = known p / p says how far each seed was off.
 //
 //   unit   consecutive tokens of a response, all of it if it is short: from its first token's group of 16, at most `tokens` of
-//          them. A unit with a token whose l is not within kTolerance of 1 is computed again by head.cpp: that token with the
-//          exact logsumexp, the others with their seeds.
+//          them. A unit with a token whose l is not within kKnownTolerance of 1 is computed again by head.cpp, with what
+//          follows of its response.
 //   chunk  whole units, up to `tokens` tokens, 64 of which are multiplied at a time
 //   strip  blocks whose products are summed by one task; strips are added in order
 //
@@ -23,7 +23,6 @@
 namespace g2rl {
 namespace {
 
-constexpr double kTolerance = 0.01;
 constexpr int64_t kTokens[] = {256, 128, 64};  // in flight
 constexpr int64_t kStrips = 64, kMostUnits = 64, kLeastUnits = 4;
 
@@ -56,21 +55,31 @@ class OnePass {
       : a(args), k(kernels), parallel(parallel), plan(plan), base(base) {
     blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
     for (auto* v : {&max, &sum, &lost, &moment, &target, &seed, &weight, &zeros}) v->assign(plan.tokens, 0.0f);
-    for (auto* v : {&lse, &rest}) v->assign(plan.tokens, 0.0);
+    rest.assign(plan.tokens, 0.0);
   }
 
   void run_all() {
     std::fill_n(a.features, a.S * a.d, 0.0f);
-    for (int64_t n = 0; n < a.N; n = first + tokens) {
+    for (int64_t n = 0; n < a.N;) {
       take_chunk(n);
       sweep();
       finish();
       add_units();
-      for (size_t i = 0, end = 0; i < units.size(); i = std::max(end, i + 1))
-        for (end = i; end < units.size() && units[end].off;) {
-          while (end < units.size() && units[end].off) end++;
-          compute_again(i, end);
-        }
+      n = first + tokens;
+      std::vector<int64_t> cuts, owners;
+      const auto flush = [&] {
+        if (!owners.empty()) compute_again(cuts, owners);
+        cuts.clear(), owners.clear();
+      };
+      for (const Unit& unit : units) {
+        if (!unit.off) flush();
+        if (!unit.off) continue;
+        if (owners.empty()) cuts.push_back(first + unit.begin);
+        cuts.push_back(first + unit.end), owners.push_back(unit.response);
+      }
+      // What follows of a response whose last unit was off: in one go with that unit
+      if (!owners.empty()) n = cuts.back() = a.cu_seqlens[units.back().response + 1];
+      flush();
     }
   }
 
@@ -188,7 +197,7 @@ class OnePass {
 
   double alpha(int64_t n) const { return a.token_weights ? a.token_weights[n] : 1.0f; }
 
-  // Per-token outputs. From here on lse and rest are those that count in the feature: l times p where the seed was good.
+  // Per-token outputs; rest becomes l (1 - p).
   void finish() {
     std::fill(max.begin(), max.end(), -INFINITY);
     for (auto* v : {&sum, &lost, &moment}) std::fill(v->begin(), v->end(), 0.0f);
@@ -196,15 +205,12 @@ class OnePass {
       const int64_t t = g * kMaxWidth;
       k.merge(tiles[g], max.data() + t, sum.data() + t, lost.data() + t, moment.data() + t);
     });
-    std::fill(lse.begin(), lse.end(), INFINITY);
     for (Unit& unit : units)
       for (int64_t t = unit.begin; t < unit.end; t++) {
         const FinishedToken token = finish_token(a, first + t, {target[t], max[t], sum[t], lost[t], moment[t]});
-        const double seed_lse = seed[t] / double(a.temperature), l = std::exp(token.lse - seed_lse);
-        const bool good = std::abs(l - 1) <= kTolerance, counts = weight[t] != 0 || !std::isfinite(token.lse);
-        lse[t] = good ? seed_lse : token.lse;
-        rest[t] = good ? l * token.rest : token.rest;
-        if (counts && !good) unit.off = true;
+        const double l = std::exp(token.lse - seed[t] / double(a.temperature));
+        rest[t] = l * token.rest;
+        if (!(std::abs(l - 1) <= kKnownTolerance) && (weight[t] != 0 || !std::isfinite(token.lse))) unit.off = true;
       }
   }
 
@@ -240,28 +246,26 @@ class OnePass {
 
   float scale_of(int64_t s) const { return float(a.logit_scale / (total_weight(a, a.cu_seqlens[s], a.cu_seqlens[s + 1]) + 1e-8)); }
 
-  // Units [from, to) by head.cpp, as responses of their own, from lse and rest.
-  void compute_again(int64_t from, int64_t to) {
-    const int64_t base = units[from].begin / 16 * 16, count = to - from;  // lanes stay what they are
-    std::vector<int64_t> ends = {0, units[from].begin - base};
-    for (int64_t j = from; j < to; j++) ends.push_back(units[j].end - base);
-    std::vector<float> found((count + 1) * a.d);
-    HeadArgs again = a;
+  // Tokens [begin, end) in two steps. cuts: where responses' parts begin and end; owners: whose they are.
+  void compute_again(const std::vector<int64_t>& cuts, const std::vector<int64_t>& owners) {
+    const int64_t base = cuts.front() / 16 * 16;  // lanes stay what they are
+    std::vector<int64_t> ends = {0};  // a part of nobody: lanes before the first
+    for (int64_t cut : cuts) ends.push_back(cut - base);
+    std::vector<float> found((owners.size() + 1) * a.d);
+    HeadArgs some = a;
     const int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
-    again.hidden.data = static_cast<const char*>(a.hidden.data) + (first + base) * a.hidden.stride0 * bytes;
-    again.tokens += first + base;
-    if (a.token_weights) again.token_weights += first + base;
-    again.known_logprobs = nullptr;
-    again.cu_seqlens = ends.data();
-    again.N = ends.back(), again.S = count + 1;
-    again.features = found.data();
-    again.lse = lse.data() + base, again.rest = rest.data() + base;
-    two_steps(again, k, parallel);
-    for (int64_t j = from; j < to; j++) {
-      const Unit& unit = units[j];
-      const double back = total_weight(a, first + unit.begin, first + unit.end) + 1e-8;  // two_steps() divided by it
-      const float share = float(back * scale_of(unit.response) / a.logit_scale);
-      for (int64_t x = 0; x < a.d; x++) a.features[unit.response * a.d + x] += found[(j - from + 1) * a.d + x] * share;
+    some.hidden.data = static_cast<const char*>(a.hidden.data) + base * a.hidden.stride0 * bytes;
+    some.tokens += base, some.known_logprobs += base;
+    if (a.token_weights) some.token_weights += base;
+    some.logprobs += base, some.logsumexp += base, some.entropy += base;  // the same bits again
+    some.cu_seqlens = ends.data();
+    some.N = ends.back(), some.S = owners.size() + 1;
+    some.features = found.data();
+    two_steps(some, k, parallel);
+    for (size_t j = 0; j < owners.size(); j++) {
+      const double total = total_weight(a, cuts[j], cuts[j + 1]) + 1e-8;  // two_steps() divided by it
+      const float share = float(total * scale_of(owners[j]) / a.logit_scale);
+      for (int64_t x = 0; x < a.d; x++) a.features[owners[j] * a.d + x] += found[(j + 1) * a.d + x] * share;
     }
   }
 
@@ -277,7 +281,7 @@ class OnePass {
   std::vector<HeadChunk> tiles;       // of 64 tokens
   std::vector<ResponseTokens> spans;  // of the tiles, one after the other
   std::vector<float> max, sum, lost, moment, target, seed, weight, zeros;  // seed: m
-  std::vector<double> lse, rest;
+  std::vector<double> rest;
 };
 
 }  // namespace

@@ -19,8 +19,11 @@ struct TokenSums {
   double moment() const { return run_moment * 2.772588722239781; }  // sum exp((z - max) / T) (z - max) / T; 4 log 2
 };
 
+constexpr double kKnownTolerance = 0.01;
+
 struct FinishedToken {
   double lse;    // logsumexp of z / T
+  double log_p;  // of the realised token
   double scale;  // from exp((z - max) / T) to p
   double rest;   // 1 - p of the realised token
 };
@@ -30,6 +33,7 @@ FinishedToken finish_token(const HeadArgs& args, int64_t n, const TokenSums& sum
 
 double total_weight(const HeadArgs& args, int64_t begin, int64_t end);  // sum of the tokens' alpha
 
+// A token whose l = known p / p is within kKnownTolerance of 1 counts l times in its feature, others once.
 void two_steps(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel);
 
 // Returns false, and does nothing, where V and d are too large for the workspace.
