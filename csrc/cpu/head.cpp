@@ -15,6 +15,8 @@
 // result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
 // vocabulary too large for it is cut into slabs whose logits are computed twice (first for lse, then for A).
 //
+// Where log-probabilities are known, onepass.cpp reads W once for both products.
+//
 // A process that holds some rows of a larger vocabulary calls this twice: for the statistics of these rows
 // (HeadArgs::partial), and, once all processes' statistics are merged, for their share of the features (HeadArgs::lse).
 //

@@ -57,8 +57,10 @@ def features(
 def share_of_right_responses(
     known: Tensor, logprobs: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None = None
 ) -> float:
-    """Share of the S responses that `known` log-probs [N] save a second look at the weight: those without a
-    token past the tolerance. logprobs [N]: of `head_features`; cu_seqlens [S + 1], token_weights [N]: see there.
+    """Share of the S responses without a token whose known log-prob is past the tolerance, which would cost
+    the response a second look at the weight.
+
+    known [N] as the sampler reported them, logprobs [N] of `head_features`; cu_seqlens, token_weights: its.
     """
     right = ((known.clamp(max=0) - logprobs).exp() - 1).abs() <= KNOWN_TOLERANCE  # not: NaN
     if token_weights is not None:

@@ -87,7 +87,9 @@ class _Measurement:
 
     tool_mask: list[list[int]] | None = None  # S / R lists: 1 for the model's own token, 0 for a tool's
     known_logprobs: list[list[float | None]] | None = None  # S / R lists, as the sampler reported them
-    known_fit: bool = False  # whether those of the responses measured last are near enough to save time on a CPU
+    known_fit: bool = (
+        False  # whether those of the responses measured last are near enough to save time on a CPU
+    )
     completion_columns: int = 0  # how many of the padded ids' last columns hold completions
     states: list[Tensor] = field(default_factory=list)  # hidden states [S / R, d] that sampled each token
     due: bool = False  # the next forward is the one under the policy that sampled
@@ -279,7 +281,9 @@ class G2RLTrainer(GRPOTrainer):
                     options["known_logprobs"] = known
             out = g2.head_features(packed, weight, tokens, cu_seqlens, bias=bias, **options)
             if known is not None and packed.device.type == "cpu":
-                right = share_of_right_responses(known, out.logprobs, cu_seqlens, options.get("token_weights"))
+                right = share_of_right_responses(
+                    known, out.logprobs, cu_seqlens, options.get("token_weights")
+                )
                 measurement.known_fit = right > 0.95
         measurement.features.append(out.features)
         measurement.keys.append(response_keys(tokens, cu_seqlens))

@@ -58,7 +58,14 @@ def test_tokens_past_the_tolerance_count_exactly_wherever_they_are(backend):
     right = exact.logprobs.float()
     two_passes = run_head(case, backend)
     limit = 4 * errors(two_passes, exact).features.max()
-    for wrong, response in (([0], 0), ([300, 301], 0), ([699], 0), ([700, 960], 2), ([1000], 41), ([1272], 75)):
+    for wrong, response in (
+        ([0], 0),
+        ([300, 301], 0),
+        ([699], 0),
+        ([700, 960], 2),
+        ([1000], 41),
+        ([1272], 75),
+    ):
         for value in (-1e-3, right[wrong] - 0.05, -200.0, torch.nan):
             known = right.clone()
             known[wrong] = value
