@@ -65,7 +65,7 @@ class Method:
 # --- the head op: ours --------------------------------------------------------------------------------------
 
 
-def _features(p: Problem, backend: str, known: Tensor | None = None) -> Outputs:
+def _features(p: Problem, backend: str | None, known: Tensor | None = None) -> Outputs:
     inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
     options: dict[str, Any] = {"logit_softcap": p.softcap, "known_logprobs": known, "backend": backend}
     return Outputs(*g2.head_features(*inputs, **options))
@@ -276,15 +276,12 @@ METHODS = {
             f"{OURS}, 8 responses", lambda p: _features(p, "cpu"), "", "cpu", responses=8, default=("cpu",)
         ),
         Method(OURS, lambda p: _features(p, "cpu"), "", "cpu", default=("cpu",)),
+        # either
+        Method(f"{OURS}, known_logprobs", lambda p: _features(p, None, p.logprobs), default=("cpu",)),
+        # as samplers with 16-bit logits report them
+        Method(f"{OURS}, known_logprobs rounded", lambda p: _features(p, None, p.rounded_logprobs)),
         # Triton on a GPU
         Method(f"{OURS}, statistics", _statistics, "features", "cuda"),
-        Method(f"{OURS}, known_logprobs", lambda p: _features(p, "triton", p.logprobs), "", "cuda"),
-        Method(
-            f"{OURS}, known_logprobs rounded",  # as samplers with 16-bit logits report them
-            lambda p: _features(p, "triton", p.rounded_logprobs),
-            "",
-            "cuda",
-        ),
         Method(f"{OURS}, nothing known", lambda p: _features(p, "triton"), "", "cuda"),
         Method(
             f"{OURS}, certificate",
