@@ -15,6 +15,8 @@
 // result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
 // vocabulary too large for it is cut into slabs whose logits are computed twice (first for lse, then for A).
 //
+// Where log-probabilities are known, onepass.cpp reads W once for both products.
+//
 // A process that holds some rows of a larger vocabulary calls this twice: for the statistics of these rows
 // (HeadArgs::partial), and, once all processes' statistics are merged, for their share of the features (HeadArgs::lse).
 //
@@ -31,19 +33,14 @@
 #include <vector>
 
 #include "head_kernels.h"
-#include "memory.h"
+#include "passes.h"
 #include "tasks.h"
 
 namespace g2rl {
 namespace {
 
-constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
 constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
-constexpr int64_t kSpan = 16384;           // blocks whose statistics are held and merged together
-
-// Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
-thread_local Workspace workspace;
 
 // How the workspace is shared out.
 struct Plan {
@@ -95,7 +92,7 @@ class Head {
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
     const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
-    char* memory = workspace.reserve(layout.bytes());
+    char* memory = head_workspace().reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
@@ -214,28 +211,20 @@ class Head {
     }
   }
 
-  // sum exp((z - max) / T) (z - max) / T
-  double moment(int64_t t) const { return run_moment[t] * (4 * std::log(2.0)); }
-  double sum(int64_t t) const { return double(run_sum[t]) - run_lost[t]; }
+  TokenSums sums(int64_t t) const { return {target[t], run_max[t], run_sum[t], run_lost[t], run_moment[t]}; }
 
   void write_partial(int64_t t, int64_t n) {
     a.partial[n] = run_max[t] / double(a.temperature);
-    a.partial[a.N + n] = sum(t);
-    a.partial[2 * a.N + n] = moment(t);
+    a.partial[a.N + n] = sums(t).sum();
+    a.partial[2 * a.N + n] = sums(t).moment();
     a.target[n] = target[t] / double(a.temperature);
   }
 
   void merge_target(int64_t t, int64_t n) {
-    const double T = a.temperature, z = target[t], other = run_max[t], top = std::max(z, other);
-    const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
-    const double others = sum(t) * lift, own = std::exp((z - top) / T), total = others + own;
-    double mean = own > 0 ? own * (z - top) / T : 0.0;
-    if (lift > 0) mean += lift * (moment(t) + sum(t) * (other - top) / T);
-    const double log_total = z >= other ? std::log1p(others) : std::log(total);
-    a.logsumexp[n] = float(top / T + log_total);
-    a.logprobs[n] = float((z - top) / T - log_total);
-    a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
-    weigh(t, n, lift / total, others / total);
+    const FinishedToken token = finish_token(a, n, sums(t));
+    const double l = a.known_logprobs ? std::exp(std::min(a.known_logprobs[n], 0.0f) - token.log_p) : 1.0;
+    const double counts = std::abs(l - 1) <= kKnownTolerance ? l : 1.0;
+    weigh(t, n, token.scale * counts, token.rest * counts);
   }
 
   // scale: from exp((z - max) / T) to p; rest: 1 - p(target)
@@ -284,19 +273,13 @@ class Head {
     });
     run(parallel, count, [&](int64_t j) {
       const int64_t s = row_response[rows[j]];
-      const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
+      const float scale = float(a.logit_scale / (total_weight(a, a.cu_seqlens[s], a.cu_seqlens[s + 1]) + 1e-8));
       for (int64_t x = 0; x < columns; x++) {
         float sum = 0;
         for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
         a.features[s * columns + x] += sum * scale;
       }
     });
-  }
-
-  double total_weight(int64_t s) const {
-    double total = 0;
-    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; n++) total += a.token_weights ? a.token_weights[n] : 1.0f;
-    return total;
   }
 
   const HeadArgs& a;
@@ -324,10 +307,40 @@ const HeadKernels& kernels_for(Isa isa) {
   return head_kernels_plain();
 }
 
+Workspace& head_workspace() {
+  // Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+FinishedToken finish_token(const HeadArgs& a, int64_t n, const TokenSums& s) {
+  const double T = a.temperature, z = s.target, other = s.max, top = std::max(z, other);
+  const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
+  const double others = s.sum() * lift, own = std::exp((z - top) / T), total = others + own;
+  double mean = own > 0 ? own * (z - top) / T : 0.0;
+  if (lift > 0) mean += lift * (s.moment() + s.sum() * (other - top) / T);
+  const double log_total = z >= other ? std::log1p(others) : std::log(total);
+  a.logsumexp[n] = float(top / T + log_total);
+  const double log_p = (z - top) / T - log_total;
+  a.logprobs[n] = float(log_p);
+  a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
+  return {top / T + log_total, log_p, lift / total, others / total};
+}
+
+double total_weight(const HeadArgs& a, int64_t begin, int64_t end) {
+  double total = 0;
+  for (int64_t n = begin; n < end; n++) total += a.token_weights ? a.token_weights[n] : 1.0f;
+  return total;
+}
+
+void two_steps(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel) { Head(args, kernels, parallel).run_all(); }
+
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
   const HeadKernels& kernels = kernels_for(isa);
-  if (args.N > 0) Head(args, kernels, parallel).run_all();
-  else if (args.features) std::fill_n(args.features, args.S * (args.d + args.r), 0.0f);
+  if (args.N == 0 && args.features) std::fill_n(args.features, args.S * (args.d + args.r), 0.0f);
+  if (args.N == 0) return;
+  if (args.known_logprobs && one_pass(args, kernels, parallel)) return;
+  two_steps(args, kernels, parallel);
 }
 
 }  // namespace g2rl

@@ -44,6 +44,7 @@ struct HeadArgs {
   DType bias_dtype;
   int64_t bias_stride;
   const float* token_weights;  // [N] or null (all ones)
+  const float* known_logprobs; // [N] or null: see onepass.cpp
   int64_t N, d, V, S, r;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
   float *features, *logprobs, *logsumexp, *entropy;     // [S, d + r] (of [W, low_weight]), [N], [N], [N]: written in full

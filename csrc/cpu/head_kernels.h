@@ -71,6 +71,8 @@ struct HeadKernels {
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] [weight, low_weight][v, :]; rows of out are row_stride(d + r) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
+  // The same added to out, for a few rows of weight that are in cache
+  void (*project_cached)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
   // dz of vocabulary rows [v0, v0 + count)
   void (*gradient)(const GradientBlock&, int64_t v0, int64_t count);
   // width of the blocks in which product() takes a matrix of so many columns: narrow ones for few

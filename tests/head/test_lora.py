@@ -116,6 +116,18 @@ def test_features_of_the_effective_weight(backend, dtype, r):
     assert_as_exact_as_torch(case, run_head(case, backend), backend)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS, ids=lambda backend: backend[1])
+@dtypes
+def test_known_log_probs_with_a_low_rank_part(backend, dtype):
+    """Right ones, wrong ones in one response, and wrong ones in all."""
+    case = case_of([40, 0, 33, 70], 500, 24, 5, dtype, logit_softcap=3.0, token_weights=torch.rand(143))
+    known = run_head(case, backend).logprobs
+    wrong = known.clone()
+    wrong[50] -= 1.0
+    for given in (known, wrong, known - 0.5):
+        assert_as_exact_as_torch(case, run_head(case, backend, known_logprobs=given), backend)
+
+
 @not_triton
 def test_certified_features_of_the_effective_weight(backend):
     case = case_of([17, 33], 300, 24, 3)
