@@ -97,11 +97,12 @@ class Head {
     char* memory = workspace.reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
-    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
+    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &temperature, &weight, &target_residual}) v->assign(width, 0.0f);
     c.packed = reinterpret_cast<float*>(memory + packed_at);
     statistics = reinterpret_cast<float*>(memory + statistics_at);
     span_statistics = blocks * width;
     c.target_logit = target.data();
+    c.temperature = temperature.data();
     c.max = run_max.data();
     c.weight = weight.data();
     c.target_residual = target_residual.data();
@@ -149,6 +150,8 @@ class Head {
       responses.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
       c.tokens += count;
     }
+    std::fill(temperature.begin(), temperature.end(), 1.0f);
+    for (int64_t t = 0; t < c.tokens; t++) temperature[t] = a.temperature_of(c.first_token + t);
     c.responses = responses.data();
     c.response_count = responses.size();
     c.tile_width = k.tile_width_for(fitting(c.tokens));
@@ -207,7 +210,7 @@ class Head {
     for (int64_t t = 0; t < c.tokens; t++) {
       const int64_t n = c.first_token + t;
       if (a.partial) write_partial(t, n);
-      else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(a.temperature) - a.lse[n]), a.rest[n]);
+      else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(temperature[t]) - a.lse[n]), a.rest[n]);
       else merge_target(t, n);
       if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // only the target is possible: any finite reference
     }
@@ -218,14 +221,14 @@ class Head {
   double sum(int64_t t) const { return double(run_sum[t]) - run_lost[t]; }
 
   void write_partial(int64_t t, int64_t n) {
-    a.partial[n] = run_max[t] / double(a.temperature);
+    a.partial[n] = run_max[t] / double(temperature[t]);
     a.partial[a.N + n] = sum(t);
     a.partial[2 * a.N + n] = moment(t);
-    a.target[n] = target[t] / double(a.temperature);
+    a.target[n] = target[t] / double(temperature[t]);
   }
 
   void merge_target(int64_t t, int64_t n) {
-    const double T = a.temperature, z = target[t], other = run_max[t], top = std::max(z, other);
+    const double T = temperature[t], z = target[t], other = run_max[t], top = std::max(z, other);
     const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
     const double others = sum(t) * lift, own = std::exp((z - top) / T), total = others + own;
     double mean = own > 0 ? own * (z - top) / T : 0.0;
@@ -306,7 +309,7 @@ class Head {
   int64_t response = 0, span_statistics;
   char* codes;
   float* statistics;  // of the blocks of a span: maxima, sums, moments
-  std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
+  std::vector<float> run_max, run_sum, run_lost, run_moment, target, temperature, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<ResponseTokens> responses;
 };

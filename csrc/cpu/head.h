@@ -45,6 +45,7 @@ struct HeadArgs {
   const float* token_weights;  // [N] or null (all ones)
   int64_t N, d, V, S;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
+  const float* temperatures;                            // [N], one a token in place of `temperature`; or null
   float *features, *logprobs, *logsumexp, *entropy;     // [S, d], [N], [N], [N]: written in full
   // A rank's rows of a larger vocabulary take two calls.  First: features null, and instead of the other outputs
   // partial [3, N]: max, sum exp(z - max) and sum exp(z - max) (z - max) over all entries but the token, and
@@ -53,6 +54,8 @@ struct HeadArgs {
   double *partial, *target;
   KeptLogits kept;  // written with `partial`, read by head_sweep
   const double *lse, *rest;
+
+  float temperature_of(int64_t token) const { return temperatures ? temperatures[token] : temperature; }
 };
 
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel);

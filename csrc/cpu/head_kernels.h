@@ -35,6 +35,7 @@ struct HeadChunk {
   int64_t tiles;                // register tiles that hold the chunk
   int64_t units;                // length of a row of weight in units of four bytes: d floats, or d / 2 pairs of bf16
   bool bf16_pairs;
+  const float* temperature;     // [tiles * tile_width], of each token
   int64_t slab_begin, slab_end;
   float* packed;                // [tiles][units][tile_width]: hidden, transposed, so that tokens are vector lanes
   uint16_t* codes;              // [block][tiles][kBlock][tile_width]: exp(z - block max), see softmax_columns(); null: statistics only
@@ -52,7 +53,6 @@ struct HeadChunk {
 struct GradientBlock {
   const HeadChunk* chunk;
   const float *top, *log_total, *a, *e, *own;  // [tiles * tile_width]: the normaliser and the terms of each token
-  float factor;                                // from d / d(z / temperature) to d / d(W h + b), without the softcap's slope
   char *by_entry, *by_token;                   // dz as rows of vocabulary entries, and of tokens (or null)
   int64_t entry_bytes, token_bytes;            // from row to row
   float* sum_entries;                          // [count], sums over the chunk's tokens; or null

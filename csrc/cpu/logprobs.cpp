@@ -68,7 +68,7 @@ class Sweep {
     weights = reinterpret_cast<float*>(memory + weights_at);
     hiddens = reinterpret_cast<float*>(memory + hiddens_at);
     sum_weight = reinterpret_cast<float*>(memory + sum_at);
-    terms.resize(5 * chunk);
+    terms.resize(6 * chunk);
     if (a.grad_bias) sum_entries.resize(slab * (chunk / kMaxWidth));
   }
 
@@ -97,6 +97,7 @@ class Sweep {
       c.tile_width = k.tile_width_for(width);
       c.tiles = width / c.tile_width;
       c.packed = transposed + t * base.units;
+      c.temperature = terms.data() + 5 * chunk + t;
       token_tiles.push_back(c);
     }
     padded = (token_tiles.size() - 1) * kMaxWidth + token_tiles.back().tile_width * token_tiles.back().tiles;
@@ -104,6 +105,7 @@ class Sweep {
       const bool real = t < tokens;
       for (int64_t i = 0; i < 2; i++) terms[i * chunk + t] = real ? a.normaliser[i * h.N + n + t] : 1e30f;  // p = 0
       for (int64_t i = 0; i < 3; i++) terms[(2 + i) * chunk + t] = real ? a.terms[i * h.N + n + t] : 0.0f;
+      terms[5 * chunk + t] = real ? h.temperature_of(n + t) : 1.0f;
     }
     run(parallel, token_tiles.size(), [&](int64_t g) {
       const HeadChunk& c = token_tiles[g];
@@ -127,7 +129,6 @@ class Sweep {
       block.chunk = &token_tiles[g];
       const float** of_tokens[] = {&block.top, &block.log_total, &block.a, &block.e, &block.own};
       for (int64_t j = 0; j < 5; j++) *of_tokens[j] = terms.data() + j * chunk + t;
-      block.factor = h.logit_scale / h.temperature;
       block.entry_bytes = chunk * size;
       block.by_entry = by_entry + v * block.entry_bytes + t * size;
       block.token_bytes = token_bytes;

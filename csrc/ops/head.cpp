@@ -70,6 +70,13 @@ struct Checked : HeadArgs {
       bias_stride = head.bias->stride(0);
     }
     temperature = static_cast<float>(head.temperature);
+    if (head.temperatures) {
+      require_vector(*head.temperatures, "temperatures", N, "N");
+      temperatures = keep(floats(*head.temperatures, "temperatures")).const_data_ptr<float>();
+      for (int64_t i = 0; i < N; ++i)
+        require(temperatures[i] > 0 && std::isfinite(temperatures[i]), "temperatures[", i, "] = ", temperatures[i],
+                ", needs a finite number > 0");
+    }
     logit_scale = static_cast<float>(head.logit_scale);
     logit_softcap = static_cast<float>(head.logit_softcap);
   }

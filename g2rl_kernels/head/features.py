@@ -43,7 +43,7 @@ class CertifiedHeadFeatures(NamedTuple):
 def head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     token_weights: Tensor | None = None, known_logprobs: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> HeadFeatures:  # fmt: skip
@@ -53,7 +53,7 @@ def head_features(
 
     With z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), and p = softmax(z / temperature):
 
-        phi_t       = temperature * d log p(tokens[t]) / d h_t     (plain head: W^T (onehot(tokens[t]) - p_t))
+        phi_t       = temperature_t * d log p(tokens[t]) / d h_t   (plain head: W^T (onehot(tokens[t]) - p_t))
         features[s] = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8)     (t over the tokens of response s)
 
     No tensor of N x V is made; sums are in float32 or better. Results do not depend on the number of threads.
@@ -67,7 +67,9 @@ def head_features(
             cu_seqlens[s]:cu_seqlens[s + 1]. A response may be empty; its feature is zero.
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
-        temperature, logit_scale: positive, from 1e-8 to 1e8.
+        temperature: positive, from 1e-8 to 1e8; or a tensor [N] of one for each token, any float dtype, used
+            in float32, without gradients.
+        logit_scale: positive, within the same bounds.
         logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
             of logit_scale, without a softcap) has the same bounds.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
@@ -119,7 +121,7 @@ def certified_head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     max_skipped: float = 0.01,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     token_weights: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> CertifiedHeadFeatures:  # fmt: skip

@@ -53,7 +53,7 @@ class LinearLogprobs(NamedTuple):
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
 ) -> LinearLogprobs:  # fmt: skip

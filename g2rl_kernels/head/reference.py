@@ -38,7 +38,7 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
     -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
-    weight, bias, temperature, logit_scale, logit_softcap, *_ = head
+    weight, bias, _, logit_scale, logit_softcap, *_ = head
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
     x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)
@@ -53,7 +53,7 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
         x = logit_softcap * torch.tanh(x / logit_softcap)
         if masked is not None:
             x = x.masked_fill(masked, -torch.inf)
-    return x / temperature, slope
+    return x / head.temperature_of_tokens(dtype), slope
 
 
 def softcap_slope(x: Tensor, softcap: float) -> Tensor:
@@ -129,7 +129,7 @@ def head_features(
     for start in range(0, N, step):
         stop = min(start + step, N)
         rows = slice(start, stop)
-        z, slope = logits(hidden[rows], head)
+        z, slope = logits(hidden[rows], head.at(rows))
         logprobs, logsumexp, entropy, residual = token_statistics(z, tokens[rows])
         phi = token_features(residual, head.weight, slope, head.logit_scale)
         features = features + segment_sum(alpha[rows, None] * phi, cu_seqlens, start, stop)

@@ -57,11 +57,11 @@ def statistics(
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     partial, target = hidden.new_empty((1, 3, N), dtype=dtype), hidden.new_empty(N, dtype=dtype)
     for rows in slices(0, N, TOKENS):
-        h, y = hidden[rows].to(dtype), tokens[rows]
+        h, y, here = hidden[rows].to(dtype), tokens[rows], head.at(rows)
         m = h.new_full((h.shape[0], 1), -torch.inf)
         s, u, z_y = torch.zeros_like(m), torch.zeros_like(m), m.clone()
         for block in _blocks(hidden, 0, len(head.weight)):
-            z, _ = reference.logits(h, _entries(head, block))
+            z, _ = reference.logits(h, _entries(here, block))
             index, inside = _index(y, block)
             z_index = z.gather(1, index)
             z_y = torch.where(inside, z_index, z_y)
@@ -144,12 +144,13 @@ def features_of_part(
     alpha = torch.ones_like(rest) if token_weights is None else token_weights.to(dtype)
     sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d, dtype=dtype)
     for rows in slices(0, N, TOKENS):
-        gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p; phi / temperature
-        incoming = Incoming(normaliser, terms).rows(rows)
-        sweep(hidden[rows], tokens[rows], head, incoming, slice(0, V), Sums(gradient))
-        sums += reference.segment_sum(alpha[rows, None] * gradient, cu_seqlens, rows.start, rows.stop)
+        gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p
+        incoming, here = Incoming(normaliser, terms).rows(rows), head.at(rows)
+        sweep(hidden[rows], tokens[rows], here, incoming, slice(0, V), Sums(gradient))
+        phi = here.temperature_of_tokens(dtype) * gradient
+        sums += reference.segment_sum(alpha[rows, None] * phi, cu_seqlens, rows.start, rows.stop)
     total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
-    return sums * (head.temperature / total)[:, None]
+    return sums / total[:, None]
 
 
 def sweep(
@@ -170,8 +171,8 @@ def sweep(
         w = entries.weight.to(dtype)
         sum_weight = None if sums.weight is None else torch.zeros_like(w)
         for rows in slices(0, hidden.shape[0], TOKENS):
-            h = hidden[rows].to(dtype)
-            z, slope = reference.logits(h, entries._replace(weight=w))
+            h, here = hidden[rows].to(dtype), entries.at(rows)
+            z, slope = reference.logits(h, here._replace(weight=w))
             log_p = z.sub_(top[rows]).sub_(log_total[rows])
             p = log_p.exp()
             grad_z = -p * (a[rows] + g_entropy[rows] * log_p.masked_fill_(p == 0, 0.0))
@@ -179,7 +180,7 @@ def sweep(
             grad_z.scatter_(1, index, torch.where(inside, at_token[rows], grad_z.gather(1, index)))
             if slope is not None:
                 grad_z *= slope
-            grad_z *= head.logit_scale / head.temperature
+            grad_z *= head.logit_scale / here.temperature_of_tokens(dtype)
             if sums.hidden is not None:
                 sums.hidden[rows] += grad_z @ w
             if sum_weight is not None:

@@ -46,6 +46,7 @@ def cases(world: int) -> dict[str, Case]:
         ),
         "bf16": make_case([20, 0, 13], V, 24, dtype=torch.bfloat16, bias=bias.bfloat16(), **full),
         "fp16": make_case([5, 6], V, 24, dtype=torch.float16),
+        "temperatures": make_case([20, 0, 13], V, 24, bias=bias, temperature=0.3 + torch.rand(33, generator=g(5))),
         "several blocks": make_case([530, 200], 3 * V, 2000, dtype=torch.bfloat16),
         "no tokens": make_case([0, 0], V, 8, dtype=torch.bfloat16, bias=bias),
     }
@@ -131,6 +132,7 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
         "bias is missing": linear(bias=None if bad else case.bias[mine]),
         "token_weights differ": features(token_weights=torch.full(case.tokens.shape, 1.0 + bad)),
         "logit_softcap differs": features(logit_softcap=5.0 if bad else None),
+        "temperatures differ": linear(temperature=torch.full(case.tokens.shape, 1.0 + bad)),
         "backend differs": linear(backend="reference" if bad else None),
         "function differs": features() if bad else linear(),
     }

@@ -7,7 +7,7 @@ the same offset modulo 16, else within two units in the last place of the larges
 import pytest
 import torch
 from examples import given, settings, st
-from oracle import CPU_BACKENDS, environment, make_case
+from oracle import CPU_BACKENDS, Case, environment, make_case
 from strategies import cases
 from torch import Tensor
 
@@ -22,7 +22,7 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
     g = torch.Generator().manual_seed(len(case.tokens))
     incoming = torch.randn(2, len(case.tokens), generator=g)[:, rows]
     hidden, weight = case.hidden[rows].clone().requires_grad_(), case.weight.detach().requires_grad_()
-    options = {**case.head, "backend": backend, **options}
+    options = {**at(case, rows).head, "backend": backend, **options}
     trained = g2.linear_logprobs(hidden, weight, case.tokens[rows], **options)
     gradients = torch.autograd.grad((torch.stack(trained) * incoming).sum(), hidden)
     options.pop("logits_memory", None)
@@ -34,6 +34,12 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
         "gradient of hidden": gradients[0],
         **{f"head_features: {name}": value for name, value in found._asdict().items() if name != "features"},
     }
+
+
+def at(case: Case, rows: Tensor) -> Case:
+    """With the temperatures of some of the tokens."""
+    per_token = isinstance(case.temperature, Tensor)
+    return case.replace(temperature=case.temperature[rows]) if per_token else case
 
 
 def assert_same(found: dict[str, Tensor], whole: dict[str, Tensor], rows: Tensor) -> None:
@@ -98,6 +104,8 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
     N = sum(lengths)
     hidden = torch.randn(N, d, generator=g).to(case.hidden.dtype)
     tokens = torch.randint(V, (N,), generator=g)
+    if isinstance(case.temperature, Tensor):
+        case = case.replace(temperature=0.3 + 1.4 * torch.rand(N, generator=g))
     options = {**case.head, "backend": "cpu"}
     if case.bias is not None:
         options["bias"] = case.bias.nan_to_num(neginf=0.0)
@@ -107,7 +115,8 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
         """The response's, as the second one of a batch, from row `first` on."""
         rows = torch.cat([torch.arange(N)[-first:][:first], torch.arange(start, start + length)])
         cut = torch.tensor([0, first, first + length])
-        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **options).features[1]
+        here = {**options, "temperature": at(case, rows).temperature}
+        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **here).features[1]
 
     ends = torch.tensor([0, *lengths]).cumsum(0)
     with environment("G2RL_CPU_ISA", isa):

@@ -188,6 +188,7 @@ ERRORS = {
     "bias is missing": "ValueError: bias: rank 1",
     "token_weights differ": "ValueError: token_weights: rank 1",
     "logit_softcap differs": "ValueError: logit_softcap: rank 1",
+    "temperatures differ": "ValueError: temperature: rank 1",
     "backend differs": "ValueError: backend: rank 1",
     "function differs": "ValueError: function: rank 1",
 }

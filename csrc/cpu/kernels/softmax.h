@@ -28,11 +28,12 @@ static void take_targets(const HeadChunk& c, int64_t v0, int64_t count, float* l
 // One block of one tile, U vectors of tokens at a time for instruction-level parallelism.  Template arguments keep the
 // common loop free of branches.
 template <int U, bool kCapped, bool kKeep>
-static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, uint16_t* code, float* block_max, float* block_sum,
-                            float* block_moment) {
-  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), floor = splat(kQuarterLog2Floor), one = splat(1.0f);
+static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, const float* temperature, uint16_t* code, float* block_max,
+                            float* block_sum, float* block_moment) {
+  const vf floor = splat(kQuarterLog2Floor), one = splat(1.0f);
   const vf uncap = splat(kCapped ? 1.0f / c.args->logit_softcap : 0.0f);
-  vf max[U], base[U], total[U], moment[U];
+  vf max[U], base[U], quarter[U], total[U], moment[U];
+  for (int u = 0; u < U; u++) quarter[u] = to_quarter_log2(temperature + u * kLanes);
   for (int u = 0; u < U; u++) max[u] = splat(-__builtin_inff()), total[u] = moment[u] = splat(0.0f);
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
@@ -41,7 +42,7 @@ static void softmax_columns(const HeadChunk& c, int64_t count, const float* z, u
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) {
-      const vf x = load(z + r * c.tile_width + u * kLanes), y = at_least(floor, (x - base[u]) * quarter);
+      const vf x = load(z + r * c.tile_width + u * kLanes), y = at_least(floor, (x - base[u]) * quarter[u]);
       vf root = exp2_negative(y, kCodeMax);
       const vf square = root * root, e = square * square;  // kCodeMax^4 too large until the sums are stored
       total[u] += e;
@@ -63,8 +64,8 @@ static void softmax_tiles(const HeadChunk& c, int64_t block, int64_t count, cons
     for (int64_t t = 0; t < c.tile_width; t += U * kLanes) {
       const int64_t at = (block * c.tiles + p) * c.tile_width + t;
       uint16_t* code = kKeep ? c.codes + (block * c.tiles + p) * kBlock * c.tile_width + t : nullptr;
-      softmax_columns<U, kCapped, kKeep>(c, count, logits + p * kBlock * c.tile_width + t, code, c.block_max + at, c.block_sum + at,
-                                         c.block_moment + at);
+      softmax_columns<U, kCapped, kKeep>(c, count, logits + p * kBlock * c.tile_width + t, c.temperature + p * c.tile_width + t, code,
+                                         c.block_max + at, c.block_sum + at, c.block_moment + at);
     }
 }
 
@@ -93,9 +94,9 @@ static void forward(const HeadChunk& c, int64_t block) {
 // sum is compensated (Kahan suffices for terms >= 0); moment is in quarter log2, relative to max.
 static void merge(const HeadChunk& c, float* max, float* sum, float* compensation, float* moment) {
   const int64_t blocks = (c.slab_end - c.slab_begin + kBlock - 1) / kBlock, width = c.tiles * c.tile_width;
-  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), none = splat(-__builtin_inff());
+  const vf none = splat(-__builtin_inff());
   for (int64_t t = 0; t < width; t += kLanes) {
-    const vf old = load(max + t);
+    const vf old = load(max + t), quarter = to_quarter_log2(c.temperature + t);
     vf top = old;
     for (int64_t b = 0; b < blocks; b++) top = at_least(top, load(c.block_max + b * width + t));
     const vf base = less(none, top, top, splat(0.0f));
