@@ -70,9 +70,9 @@ class Case:
     @property
     def spec(self) -> HeadSpec:
         """The head as backends take it."""
-        per_token = self.temperature if isinstance(self.temperature, Tensor) else None
-        options = 1.0 if per_token is not None else self.temperature, self.logit_scale, self.logit_softcap or 0.0
-        return HeadSpec(self.weight, self.bias, *options, per_token)
+        T, options = self.temperature, (self.logit_scale, self.logit_softcap or 0.0)
+        one, each = (1.0, T) if isinstance(T, Tensor) else (T, None)
+        return HeadSpec(self.weight, self.bias, one, *options, each)
 
     @property
     def T(self) -> Any:

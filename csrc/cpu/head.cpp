@@ -7,7 +7,7 @@
 //
 //   pack      hidden^T into tiles whose vector lanes are tokens
 //   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 bits
-//   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
+//   merge     the blocks' statistics, in order, then the target's logit (finish.h): lse, log-prob, entropy, 1 - p
 //   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
 //   project   rows of A of complete responses, several at a time, times W
 //
@@ -30,6 +30,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "finish.h"
 #include "head_kernels.h"
 #include "memory.h"
 #include "tasks.h"
@@ -40,6 +41,7 @@ namespace {
 constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
 constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
+constexpr int64_t kStatistics = 5;          // numbers of a token and block
 constexpr int64_t kSpan = 16384;           // blocks whose statistics are held and merged together
 
 // Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
@@ -71,13 +73,13 @@ Plan make_plan(const HeadArgs& a, int64_t units) {
   const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
     if (width > 16 && (width >= 2 * a.N || width * units * 4 > kTileBytes)) continue;
-    const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * std::min(blocks, kSpan) + 4 * units);
+    const int64_t fixed = width * (2 * blocks * kBlock + kStatistics * 4 * std::min(blocks, kSpan) + 4 * units);
     const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
     if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows, rows_of(a, width, a.V)})};
   }
   // Too large for one slab. A block takes the codes of 16 tokens and its columns of four rows of A.
   const int64_t block_bytes = kBlock * (16 * 2 + 4 * 4);
-  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * (4 * units + 3 * 4 * std::min(blocks, kSpan))) / block_bytes, 1);
+  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * (4 * units + kStatistics * 4 * std::min(blocks, kSpan))) / block_bytes, 1);
   const int64_t slab = std::min(fit, kSpan) * kBlock;
   return {16, slab, std::min<int64_t>(4, rows_of(a, 16, slab))};
 }
@@ -93,11 +95,13 @@ class Head {
     const int64_t blocks = std::min(ceil_div(args.V, kBlock), kSpan), code_bytes = code_bytes_of(args, width, plan.slab);
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
-    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
+    const int64_t statistics_at = layout.place(4 * kStatistics * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
     char* memory = workspace.reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
-    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &temperature, &weight, &target_residual}) v->assign(width, 0.0f);
+    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &run_squares, &target, &temperature, &weight, &target_residual}) v->assign(width, 0.0f);
+    run_top.assign(width, -1);
+    running = {run_max.data(), run_sum.data(), run_lost.data(), run_moment.data(), run_squares.data(), run_top.data()};
     c.packed = reinterpret_cast<float*>(memory + packed_at);
     statistics = reinterpret_cast<float*>(memory + statistics_at);
     span_statistics = blocks * width;
@@ -187,6 +191,8 @@ class Head {
     c.block_max = statistics + (begin - span) / kBlock * c.tiles * c.tile_width;
     c.block_sum = c.block_max + span_statistics;
     c.block_moment = c.block_sum + span_statistics;
+    c.block_squares = c.block_moment + span_statistics;
+    c.block_top = c.block_squares + span_statistics;
   }
 
   void forward(bool keep_codes) {
@@ -196,11 +202,12 @@ class Head {
 
   void statistics_of_chunk() {
     for (auto* v : {&run_max, &target}) std::fill(v->begin(), v->end(), -INFINITY);
-    for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
+    for (auto* v : {&run_sum, &run_lost, &run_moment, &run_squares}) std::fill(v->begin(), v->end(), 0.0f);
+    std::fill(run_top.begin(), run_top.end(), -1);
     each_span([&](int64_t begin, int64_t end) {
       each_slab(begin, end, [&] { forward(a.features && one_slab()); });
       set_slab(begin, begin, end);
-      k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
+      k.merge(c, running);
     });
   }
 
@@ -211,33 +218,37 @@ class Head {
       const int64_t n = c.first_token + t;
       if (a.partial) write_partial(t, n);
       else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(temperature[t]) - a.lse[n]), a.rest[n]);
-      else merge_target(t, n);
+      else finish(t, n);
       if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // only the target is possible: any finite reference
     }
   }
 
-  // sum exp((z - max) / T) (z - max) / T
-  double moment(int64_t t) const { return run_moment[t] * (4 * std::log(2.0)); }
-  double sum(int64_t t) const { return double(run_sum[t]) - run_lost[t]; }
-
-  void write_partial(int64_t t, int64_t n) {
-    a.partial[n] = run_max[t] / double(temperature[t]);
-    a.partial[a.N + n] = sum(t);
-    a.partial[2 * a.N + n] = moment(t);
-    a.target[n] = target[t] / double(temperature[t]);
+  TokenSums sums(int64_t t) const {
+    return {run_max[t] / double(temperature[t]), double(run_sum[t]) - run_lost[t], run_moment[t] * (4 * std::log(2.0)), run_squares[t],
+            run_top[t]};
   }
 
-  void merge_target(int64_t t, int64_t n) {
-    const double T = temperature[t], z = target[t], other = run_max[t], top = std::max(z, other);
-    const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
-    const double others = sum(t) * lift, own = std::exp((z - top) / T), total = others + own;
-    double mean = own > 0 ? own * (z - top) / T : 0.0;
-    if (lift > 0) mean += lift * (moment(t) + sum(t) * (other - top) / T);
-    const double log_total = z >= other ? std::log1p(others) : std::log(total);
-    a.logsumexp[n] = float(top / T + log_total);
-    a.logprobs[n] = float((z - top) / T - log_total);
-    a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
-    weigh(t, n, lift / total, others / total);
+  void write_partial(int64_t t, int64_t n) {
+    const TokenSums found = sums(t);
+    a.partial[n] = found.max;
+    a.partial[a.N + n] = found.sum;
+    a.partial[2 * a.N + n] = found.moment;
+    a.target[n] = target[t] / double(temperature[t]);
+    if (!a.statistics) return;
+    a.partial[3 * a.N + n] = found.squares;
+    a.top[n] = found.top;
+  }
+
+  void finish(int64_t t, int64_t n) {
+    const FinishedToken found = finish_token(sums(t), target[t] / double(temperature[t]), a.tokens[n]);
+    a.logsumexp[n] = float(found.top + found.log_total);
+    a.logprobs[n] = float(found.logprob);
+    a.entropy[n] = float(found.entropy);
+    weigh(t, n, found.scale, found.rest);
+    if (!a.statistics) return;
+    a.sum_p_squared[n] = float(found.sum_p_squared);
+    a.top_token[n] = found.top_token;
+    a.top_logprob[n] = float(found.top_logprob);
   }
 
   // scale: from exp((z - max) / T) to p; rest: 1 - p(target)
@@ -308,8 +319,10 @@ class Head {
   Plan plan;
   int64_t response = 0, span_statistics;
   char* codes;
-  float* statistics;  // of the blocks of a span: maxima, sums, moments
-  std::vector<float> run_max, run_sum, run_lost, run_moment, target, temperature, weight, target_residual;
+  float* statistics;  // of the blocks of a span: maxima, sums, moments, squares, rows of the maxima
+  RunningSums running;
+  std::vector<int64_t> run_top;
+  std::vector<float> run_max, run_sum, run_lost, run_moment, run_squares, target, temperature, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<ResponseTokens> responses;
 };

@@ -40,6 +40,7 @@ struct HeadChunk {
   float* packed;                // [tiles][units][tile_width]: hidden, transposed, so that tokens are vector lanes
   uint16_t* codes;              // [block][tiles][kBlock][tile_width]: exp(z - block max), see softmax_columns(); null: statistics only
   float *block_max, *block_sum, *block_moment;  // [block][tiles * tile_width]
+  float *block_squares, *block_top;             // with statistics: sum exp(2 (z - block max)), and the row of block max
   float* target_logit;          // [tiles * tile_width]
   // for collect():
   const float *max, *weight;    // [tiles * tile_width]: reference maximum and factor of each token
@@ -58,14 +59,21 @@ struct GradientBlock {
   float* sum_entries;                          // [count], sums over the chunk's tokens; or null
 };
 
+// Sums over the blocks so far, [tiles * tile_width] each.
+struct RunningSums {
+  float *max, *sum, *lost, *moment;  // sum - lost is the sum; moment in quarter log2, relative to max
+  float* squares;                    // with statistics
+  int64_t* top;
+};
+
 struct HeadKernels {
   bool bf16_dot;                        // bf16 weights are multiplied as pairs, without conversion
   int64_t (*tile_width_for)(int64_t width);  // HeadChunk::tile_width for a chunk of up to `width` tokens
   void (*pack)(const HeadChunk&, int64_t tile, int64_t unit_begin, int64_t unit_end);
   // logits of one block, its softmax statistics and codes, its target logits
   void (*forward)(const HeadChunk&, int64_t block);
-  // running max [W], sum [W], compensation [W], moment [W] over blocks, in order
-  void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
+  // adds the slab's blocks, in order
+  void (*merge)(const HeadChunk&, const RunningSums&);
   // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v, 16 tokens after the other; += the realised tokens' own
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] weight[v, :]; rows of out are row_stride(d) apart

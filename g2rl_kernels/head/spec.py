@@ -7,6 +7,7 @@ this file, the C++ schemas (csrc/ops/head.cpp) and the kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ HEAD_SCHEMA = (
 )
 RESPONSES_SCHEMA = "Tensor cu_seqlens, Tensor? token_weights"
 
+STATISTICS = ("sum_p_squared", "top_token")  # what `statistics=` may ask for
+
+STATISTICS_SCHEMA = (
+    "Tensor sum_p_squared, Tensor top_token, Tensor top_logprob"  # results; empty if not asked for
+)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,8 +49,8 @@ class HeadSpec(NamedTuple):
     temperature: Any = 1.0  # float. Before `checked`: float, or a tensor [N] of one a token
     logit_scale: float = 1.0
     logit_softcap: float | None = 0.0  # c; 0: no softcap. Before `checked`: None, as public functions have it
-    temperatures: Tensor | None = None  # [N], one a token, in place of `temperature`, which is then 1; float32,
-    # float64 for a float64 hidden
+    # [N], one a token, in place of `temperature`, which is then 1; float32 (float64 for a float64 hidden)
+    temperatures: Tensor | None = None
     low_hidden: Tensor | None = None  # [N, r], scaling A h of `lora`: B low_hidden is added to W h
     low_weight: Tensor | None = None  # [V, r], B of `lora`
 
@@ -103,14 +110,18 @@ def _checked_temperatures(values: Tensor, hidden: Tensor, name: str, size: float
     """Temperatures [N] as `HeadSpec` holds them. `name`, `size`: what they divide, with the same bounds."""
     check_per_token("temperature", values, hidden)
     if values.requires_grad:
-        raise ValueError("temperature: got a tensor that requires grad, needs one without; it gets no gradient")
+        raise ValueError(
+            "temperature: got a tensor that requires grad, needs one without; it gets no gradient"
+        )
     found = values.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).contiguous()
     if may_read_values(hidden):
         for what, scale in (("temperature", found), (f"{name} / temperature", size / found)):
             outside = ~((scale >= 1e-8) & (scale <= 1e8))
             if bool(outside.any()):
                 at = int(outside.nonzero()[0])
-                raise ValueError(f"{what}: entry {at} is {float(scale[at]):g}, needs a number from 1e-8 to 1e8")
+                raise ValueError(
+                    f"{what}: entry {at} is {float(scale[at]):g}, needs a number from 1e-8 to 1e8"
+                )
     return found
 
 
@@ -143,6 +154,22 @@ class Responses(NamedTuple):
                 )
         weights = None if token_weights is None else token_weights.detach().float()
         return Responses(cu_seqlens, weights)
+
+
+def asked_for(
+    names: Sequence[str], sum_p_squared: Tensor, top_token: Tensor, top_logprob: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `statistics` asks for; None for the rest."""
+    squares, top = (name in names for name in STATISTICS)
+    return sum_p_squared if squares else None, top_token if top else None, top_logprob if top else None
+
+
+def check_statistics(names: Any) -> None:
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(f"statistics: got {names!r}, needs a tuple of names")
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"statistics: got {name!r}, needs any of {', '.join(map(repr, STATISTICS))}")
 
 
 def check_per_token(name: str, values: Tensor | None, hidden: Tensor) -> None:

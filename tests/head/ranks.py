@@ -46,7 +46,9 @@ def cases(world: int) -> dict[str, Case]:
         ),
         "bf16": make_case([20, 0, 13], V, 24, dtype=torch.bfloat16, bias=bias.bfloat16(), **full),
         "fp16": make_case([5, 6], V, 24, dtype=torch.float16),
-        "temperatures": make_case([20, 0, 13], V, 24, bias=bias, temperature=0.3 + torch.rand(33, generator=g(5))),
+        "temperatures": make_case(
+            [20, 0, 13], V, 24, bias=bias, temperature=0.3 + torch.rand(33, generator=g(5))
+        ),
         "several blocks": make_case([530, 200], 3 * V, 2000, dtype=torch.bfloat16),
         "no tokens": make_case([0, 0], V, 8, dtype=torch.bfloat16, bias=bias),
     }

@@ -22,15 +22,15 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
     g = torch.Generator().manual_seed(len(case.tokens))
     incoming = torch.randn(2, len(case.tokens), generator=g)[:, rows]
     hidden, weight = case.hidden[rows].clone().requires_grad_(), case.weight.detach().requires_grad_()
-    options = {**at(case, rows).head, "backend": backend, **options}
+    asked = ("sum_p_squared", "top_token")
+    options = {**at(case, rows).head, "statistics": asked, "backend": backend, **options}
     trained = g2.linear_logprobs(hidden, weight, case.tokens[rows], **options)
-    gradients = torch.autograd.grad((torch.stack(trained) * incoming).sum(), hidden)
+    gradients = torch.autograd.grad((torch.stack(trained[:2]) * incoming).sum(), hidden)
     options.pop("logits_memory", None)
     lengths = torch.tensor([0, len(rows)])
     found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
     return {
-        "logprobs": trained.logprobs.detach(),
-        "entropy": trained.entropy.detach(),
+        **{name: value.detach() for name, value in trained._asdict().items()},
         "gradient of hidden": gradients[0],
         **{f"head_features: {name}": value for name, value in found._asdict().items() if name != "features"},
     }

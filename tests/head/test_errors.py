@@ -67,6 +67,14 @@ HEAD = [
     ("logit_softcap", 0.0, ValueError, "None"),
     ("logit_softcap", -30.0, ValueError, "-30.0"),
     ("backend", "cuda", ValueError, "'cuda'"),
+    ("statistics", "top_token", TypeError, "'top_token', needs a tuple"),
+    ("statistics", None, TypeError, "None"),
+    (
+        "statistics",
+        ("top_token", "top_k"),
+        ValueError,
+        "got 'top_k', needs any of 'sum_p_squared', 'top_token'",
+    ),
     ("process_group", object(), TypeError, "object"),
     ("process_group", dist.GroupMember.NON_GROUP_MEMBER, ValueError, "no member"),
 ]
@@ -219,6 +227,8 @@ OPERATOR = [
     ("weight", torch.zeros(V, D).half()),
     ("bias", torch.zeros(V - 1)),
     ("token_weights", torch.zeros(N - 1)),
+    ("temperatures", torch.ones(N - 1)),
+    ("temperatures", torch.zeros(N)),
 ]
 
 
@@ -226,12 +236,15 @@ OPERATOR = [
 def test_operator_head_features(argument, value):
     arguments = {
         **head_arguments(),
-        **dict.fromkeys(("bias", "token_weights", "known_logprobs")),
-        **{"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": 0.0},
+        **dict.fromkeys(
+            ("bias", "temperatures", "low_hidden", "low_weight", "token_weights", "known_logprobs")
+        ),
+        **{"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": 0.0, "statistics": False},
         argument: value,
     }
-    with pytest.raises((ValueError, RuntimeError), match=argument):
+    with pytest.raises((ValueError, RuntimeError), match=argument) as caught:
         torch.ops.g2rl.head_features(**arguments)
+    assert "missing value" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

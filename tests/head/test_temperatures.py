@@ -1,4 +1,4 @@
-"""`temperature` as a tensor [N]: each token's own, on every backend. strategies.py draws some for all tests."""
+"""`temperature` as a tensor [N]: each token's own, on every backend. strategies.py draws some."""
 
 import pytest
 import torch
@@ -126,14 +126,16 @@ def test_compiled_to_the_same_bits(backend):
 def test_opcheck():
     case = apart(logit_softcap=4.0)
     inputs = (case.hidden, case.tokens, *case.spec)
-    torch.library.opcheck(torch.ops.g2rl.head_statistics, (*inputs, None))
-    torch.library.opcheck(torch.ops.g2rl.head_features, (*inputs, *case.responses, None))
+    torch.library.opcheck(torch.ops.g2rl.head_statistics, (*inputs, None, True))
+    torch.library.opcheck(torch.ops.g2rl.head_features, (*inputs, *case.responses, None, True))
 
 
 def test_wrong_temperatures_are_refused_at_run_time_too():
     """Where torch.compile leaves out the checks of values."""
     torch._dynamo.reset()
     case = make_case([4], V=11, d=8)
-    function = torch.compile(lambda T: g2.linear_logprobs(case.hidden, case.weight, case.tokens, temperature=T), **compiled)
+    function = torch.compile(
+        lambda T: g2.linear_logprobs(case.hidden, case.weight, case.tokens, temperature=T), **compiled
+    )
     with pytest.raises(Exception, match=r"temperatures\[2\] = 0"):
         function(torch.tensor([1.0, 1.0, 0.0, 1.0]))

@@ -262,12 +262,12 @@ def test_opcheck(alone, trained):
         inputs[name].requires_grad_()
     head = HeadSpec(inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0)
     args = (inputs["hidden"], tokens, *head, "reference", group)
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20))
+    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20, True))
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
-        features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:])
+        features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:], True)
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
-        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20)
+        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20, False)[:4]
         needs = (True, True, True)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,

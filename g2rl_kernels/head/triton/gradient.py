@@ -34,12 +34,13 @@ from .tuning import Config
 def head_gradient_kernel(
     hidden, weight, bias, tokens, numbers, gradient,
     N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
-    scale, factor,
+    scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
     D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
@@ -62,9 +63,12 @@ def head_gradient_kernel(
     b_e = tl.load(p_numbers + 3 * N, mask=m_row, other=0.0)
     b_at_token = tl.load(p_numbers + 4 * N, mask=m_row, other=0.0)
 
-    b_x = plus_bias(b_acc, bias, i_col, V, factor, BN) if HAS_BIAS else b_acc
-    b_r = raw_logits(b_x, scale, factor, SOFTCAP)
-    b_log_p = b_r * factor - b_top[:, None] - b_log_total[:, None]
+    b_factor = factor  # [BM, 1] if TEMPERED
+    if TEMPERED:
+        b_factor = tl.load(factors + o_row, mask=m_row, other=1.0)[:, None]
+    b_x = plus_bias(b_acc, bias, i_col, V, b_factor, BN, TEMPERED) if HAS_BIAS else b_acc
+    b_r = raw_logits(b_x, scale, b_factor, SOFTCAP)
+    b_log_p = b_r * b_factor - b_top[:, None] - b_log_total[:, None]
     b_p = tl.exp2(b_log_p * LOG2_E)
     if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is NaN
         b_log_p = tl.maximum(b_log_p, -150.0)
@@ -106,7 +110,7 @@ def head_gradient(
     launch_kernel(
         head_gradient_kernel,
         (n_blocks * triton.cdiv(n_columns, config.BN),),
-        **head.tiled(hidden, config) | {"factor": head.nats},
+        **head.tiled(hidden, config, factor=head.nats),
         tokens=tokens,
         numbers=numbers,
         gradient=descriptor(gradient, (config.BM, config.BN)) or gradient,

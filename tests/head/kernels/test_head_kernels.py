@@ -103,7 +103,7 @@ def test_small_strip_of_masked_entries_counts_nothing(tiny_tiles, temperature):
     case = make_case([5], V=48, d=16, bias=bias)
     case = case.replace(tokens=torch.tensor([16, 17, 20, 31, 16])).to(GPU)
     head = tile.HeadOperands.of(HeadSpec(case.weight, case.bias, temperature))
-    partial = stats.head_stats(case.hidden, head, case.tokens, TINY).cpu()
+    partial = stats.head_stats(case.hidden, head, case.tokens, TINY)[0].cpu()
     assert partial.shape == (3, 3, 5)  # a strip a tile
     for strip in (0, 2):
         assert (partial[strip, 1] == 0).all()
@@ -165,7 +165,8 @@ def operator_arguments(known: bool, max_skipped: float | None) -> tuple:
     case = make_case([8, 0, 5], V=67, d=16, bias=torch.randn(67), token_weights=torch.rand(13)).to(GPU)
     seeds = torch.full((13,), -4.0, device=GPU) if known else None
     spec = case.replace(temperature=0.7, logit_scale=1.3, logit_softcap=4.0).spec
-    return (case.hidden, case.tokens, *spec, *case.responses, seeds, max_skipped, "triton", "")
+    more = max_skipped is None and not known
+    return (case.hidden, case.tokens, *spec, *case.responses, seeds, max_skipped, "triton", "", more)
 
 
 @modes
