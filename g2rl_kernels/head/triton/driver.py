@@ -23,7 +23,7 @@ from ..cpu import empty_statistics
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
 from ..tiled import finish, kept_bytes, slices, terms
-from .chunk import CHUNK, SEEDED_CHUNK, Chunk, TokenList, chunks, pick
+from .chunk import CHUNK, SEEDED_CHUNK, STATISTICS_CHUNK, Chunk, TokenList, chunks, pick
 from .collect import head_collect
 from .finish import TokenStatistics, head_finish
 from .gather import head_gather
@@ -88,7 +88,7 @@ def features(
         sums = torch.zeros(S, D, device=device)
         skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
         columns = []
-        most = CHUNK if known is None else SEEDED_CHUNK
+        most = SEEDED_CHUNK if known is not None else STATISTICS_CHUNK if more else CHUNK
         for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, most):
             if known is not None:
                 found = _one_pass(chunk, operands.at(rows), known[rows].float(), sums)

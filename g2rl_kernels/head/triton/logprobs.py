@@ -22,7 +22,7 @@ from torch import Tensor
 from ..backend import Incoming, Kept, Sums
 from ..spec import HeadSpec
 from ..tiled import slices
-from .chunk import CHUNK
+from .chunk import CHUNK, STATISTICS_CHUNK
 from .gradient import head_gradient
 from .join import head_join
 from .stats import head_stats
@@ -46,7 +46,7 @@ def statistics(
     parts, targets = [hidden.new_empty((1, 4 if more else 3, 0), dtype=torch.float32)], []
     tops = [tokens.new_empty(1, 0)]
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        for rows in slices(0, hidden.shape[0], CHUNK):
+        for rows in slices(0, hidden.shape[0], STATISTICS_CHUNK if more else CHUNK):
             h, y, here = hidden[rows], tokens[rows], operands.at(rows)
             part, top = head_join(*head_stats(h, here, y, config, more=more))
             parts.append(part)

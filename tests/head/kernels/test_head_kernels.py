@@ -31,6 +31,7 @@ from oracle import (
     run_head,
 )
 from strategies import cases
+from test_statistics import ALL, assert_exact, run_features, run_logprobs
 
 import g2rl_kernels as g2
 from g2rl_kernels.head.spec import HeadSpec
@@ -82,6 +83,22 @@ def test_small_budgets_change_nothing(tiny_budgets):
     out = run_head(case, TRITON, known_logprobs=wrong)
     assert_features(out.features, autograd_head(case).features, case)
     assert (certified(case, 0.05).skipped_tokens > 0).any()
+
+
+@pytest.mark.parametrize("temperature", [0.7, "each"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_statistics_of_many_tiles(tiny_budgets, temperature, softcap):
+    """Chunks of 30 tokens; a strip in which everything is masked."""
+    bias = torch.randn(200)
+    bias[40:90] = -torch.inf
+    case = make_case([3, 0, 70], V=200, d=24, bias=bias, logit_softcap=softcap)
+    case.tokens = torch.where(bias[case.tokens] == -torch.inf, 7, case.tokens)
+    case.temperature = 0.3 + torch.rand(73) if temperature == "each" else temperature
+    known = autograd_head(case).logprobs.float().to(GPU)
+    found = run_features(case, TRITON, statistics=ALL), run_logprobs(case, TRITON, statistics=ALL)
+    assert_exact(case, *found)
+    for a, b in zip(found[0], run_features(case, TRITON, statistics=ALL, known_logprobs=known)):
+        assert torch.equal(a, b)  # known log-probabilities are ignored
 
 
 @dtypes
@@ -235,7 +252,7 @@ SIZES = [
 ]
 
 
-@modes
+@pytest.mark.parametrize("mode", [*modes.args[1], "statistics"])
 @pytest.mark.parametrize(("N", "V", "d", "S"), SIZES, ids=str)
 def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
     """What the launcher allocates; kernels themselves have no memory. None is launched here, but on a GPU."""

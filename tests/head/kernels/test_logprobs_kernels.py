@@ -43,6 +43,7 @@ def tiny_budgets(monkeypatch, tiny_tiles):
     """For d = 24, chunks of 32 tokens and blocks of one tile or two. With 61 tokens and 251 entries, hidden's
     sums lie in the weight's gradient, and so do those of some of its blocks."""
     monkeypatch.setattr(kernels, "CHUNK", 40)
+    monkeypatch.setattr(kernels, "STATISTICS_CHUNK", 32)
     monkeypatch.setattr(kernels, "TOKENS", 32)
     monkeypatch.setattr(kernels, "GRADIENT", 2 * 32 * 64)
     monkeypatch.setattr(kernels, "SUMS", 4 * 24 * 32)
@@ -368,7 +369,7 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
 
     def run():
         inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
-        out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY)
+        out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY, False)[:4]
         return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
 
     if HAS_GPU:
