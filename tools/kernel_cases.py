@@ -17,8 +17,9 @@ TRIED_MAY_SPILL = 32
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
-    "*fp32": "alpha coefficient entropy factors features kappa logprobs logsumexp lse2 mass numbers out "
-    "partial rest seed shift skipped_mass slope slots sum_p_squared sums target top_logprob",
+    "*fp32": "alpha coefficient entropy factors features kappa largest logprobs logsumexp lse2 mass numbers "
+    "out partial rest seed shift skipped_mass slope slots sum_p_squared sums target top_logprob",
+    "*fp64": "totals",
     "*i64": "cu_seqlens first index skipped_tokens tokens top_token",
     "*i32": "gate response top",
     "*i8": "keep",
@@ -27,7 +28,7 @@ TYPES = {
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
 OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
-OWN = ("stride_gn", "n_columns")  # sizes of our own buffers, always multiples of 16
+OWN = ("stride_gn", "stride_kn", "n_columns")  # sizes of our own buffers, always multiples of 16
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ def made(
     operands: str = "",
     dtype: str = "bf16",
     descriptors: Mapping[str, str] | None = None,
+    types: Mapping[str, str] | None = None,
     strided: tuple[str, ...] = (),
     **launch: Any,
 ) -> Case:
     """A case of one of the head's kernels. `strided` operands have strides of no known divisor."""
     constants, signature, multiples = dict(constants), {}, []
-    descriptors = descriptors or {}
+    descriptors = {**(descriptors or {}), **(types or {})}
     for name in function(kernel).arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -108,11 +110,14 @@ def made(
 NO_GATE = {"gate": None, "GATED": False}
 # What linear_logprobs and head_features call statistics: sum p^2 and the likeliest token.
 NO_MORE = {"top": None, "MORE": False}
+NONE_KEPT = {"kept": None, "largest": None, "KEPT": 0}
 EXACT = {"index": None, "sums": None, "seed": None, "kappa": None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "statistics": ("stats.head_stats_kernel", NO_GATE | NO_MORE),
-    "statistics, more": ("stats.head_stats_kernel", NO_GATE | {"MORE": True}),
-    "statistics, gated": ("stats.head_stats_kernel", {"GATED": True} | NO_MORE),
+    "statistics": ("stats.head_stats_kernel", {**NO_GATE, **NO_MORE, **NONE_KEPT}),
+    "statistics, more": ("stats.head_stats_kernel", {**NO_GATE, "MORE": True, **NONE_KEPT}),
+    "statistics, gated": ("stats.head_stats_kernel", {"GATED": True, **NO_MORE, **NONE_KEPT}),
+    "statistics, kept": ("stats.head_stats_kernel", {**NO_GATE, **NO_MORE}),
+    "statistics, kept, more": ("stats.head_stats_kernel", {**NO_GATE, "MORE": True}),
     "exact": (
         "residual.head_residual_kernel",
         {**EXACT, "LISTED": False, "SUMS": False, "CORRECT": False},
@@ -129,7 +134,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "residual.head_residual_kernel",
         {"sums": None, "LISTED": True, "SUMS": False, "CORRECT": True},
     ),
-    "gradient": ("gradient.head_gradient_kernel", {}),
+    "gradient": ("gradient.head_gradient_kernel", NONE_KEPT),
+    "gradient, kept": ("gradient.head_gradient_kernel", {}),
 }
 BOTH = ("hidden", "weight")
 STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
@@ -155,6 +161,8 @@ def large(
     kernel, constants = VARIANTS[variant]
     if constants.get("CORRECT"):
         config = config.for_correction()
+    if variant == "gradient, kept":
+        config = config.for_kept()
     if isinstance(arch, str) or arch < 90:
         by_pointer = (*BOTH, "gradient")
     elif constants.get("LISTED"):
@@ -173,10 +181,21 @@ def large(
         constants["G_TMA"] = "gradient" not in by_pointer
     if "WEIGHTED" in function(kernel).arg_names:  # tokens have weights where the head has a bias
         constants |= {"WEIGHTED": bias} | ({} if bias else {"alpha": None})
+    types: dict[str, str] = {}
+    if "KEPT" in function(kernel).arg_names:
+        constants |= of_kept(kernel, constants, coded=dtype == "bf16" and not softcap)
+        element = "i16" if constants["KEPT"] == 2 else "fp32"
+        constants["K_TMA"] = constants["KEPT"] > 0 and "gradient" not in by_pointer
+        if constants["K_TMA"]:
+            types["kept"] = f"tensordesc<{element}[{config.BM}, {config.BN}]>"
+        elif constants["KEPT"]:
+            types["kept"] = f"*{element}"
     needs = []
-    if dtype != "fp32" or precision == "tf32x3":
+    if variant == "gradient, kept":  # multiplies nothing
+        pass
+    elif dtype != "fp32" or precision == "tf32x3":
         needs.append({90: "wgmma", 100: "tcgen05"}.get(arch, "mma") if isinstance(arch, int) else "mfma")
-    if "unaligned" not in form and not is_amd(arch):
+    if "unaligned" not in form and not is_amd(arch) and variant != "gradient, kept":
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
     extra += ["temperatures"] * tempered
@@ -200,6 +219,7 @@ def large(
             for name, (rows, columns) in blocks.items()
             if name not in by_pointer and name in function(kernel).arg_names
         },
+        types=types,
         strided=strided,
         tiles=f"{config.BM} x {config.BN} x {config.BK}",
         num_warps=config.num_warps,
@@ -208,6 +228,18 @@ def large(
         needs=tuple(needs),
         may_spill=may_spill,
     )
+
+
+def of_kept(kernel: str, constants: dict[str, Any], coded: bool) -> dict[str, Any]:
+    """Constants of a kernel that keeps logits or takes them: as codes, or in float32."""
+    from g2rl_kernels.head.triton import kept, stats
+
+    found: dict[str, Any] = (
+        {} if "KEPT" in constants else {"KEPT": 2} if coded else {"KEPT": 4, "largest": None}
+    )
+    if "BLOCKS" in function(kernel).arg_names:
+        found["BLOCKS"] = stats.BLOCKS
+    return {"LARGEST": kept.LARGEST, **found}
 
 
 def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
@@ -276,7 +308,7 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
 
 
 def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
-    from g2rl_kernels.head.triton import collect, gather, join, project, reduce, skip, target
+    from g2rl_kernels.head.triton import collect, gather, join, project, reduce, skip, target, total
     from g2rl_kernels.head.triton.tile import LN2
 
     joined = {"LN2": LN2, "BT": join.BT}
@@ -295,6 +327,7 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
         ("reduce", "", {"BD": reduce.BD, "kappa": None, "HAS_KAPPA": False}, 4),
         ("reduce", "kappa", {"BD": reduce.BD, "HAS_KAPPA": True}, 4),
         ("skip", "", {"BT": skip.BT}, 8),
+        ("total", "", {"BT": total.BT}, 4),
         ("target", "", realised | plain, 4),
         (
             "target",

@@ -16,10 +16,8 @@ BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits:
 
 
 def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
-    """See `Backend.kept_bytes`: whole blocks of the vocabulary, from its end. 16 bits a logit where all
-    gradients are bfloat16, but not behind a softcap, whose slope needs more."""
-    rounded = hidden.dtype == torch.bfloat16 and (head.bias is None or head.bias.dtype != torch.float32)
-    size = 2 if rounded and not head.logit_softcap else 4
+    """See `Backend.kept_bytes`: whole blocks of the vocabulary, from its end."""
+    size = head.bytes_of_logit(hidden.dtype)
     maxima = 4 if size == 2 else 0
     block = torch.sym_max(-(-hidden.shape[0] // GROUP), 1) * GROUP * (BLOCK * size + maxima)
     return torch.sym_min(-(-head.weight.shape[0] // BLOCK), most // block) * block

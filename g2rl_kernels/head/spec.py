@@ -98,6 +98,12 @@ class HeadSpec(NamedTuple):
         bias, *others = (None if t is None else t.detach() for t in (bias, *others))
         return HeadSpec(weight.detach(), bias, temperature, logit_scale, logit_softcap, *others)
 
+    def bytes_of_logit(self, dtype: torch.dtype) -> int:
+        """Bytes of a logit that is kept for the backward pass: 2 where all gradients are bfloat16, but not
+        behind a softcap, whose slope needs more; else 4. dtype: of hidden."""
+        rounded = dtype == torch.bfloat16 and (self.bias is None or self.bias.dtype != torch.float32)
+        return 2 if rounded and not self.logit_softcap else 4
+
     def at(self, rows: slice) -> HeadSpec:
         """The same for some of the tokens."""
         temperatures, low_hidden = (

@@ -1,13 +1,14 @@
 """A token's outputs have the same bits alone, in any batch, at any place, with any number of threads.
 
-Backend "cpu", on every instruction set of this machine. Features: the same bits where a response starts at
+Backend "cpu", on every instruction set of this machine; "triton" in its interpreter, but for the gradient of
+hidden, a product by torch. Features on "cpu": the same bits where a response starts at
 the same offset modulo 16, else within two units in the last place of the largest term.
 """
 
 import pytest
 import torch
 from examples import given, settings, st
-from oracle import CPU_BACKENDS, Case, environment, make_case
+from oracle import BACKENDS, CPU_BACKENDS, GPU, TRITON, Case, environment, make_case
 from strategies import cases
 from torch import Tensor
 
@@ -127,6 +128,50 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
     W = case.weight.double().abs().amax(0)  # bounds the terms of each column, of which 1 - p count
     ulp = 2.0**-23 * (case.logit_scale * 2 * W).clamp(min=1e-30)
     assert ((found - other).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.skipif(TRITON not in BACKENDS, reason="pip install triton")
+@settings(max_examples=10)
+@given(case=cases(), seed=st.integers(0, 99), known=st.booleans())
+def test_triton_has_the_same_bits_in_any_batch(case, seed, known):
+    _triton_has_the_same_bits(case, seed, known)
+
+
+@pytest.mark.skipif(TRITON not in BACKENDS, reason="pip install triton")
+@pytest.mark.parametrize("known", [False, True])
+def test_triton_has_the_same_bits_over_many_strips(known):
+    _triton_has_the_same_bits(make_case([40], V=1500, d=24, dtype=torch.float32), 0, known)
+
+
+def _triton_has_the_same_bits(case, seed, known):
+    from g2rl_kernels.head.triton import driver, stats, tile, tuning
+
+    case, N = case.to(GPU), min(len(case.tokens), 40)
+    rows = torch.arange(N, device=GPU)
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(N, generator=g).to(GPU) * 0.02  # nats: half of the seeds are corrected
+
+    def outputs(rows, hint):
+        lengths = torch.tensor([0, len(rows)], device=GPU)
+        options = {**case.head, "backend": "triton", "known_logprobs": hint}
+        found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
+        trained = g2.linear_logprobs(
+            case.hidden[rows], case.weight, case.tokens[rows], **case.head, backend="triton"
+        )
+        return {**found._asdict(), **{f"linear_logprobs: {k}": v for k, v in trained._asdict().items()}}
+
+    with pytest.MonkeyPatch.context() as patch:  # several tiles to a strip, several strips and chunks
+        patch.setattr(tile, "choose", lambda *_: tuning.Config(16, 32, 32, 4, 2))
+        patch.setattr(stats, "MAX_STRIPS", 7)
+        patch.setattr(stats, "BLOCKS", 2)
+        patch.setattr(driver, "CHUNK", 30)
+        hint = outputs(rows, None)["logprobs"].nan_to_num(0.0) + noise if known else None
+        whole = outputs(rows, hint)
+        some = torch.randperm(N, generator=g)[: N // 2].to(GPU)
+        for part in (some, rows[-1:]):
+            found = outputs(part, None if hint is None else hint[part])
+            found.pop("features")
+            assert_same(found, whole, part)
 
 
 def test_sums_over_ranks_do_not_depend_on_the_place(monkeypatch):

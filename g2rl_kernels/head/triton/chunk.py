@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..tiled import slices
 
-CHUNK = 1 << 17  # tokens at a time
-STATISTICS_CHUNK = 1 << 16  # with statistics, which take five numbers a strip in place of three
-SEEDED_CHUNK = 1 << 15  # with per-token sums, of which a slab has one for each tile
+CHUNK = 1 << 14  # tokens at a time; each has three to five numbers for each strip of the vocabulary
 
 
 class Chunk(NamedTuple):

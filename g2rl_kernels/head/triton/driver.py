@@ -22,11 +22,12 @@ from ..backend import NO_HINTS, FeatureOutputs, Hints
 from ..cpu import empty_statistics
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
-from ..tiled import finish, kept_bytes, slices, terms
-from .chunk import CHUNK, SEEDED_CHUNK, STATISTICS_CHUNK, Chunk, TokenList, chunks, pick
+from ..tiled import finish, slices, terms
+from .chunk import CHUNK, Chunk, TokenList, chunks, pick
 from .collect import head_collect
 from .finish import TokenStatistics, head_finish
 from .gather import head_gather
+from .kept import kept_bytes
 from .logprobs import statistics, sweep
 from .project import head_project
 from .reduce import head_reduce
@@ -35,6 +36,7 @@ from .skip import head_skip
 from .stats import head_stats
 from .target import head_target
 from .tile import LOG2E, HeadOperands, programs
+from .total import head_total
 from .tuning import Config
 
 __all__ = [
@@ -88,8 +90,7 @@ def features(
         sums = torch.zeros(S, D, device=device)
         skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
         columns = []
-        most = SEEDED_CHUNK if known is not None else STATISTICS_CHUNK if more else CHUNK
-        for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, most):
+        for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, CHUNK):
             if known is not None:
                 found = _one_pass(chunk, operands.at(rows), known[rows].float(), sums)
             else:
@@ -169,10 +170,10 @@ def _two_passes(
 def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: Tensor) -> TokenStatistics:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
     seed = target - known.clamp(max=0.0) * LOG2E
+    sums = torch.zeros(2, seed.shape[0], dtype=torch.float64, device=seed.device)
+    _accumulate(chunk, head, out, seed, totals=sums)
     # As one strip of head_finish: m = seed, and l and u relative to it.
-    totals = torch.zeros(1, 3, seed.shape[0], device=seed.device)
-    totals[0, 0] = seed
-    _accumulate(chunk, head, out, seed, totals=totals[0, 1:])
+    totals = torch.cat([seed[None], sums.float()])[None]
     found = head_finish(totals, target)
 
     log2_l = found.lse2 - seed
@@ -180,7 +181,7 @@ def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: Tensor) -> T
     afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
     config = head.config("stats", chunk.hidden)
     gate = afresh.int()
-    again, _ = head_stats(chunk.hidden, head, chunk.tokens, config, gate)
+    again, _ = head_stats(chunk.hidden, head, chunk.tokens, config, gate=gate)
     found = head_finish(again, target, found, gate)
     wrong = ~good | afresh
     listed = pick(wrong, chunk.cu_seqlens)
@@ -204,9 +205,9 @@ def _accumulate(
 ) -> None:
     """out -= A W, where A[s, v] = sum_t alpha_t slope_tv 2^(x_tv - shift_t) over v != tokens[t].
 
-    `listed` picks the tokens. With `totals` [2, n], each token's sums go there (head_residual's l and u);
-    with `seed` and `kappa`, what an earlier call with shift=seed had given is taken back, or all of it if
-    kappa is 0.
+    `listed` picks the tokens. With `totals` [2, n] float64, each token's sums are added there
+    (head_residual's l and u); with `seed` and `kappa`, what an earlier call with shift=seed had given is
+    taken back, or all of it if kappa is 0.
     """
     n, D = chunk.hidden.shape
     V, S = head.weight.shape[0], out.shape[0]
@@ -243,7 +244,7 @@ def _accumulate(
                 kappa=kappa,
             )
             if totals is not None and here_sums is not None:
-                totals += here_sums.sum(0)
+                head_total(here_sums, totals)
             head_collect(here, cu_seqlens, responses, n_strips, config.BM)
             most = max(1, SLOTS // (4 * D * len(responses)))
             slots = head_project(here, head, cu_seqlens, responses, columns, n_strips, config.BM, most)

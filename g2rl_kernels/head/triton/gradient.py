@@ -5,7 +5,8 @@ factors. Out: dz [rows, columns], rounded to the dtype of hidden for the two pro
 
     dz_v = -p_v (a + e log p_v), at the realised token at_token;   times the softcap's slope
 
-Exact: a program computes one tile of logits anew and writes it once.
+Exact: a program takes one tile of logits, computed anew or kept by the forward pass (kept.py), and writes its
+gradient once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kept import KeptLogits, distance_of, kept_arguments, load_kept
 from .launch import launch_kernel
 from .tile import (
     LOG2_E,
@@ -29,18 +31,22 @@ from .tile import (
 from .tuning import Config
 
 
-@triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient"))
-@triton.jit(do_not_specialize=["N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "D"])
+@triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient") | by_tma("K_TMA", "kept"))
+@triton.jit(
+    do_not_specialize=[
+        *("N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "i_kept", "stride_ln", "D")
+    ]
+)
 def head_gradient_kernel(
-    hidden, weight, bias, tokens, numbers, gradient,
-    N, V, i_row0, n_rows, i_col0, n_columns, n_blocks,
+    hidden, weight, bias, tokens, numbers, gradient, kept, largest,
+    N, V, i_row0, n_rows, i_col0, n_columns, n_blocks, i_kept,
     scale, factor, factors,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_gn,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_gn, stride_kn, stride_ln,
     D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, KEPT: tl.constexpr, K_TMA: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
@@ -50,10 +56,13 @@ def head_gradient_kernel(
     o_row, o_col = i_row + tl.arange(0, BM), i_col + tl.arange(0, BN)
     m_row = o_row < i_row0 + n_rows
 
-    b_acc = dot_tile(
-        hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-        D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
-    )  # fmt: skip
+    if KEPT == 0:
+        b_acc = dot_tile(
+            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
+            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        b_kept = load_kept(kept, i_row, i_col - i_kept, o_row, m_row, stride_kn, BN, K_TMA)
     b_y = tl.load(tokens + o_row, mask=m_row, other=-1).to(tl.int32)
     p_numbers = numbers + o_row
     N = N.to(tl.int64)
@@ -66,11 +75,17 @@ def head_gradient_kernel(
     b_factor = factor  # [BM, 1] if TEMPERED
     if TEMPERED:
         b_factor = tl.load(factors + o_row, mask=m_row, other=1.0)[:, None]
-    b_x = plus_bias(b_acc, bias, i_col, V, b_factor, BN, TEMPERED) if HAS_BIAS else b_acc
-    b_r = raw_logits(b_x, scale, b_factor, SOFTCAP)
-    b_log_p = b_r * b_factor - b_top[:, None] - b_log_total[:, None]
+    if KEPT == 2:
+        p_largest = largest + o_row.to(tl.int64)[:, None] * stride_ln + ((o_col - i_kept) // LARGEST)[None, :]
+        b_largest = tl.load(p_largest, mask=m_row[:, None], other=0.0)
+        b_z = (b_largest + distance_of(b_kept)) * (1 / LOG2_E)
+    else:
+        b_acc = b_acc if KEPT == 0 else b_kept
+        b_x = plus_bias(b_acc, bias, i_col, V, b_factor, BN, TEMPERED) if HAS_BIAS else b_acc
+        b_z = raw_logits(b_x, scale, b_factor, SOFTCAP) * b_factor
+    b_log_p = b_z - b_top[:, None] - b_log_total[:, None]
     b_p = tl.exp2(b_log_p * LOG2_E)
-    if HAS_BIAS:  # a masked entry: e times this must not overflow, as 0 times infinity is NaN
+    if HAS_BIAS or KEPT == 2:  # a masked entry: e times this must not overflow, as 0 times infinity is NaN
         b_log_p = tl.maximum(b_log_p, -150.0)
     b_g = -b_p * (b_a[:, None] + b_e[:, None] * b_log_p)
     is_token = o_col[None, :] == b_y[:, None]
@@ -99,13 +114,16 @@ def head_gradient(
     columns: slice,
     gradient: Tensor,
     config: Config,
+    kept: KeptLogits | None = None,
 ) -> None:
     """Fills gradient [rows, columns], of the dtype of hidden, with rows a multiple of 16 numbers apart.
 
     hidden [N, d], tokens [N] int64 that fit an int32, numbers [5, N] float32: the logsumexp in two numbers
-    (nats), a, e and at_token.
+    (nats), a, e and at_token. `kept`: the logits of these columns; None: they are computed.
     """
     n_rows, n_columns = gradient.shape
+    if kept is not None:
+        config = config.for_kept()
     n_blocks = triton.cdiv(n_rows, config.BM)
     launch_kernel(
         head_gradient_kernel,
@@ -121,4 +139,5 @@ def head_gradient(
         n_columns=n_columns,
         n_blocks=n_blocks,
         stride_gn=gradient.stride(0),
+        **kept_arguments(kept, config),
     )

@@ -2,8 +2,9 @@
 
 Forward: head_stats over all tokens, its strips joined (join.py), the realised token's logit beside them.
 
-Backward: for one chunk of tokens and one block of the vocabulary at a time, gradient.py computes dz anew, in
-the dtype of hidden, and two products of torch (cuBLAS) take it up, added in float32 and rounded once:
+Backward: for one chunk of tokens and one block of the vocabulary at a time, gradient.py computes dz in the
+dtype of hidden, from logits that were kept (kept.py) or anew, and two products of torch (cuBLAS) take it up,
+added in float32 and rounded once:
 
     sum_hidden[chunk] += dz W[block]        grad_weight[block] = sum over chunks of dz^T hidden[chunk]
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from ..backend import Incoming, Kept, Sums
 from ..spec import HeadSpec
 from ..tiled import slices
-from .chunk import CHUNK, STATISTICS_CHUNK
+from .chunk import CHUNK
 from .gradient import head_gradient
 from .join import head_join
+from .kept import KeptLogits
 from .stats import head_stats
 from .target import head_target
 from .tile import HeadOperands
@@ -40,15 +42,17 @@ def statistics(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None, more: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.statistics`, of one strip, float32. A token outside of [0, V) has the logit -inf."""
+    kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
     operands = HeadOperands.of(head)
     config = operands.config("stats", hidden)
     tokens = tokens.clamp(-1, head.weight.shape[0])  # fits an int32
     parts, targets = [hidden.new_empty((1, 4 if more else 3, 0), dtype=torch.float32)], []
     tops = [tokens.new_empty(1, 0)]
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        for rows in slices(0, hidden.shape[0], STATISTICS_CHUNK if more else CHUNK):
+        for rows in slices(0, hidden.shape[0], CHUNK):
             h, y, here = hidden[rows], tokens[rows], operands.at(rows)
-            part, top = head_join(*head_stats(h, here, y, config, more=more))
+            kept_rows = None if kept_logits is None else kept_logits.at(rows)
+            part, top = head_join(*head_stats(h, here, y, config, kept=kept_rows, more=more))
             parts.append(part)
             tops.append(top)
             targets.append(head_target(h, here, y, here.nats, outside=-torch.inf)[0])
@@ -77,6 +81,7 @@ def sweep(
     tokens = tokens.clamp(-1, weight.shape[0])
     T = head.temperature if head.temperatures is None else head.temperatures
     terms = incoming.terms * (head.logit_scale / T)
+    kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
     unit = _unit(terms) if hidden.dtype == torch.float16 else None
     numbers = torch.cat([incoming.normaliser, terms if unit is None else terms / unit])
 
@@ -93,7 +98,9 @@ def sweep(
                 sum_weight = _sums(grad_weight, columns, end)
             for rows in slices(0, N, chunk):
                 dz = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
-                head_gradient(hidden, operands, tokens, numbers, rows, columns, dz, config)
+                for part, logits in _parts(columns, kept_logits):
+                    here = dz[:, part.start - columns.start : part.stop - columns.start]
+                    head_gradient(hidden, operands, tokens, numbers, rows, part, here, config, logits)
                 if sum_hidden is not None:
                     _add_product(sum_hidden[rows], dz, weight[columns])
                 if sum_weight is not None:
@@ -127,6 +134,15 @@ def _blocks(begin: int, end: int, most: int, BN: int, without_room: int) -> Iter
         stop = min(end, begin + max(1, size // BN) * BN)
         yield slice(begin, stop)
         begin = stop
+
+
+def _parts(columns: slice, kept: KeptLogits | None) -> Iterator[tuple[slice, KeptLogits | None]]:
+    """The entries of a block whose logits were not kept, and those whose were."""
+    first = columns.stop if kept is None else min(max(kept.first, columns.start), columns.stop)
+    if columns.start < first:
+        yield slice(columns.start, first), None
+    if first < columns.stop:
+        yield slice(first, columns.stop), kept
 
 
 def _sums(grad_weight: Tensor, block: slice, end: int) -> Tensor:

@@ -131,7 +131,7 @@ class Bench:
     def __init__(self, size: Size, n_tokens: int, device: torch.device):
         from ..spec import HeadSpec
         from . import driver
-        from .chunk import CHUNK, SEEDED_CHUNK, Chunk, pick
+        from .chunk import CHUNK, Chunk, pick
         from .tile import HeadOperands
 
         self.size, self.device, self.driver = size, device, driver
@@ -148,8 +148,6 @@ class Bench:
         cu_seqlens = torch.tensor([N * s // S for s in range(S + 1)], device=device)
         response = torch.searchsorted(cu_seqlens[1:], torch.arange(N, device=device), right=True).int()
         self.chunk = Chunk(self.hidden, tokens, None, response, cu_seqlens)
-        n = min(N, SEEDED_CHUNK)
-        self.seeded = Chunk(self.hidden[:n], tokens[:n], None, response[:n], cu_seqlens.clamp(max=n))
         self.half = pick(torch.rand(N, device=device, generator=generator) < 0.5, cu_seqlens)
         self.target, _ = driver.head_target(self.hidden, self.operands, tokens)
         self.found = self.token_statistics(tuning.candidates_on(device, size.form)[0])
@@ -166,9 +164,9 @@ class Bench:
             return self.token_statistics(config)[:5]
         if kind == "gradient":
             return (self.gradient(config),)
-        chunk = self.seeded if kind == "seeded" else self.chunk
+        chunk = self.chunk
         n = chunk.hidden.shape[0]
-        totals = torch.zeros(2, n, device=self.device) if kind == "seeded" else None
+        totals = torch.zeros(2, n, dtype=torch.float64, device=self.device) if kind == "seeded" else None
         features = torch.zeros(self.S, self.size.D, device=self.device)
         listed = self.half if kind == "listed" else None
         with tuning.trial(config):
@@ -189,7 +187,7 @@ class Bench:
 
     def product(self, kind: str) -> None:
         """torch.mm of the logits that this kind computes."""
-        n = {"listed": self.N // 2, "seeded": self.seeded.hidden.shape[0]}.get(kind, self.N)
+        n = self.N // 2 if kind == "listed" else self.N
         for start in range(0, n, len(self.logits)):
             rows = self.hidden[start : min(n, start + len(self.logits))]
             torch.mm(rows, self.spec.weight.T, out=self.logits[: len(rows)])

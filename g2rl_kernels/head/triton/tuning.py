@@ -51,6 +51,10 @@ class Config:
         256 columns they do not fit the registers (Triton 3.9 spills 16 bytes)."""
         return replace(self, BN=min(self.BN, 128))
 
+    def for_kept(self) -> Config:
+        """A tile of logits that are read, not multiplied: small, as nothing is gained by more."""
+        return replace(self, BM=min(self.BM, 64), BN=min(self.BN, 128))
+
 
 # Of GPUs: the major compute capability of NVIDIA's data-centre GPUs, from which the others' follows
 # (`family_of`), or "hip" for all of AMD's.

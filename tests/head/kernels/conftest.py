@@ -20,8 +20,6 @@ def tiny_budgets(monkeypatch, tiny_tiles):
     from g2rl_kernels.head.triton import driver
 
     monkeypatch.setattr(driver, "CHUNK", 50)
-    monkeypatch.setattr(driver, "STATISTICS_CHUNK", 30)
-    monkeypatch.setattr(driver, "SEEDED_CHUNK", 40)
     monkeypatch.setattr(driver, "SLOTS", 16 * 4 * 24)  # 16 responses, d = 24
     monkeypatch.setattr(driver, "WORKSPACE", 4 * 16 * 4 * 20)
 

@@ -44,7 +44,8 @@ compiled, launch = {}, JITFunction.run
 
 def run(self, *args, grid, warmup, **options):
     assert options["enable_fp_fusion"] is True, self.__name__  # stated, not inherited
-    assert not AMD or not any(options.get(flag) for flag in ("H_TMA", "W_TMA", "G_TMA")), self.__name__
+    tma = [options.get(flag) for flag in ("H_TMA", "W_TMA", "G_TMA", "K_TMA")]
+    assert not AMD or not any(tma), self.__name__
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel is not None, self.__name__
     compiled[id(kernel)] = (self.__name__, kernel)  # kept alive: ids are not used again
@@ -52,7 +53,7 @@ def run(self, *args, grid, warmup, **options):
 
 JITFunction.run = run
 from g2rl_kernels.group import triton as group
-from g2rl_kernels.head.backend import Hints, Incoming, Sums
+from g2rl_kernels.head.backend import Hints, Incoming, Kept, Sums
 from g2rl_kernels.head.spec import HeadSpec, Responses
 from g2rl_kernels.head.triton import driver, logprobs, tile, tuning
 
@@ -71,9 +72,12 @@ def inputs(N, V, d, dtype, mode):
 def gradients(N, V, d, S, dtype, mode):
     hidden, tokens, head = inputs(N, V, d, dtype, mode)
     more = mode == "temperatures and statistics"
-    driver.statistics(hidden, tokens, head, more=more)
     numbers, sums = torch.zeros(5, N), Sums(torch.zeros(N, d), torch.zeros_like(head.weight))
-    driver.sweep(hidden, tokens, head, Incoming(numbers[:2], numbers[2:]), slice(0, V), sums)
+    for memory in (0, 1 << 40):
+        data = torch.zeros(driver.kept_bytes(hidden, head, memory), dtype=torch.uint8)
+        kept = Kept(data, N) if memory else None
+        driver.statistics(hidden, tokens, head, kept, more)
+        driver.sweep(hidden, tokens, head, Incoming(numbers[:2], numbers[2:]), slice(0, V), sums, kept)
 
 
 def features(N, V, d, S, dtype, mode):
@@ -127,7 +131,7 @@ def test_every_mode_compiles_once_for_all_sizes(dtype):
         f"head_{name}_kernel"
         for name in (
             *("target", "stats", "finish", "residual", "collect", "project", "gather", "reduce", "skip"),
-            *("join", "gradient"),
+            *("join", "gradient", "total"),
         )
     }
 

@@ -43,7 +43,6 @@ def tiny_budgets(monkeypatch, tiny_tiles):
     """For d = 24, chunks of 32 tokens and blocks of one tile or two. With 61 tokens and 251 entries, hidden's
     sums lie in the weight's gradient, and so do those of some of its blocks."""
     monkeypatch.setattr(kernels, "CHUNK", 40)
-    monkeypatch.setattr(kernels, "STATISTICS_CHUNK", 32)
     monkeypatch.setattr(kernels, "TOKENS", 32)
     monkeypatch.setattr(kernels, "GRADIENT", 2 * 32 * 64)
     monkeypatch.setattr(kernels, "SUMS", 4 * 24 * 32)
