@@ -153,10 +153,12 @@ def _triton_has_the_same_bits(case, seed, known):
 
     def outputs(rows, hint):
         lengths = torch.tensor([0, len(rows)], device=GPU)
-        options = {**case.head, "backend": "triton", "known_logprobs": hint}
+        asked = ("sum_p_squared", "top_token")
+        head = {**at(case, rows).head, "backend": "triton"}
+        options = {**head, "known_logprobs": hint, "statistics": () if known else asked}
         found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
         trained = g2.linear_logprobs(
-            case.hidden[rows], case.weight, case.tokens[rows], **case.head, backend="triton"
+            case.hidden[rows], case.weight, case.tokens[rows], **head, statistics=asked
         )
         return {**found._asdict(), **{f"linear_logprobs: {k}": v for k, v in trained._asdict().items()}}
 
