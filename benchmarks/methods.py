@@ -65,7 +65,7 @@ class Method:
 # --- the head op: ours --------------------------------------------------------------------------------------
 
 
-def _features(p: Problem, backend: str, known: Tensor | None = None) -> Outputs:
+def _features(p: Problem, backend: str | None, known: Tensor | None = None) -> Outputs:
     inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
     options: dict[str, Any] = {"logit_softcap": p.softcap, "known_logprobs": known, "backend": backend}
     return Outputs(*g2.head_features(*inputs, **options))
@@ -209,6 +209,31 @@ def _logprobs_chunked(p: Problem, chunk: int) -> Outputs:
     return Outputs(logprobs=torch.cat(logprobs))
 
 
+def _linear_cross_entropy(p: Problem, **options: Any) -> Outputs:
+    """torch's own, from 2.13 on: some tokens at a time, computed again in the backward pass."""
+    if p.softcap is not None:
+        raise Unavailable("torch's linear_cross_entropy has no softcap")
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable("needs torch 2.13 or later")
+    chunking = torch.nn.LinearCrossEntropyOptions(**options)
+    found = torch.nn.functional.linear_cross_entropy(
+        p.hidden, p.weight, p.tokens, reduction="none", options=chunking
+    )
+    return Outputs(logprobs=-found)
+
+
+def _trl(p: Problem, float32: bool = False, entropy: bool = False) -> Outputs:
+    """TRL's, 32768 entries at a time, with tensors as they are or cast to float32 (cast_lm_head_to_fp32)."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction as chunked
+    except ImportError:
+        raise Unavailable("needs trl 1.16 or later") from None
+    hidden, weight = (p.hidden.float(), p.weight.float()) if float32 else (p.hidden, p.weight)
+    wanted = ("entropy",) if entropy else ()
+    logprobs, mean, *_ = chunked.apply(hidden, weight, None, p.tokens, 1.0, 32768, p.softcap, 1.0, wanted)
+    return Outputs(logprobs=logprobs, entropy=mean)
+
+
 # --- other packages: losses only ----------------------------------------------------------------------------
 
 
@@ -251,15 +276,12 @@ METHODS = {
             f"{OURS}, 8 responses", lambda p: _features(p, "cpu"), "", "cpu", responses=8, default=("cpu",)
         ),
         Method(OURS, lambda p: _features(p, "cpu"), "", "cpu", default=("cpu",)),
+        # either
+        Method(f"{OURS}, known_logprobs", lambda p: _features(p, None, p.logprobs), default=("cpu",)),
+        # as samplers with 16-bit logits report them
+        Method(f"{OURS}, known_logprobs rounded", lambda p: _features(p, None, p.rounded_logprobs)),
         # Triton on a GPU
         Method(f"{OURS}, statistics", _statistics, "features", "cuda"),
-        Method(f"{OURS}, known_logprobs", lambda p: _features(p, "triton", p.logprobs), "", "cuda"),
-        Method(
-            f"{OURS}, known_logprobs rounded",  # as samplers with 16-bit logits report them
-            lambda p: _features(p, "triton", p.rounded_logprobs),
-            "",
-            "cuda",
-        ),
         Method(f"{OURS}, nothing known", lambda p: _features(p, "triton"), "", "cuda"),
         Method(
             f"{OURS}, certificate",
@@ -299,7 +321,19 @@ TRAINING = {
         Method("torch, 2048 tokens at a time", lambda p: _logprobs_chunked(p, 2048), NO_ENTROPY),
         Method("torch, all logits at once", _logprobs_naive, NO_ENTROPY, default=EVERYWHERE),
         Method("torch.compile, all logits at once", _logprobs_compiled, NO_ENTROPY),
+        Method("torch linear_cross_entropy", _linear_cross_entropy, NO_ENTROPY, default=EVERYWHERE),
+        Method(
+            "torch linear_cross_entropy, 64 tokens at a time",
+            lambda p: _linear_cross_entropy(
+                p, chunking_method=None, batch_chunk_size=64, acc_policy="accurate"
+            ),
+            NO_ENTROPY,
+            default=("cpu",),
+        ),
         # other packages
+        Method("TRL", _trl, NO_ENTROPY, "", "trl", default=EVERYWHERE),
+        Method("TRL, entropy bonus", lambda p: _trl(p, entropy=True), "", "", "trl", default=EVERYWHERE),
+        Method("TRL, float32 head", lambda p: _trl(p, True), NO_ENTROPY, "", "trl", default=EVERYWHERE),
         Method("CCE", _cce, f"{NO_ENTROPY}, gradients where p < 2^-12", "cuda", "cut_cross_entropy"),
         Method("CCE, exact", lambda p: _cce(p, "cce_exact"), NO_ENTROPY, "cuda", "cut_cross_entropy"),
         Method("Liger", lambda p: _liger(p, "sum"), SUM_ONLY, "cuda", "liger_kernel"),

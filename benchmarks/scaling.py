@@ -227,6 +227,24 @@ def step(model: Model, s: Setting, gpus: int, gpu: GPU) -> Step:
     )
 
 
+# --- the head's gradients: memory for time ------------------------------------------------------------------
+
+
+def kept_bytes(tokens: int, memory: float) -> float:
+    """Bytes of bf16 logits that `logits_memory` keeps: units of 256 entries, 2 bytes a logit and 4 for 32."""
+    unit = tokens * 256 * (2 + 4 / 32)
+    return min(math.ceil(V / 256), memory // unit) * unit
+
+
+def gradient_seconds(tokens: int, d: int, memory: float, gpu: GPU) -> float:
+    """Forward and backward of `linear_logprobs`: four products of N V d less those of kept logits, which are
+    written once and read once. What other kernels do beside products is not in it."""
+    kept = kept_bytes(tokens, memory)
+    share = kept / kept_bytes(tokens, math.inf)
+    product = 2 * tokens * V * d / (gpu.flops * gpu.head)
+    return (4 - share) * product + 2 * kept / (gpu.bandwidth * gpu.decoding)
+
+
 # --- one step: bytes over the network -----------------------------------------------------------------------
 
 
@@ -301,6 +319,20 @@ def seconds_table(models: Sequence[Model], gpus: Sequence[int], response: int | 
     return table(columns, rows)
 
 
+def dial_table(tokens: int = 16384, sizes: Sequence[int] = (2048, 4096)) -> str:
+    """What `logits_memory` costs and saves, in the bare products' time."""
+    columns = ["d", "`logits_memory`", "kept", "of all logits", "forward and backward", "/ bare products"]
+    gpu, rows = GPU(), []
+    for d in sizes:
+        bare = 3 * 2 * tokens * V * d / (gpu.flops * gpu.head)
+        for name, memory in (("0", 0), ("64 MiB", 1 << 26), ("1 GiB", 1 << 30), ("all", math.inf)):
+            kept = kept_bytes(tokens, memory)
+            took = gradient_seconds(tokens, d, memory, gpu)
+            share = f"{100 * kept / kept_bytes(tokens, math.inf):.3g} %"
+            rows.append([str(d), name, megabytes(kept), share, f"{1000 * took:.1f} ms", f"{took / bare:.3f}"])
+    return table(columns, rows)
+
+
 def network_table(models: Sequence[Model], ranks: int = 8, tokens: int = 16384) -> str:
     """Bytes of a step's features, and of a vocabulary-parallel head for `tokens` tokens."""
     columns = ["model", "features of a step", f"{tokens} tokens on {ranks} ranks: statistics", "features"]
@@ -340,6 +372,7 @@ def tables() -> dict[str, str]:
         "flops": flops_table(models),
         "seconds": seconds_table(models, GPUS),
         "short": seconds_table(models, (1, 8, 64), SHORT),
+        "dial": dial_table(),
         "network": network_table(models),
         "measured": measured_table(RESULT),
     }
@@ -353,6 +386,8 @@ def report(models: Sequence[Model], gpus: Sequence[int], response: int | None) -
             flops_table(models),
             "A step on GPUs, on paper; models that do not fit are left out:",
             seconds_table(models, gpus, response),
+            "Memory for time in `linear_logprobs`, 16384 tokens:",
+            dial_table(),
             "Bytes over the network:",
             network_table(models),
         ]

@@ -15,6 +15,8 @@
 // result has the same bits for any number of threads.  Extra memory is bounded by kWorkspace for any N, V and S; a
 // vocabulary too large for it is cut into slabs whose logits are computed twice (first for lse, then for A).
 //
+// Where log-probabilities are known, onepass.cpp reads W once for both products.
+//
 // A process that holds some rows of a larger vocabulary calls this twice: for the statistics of these rows
 // (HeadArgs::partial), and, once all processes' statistics are merged, for their share of the features (HeadArgs::lse).
 //
@@ -30,22 +32,15 @@
 #include <stdexcept>
 #include <vector>
 
-#include "finish.h"
 #include "head_kernels.h"
-#include "memory.h"
+#include "passes.h"
 #include "tasks.h"
 
 namespace g2rl {
 namespace {
 
-constexpr int64_t kWorkspace = 15500000;   // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kTileBytes = 640 << 10; // a packed tile should stay in L2
 constexpr int64_t kMaxRows = 64;           // most rows of A held before they are projected
-constexpr int64_t kStatistics = 5;          // numbers of a token and block
-constexpr int64_t kSpan = 16384;           // blocks whose statistics are held and merged together
-
-// Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
-thread_local Workspace workspace;
 
 // How the workspace is shared out.
 struct Plan {
@@ -96,7 +91,7 @@ class Head {
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
     const int64_t statistics_at = layout.place(4 * kStatistics * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
-    char* memory = workspace.reserve(layout.bytes());
+    char* memory = head_workspace().reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
     for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &run_squares, &target, &temperature, &weight, &target_residual}) v->assign(width, 0.0f);
@@ -223,10 +218,7 @@ class Head {
     }
   }
 
-  TokenSums sums(int64_t t) const {
-    return {run_max[t] / double(temperature[t]), double(run_sum[t]) - run_lost[t], run_moment[t] * (4 * std::log(2.0)), run_squares[t],
-            run_top[t]};
-  }
+  TokenSums sums(int64_t t) const { return sums_of(running, t, temperature[t]); }
 
   void write_partial(int64_t t, int64_t n) {
     const TokenSums found = sums(t);
@@ -240,15 +232,10 @@ class Head {
   }
 
   void finish(int64_t t, int64_t n) {
-    const FinishedToken found = finish_token(sums(t), target[t] / double(temperature[t]), a.tokens[n]);
-    a.logsumexp[n] = float(found.top + found.log_total);
-    a.logprobs[n] = float(found.logprob);
-    a.entropy[n] = float(found.entropy);
-    weigh(t, n, found.scale, found.rest);
-    if (!a.statistics) return;
-    a.sum_p_squared[n] = float(found.sum_p_squared);
-    a.top_token[n] = found.top_token;
-    a.top_logprob[n] = float(found.top_logprob);
+    const FinishedToken token = write_outputs(a, n, sums(t), target[t] / double(temperature[t]));
+    const double l = a.known_logprobs ? std::exp(std::min(a.known_logprobs[n], 0.0f) - token.logprob) : 1.0;
+    const double counts = std::abs(l - 1) <= kKnownTolerance ? l : 1.0;
+    weigh(t, n, token.scale * counts, token.rest * counts);
   }
 
   // scale: from exp((z - max) / T) to p; rest: 1 - p(target)
@@ -297,19 +284,13 @@ class Head {
     });
     run(parallel, count, [&](int64_t j) {
       const int64_t s = row_response[rows[j]];
-      const float scale = float(a.logit_scale / (total_weight(s) + 1e-8));
+      const float scale = float(a.logit_scale / (total_weight(a, a.cu_seqlens[s], a.cu_seqlens[s + 1]) + 1e-8));
       for (int64_t x = 0; x < a.d; x++) {
         float sum = 0;
         for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
         a.features[s * a.d + x] += sum * scale;
       }
     });
-  }
-
-  double total_weight(int64_t s) const {
-    double total = 0;
-    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; n++) total += a.token_weights ? a.token_weights[n] : 1.0f;
-    return total;
   }
 
   const HeadArgs& a;
@@ -339,10 +320,42 @@ const HeadKernels& kernels_for(Isa isa) {
   return head_kernels_plain();
 }
 
+Workspace& head_workspace() {
+  // Kept for the thread's next call: fresh pages would cost 2 to 4 % of a call.
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+TokenSums sums_of(const RunningSums& run, int64_t t, double temperature) {
+  return {run.max[t] / temperature, double(run.sum[t]) - run.lost[t], run.moment[t] * (4 * std::log(2.0)), run.squares[t], run.top[t]};
+}
+
+FinishedToken write_outputs(const HeadArgs& a, int64_t n, const TokenSums& sums, double z) {
+  const FinishedToken found = finish_token(sums, z, a.tokens[n]);
+  a.logsumexp[n] = float(found.top + found.log_total);
+  a.logprobs[n] = float(found.logprob);
+  a.entropy[n] = float(found.entropy);
+  if (!a.statistics) return found;
+  a.sum_p_squared[n] = float(found.sum_p_squared);
+  a.top_token[n] = found.top_token;
+  a.top_logprob[n] = float(found.top_logprob);
+  return found;
+}
+
+double total_weight(const HeadArgs& a, int64_t begin, int64_t end) {
+  double total = 0;
+  for (int64_t n = begin; n < end; n++) total += a.token_weights ? a.token_weights[n] : 1.0f;
+  return total;
+}
+
+void two_steps(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel) { Head(args, kernels, parallel).run_all(); }
+
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
   const HeadKernels& kernels = kernels_for(isa);
-  if (args.N > 0) Head(args, kernels, parallel).run_all();
-  else if (args.features) std::fill_n(args.features, args.S * args.d, 0.0f);
+  if (args.N == 0 && args.features) std::fill_n(args.features, args.S * args.d, 0.0f);
+  if (args.N == 0) return;
+  if (args.known_logprobs && one_pass(args, kernels, parallel)) return;
+  two_steps(args, kernels, parallel);
 }
 
 }  // namespace g2rl

@@ -43,6 +43,7 @@ struct HeadArgs {
   DType bias_dtype;
   int64_t bias_stride;
   const float* token_weights;  // [N] or null (all ones)
+  const float* known_logprobs; // [N] or null: see onepass.cpp
   int64_t N, d, V, S;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
   const float* temperatures;                            // [N], one a token in place of `temperature`; or null

@@ -78,6 +78,8 @@ struct HeadKernels {
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] weight[v, :]; rows of out are row_stride(d) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
+  // The same added to out, for a few rows of weight that are in cache
+  void (*project_cached)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
   // dz of vocabulary rows [v0, v0 + count)
   void (*gradient)(const GradientBlock&, int64_t v0, int64_t count);
   // rows of a matrix as the packed operand of product(), in blocks of tile_width_for(kMaxWidth) columns

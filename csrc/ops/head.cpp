@@ -122,8 +122,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_features
   Checked args(head);
   args.require_tokens_inside();
   args.set_responses(cu_seqlens, token_weights);
-  // The CPU pass has the logsumexp of a token before it needs it, so it gains nothing from known_logprobs.
-  if (known_logprobs) require_vector(*known_logprobs, "known_logprobs", args.N, "N");
+  if (known_logprobs) {
+    require_vector(*known_logprobs, "known_logprobs", args.N, "N");
+    args.known_logprobs = args.keep(floats(*known_logprobs, "known_logprobs")).const_data_ptr<float>();
+  }
 
   const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d}, ScalarType::Float);
   const Tensor logprobs = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);

@@ -12,6 +12,7 @@ from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, Toke
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
+KNOWN_TOLERANCE = 0.01  # as in csrc/cpu/onepass.cpp
 BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits: KeptLogits in csrc/cpu/head.h
 
 
@@ -48,7 +49,7 @@ def features(
     hints: Hints = NO_HINTS,
     more: bool = False,
 ) -> FeatureOutputs:
-    """See `Backend.features`. Hints save no time here."""
+    """See `Backend.features`. A certificate saves no time here."""
     if hints.max_skipped is not None:
         return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
     arguments = (hidden, tokens, *head, *responses, hints.known_logprobs, more)
@@ -56,6 +57,21 @@ def features(
     S = responses.cu_seqlens.shape[0] - 1
     mass, count = hidden.new_zeros(S, dtype=torch.float32), hidden.new_zeros(S, dtype=torch.int64)
     return FeatureOutputs(phi, logprobs, logsumexp, entropy, mass, count, *asked)
+
+
+def share_of_right_responses(
+    known: Tensor, logprobs: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None = None
+) -> float:
+    """Share of the S responses without a token whose known log-prob is past the tolerance, which would cost
+    the response a second look at the weight.
+
+    known [N] as the sampler reported them, logprobs [N] of `head_features`; cu_seqlens, token_weights: its.
+    """
+    right = ((known.clamp(max=0) - logprobs).exp() - 1).abs() <= KNOWN_TOLERANCE  # not: NaN
+    if token_weights is not None:
+        right |= token_weights == 0
+    wrong = torch.nn.functional.pad((~right).cumsum(0), (1, 0))[cu_seqlens].diff()
+    return float((wrong == 0).float().mean())
 
 
 def features_of_part(

@@ -113,12 +113,15 @@ def head_features(
             of logit_scale, without a softcap) has the same bounds.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
-            It saves backend "triton" one of two passes over the logits; other backends ignore it.
-            Log-probabilities, logsumexp and entropy stay exact. Let l = known p / p. A token whose l is
-            within 0.01 of 1 counts with l alpha_t in its feature's sum; every other token counts exactly. A
-            NaN, or l above 1000, costs the second pass for all tokens.
+            It saves backend "triton" one of two passes over the logits, and "cpu" a second look at the
+            weight; "reference" ignores it. Log-probabilities, logsumexp and entropy stay exact. Let
+            l = known p / p. A token whose l is within 0.01 of 1 counts with l alpha_t in its feature's sum;
+            every other token counts exactly, which costs time. "triton": a second pass over such tokens, over
+            all if one is NaN or l above 1000. "cpu": such a token's response is computed twice, or the 256
+            tokens around it and once what follows. On a CPU pass them only if hardly a response has one.
         statistics: any of "sum_p_squared", sum_v p_tv^2, and "top_token", the likeliest token (the first of
-            those whose logits, as computed, are equal) with its log-probability.
+            those whose logits, as computed, are equal) with its log-probability. With them "triton" ignores
+            known_logprobs.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
             are then this rank's rows, [V_r, d] and [V_r]; the rows of rank r follow those of rank r - 1, and
             V_r may differ. All else is the same on all ranks, and tokens are global ids. All ranks get the

@@ -100,8 +100,7 @@ def linear_logprobs(
         temperature, logit_scale, logit_softcap, statistics, backend: see `head_features`.
         logits_memory: bytes of logits that this call may keep until its backward pass (64 MiB). What fits is
             not multiplied again: with all of them, gradients take three products of N x V x d in place of
-            four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "triton" and "reference"
-            keep none.
+            four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "reference" keeps none.
         process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
             incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
             over them again. The gradients of weight and bias are those of this rank's rows.

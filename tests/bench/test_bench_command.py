@@ -100,7 +100,7 @@ def test_logprobs_measures_writes_and_draws(tmp_path, capsys, monkeypatch):
         assert len(row["product_milliseconds"]) == (2 if frozen else 3)
         assert row["floor_milliseconds"] > max(row["product_milliseconds"])
         assert ("weight" in row["errors"]) != frozen
-        assert ("entropy" in row["errors"]) == ("entropy" in row["method"])
+        assert ("entropy" in row["errors"]) == ("bonus" in row["method"])
         for name in ("hidden", "weight"):
             assert 0 <= row["errors"].get(name, 0) < (1e-4 if row["dtype"] == "fp32" else 0.02)
     by_name = {row["method"]: row for row in rows if row["dtype"] == "bf16"}

@@ -152,13 +152,17 @@ def test_the_truth_about_gradients_is_that_of_autograd(shape):
         (name, shape)
         for name, method in TRAINING.items()
         for shape in (HEAD, SOFTCAPPED)
-        if not method.package and ("compile" not in name or shape is SOFTCAPPED)  # compiling takes seconds
+        if method.package in ("", "trl")
+        and ("compile" not in name or shape is SOFTCAPPED)  # compiling takes seconds
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_gradients_of_methods_agree_with_float64(name, shape):
     method, p = TRAINING[name], problem(small(70, shape), DEVICE)
-    out, grads, errors = trained(method, p)
+    try:
+        out, grads, errors = trained(method, p)
+    except Unavailable as reason:  # an older TRL or torch; torch's own has no softcap
+        pytest.skip(str(reason))
     given = {"hidden", "logprobs"} | ({"weight"} if not method.frozen else set())
     assert {*errors} == given | ({"entropy"} if "bonus" in name else set())
     assert max(errors.values()) < 1e-4

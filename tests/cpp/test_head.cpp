@@ -11,9 +11,11 @@
 namespace tests {
 namespace {
 
-Outputs run_head(const Case& c, Isa isa, g2rl::Parallel parallel = one_thread) {
+Outputs run_head(const Case& c, Isa isa, g2rl::Parallel parallel = one_thread, const std::vector<float>* known = nullptr) {
   Outputs out(c);
-  g2rl::head_features(arguments(c, out), isa, parallel);
+  g2rl::HeadArgs args = arguments(c, out);
+  if (known) args.known_logprobs = known->data();
+  g2rl::head_features(args, isa, parallel);
   return out;
 }
 
@@ -104,6 +106,24 @@ struct Coverage {
   bool slabs = false;
 } covered;
 
+// onepass.cpp: the same statistics; features as exact, be the log-probs right, some of them wrong, or all.
+void check_known(const Case& c, Isa isa, const Exact& exact, const Outputs& plain, const std::string& where) {
+  for (int64_t wrong : {int64_t(0), int64_t(5), int64_t(1)}) {
+    std::vector<float> known(c.N);
+    for (int64_t t = 0; t < c.N; t++) {
+      const double values[] = {kNan, kInf, -kInf, exact.logprobs[t] - 0.5, 0.0};
+      known[t] = float(wrong && t % wrong == 0 ? values[t / wrong % 5] : exact.logprobs[t]);
+    }
+    const std::string mode = where + ", known but for " + (wrong ? "1 of " + std::to_string(wrong) : "0");
+    Outputs out = run_head(c, isa, one_thread, &known);
+    expect(out.same(run_head(c, isa, three_threads, &known)), mode, "three threads give other bits than one");
+    for (int64_t i = 0; i < c.S * c.d; i++)
+      expect_near(out.features[i], exact.features[i], 2 * exact.features_off[i] + exact.features_code[i], mode, "features", i);
+    out.features = plain.features;
+    expect(out.same(plain), mode, "log-probs, logsumexp or entropy have other bits than without");
+  }
+}
+
 void check_head(const Options& options) {
   const Case c(options);
   const Exact exact = exact_head(c);
@@ -122,6 +142,7 @@ void check_head(const Options& options) {
     }
     for (int64_t i = 0; i < c.S * c.d; i++)
       expect_near(out.features[i], exact.features[i], exact.features_off[i] + exact.features_code[i], where, "features", i);
+    check_known(c, isa, exact, out, where);
   }
 }
 

@@ -29,11 +29,21 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
     gradients = torch.autograd.grad((torch.stack(trained[:2]) * incoming).sum(), hidden)
     options.pop("logits_memory", None)
     lengths = torch.tensor([0, len(rows)])
-    found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
+    modes = {"head_features": {}, "with known log-probs": {"known_logprobs": trained.logprobs.detach() - 0.1}}
+    found = {
+        f"{mode}: {name}": value
+        for mode, known in modes.items()
+        for name, value in g2.head_features(
+            case.hidden[rows], case.weight, case.tokens[rows], lengths, **known, **options
+        )
+        ._asdict()
+        .items()
+        if name != "features"
+    }
     return {
         **{name: value.detach() for name, value in trained._asdict().items()},
         "gradient of hidden": gradients[0],
-        **{f"head_features: {name}": value for name, value in found._asdict().items() if name != "features"},
+        **found,
     }
 
 
@@ -95,10 +105,18 @@ def test_a_vocabulary_of_several_slabs(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=25)
-@given(case=cases(), before=st.lists(st.integers(0, 20), max_size=9), length=st.integers(1, 80))
-def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, length):
-    """Whatever responses stand before and behind; at another offset it is as near as rounding."""
+@settings(max_examples=40)
+@given(
+    case=cases(),
+    before=st.lists(st.integers(0, 20), max_size=9),
+    length=st.integers(1, 80) | st.sampled_from((250, 600)),
+    wrong=st.sampled_from((None, 0.0, 0.1)),
+)
+def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, length, wrong):
+    """Whatever responses stand before and behind; at another offset it is as near as rounding.
+
+    wrong: None, or how many of the known log-probs are off by more than the tolerance.
+    """
     V, d = case.weight.shape
     g = torch.Generator().manual_seed(length)
     lengths = [*before, length, 5]
@@ -111,17 +129,24 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
     if case.bias is not None:
         options["bias"] = case.bias.nan_to_num(neginf=0.0)
     start = sum(before)
+    with environment("G2RL_CPU_ISA", isa):
+        known = g2.head_features(hidden, case.weight, tokens, torch.tensor([0, N]), **options).logprobs
+    known -= 0.005 + 0.5 * (torch.rand(N, generator=g) < (wrong or 0.0))
 
     def feature(first: int) -> Tensor:
         """The response's, as the second one of a batch, from row `first` on."""
         rows = torch.cat([torch.arange(N)[-first:][:first], torch.arange(start, start + length)])
         cut = torch.tensor([0, first, first + length])
-        here = {**options, "temperature": at(case, rows).temperature}
-        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **here).features[1]
+        return run(rows, cut).features[1]
+
+    def run(rows: Tensor, cut: Tensor) -> g2.HeadFeatures:
+        hint = {} if wrong is None else {"known_logprobs": known[rows]}
+        here = {**options, "temperature": at(case, rows).temperature, **hint}
+        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **here)
 
     ends = torch.tensor([0, *lengths]).cumsum(0)
     with environment("G2RL_CPU_ISA", isa):
-        found = g2.head_features(hidden, case.weight, tokens, ends, **options).features[len(before)]
+        found = run(torch.arange(N), ends).features[len(before)]
         same = feature(start % 16)
         other = feature((start + 5) % 16)
     assert torch.equal(found, same)

@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 
 import g2rl_kernels as g2
 from g2rl_kernels.errors import TrainerError
+from g2rl_kernels.integrations import trl as trl_module
 from g2rl_kernels.integrations.trl import G2RLTrainer
 from g2rl_kernels.integrations.trl_head import pad_like
 
@@ -188,9 +189,44 @@ def test_a_model_with_an_unknown_head_is_refused(make: Callable[..., Any], model
 # --- rollouts: tools and samplers ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler's log-probs are always handed on."""
+    monkeypatch.setattr(G2RLTrainer, "_known_logprobs_pay", lambda *_: True)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_on_a_cpu_the_samplers_log_probs_are_used_once_they_were_seen_to_be_right(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """The first responses of a generation batch tell."""
+    given, theirs = [], g2.head_features
+
+    def spy(*args: Any, **options: Any) -> Any:
+        given.append(options.get("known_logprobs"))
+        return theirs(*args, **options)
+
+    monkeypatch.setattr(g2, "head_features", spy)
+    found = {"share": 0.0}
+    share = trl_module.share_of_right_responses
+
+    def judged(known: Any, logprobs: Any, *others: Any) -> float:
+        found["share"] = share(logprobs if right else known, logprobs, *others)
+        return found["share"]
+
+    monkeypatch.setattr(trl_module, "share_of_right_responses", judged)
+    make(
+        Watched, rollout_func=rollout, max_steps=1, steps_per_generation=2, per_device_train_batch_size=4
+    ).train()
+    assert len(given) == 2  # chunks of 4 of the 8 responses
+    assert found["share"] == float(right)
+    assert given[0] is None
+    assert (given[1] is not None) == right
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_tool_tokens_do_not_count_and_the_samplers_log_probs_are_used(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fused: bool
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None, fused: bool
 ) -> None:
     calls, theirs = [], g2.head_features
 
@@ -220,7 +256,10 @@ def test_tool_tokens_do_not_count_and_the_samplers_log_probs_are_used(
 
 @pytest.mark.parametrize("nest", [lambda x: [x], lambda x: (x,), torch.tensor, lambda x: torch.tensor([x])])
 def test_the_samplers_log_probs_may_be_nested(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, nest: Callable[[float], Any]
+    make: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    as_on_a_gpu: None,
+    nest: Callable[[float], Any],
 ) -> None:
     known, theirs = [], g2.head_features
 
@@ -271,7 +310,7 @@ class FakeVLLM:
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("corrects", [True, False])
 def test_log_probs_of_vllm_reach_the_op(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, mode: str, corrects: bool
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None, mode: str, corrects: bool
 ) -> None:
     import trl.trainer.grpo_trainer as module
 

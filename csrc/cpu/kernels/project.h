@@ -97,42 +97,52 @@ static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_cou
 }
 
 // Reads the weight once for any number of responses: a few rows and a block of columns at a time, which stay in L1 with
-// their share of `out`.  Rows are prefetched kAhead rows ahead.
-template <class Load>
+// their share of `out`.  From memory, rows are prefetched kAhead rows ahead.  A block that forward() left in L2 (kCached) is
+// taken column by column, so that `out` stays in L1.  Sums have one order either way.
+template <class Load, bool kCached>
 static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
   constexpr int kLines = 6;
-  constexpr int64_t kColumns = 128, kAhead = 3 * kLines;
+  constexpr int64_t kColumns = 128, kAhead = kCached ? kLines : 3 * kLines;
   const HeadArgs& a = *c.args;
   const Matrix& w = a.weight;
   const bool in_place = w.stride1 == 1 && Load::size == element_size(a.dtype);
   float scratch[kLines * kColumns];
-  for (int64_t v = begin; v < end; v += kLines) {
-    const int64_t n = smaller(kLines, end - v);
-    for (int64_t k = 0; k < a.d; k += kColumns) {
-      const int64_t length = smaller(kColumns, a.d - k);
-      const char* lines = (const char*)scratch;
-      int64_t line_bytes = kColumns * 4;
-      if (in_place) {
-        line_bytes = w.stride0 * Load::size;
-        lines = (const char*)w.data + v * line_bytes + k * Load::size;
-        for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
-          for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, 2);
-      } else {
-        for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
+  const int64_t all_rows = kCached ? end - begin : kLines;
+  for (int64_t first = begin; first < end; first += all_rows)
+    for (int64_t k = 0; k < a.d; k += kColumns)
+      for (int64_t v = first; v < smaller(first + all_rows, end); v += kLines) {
+        const int64_t n = smaller(kLines, end - v), length = smaller(kColumns, a.d - k);
+        const char* lines = (const char*)scratch;
+        int64_t line_bytes = kColumns * 4;
+        if (in_place) {
+          line_bytes = w.stride0 * Load::size;
+          lines = (const char*)w.data + v * line_bytes + k * Load::size;
+          for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
+            for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, kCached ? 3 : 2);
+        } else {
+          for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
+        }
+        if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
+        else
+          for (int64_t i = 0; i < n; i++) add_to_rows<Load, 1>(c, rows, row_count, v + i, lines + i * line_bytes, line_bytes, length, out + k);
       }
-      if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
-      else
-        for (int64_t i = 0; i < n; i++) add_to_rows<Load, 1>(c, rows, row_count, v + i, lines + i * line_bytes, line_bytes, length, out + k);
-    }
-  }
+}
+
+template <bool kCached>
+static void project_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
+  if (dtype == DType::bf16) project_as<LoadBf16, kCached>(c, rows, row_count, begin, end, out);
+  else if (dtype == DType::f16) project_as<LoadF16, kCached>(c, rows, row_count, begin, end, out);
+  else project_as<LoadFloat, kCached>(c, rows, row_count, begin, end, out);
 }
 
 static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
   std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
-  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
-  if (dtype == DType::bf16) project_as<LoadBf16>(c, rows, row_count, begin, end, out);
-  else if (dtype == DType::f16) project_as<LoadF16>(c, rows, row_count, begin, end, out);
-  else project_as<LoadFloat>(c, rows, row_count, begin, end, out);
+  project_rows<false>(c, rows, row_count, begin, end, out);
+}
+
+static void project_cached(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+  project_rows<true>(c, rows, row_count, begin, end, out);
 }
 
 }  // namespace

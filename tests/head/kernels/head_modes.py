@@ -67,7 +67,13 @@ def with_weights(case: Case, factor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(exact.features).index_add(0, case.segment, weighted)
 
 
-def assert_features(actual: torch.Tensor, exact: torch.Tensor, case: Case, slack: float = 1.0) -> None:
-    limit = slack * allowed_errors(case, TRITON).features
+def assert_features(
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    case: Case,
+    slack: float = 1.0,
+    backend: tuple[str, str | None] = TRITON,
+) -> None:
+    limit = slack * allowed_errors(case, backend).features
     error = (actual.double() - exact).abs().amax(1)
     assert (error <= limit).all(), f"at worst {(error / limit).nan_to_num(torch.inf).max():.3g} times allowed"
