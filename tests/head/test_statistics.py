@@ -259,3 +259,16 @@ def test_a_token_that_is_none_has_none():
     assert torch.equal(out.top_token >= 0, good)
     assert torch.equal(out.sum_p_squared.isfinite(), good)
     assert torch.equal(out.top_logprob.isfinite(), good)
+
+
+@isas
+@pytest.mark.parametrize("off", [0.004, 0.3], ids=["one look", "computed again"])
+def test_known_logprobs_change_no_statistic(isa, off):
+    case = make_case([20, 0, 70], V=403, d=24, temperature=0.3 + torch.rand(90), logit_softcap=5.0)
+    plain = run_features(case, ("cpu", isa), statistics=ALL)
+    known = plain.logprobs - off
+    hinted = run_features(case, ("cpu", isa), statistics=ALL, known_logprobs=known)
+    for a, b in zip(plain[1:], hinted[1:]):
+        assert torch.equal(a, b)
+    without = run_features(case, ("cpu", isa), known_logprobs=known)
+    assert torch.equal(without.features, hinted.features)
