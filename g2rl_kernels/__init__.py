@@ -19,11 +19,12 @@ from .group.geometry import GroupGeometry, group_geometry
 from .head.features import (
     CertifiedHeadFeatures,
     HeadFeatures,
+    HeadFeaturesWithStatistics,
     certified_head_features,
     head_features,
     pack_responses,
 )
-from .head.logprobs import LinearLogprobs, linear_logprobs
+from .head.logprobs import LinearLogprobs, LinearLogprobsWithStatistics, linear_logprobs
 
 if _TYPE_CHECKING:
     from .models.lm_head import find_head
@@ -35,7 +36,9 @@ __all__ = [
     "CertifiedHeadFeatures",
     "GroupGeometry",
     "HeadFeatures",
+    "HeadFeaturesWithStatistics",
     "LinearLogprobs",
+    "LinearLogprobsWithStatistics",
     "__version__",
     "certified_head_features",
     "find_head",

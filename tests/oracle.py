@@ -53,7 +53,7 @@ class Case:
     tokens: Tensor
     cu_seqlens: Tensor
     bias: Tensor | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0  # or [N]
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     token_weights: Tensor | None = None
@@ -73,8 +73,10 @@ class Case:
     @property
     def spec(self) -> HeadSpec:
         """The head as backends take it."""
-        options = self.temperature, self.logit_scale, self.logit_softcap or 0.0
-        return with_lora(HeadSpec(self.weight, self.bias, *options), self.hidden, self.lora).rounded()
+        T, options = self.temperature, (self.logit_scale, self.logit_softcap or 0.0)
+        one, each = (1.0, T) if isinstance(T, Tensor) else (T, None)
+        head = HeadSpec(self.weight, self.bias, one, *options, each)
+        return with_lora(head, self.hidden, self.lora).rounded()
 
     def lora_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """The low-rank part with A and B in `dtype`."""
@@ -95,6 +97,11 @@ class Case:
             return case.weight
         A, B, scaling = case.lora
         return case.weight + scaling * B @ A
+
+    @property
+    def T(self) -> Any:
+        """What logits [N, V] are divided by."""
+        return self.temperature[:, None] if isinstance(self.temperature, Tensor) else self.temperature
 
     @property
     def responses(self) -> Responses:
@@ -197,7 +204,7 @@ def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> T
         x = case.logit_softcap * torch.tanh(x / case.logit_softcap)
         if bias is not None:
             x = x.masked_fill(bias == -torch.inf, -torch.inf)  # masked entries stay so
-    return x / case.temperature
+    return x / case.T
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -213,7 +220,7 @@ def autograd_head(case: Case) -> g2.HeadFeatures:
     logprobs = log_p.gather(1, case.tokens[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
     features = torch.zeros(len(case.lengths), hidden.shape[1], dtype=torch.float64)
-    features = features.index_add(0, case.segment, case.token_share[:, None] * gradient * case.temperature)
+    features = features.index_add(0, case.segment, case.token_share[:, None] * gradient * case.T)
     log_p = log_p.detach()
     return g2.HeadFeatures(features, logprobs.detach(), z.detach().logsumexp(1), entropy(log_p))
 
@@ -264,8 +271,8 @@ def rounding(case: Case) -> g2.HeadFeatures:
     if double.lora is not None:
         A, B, scaling = double.lora
         square = square + ((scaling * h @ A.T) ** 2) @ (B**2).T
-    factor = case.logit_scale / case.temperature
-    size = torch.maximum(factor * square.amax(1).sqrt(), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
+    size = (case.logit_scale / case.T) * square.amax(1, keepdim=True).sqrt()
+    size = torch.maximum(size.squeeze(1), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
     relative = 2.0**-23 * (3 * size + 4)  # [N], generously; 4: exp, log, a division and the last rounding
     relative = relative + low_rounding(case)
 
@@ -293,7 +300,7 @@ def low_rounding(case: Case) -> Tensor:
         return torch.zeros(len(case.hidden), dtype=torch.float64)
     A, B, scaling = double.lora
     products = ((scaling * double.hidden @ A.T) ** 2) @ (B**2).T
-    return 2 * eps * case.logit_scale / case.temperature * products.amax(1).sqrt()
+    return (2 * eps * case.logit_scale / case.T * products.amax(1, keepdim=True).sqrt()).squeeze(1)
 
 
 def errors(actual: g2.HeadFeatures, exact: g2.HeadFeatures) -> g2.HeadFeatures:

@@ -67,7 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
         case.bias = bias.repeat_interleave(2)[::2] if draw(st.booleans()) else bias
     if draw(st.booleans()):
         case.token_weights = torch.rand(N, generator=g) * (torch.rand(N, generator=g) < 0.7)
-    case.temperature = draw(st.sampled_from((1.0, 0.3, 1.7)))
+    case.temperature = draw(st.sampled_from((1.0, 0.3, 1.7, 0.3 + 1.4 * torch.rand(N, generator=g))))
     case.logit_scale = draw(st.sampled_from((1.0, 0.25, 2.0)))
     case.logit_softcap = draw(st.sampled_from((None, 1.5, 30.0)))
     if draw(st.booleans()):

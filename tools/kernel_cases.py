@@ -19,11 +19,11 @@ LOW_MAY_SPILL = 32
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
-    "*fp32": "alpha coefficient entropy features kappa largest logprobs logsumexp lse2 mass numbers out "
-    "partial rest seed shift skipped_mass slope slots sums target",
+    "*fp32": "alpha coefficient entropy factors features kappa largest logprobs logsumexp lse2 mass numbers "
+    "out partial rest seed shift skipped_mass slope slots sum_p_squared sums target top_logprob",
     "*fp64": "totals",
-    "*i64": "cu_seqlens index skipped_tokens tokens",
-    "*i32": "gate response",
+    "*i64": "cu_seqlens first index skipped_tokens tokens top_token",
+    "*i32": "gate response top",
     "*i8": "keep",
     "fp32": "factor most outside scale sign",
 }
@@ -118,12 +118,16 @@ def made(
 # Variant -> the kernel and its constants.
 NO_GATE = {"gate": None, "GATED": False}
 NO_LOW = {"low_hidden": None, "low_weight": None, "R": None, "LOW": False}
+# What linear_logprobs and head_features call statistics: sum p^2 and the likeliest token.
+NO_MORE = {"top": None, "MORE": False}
 NONE_KEPT = {"kept": None, "largest": None, "KEPT": 0}
 EXACT = {"index": None, "sums": None, "seed": None, "kappa": None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "statistics": ("stats.head_stats_kernel", {**NO_GATE, **NONE_KEPT}),
-    "statistics, gated": ("stats.head_stats_kernel", {"GATED": True, **NONE_KEPT}),
-    "statistics, kept": ("stats.head_stats_kernel", NO_GATE),
+    "statistics": ("stats.head_stats_kernel", {**NO_GATE, **NO_MORE, **NONE_KEPT}),
+    "statistics, more": ("stats.head_stats_kernel", {**NO_GATE, "MORE": True, **NONE_KEPT}),
+    "statistics, gated": ("stats.head_stats_kernel", {"GATED": True, **NO_MORE, **NONE_KEPT}),
+    "statistics, kept": ("stats.head_stats_kernel", {**NO_GATE, **NO_MORE}),
+    "statistics, kept, more": ("stats.head_stats_kernel", {**NO_GATE, "MORE": True}),
     "exact": (
         "residual.head_residual_kernel",
         {**EXACT, "LISTED": False, "SUMS": False, "CORRECT": False},
@@ -158,6 +162,7 @@ def large(
     bias: bool = False,
     softcap: bool = False,
     low: bool = False,
+    tempered: bool = False,
     precision: str = "ieee",
     by_pointer: tuple[str, ...] = (),
     strided: tuple[str, ...] = (),
@@ -178,11 +183,13 @@ def large(
         "EVEN_D": strided != ROW_STRIDES,
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "UPCAST": False,
         "H_TMA": "hidden" not in by_pointer, "W_TMA": "weight" not in by_pointer,
-        "HAS_BIAS": bias, "SOFTCAP": softcap, "PRECISION": precision,
+        "HAS_BIAS": bias, "SOFTCAP": softcap, "TEMPERED": tempered, "PRECISION": precision,
     }  # fmt: skip
     if not bias:
         constants["bias"] = None
     constants |= {"LOW": True} if low else NO_LOW
+    if not tempered:
+        constants["factors"] = None
     if "G_TMA" in function(kernel).arg_names:
         constants["G_TMA"] = "gradient" not in by_pointer
     if "WEIGHTED" in function(kernel).arg_names:  # tokens have weights where the head has a bias
@@ -205,6 +212,7 @@ def large(
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
     extra += ["low-rank part"] * low
+    extra += ["temperatures"] * tempered
     how = ", 3xTF32" if precision == "tf32x3" else ""
     if "unaligned" in form:
         how += ", d = 2050" if strided == ROW_STRIDES else ", any strides"
@@ -261,6 +269,7 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
     shipped, others = of("plain")
     for variant in usual:
         yield large(variant, arch, shipped, "plain", "bf16")
+        yield large(variant, arch, shipped, "plain", "bf16", tempered=True)
     for variant in usual if scope != "quick" else ("statistics", "gradient"):
         yield large(variant, arch, shipped, "plain", "bf16", low=True)
     if scope == "quick":
@@ -268,6 +277,7 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
     yield large("statistics, gated", arch, shipped, "plain", "bf16")
     for variant in usual:
         yield large(variant, arch, shipped, "plain", "bf16", bias=True)
+        yield large(variant, arch, shipped, "plain", "bf16", bias=True, tempered=True)
         for config in others:
             yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
     for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
@@ -277,6 +287,17 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
         for variant in usual:
             yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
+            yield large(
+                variant,
+                arch,
+                shipped,
+                form,
+                dtype,
+                precision=precision,
+                bias=True,
+                softcap=True,
+                tempered=True,
+            )
             yield large(
                 variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True,
                 may_spill=LOW_MAY_SPILL,
@@ -313,19 +334,33 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
     joined = {"LN2": LN2, "BT": join.BT}
     realised = {"BT": target.BT, "BD": target.BD}
     plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False, **NO_LOW}
+    plain |= {"factors": None, "TEMPERED": False}
+    no_statistics = dict.fromkeys(("tokens", "sum_p_squared", "top_token", "top_logprob")) | NO_MORE
     single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
         ("collect", "", {"BM": 128, "BC": collect.BC}, 4),
-        ("finish", "", joined | NO_GATE, 4),
-        ("finish", "gated", joined | {"GATED": True}, 4),
+        ("finish", "", joined | NO_GATE | no_statistics, 4),
+        ("finish", "more", joined | NO_GATE | {"MORE": True}, 4),
+        ("finish", "gated", joined | {"GATED": True} | no_statistics, 4),
         ("gather", "", {"BT": gather.BT, "BD": gather.BD}, 4),
-        ("join", "", joined, 4),
+        ("join", "", joined | NO_MORE | {"first": None}, 4),
+        ("join", "more", joined | {"MORE": True}, 4),
         ("reduce", "", {"BD": reduce.BD, "kappa": None, "HAS_KAPPA": False}, 4),
         ("reduce", "kappa", {"BD": reduce.BD, "HAS_KAPPA": True}, 4),
         ("skip", "", {"BT": skip.BT}, 8),
         ("total", "", {"BT": total.BT}, 4),
         ("target", "", realised | plain, 4),
-        ("target", "bias, softcap", realised | {"HAS_BIAS": True, "SOFTCAP": True, **NO_LOW}, 4),
-        ("target", "bias, softcap, low-rank part", realised | dict.fromkeys(FLAGS, True), 4),
+        (
+            "target",
+            "bias, softcap, temperatures",
+            realised | {"HAS_BIAS": True, "SOFTCAP": True, "TEMPERED": True, **NO_LOW},
+            4,
+        ),
+        (
+            "target",
+            "bias, softcap, low-rank part",
+            realised | {**dict.fromkeys(FLAGS, True), "factors": None, "TEMPERED": False},
+            4,
+        ),
     )
     for name, variant, constants, num_warps in single:
         yield made(f"{name}.head_{name}_kernel", arch, constants, variant=variant, num_warps=num_warps)

@@ -36,9 +36,9 @@ def outputs(dtype: torch.dtype) -> list[Tensor]:
     ends = torch.tensor(ENDS)
     found: list[Tensor] = []
     for options in ({}, {"temperature": 0.7, "bias": bias, "logit_softcap": 5.0}):
-        plain = g2.head_features(hidden.detach(), weight.detach(), tokens, ends, **options)  # type: ignore[arg-type]
+        plain = g2.head_features(hidden.detach(), weight.detach(), tokens, ends, **options)  # type: ignore[call-overload]
         found += [plain.features, plain.logprobs, plain.logsumexp, plain.entropy]
-        gradients = g2.linear_logprobs(hidden, weight, tokens, **options)  # type: ignore[arg-type]
+        gradients = g2.linear_logprobs(hidden, weight, tokens, **options)  # type: ignore[call-overload]
         loss = gradients.logprobs.sum() + 0.1 * gradients.entropy.sum()
         found += [gradients.logprobs, gradients.entropy, *torch.autograd.grad(loss, (hidden, weight))]
     features = numbers(24, D, seed=4).to(torch.float32)

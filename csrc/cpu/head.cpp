@@ -7,7 +7,7 @@
 //
 //   pack      hidden^T into tiles whose vector lanes are tokens
 //   forward   each block of 96 vocabulary rows: logits, max, sum, entropy moment; exp(z - block max) kept in 16 bits
-//   merge     the blocks' statistics, in order, then the target's logit: lse, log-prob, entropy, 1 - p
+//   merge     the blocks' statistics, in order, then the target's logit (finish.h): lse, log-prob, entropy, 1 - p
 //   collect   codes times exp(block max - lse), summed over each response's tokens, into its row of A
 //   project   rows of A of complete responses, several at a time, times W
 //
@@ -68,13 +68,13 @@ Plan make_plan(const HeadArgs& a, int64_t units) {
   const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
     if (width > 16 && (width >= 2 * a.N || width * units * 4 > kTileBytes)) continue;
-    const int64_t fixed = width * (2 * blocks * kBlock + 3 * 4 * std::min(blocks, kSpan) + 4 * units);
+    const int64_t fixed = width * (2 * blocks * kBlock + kStatistics * 4 * std::min(blocks, kSpan) + 4 * units);
     const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
     if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows, rows_of(a, width, a.V)})};
   }
   // Too large for one slab. A block takes the codes of 16 tokens and its columns of four rows of A.
   const int64_t block_bytes = kBlock * (16 * 2 + 4 * 4);
-  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * (4 * units + 3 * 4 * std::min(blocks, kSpan))) / block_bytes, 1);
+  const int64_t fit = std::max<int64_t>((kWorkspace - 16 * (4 * units + kStatistics * 4 * std::min(blocks, kSpan))) / block_bytes, 1);
   const int64_t slab = std::min(fit, kSpan) * kBlock;
   return {16, slab, std::min<int64_t>(4, rows_of(a, 16, slab))};
 }
@@ -91,15 +91,18 @@ class Head {
     const int64_t blocks = std::min(ceil_div(args.V, kBlock), kSpan), code_bytes = code_bytes_of(args, width, plan.slab);
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
-    const int64_t statistics_at = layout.place(4 * 3 * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
+    const int64_t statistics_at = layout.place(4 * kStatistics * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
     char* memory = head_workspace().reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);
-    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &target, &weight, &target_residual}) v->assign(width, 0.0f);
+    for (auto* v : {&run_max, &run_sum, &run_lost, &run_moment, &run_squares, &target, &temperature, &weight, &target_residual}) v->assign(width, 0.0f);
+    run_top.assign(width, -1);
+    running = {run_max.data(), run_sum.data(), run_lost.data(), run_moment.data(), run_squares.data(), run_top.data()};
     c.packed = reinterpret_cast<float*>(memory + packed_at);
     statistics = reinterpret_cast<float*>(memory + statistics_at);
     span_statistics = blocks * width;
     c.target_logit = target.data();
+    c.temperature = temperature.data();
     c.max = run_max.data();
     c.weight = weight.data();
     c.target_residual = target_residual.data();
@@ -147,6 +150,8 @@ class Head {
       responses.push_back({c.tokens, c.tokens + count, row - row_response.begin(), fresh});
       c.tokens += count;
     }
+    std::fill(temperature.begin(), temperature.end(), 1.0f);
+    for (int64_t t = 0; t < c.tokens; t++) temperature[t] = a.temperature_of(c.first_token + t);
     c.responses = responses.data();
     c.response_count = responses.size();
     c.tile_width = k.tile_width_for(fitting(c.tokens));
@@ -182,6 +187,8 @@ class Head {
     c.block_max = statistics + (begin - span) / kBlock * c.tiles * c.tile_width;
     c.block_sum = c.block_max + span_statistics;
     c.block_moment = c.block_sum + span_statistics;
+    c.block_squares = c.block_moment + span_statistics;
+    c.block_top = c.block_squares + span_statistics;
   }
 
   void forward(bool keep_codes) {
@@ -191,11 +198,12 @@ class Head {
 
   void statistics_of_chunk() {
     for (auto* v : {&run_max, &target}) std::fill(v->begin(), v->end(), -INFINITY);
-    for (auto* v : {&run_sum, &run_lost, &run_moment}) std::fill(v->begin(), v->end(), 0.0f);
+    for (auto* v : {&run_sum, &run_lost, &run_moment, &run_squares}) std::fill(v->begin(), v->end(), 0.0f);
+    std::fill(run_top.begin(), run_top.end(), -1);
     each_span([&](int64_t begin, int64_t end) {
       each_slab(begin, end, [&] { forward(a.features && one_slab()); });
       set_slab(begin, begin, end);
-      k.merge(c, run_max.data(), run_sum.data(), run_lost.data(), run_moment.data());
+      k.merge(c, running);
     });
   }
 
@@ -205,24 +213,28 @@ class Head {
     for (int64_t t = 0; t < c.tokens; t++) {
       const int64_t n = c.first_token + t;
       if (a.partial) write_partial(t, n);
-      else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(a.temperature) - a.lse[n]), a.rest[n]);
-      else merge_target(t, n);
+      else if (a.lse) weigh(t, n, std::exp(run_max[t] / double(temperature[t]) - a.lse[n]), a.rest[n]);
+      else finish(t, n);
       if (run_max[t] == -INFINITY) run_max[t] = 0.0f;  // only the target is possible: any finite reference
     }
   }
 
-  TokenSums sums(int64_t t) const { return {target[t], run_max[t], run_sum[t], run_lost[t], run_moment[t]}; }
+  TokenSums sums(int64_t t) const { return sums_of(running, t, temperature[t]); }
 
   void write_partial(int64_t t, int64_t n) {
-    a.partial[n] = run_max[t] / double(a.temperature);
-    a.partial[a.N + n] = sums(t).sum();
-    a.partial[2 * a.N + n] = sums(t).moment();
-    a.target[n] = target[t] / double(a.temperature);
+    const TokenSums found = sums(t);
+    a.partial[n] = found.max;
+    a.partial[a.N + n] = found.sum;
+    a.partial[2 * a.N + n] = found.moment;
+    a.target[n] = target[t] / double(temperature[t]);
+    if (!a.statistics) return;
+    a.partial[3 * a.N + n] = found.squares;
+    a.top[n] = found.top;
   }
 
-  void merge_target(int64_t t, int64_t n) {
-    const FinishedToken token = finish_token(a, n, sums(t));
-    const double l = a.known_logprobs ? std::exp(std::min(a.known_logprobs[n], 0.0f) - token.log_p) : 1.0;
+  void finish(int64_t t, int64_t n) {
+    const FinishedToken token = write_outputs(a, n, sums(t), target[t] / double(temperature[t]));
+    const double l = a.known_logprobs ? std::exp(std::min(a.known_logprobs[n], 0.0f) - token.logprob) : 1.0;
     const double counts = std::abs(l - 1) <= kKnownTolerance ? l : 1.0;
     weigh(t, n, token.scale * counts, token.rest * counts);
   }
@@ -289,8 +301,10 @@ class Head {
   Plan plan;
   int64_t response = 0, span_statistics;
   char* codes;
-  float* statistics;  // of the blocks of a span: maxima, sums, moments
-  std::vector<float> run_max, run_sum, run_lost, run_moment, target, weight, target_residual;
+  float* statistics;  // of the blocks of a span: maxima, sums, moments, squares, rows of the maxima
+  RunningSums running;
+  std::vector<int64_t> run_top;
+  std::vector<float> run_max, run_sum, run_lost, run_moment, run_squares, target, temperature, weight, target_residual;
   std::vector<int64_t> row_response, complete;  // which response a row of A belongs to, -1 = free; rows ready to project
   std::vector<ResponseTokens> responses;
 };
@@ -313,18 +327,20 @@ Workspace& head_workspace() {
   return workspace;
 }
 
-FinishedToken finish_token(const HeadArgs& a, int64_t n, const TokenSums& s) {
-  const double T = a.temperature, z = s.target, other = s.max, top = std::max(z, other);
-  const double lift = other == -INFINITY ? 0.0 : std::exp((other - top) / T);  // from the others' maximum to the top
-  const double others = s.sum() * lift, own = std::exp((z - top) / T), total = others + own;
-  double mean = own > 0 ? own * (z - top) / T : 0.0;
-  if (lift > 0) mean += lift * (s.moment() + s.sum() * (other - top) / T);
-  const double log_total = z >= other ? std::log1p(others) : std::log(total);
-  a.logsumexp[n] = float(top / T + log_total);
-  const double log_p = (z - top) / T - log_total;
-  a.logprobs[n] = float(log_p);
-  a.entropy[n] = float(std::max(log_total - mean / total, 0.0));
-  return {top / T + log_total, log_p, lift / total, others / total};
+TokenSums sums_of(const RunningSums& run, int64_t t, double temperature) {
+  return {run.max[t] / temperature, double(run.sum[t]) - run.lost[t], run.moment[t] * (4 * std::log(2.0)), run.squares[t], run.top[t]};
+}
+
+FinishedToken write_outputs(const HeadArgs& a, int64_t n, const TokenSums& sums, double z) {
+  const FinishedToken found = finish_token(sums, z, a.tokens[n]);
+  a.logsumexp[n] = float(found.top + found.log_total);
+  a.logprobs[n] = float(found.logprob);
+  a.entropy[n] = float(found.entropy);
+  if (!a.statistics) return found;
+  a.sum_p_squared[n] = float(found.sum_p_squared);
+  a.top_token[n] = found.top_token;
+  a.top_logprob[n] = float(found.top_logprob);
+  return found;
 }
 
 double total_weight(const HeadArgs& a, int64_t begin, int64_t end) {

@@ -47,14 +47,22 @@ struct HeadArgs {
   const float* known_logprobs; // [N] or null: see onepass.cpp
   int64_t N, d, V, S, r;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
+  const float* temperatures;                            // [N], one a token in place of `temperature`; or null
   float *features, *logprobs, *logsumexp, *entropy;     // [S, d + r] (of [W, low_weight]), [N], [N], [N]: written in full
+  bool statistics;                                      // whether the following are asked for
+  float *sum_p_squared, *top_logprob;                   // [N], [N]: sum of p^2; log-probability of the likeliest entry
+  int64_t* top_token;                                   // [N]: that entry, the first of equals; -1 where nothing is known
   // A rank's rows of a larger vocabulary take two calls.  First: features null, and instead of the other outputs
   // partial [3, N]: max, sum exp(z - max) and sum exp(z - max) (z - max) over all entries but the token, and
-  // target [N]: the token's z, -inf if it belongs to another rank; z over temperature.
+  // target [N]: the token's z, -inf if it belongs to another rank; z over temperature.  With statistics partial has a
+  // fourth row, sum exp(2 (z - max)), and top [N] is the index of max, -1 without entries.
   // Second: features alone, from the logsumexp [N] and rest = 1 - p(token) [N] of the whole vocabulary.
   double *partial, *target;
+  int64_t* top;
   KeptLogits kept;  // written with `partial`, read by head_sweep
   const double *lse, *rest;
+
+  float temperature_of(int64_t token) const { return temperatures ? temperatures[token] : temperature; }
 };
 
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel);

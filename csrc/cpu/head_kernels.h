@@ -36,10 +36,12 @@ struct HeadChunk {
   int64_t units;                // length of a row of packed: that of weight, and behind it that of low_weight
   int64_t low_units;            // length of a row of low_weight in units of four bytes: r floats, or r / 2 pairs of bf16
   bool bf16_pairs;
+  const float* temperature;     // [tiles * tile_width], of each token
   int64_t slab_begin, slab_end;
   float* packed;                // [tiles][units][tile_width]: [hidden, low_hidden], transposed, so that tokens are vector lanes
   uint16_t* codes;              // [block][tiles][kBlock][tile_width]: exp(z - block max), see softmax_columns(); null: statistics only
   float *block_max, *block_sum, *block_moment;  // [block][tiles * tile_width]
+  float *block_squares, *block_top;             // with statistics: sum exp(2 (z - block max)), and the row of block max
   float* target_logit;          // [tiles * tile_width]
   // for collect():
   const float *max, *weight;    // [tiles * tile_width]: reference maximum and factor of each token
@@ -53,10 +55,16 @@ struct HeadChunk {
 struct GradientBlock {
   const HeadChunk* chunk;
   const float *top, *log_total, *a, *e, *own;  // [tiles * tile_width]: the normaliser and the terms of each token
-  float factor;                                // from d / d(z / temperature) to d / d(W h + b), without the softcap's slope
   char *by_entry, *by_token;                   // dz as rows of vocabulary entries, and of tokens (or null)
   int64_t entry_bytes, token_bytes;            // from row to row
   float* sum_entries;                          // [count], sums over the chunk's tokens; or null
+};
+
+// Sums over the blocks so far, [tiles * tile_width] each.
+struct RunningSums {
+  float *max, *sum, *lost, *moment;  // sum - lost is the sum; moment in quarter log2, relative to max
+  float* squares;                    // with statistics
+  int64_t* top;
 };
 
 struct HeadKernels {
@@ -65,8 +73,8 @@ struct HeadKernels {
   void (*pack)(const HeadChunk&, int64_t tile, int64_t unit_begin, int64_t unit_end);
   // logits of one block, its softmax statistics and codes, its target logits
   void (*forward)(const HeadChunk&, int64_t block);
-  // running max [W], sum [W], compensation [W], moment [W] over blocks, in order
-  void (*merge)(const HeadChunk&, float* max, float* sum, float* compensation, float* moment);
+  // adds the slab's blocks, in order
+  void (*merge)(const HeadChunk&, const RunningSums&);
   // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v, 16 tokens after the other; += the realised tokens' own
   void (*collect)(const HeadChunk&, int64_t block);
   // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] [weight, low_weight][v, :]; rows of out are row_stride(d + r) apart

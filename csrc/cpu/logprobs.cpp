@@ -22,6 +22,7 @@
 #include <cstring>
 #include <vector>
 
+#include "finish.h"
 #include "head_kernels.h"
 #include "memory.h"
 #include "tasks.h"
@@ -77,7 +78,7 @@ class Sweep {
     low_weights = reinterpret_cast<float*>(memory + low_weights_at);
     low_hiddens = reinterpret_cast<float*>(memory + low_hiddens_at);
     sum_weight = reinterpret_cast<float*>(memory + sum_at);
-    terms.resize(5 * chunk);
+    terms.resize(6 * chunk);
     if (a.grad_bias) sum_entries.resize(slab * (chunk / kMaxWidth));
   }
 
@@ -106,6 +107,7 @@ class Sweep {
       c.tile_width = k.tile_width_for(width);
       c.tiles = width / c.tile_width;
       c.packed = transposed + t * base.units;
+      c.temperature = terms.data() + 5 * chunk + t;
       token_tiles.push_back(c);
     }
     padded = (token_tiles.size() - 1) * kMaxWidth + token_tiles.back().tile_width * token_tiles.back().tiles;
@@ -113,6 +115,7 @@ class Sweep {
       const bool real = t < tokens;
       for (int64_t i = 0; i < 2; i++) terms[i * chunk + t] = real ? a.normaliser[i * h.N + n + t] : 1e30f;  // p = 0
       for (int64_t i = 0; i < 3; i++) terms[(2 + i) * chunk + t] = real ? a.terms[i * h.N + n + t] : 0.0f;
+      terms[5 * chunk + t] = real ? h.temperature_of(n + t) : 1.0f;
     }
     run(parallel, token_tiles.size(), [&](int64_t g) {
       const HeadChunk& c = token_tiles[g];
@@ -140,7 +143,6 @@ class Sweep {
       block.chunk = &token_tiles[g];
       const float** of_tokens[] = {&block.top, &block.log_total, &block.a, &block.e, &block.own};
       for (int64_t j = 0; j < 5; j++) *of_tokens[j] = terms.data() + j * chunk + t;
-      block.factor = h.logit_scale / h.temperature;
       block.entry_bytes = chunk * size;
       block.by_entry = by_entry + v * block.entry_bytes + t * size;
       block.token_bytes = token_bytes;
@@ -251,30 +253,33 @@ void each_token(int64_t N, Parallel parallel, const Body& body) {
   });
 }
 
-double larger(double a, double b) { return a != a || a > b ? a : b; }  // NaN, if one is
-
 }  // namespace
 
-void finish_tokens(const double* partial, int64_t R, const double* target, int64_t N, const Finished& out, Parallel parallel) {
+void finish_tokens(const Parts& parts, int64_t N, const Finished& out, Parallel parallel) {
+  const int64_t rows = parts.top ? 4 : 3;
   each_token(N, parallel, [&](int64_t n) {
-    const double z = target[n];
-    double other = -INFINITY;
-    for (int64_t r = 0; r < R; r++) other = larger(partial[3 * r * N + n], other);
-    const double top = larger(other, z);
-    double sum = 0, moment = 0;  // over the other entries, relative to top
-    for (int64_t r = 0; r < R; r++) {
-      const double *part = partial + 3 * r * N + n, below = part[0] == -INFINITY ? 0.0 : part[0] - top, lift = std::exp(below);
-      sum += lift * part[N];
-      moment += lift * (part[2 * N] + part[N] * below);
+    TokenSums all;
+    for (int64_t r = 0; r < parts.count; r++) {
+      const double max = parts.sums[rows * r * N + n];
+      if (parts.top && max > all.max) all.top = parts.top[r * N + n];  // of equals the first
+      all.max = larger(max, all.max);
     }
-    const double own = std::exp(z - top), total = sum + own;
-    const double log_total = z >= other ? std::log1p(sum) : std::log(total);
-    if (own != 0) moment += own * (z - top);
-    out.logprobs[n] = float(z - top - log_total);
-    out.entropy[n] = float(log_total - moment / total);
-    out.normaliser[n] = float(top);
-    out.normaliser[N + n] = float(log_total + (top - double(float(top))));
-    out.rest[n] = float(sum / total);
+    for (int64_t r = 0; r < parts.count; r++) {
+      const double *part = parts.sums + rows * r * N + n, below = part[0] == -INFINITY ? 0.0 : part[0] - all.max, lift = std::exp(below);
+      all.sum += lift * part[N];
+      all.moment += lift * (part[2 * N] + part[N] * below);
+      if (parts.top) all.squares += lift * lift * part[3 * N];
+    }
+    const FinishedToken found = finish_token(all, parts.target[n], parts.tokens[n]);
+    out.logprobs[n] = float(found.logprob);
+    out.entropy[n] = float(found.entropy);
+    out.normaliser[n] = float(found.top);
+    out.normaliser[N + n] = float(found.log_total + (found.top - double(float(found.top))));
+    out.rest[n] = float(found.rest);
+    if (!parts.top) return;
+    out.sum_p_squared[n] = float(found.sum_p_squared);
+    out.top_token[n] = found.top_token;
+    out.top_logprob[n] = float(found.top_logprob);
   });
 }
 

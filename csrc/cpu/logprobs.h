@@ -20,15 +20,26 @@ struct SweepArgs {
 
 void head_sweep(const SweepArgs& args, Isa isa, Parallel parallel);
 
+// Sums over the parts of a vocabulary, as HeadArgs::partial has them.
+struct Parts {
+  const double* sums;  // [count, 3, N], with statistics [count, 4, N]
+  int64_t count;
+  const double* target;   // [N]
+  const int64_t* tokens;  // [N]
+  const int64_t* top;     // [count, N], as tokens counted over all parts; null without statistics
+};
+
 // What is known of N tokens once every part of the vocabulary has been summed.
 struct Finished {
   float *logprobs, *entropy;  // [N]
   float* normaliser;          // [2, N]
   float* rest;                // [N], 1 - p of the token
+  float *sum_p_squared, *top_logprob;  // [N], with statistics
+  int64_t* top_token;
 };
 
-// From the sums of R parts [R, 3, N], as HeadArgs::partial has them, added in order, and the tokens' logits [N].
-void finish_tokens(const double* partial, int64_t R, const double* target, int64_t N, const Finished& out, Parallel parallel);
+// Parts are added in order.
+void finish_tokens(const Parts& parts, int64_t N, const Finished& out, Parallel parallel);
 
 // SweepArgs::terms [3, N], from the gradients of log-probabilities and entropies; 0 where both are.
 void token_terms(const float* grad_logprobs, const float* grad_entropy, const float* logprobs, const float* entropy, int64_t N,

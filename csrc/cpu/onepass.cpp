@@ -35,7 +35,7 @@ OnePassPlan plan_for(const HeadArgs& a, int64_t row_units) {
   const int64_t blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
   if (blocks > kSpan) return {0, 0};  // head.cpp merges statistics span by span
   for (int64_t tokens : kTokens) {
-    const int64_t left = kWorkspace - tokens * 4 * (row_units + 3 * blocks);
+    const int64_t left = kWorkspace - tokens * 4 * (row_units + kStatistics * blocks);
     const int64_t units = left / (4 * row_stride(a.d + a.r) * strips);
     if (units >= kLeastUnits) return {tokens, std::min(units, kMostUnits)};
   }
@@ -54,7 +54,8 @@ class OnePass {
   OnePass(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel, OnePassPlan plan, const HeadChunk& base)
       : a(args), k(kernels), parallel(parallel), plan(plan), base(base) {
     columns = a.d + a.r, blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
-    for (auto* v : {&max, &sum, &lost, &moment, &target, &seed, &weight, &zeros}) v->assign(plan.tokens, 0.0f);
+    for (auto* v : {&max, &sum, &lost, &moment, &squares, &target, &temperature, &seed, &weight, &zeros}) v->assign(plan.tokens, 0.0f);
+    top.assign(plan.tokens, -1);
     rest.assign(plan.tokens, 0.0);
   }
 
@@ -102,6 +103,7 @@ class OnePass {
       units.push_back({response, tokens, end - first, false});
       tokens = end - first;
     }
+    for (int64_t t = 0; t < plan.tokens; t++) temperature[t] = t < tokens ? a.temperature_of(first + t) : 1.0f;
     tiles.clear(), spans.clear();
     std::vector<int64_t> spans_of_tile;
     for (int64_t t = 0; t < tokens; t += kMaxWidth) {
@@ -111,6 +113,7 @@ class OnePass {
       c.tile_width = k.tile_width_for(fitting_width(c.tokens));
       c.tiles = ceil_div(ceil_div(c.tokens, 16) * 16, c.tile_width);
       c.target_logit = target.data() + t;
+      c.temperature = temperature.data() + t;
       c.max = seed.data() + t;
       c.weight = weight.data() + t;
       c.target_residual = zeros.data();  // the realised tokens' own terms follow, once 1 - p is known
@@ -133,7 +136,7 @@ class OnePass {
     const int64_t stride = row_stride(columns), unit_count = units.size();
     Layout layout;
     const int64_t width = tiles.size() * kMaxWidth;
-    const int64_t packed_at = layout.place(4 * base.units * width), statistics_at = layout.place(4 * 3 * blocks * width);
+    const int64_t packed_at = layout.place(4 * base.units * width), statistics_at = layout.place(4 * kStatistics * blocks * width);
     const int64_t partial_at = layout.place(4 * stride * strips * unit_count);
     char* memory = head_workspace().reserve(layout.bytes());
     float* statistics = reinterpret_cast<float*>(memory + statistics_at);
@@ -144,9 +147,11 @@ class OnePass {
       HeadChunk& c = tiles[g];
       c.packed = reinterpret_cast<float*>(memory + packed_at) + g * kMaxWidth * base.units;
       c.slab_begin = 0, c.slab_end = a.V;
-      c.block_max = statistics + g * 3 * blocks * kMaxWidth;
+      c.block_max = statistics + g * kStatistics * blocks * kMaxWidth;
       c.block_sum = c.block_max + blocks * kMaxWidth;
       c.block_moment = c.block_sum + blocks * kMaxWidth;
+      c.block_squares = c.block_moment + blocks * kMaxWidth;
+      c.block_top = c.block_squares + blocks * kMaxWidth;
     }
     std::fill(target.begin(), target.end(), -INFINITY);
     run(parallel, ceil_div(tokens, 16), [&](int64_t i) {
@@ -170,7 +175,7 @@ class OnePass {
           const int64_t at = b * c.tiles * c.tile_width;
           c.slab_begin = b * kBlock, c.slab_end = std::min(c.slab_begin + kBlock, a.V);
           c.codes = codes, c.residual = residual;
-          c.block_max += at, c.block_sum += at, c.block_moment += at;
+          c.block_max += at, c.block_sum += at, c.block_moment += at, c.block_squares += at, c.block_top += at;
           k.forward(c, 0);
           k.collect(c, 0);
           block = c;
@@ -192,7 +197,7 @@ class OnePass {
     if (a.bias) z += element(a.bias_dtype, {a.bias, a.bias_stride, 0}, y, 0);
     z *= a.logit_scale;
     if (a.logit_softcap != 0) z = a.logit_softcap * std::tanh(z / a.logit_softcap);
-    seed[t] = float(z - a.temperature * (known > 0 ? 0 : known));
+    seed[t] = float(z - temperature[t] * (known > 0 ? 0 : known));
     weight[t] = float(alpha(n));
   }
 
@@ -201,17 +206,20 @@ class OnePass {
   // Per-token outputs; rest becomes l (1 - p).
   void finish() {
     std::fill(max.begin(), max.end(), -INFINITY);
-    for (auto* v : {&sum, &lost, &moment}) std::fill(v->begin(), v->end(), 0.0f);
+    for (auto* v : {&sum, &lost, &moment, &squares}) std::fill(v->begin(), v->end(), 0.0f);
+    std::fill(top.begin(), top.end(), -1);
+    const RunningSums running = {max.data(), sum.data(), lost.data(), moment.data(), squares.data(), top.data()};
     run(parallel, tiles.size(), [&](int64_t g) {
       const int64_t t = g * kMaxWidth;
-      k.merge(tiles[g], max.data() + t, sum.data() + t, lost.data() + t, moment.data() + t);
+      k.merge(tiles[g], {&max[t], &sum[t], &lost[t], &moment[t], &squares[t], &top[t]});
     });
     for (Unit& unit : units)
       for (int64_t t = unit.begin; t < unit.end; t++) {
-        const FinishedToken token = finish_token(a, first + t, {target[t], max[t], sum[t], lost[t], moment[t]});
-        const double l = std::exp(token.lse - seed[t] / double(a.temperature));
+        const double T = temperature[t], lse_of_seed = seed[t] / T;
+        const FinishedToken token = write_outputs(a, first + t, sums_of(running, t, T), target[t] / T);
+        const double lse = token.top + token.log_total, l = std::exp(lse - lse_of_seed);
         rest[t] = l * token.rest;
-        if (!(std::abs(l - 1) <= kKnownTolerance) && (weight[t] != 0 || !std::isfinite(token.lse))) unit.off = true;
+        if (!(std::abs(l - 1) <= kKnownTolerance) && (weight[t] != 0 || !std::isfinite(lse))) unit.off = true;
       }
   }
 
@@ -264,6 +272,8 @@ class OnePass {
     if (a.r) some.low_hidden.data = static_cast<const char*>(a.low_hidden.data) + base * a.low_hidden.stride0 * bytes;
     some.tokens += base, some.known_logprobs += base;
     if (a.token_weights) some.token_weights += base;
+    if (a.temperatures) some.temperatures += base;
+    if (a.statistics) some.sum_p_squared += base, some.top_token += base, some.top_logprob += base;
     some.logprobs += base, some.logsumexp += base, some.entropy += base;  // the same bits again
     some.cu_seqlens = ends.data();
     some.N = ends.back(), some.S = owners.size() + 1;
@@ -287,7 +297,8 @@ class OnePass {
   std::vector<Unit> units;
   std::vector<HeadChunk> tiles;       // of 64 tokens
   std::vector<ResponseTokens> spans;  // of the tiles, one after the other
-  std::vector<float> max, sum, lost, moment, target, seed, weight, zeros;  // seed: m
+  std::vector<int64_t> top;
+  std::vector<float> max, sum, lost, moment, squares, target, temperature, seed, weight, zeros;  // seed: m
   std::vector<double> rest;
 };
 

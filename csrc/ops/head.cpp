@@ -11,6 +11,9 @@
   "Tensor hidden, Tensor tokens, Tensor weight, Tensor? bias, float temperature, float logit_scale, " \
   "float logit_softcap, Tensor? temperatures, Tensor? low_hidden, Tensor? low_weight"
 
+// The last results where statistics are asked for; else empty.
+#define G2RL_STATISTICS "Tensor sum_p_squared, Tensor top_token, Tensor top_logprob"
+
 namespace g2rl::ops {
 namespace {
 
@@ -71,6 +74,13 @@ struct Checked : HeadArgs {
       bias_stride = head.bias->stride(0);
     }
     temperature = static_cast<float>(head.temperature);
+    if (head.temperatures) {
+      require_vector(*head.temperatures, "temperatures", N, "N");
+      temperatures = keep(floats(*head.temperatures, "temperatures")).const_data_ptr<float>();
+      for (int64_t i = 0; i < N; ++i)
+        require(temperatures[i] > 0 && std::isfinite(temperatures[i]), "temperatures[", i, "] = ", temperatures[i],
+                ", needs a finite number > 0");
+    }
     logit_scale = static_cast<float>(head.logit_scale);
     logit_softcap = static_cast<float>(head.logit_softcap);
   }
@@ -111,9 +121,17 @@ struct Checked : HeadArgs {
   std::vector<Tensor> held;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const Tensor& cu_seqlens,
-                                                         const std::optional<Tensor>& token_weights,
-                                                         const std::optional<Tensor>& known_logprobs) {
+// sum_p_squared, top_token, top_logprob of N tokens; of none where statistics are not asked for.
+std::tuple<Tensor, Tensor, Tensor> new_statistics(const Tensor& like, int64_t N, bool statistics) {
+  const int64_t n = statistics ? N : 0;
+  const auto made = [&](ScalarType dtype) { return torch::stable::new_empty(like, {n}, dtype); };
+  return {made(ScalarType::Float), made(ScalarType::Long), made(ScalarType::Float)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const Tensor& cu_seqlens,
+                                                                                 const std::optional<Tensor>& token_weights,
+                                                                                 const std::optional<Tensor>& known_logprobs,
+                                                                                 bool statistics) {
   Checked args(head);
   args.require_tokens_inside();
   args.set_responses(cu_seqlens, token_weights);
@@ -130,8 +148,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_features(const Head& head, const
   args.logprobs = logprobs.mutable_data_ptr<float>();
   args.logsumexp = logsumexp.mutable_data_ptr<float>();
   args.entropy = entropy.mutable_data_ptr<float>();
+  const auto [sum_p_squared, top_token, top_logprob] = new_statistics(head.hidden, args.N, statistics);
+  args.statistics = statistics;
+  args.sum_p_squared = sum_p_squared.mutable_data_ptr<float>();
+  args.top_token = top_token.mutable_data_ptr<int64_t>();
+  args.top_logprob = top_logprob.mutable_data_ptr<float>();
   g2rl::head_features(args, chosen_isa(), parallel);
-  return {features, logprobs, logsumexp, entropy};
+  return {features, logprobs, logsumexp, entropy, sum_p_squared, top_token, top_logprob};
 }
 
 // weight may be one rank's rows of a larger vocabulary: tokens outside [0, V) belong to other ranks.
@@ -155,31 +178,44 @@ KeptLogits kept_logits(const HeadArgs& args, const std::optional<Tensor>& kept, 
   return found;
 }
 
-std::tuple<Tensor, Tensor> head_statistics(const Head& head, std::optional<Tensor> kept) {
+std::tuple<Tensor, Tensor, Tensor> head_statistics(const Head& head, std::optional<Tensor> kept, bool statistics) {
   Checked args(head);
   args.kept = kept_logits(args, kept, args.N, 0);
   const int64_t all[2] = {0, args.N};
   args.cu_seqlens = all;
   args.S = 1;
-  const Tensor partial = torch::stable::new_empty(head.hidden, {1, 3, args.N}, ScalarType::Double);
+  const Tensor partial = torch::stable::new_empty(head.hidden, {1, statistics ? 4 : 3, args.N}, ScalarType::Double);
   const Tensor target = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Double);
   args.partial = partial.mutable_data_ptr<double>();
+  const Tensor top = torch::stable::new_empty(head.hidden, {1, statistics ? args.N : 0}, ScalarType::Long);
   args.target = target.mutable_data_ptr<double>();
+  args.top = top.mutable_data_ptr<int64_t>();
+  args.statistics = statistics;
   g2rl::head_features(args, chosen_isa(), parallel);
-  return {partial, target};
+  return {partial, target, top};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> head_finish(const Tensor& partial, const Tensor& target) {
-  require(partial.dim() == 3 && partial.size(1) == 3, "partial has shape ", shape(partial), ", needs [R, 3, N]");
-  const int64_t N = partial.size(2);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_finish(const Tensor& partial, const Tensor& target,
+                                                                               const Tensor& tokens, const Tensor& top) {
+  const bool statistics = partial.dim() == 3 && partial.size(1) == 4;
+  require(partial.dim() == 3 && (statistics || partial.size(1) == 3), "partial has shape ", shape(partial), ", needs [R, 3 or 4, N]");
+  const int64_t R = partial.size(0), N = partial.size(2);
   require_vector(target, "target", N, "N");
-  const Tensor parts = contiguous(partial, ScalarType::Double), own = contiguous(target, ScalarType::Double);
+  require_vector(tokens, "tokens", N, "N");
+  require(!statistics || (top.dim() == 2 && top.size(0) == R && top.size(1) == N), "top has shape ", shape(top), ", needs [R, N]");
+  const Tensor sums = contiguous(partial, ScalarType::Double), own = contiguous(target, ScalarType::Double);
+  const Tensor realised = indices(tokens, "tokens"), first = indices(top, "top");
+  const Parts parts{sums.const_data_ptr<double>(), R, own.const_data_ptr<double>(), realised.const_data_ptr<int64_t>(),
+                    statistics ? first.const_data_ptr<int64_t>() : nullptr};
   const auto made = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(target, sizes, ScalarType::Float); };
   const Tensor logprobs = made({N}), entropy = made({N}), normaliser = made({2, N}), rest = made({N});
-  const Finished out{logprobs.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(), normaliser.mutable_data_ptr<float>(),
-                     rest.mutable_data_ptr<float>()};
-  finish_tokens(parts.const_data_ptr<double>(), partial.size(0), own.const_data_ptr<double>(), N, out, parallel);
-  return {logprobs, entropy, normaliser, rest};
+  const auto [sum_p_squared, top_token, top_logprob] = new_statistics(target, N, statistics);
+  const auto data = [](const Tensor& t) { return t.mutable_data_ptr<float>(); };
+  finish_tokens(parts, N,
+                {data(logprobs), data(entropy), data(normaliser), data(rest), data(sum_p_squared), data(top_logprob),
+                 top_token.mutable_data_ptr<int64_t>()},
+                parallel);
+  return {logprobs, entropy, normaliser, rest, sum_p_squared, top_token, top_logprob};
 }
 
 Tensor head_terms(const Tensor& grad_logprobs, const Tensor& grad_entropy, const Tensor& logprobs, const Tensor& entropy) {
@@ -264,10 +300,12 @@ void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms,
 
 G2RL_LIBRARY_FRAGMENT(m) {
   m.def("head_features(" G2RL_HEAD
-        ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs) "
-        "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy)");
-  m.def("head_statistics(" G2RL_HEAD ", Tensor(a!)? kept) -> (Tensor partial, Tensor target)");
-  m.def("head_finish(Tensor partial, Tensor target) -> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor rest)");
+        ", Tensor cu_seqlens, Tensor? token_weights, Tensor? known_logprobs, bool statistics) "
+        "-> (Tensor features, Tensor logprobs, Tensor logsumexp, Tensor entropy, " G2RL_STATISTICS ")");
+  m.def("head_statistics(" G2RL_HEAD ", Tensor(a!)? kept, bool statistics) -> (Tensor partial, Tensor target, Tensor top)");
+  m.def(
+      "head_finish(Tensor partial, Tensor target, Tensor tokens, Tensor top) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor rest, " G2RL_STATISTICS ")");
   m.def("head_terms(Tensor grad_logprobs, Tensor grad_entropy, Tensor logprobs, Tensor entropy) -> Tensor");
   m.def("head_features_of_part(" G2RL_HEAD
         ", Tensor cu_seqlens, Tensor? token_weights, Tensor logsumexp, Tensor rest) -> Tensor features");

@@ -27,7 +27,7 @@ BACKENDS = {
 
 
 class FeatureOutputs(NamedTuple):
-    """What a backend's `features` gives; float32 but for skipped_tokens (int64)."""
+    """What a backend's `features` gives; float32 but for skipped_tokens and top_token (int64)."""
 
     features: Tensor  # [S, d + r], eq. 8 with [W, low_weight] for W
     logprobs: Tensor  # [N], nats
@@ -35,6 +35,9 @@ class FeatureOutputs(NamedTuple):
     entropy: Tensor  # [N], nats
     skipped_mass: Tensor  # [S]: see certified_head_features; 0 without max_skipped
     skipped_tokens: Tensor  # [S]
+    sum_p_squared: Tensor  # [N]; [0] like the following where statistics are not asked for
+    top_token: Tensor  # [N] int64: the likeliest, the first of equals; -1 where a logit is NaN
+    top_logprob: Tensor  # [N], nats
 
 
 class Hints(NamedTuple):
@@ -51,6 +54,9 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor  # [N], nats
     normaliser: Tensor  # [2, N], the logsumexp of z as a sum of two: one would be rounded to the size of z
     rest: Tensor  # [N], 1 - p_y
+    sum_p_squared: Tensor  # [N]; [0] like the following where statistics are not asked for
+    top_token: Tensor  # [N] int64: the likeliest, the first of equals; -1 where a logit is NaN
+    top_logprob: Tensor  # [N], nats
 
 
 class Incoming(NamedTuple):
@@ -89,22 +95,30 @@ class Backend(Protocol):
         """Size of the logits that `statistics` can keep within `most` bytes."""
 
     def statistics(
-        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None, more: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """m = max z_v, s = sum exp(z_v - m), u = sum exp(z_v - m) (z_v - m) over v other than y, for R strips
-        of the vocabulary [R, 3, N]; and z_y [N], -inf where y is outside. Nats, float32 or better. Fills
-        `kept`."""
+        of the vocabulary [R, 3, N]; z_y [N], -inf where y is outside; and [R, 0]. Nats, float32 or better.
+        Fills `kept`. With `more`, for the public functions' statistics, [R, 4, N] with q = sum
+        exp(2 (z_v - m)), and [R, N] int64, the first v at m."""
 
-    def finish(self, partial: Tensor, target: Tensor) -> TokenLogprobs:
-        """From `statistics` of R strips, or ranks, [R, 3, N] and [N], added in order."""
+    def finish(self, partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor) -> TokenLogprobs:
+        """From `statistics` of R strips, or ranks, added in order; y [N] and v at m counted over all."""
 
     def terms(self, g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """The `terms` of Incoming, [3, N], from the gradients of log-probs and entropies [N]: logprobs.py."""
 
     def features(
-        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: HeadSpec,
+        responses: Responses,
+        hints: Hints = NO_HINTS,
+        more: bool = False,
     ) -> FeatureOutputs:
-        """Everything `head_features` returns; with `max_skipped` what `certified_head_features` does."""
+        """Everything `head_features` returns, statistics with `more`; with `max_skipped` what
+        `certified_head_features` does."""
 
     def features_of_part(
         self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor

@@ -25,15 +25,15 @@ def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
 
 
 def statistics(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
-) -> tuple[Tensor, Tensor]:
-    """[1, 3, N] and [N], float64: see `Backend.statistics`."""
-    return ops.head_statistics(hidden, tokens, *head, None if kept is None else kept.data)
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None, more: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one strip, float64: see `Backend.statistics`."""
+    return ops.head_statistics(hidden, tokens, *head, None if kept is None else kept.data, more)
 
 
-def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+def finish(partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor) -> TokenLogprobs:
     """See `Backend.finish`; float32. In C++, since torch's exponentials depend on a number's place."""
-    return TokenLogprobs(*ops.head_finish(partial, target))
+    return TokenLogprobs(*ops.head_finish(partial, target, tokens, top))
 
 
 def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -42,16 +42,21 @@ def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
 
 
 def features(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    hints: Hints = NO_HINTS,
+    more: bool = False,
 ) -> FeatureOutputs:
     """See `Backend.features`. A certificate saves no time here."""
     if hints.max_skipped is not None:
         return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
-    arguments = (hidden, tokens, *head, *responses, hints.known_logprobs)
-    phi, logprobs, logsumexp, entropy = ops.head_features(*arguments)
+    arguments = (hidden, tokens, *head, *responses, hints.known_logprobs, more)
+    phi, logprobs, logsumexp, entropy, *asked = ops.head_features(*arguments)
     S = responses.cu_seqlens.shape[0] - 1
     mass, count = hidden.new_zeros(S, dtype=torch.float32), hidden.new_zeros(S, dtype=torch.int64)
-    return FeatureOutputs(phi, logprobs, logsumexp, entropy, mass, count)
+    return FeatureOutputs(phi, logprobs, logsumexp, entropy, mass, count, *asked)
 
 
 def share_of_right_responses(
@@ -93,16 +98,30 @@ def sweep(
 # --- fake implementations, for torch.compile ----------------------------------------------------------------
 
 
+def empty_statistics(
+    like: Tensor, N: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for sum_p_squared, top_token and top_logprob; the last outputs of several operators."""
+    return (
+        like.new_empty(N, dtype=dtype),
+        like.new_empty(N, dtype=torch.int64),
+        like.new_empty(N, dtype=dtype),
+    )
+
+
 @torch.library.register_fake(qualified("head_statistics"))
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    N = hidden.shape[0]
-    return hidden.new_empty((1, 3, N), dtype=torch.float64), hidden.new_empty(N, dtype=torch.float64)
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    N, more = hidden.shape[0], others[-1]
+    partial = hidden.new_empty((1, 4 if more else 3, N), dtype=torch.float64)
+    top = hidden.new_empty((1, N if more else 0), dtype=torch.int64)
+    return partial, hidden.new_empty(N, dtype=torch.float64), top
 
 
 @torch.library.register_fake(qualified("head_finish"))
-def _(partial: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def _(partial: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     N = target.shape[0]
-    return tuple(target.new_empty(size, dtype=torch.float32) for size in ((N,), (N,), (2, N), (N,)))
+    found = (target.new_empty(size, dtype=torch.float32) for size in ((N,), (N,), (2, N), (N,)))
+    return *found, *empty_statistics(target, N if partial.shape[1] == 4 else 0)
 
 
 @torch.library.register_fake(qualified("head_terms"))
@@ -118,8 +137,9 @@ def _empty_features(hidden: Tensor, *others: Any) -> Tensor:
 
 @torch.library.register_fake(qualified("head_features"))
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    per_token = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
-    return _empty_features(hidden, *others), *per_token
+    N = hidden.shape[0]
+    per_token = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
+    return _empty_features(hidden, *others), *per_token, *empty_statistics(hidden, N if others[-1] else 0)
 
 
 torch.library.register_fake(qualified("head_features_of_part"), _empty_features)

@@ -6,19 +6,30 @@ backend (backend.py) and calls one operator, which hands them to that backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .._ops import ops, qualified
 from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
-from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
+from . import cpu, logprobs, vocab_parallel
 from .backend import Hints, choose_backend
 from .backend import backend as implementation
 from .lora import Lora, folded, with_lora
-from .spec import FIELDS, HEAD_SCHEMA, RESPONSES_SCHEMA, HeadSpec, Responses, check_per_token
+from .spec import (
+    FIELDS,
+    HEAD_SCHEMA,
+    RESPONSES_SCHEMA,
+    STATISTICS_SCHEMA,
+    HeadSpec,
+    Responses,
+    asked_for,
+    check_per_token,
+    check_statistics,
+)
 
 
 class HeadFeatures(NamedTuple):
@@ -28,6 +39,18 @@ class HeadFeatures(NamedTuple):
     logprobs: Tensor  # [N], nats
     logsumexp: Tensor  # [N], nats, of z / temperature
     entropy: Tensor  # [N], nats
+
+
+class HeadFeaturesWithStatistics(NamedTuple):
+    """What `head_features` returns where statistics are asked for; None for those that are not."""
+
+    features: Tensor  # [S, d]
+    logprobs: Tensor  # [N], nats
+    logsumexp: Tensor  # [N], nats, of z / temperature
+    entropy: Tensor  # [N], nats
+    sum_p_squared: Tensor | None  # [N]
+    top_token: Tensor | None  # [N] int64
+    top_logprob: Tensor | None  # [N], nats
 
 
 class CertifiedHeadFeatures(NamedTuple):
@@ -41,21 +64,39 @@ class CertifiedHeadFeatures(NamedTuple):
     skipped_tokens: Tensor  # [S], number of tokens left out
 
 
+@overload  # () is a sequence of names too
+def head_features(  # type: ignore[overload-overlap]
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
+    token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: tuple[()] = ...,
+    process_group: Any = ..., backend: str | None = ...,
+) -> HeadFeatures: ...  # fmt: skip
+@overload
+def head_features(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
+    token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: Sequence[str],
+    process_group: Any = ..., backend: str | None = ...,
+) -> HeadFeaturesWithStatistics: ...  # fmt: skip
 def head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     lora: Lora | None = None,
-    token_weights: Tensor | None = None, known_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None, known_logprobs: Tensor | None = None, statistics: Sequence[str] = (),
     process_group: Any = None, backend: str | None = None,
-) -> HeadFeatures:  # fmt: skip
+) -> HeadFeatures | HeadFeaturesWithStatistics:  # fmt: skip
     """The feature of each response (arXiv 2512.15687, eqs. 5-8), log-probabilities, logsumexp and entropy.
 
     The feature says how the response's log-probability changes with the input of the LM head.
 
     With z = softcap(logit_scale (W h + b)), softcap(x) = c tanh(x / c), and p = softmax(z / temperature):
 
-        phi_t       = temperature * d log p(tokens[t]) / d h_t     (plain head: W^T (onehot(tokens[t]) - p_t))
+        phi_t       = temperature_t * d log p(tokens[t]) / d h_t   (plain head: W^T (onehot(tokens[t]) - p_t))
         features[s] = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8)     (t over the tokens of response s)
 
     No tensor of N x V is made; sums are in float32 or better. Results do not depend on the number of threads.
@@ -69,7 +110,9 @@ def head_features(
             cu_seqlens[s]:cu_seqlens[s + 1]. A response may be empty; its feature is zero.
         bias: [V] float32, bfloat16 or float16. -inf takes an entry out of the vocabulary (p = 0), behind a
             softcap too.
-        temperature, logit_scale: positive, from 1e-8 to 1e8.
+        temperature: positive, from 1e-8 to 1e8; or a tensor [N] of one for each token, any float dtype, used
+            in float32, without gradients.
+        logit_scale: positive, within the same bounds.
         logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
             of logit_scale, without a softcap) has the same bounds.
         lora: (A [r, d], B [V, r], scaling): the head is W + scaling B A in place of W, which is never formed.
@@ -84,11 +127,14 @@ def head_features(
             every other token counts exactly, which costs time. "triton": a second pass over such tokens, over
             all if one is NaN or l above 1000. "cpu": such a token's response is computed twice, or the 256
             tokens around it and once what follows. On a CPU pass them only if hardly a response has one.
+        statistics: any of "sum_p_squared", sum_v p_tv^2, and "top_token", the likeliest token (the first of
+            those whose logits, as computed, are equal) with its log-probability. With them "triton" ignores
+            known_logprobs.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
             are then this rank's rows, [V_r, d] and [V_r], and B of lora too; the rows of rank r follow those
             of rank r - 1, and V_r may differ. All else is the same on all ranks, and tokens are global ids.
-            All ranks get the same bits. They exchange 4 numbers a token and [S, d + r] sums. known_logprobs
-            is ignored.
+            All ranks get the same bits. They exchange 4 numbers a token (7 with statistics) and [S, d + r]
+            sums. known_logprobs is ignored.
         backend: "triton" (CUDA), "cpu" (C++) or "reference" (PyTorch, any device). None: "cpu" for CPU
             tensors, "triton" for CUDA tensors where it is installed, else "reference". float32 products of
             "triton" follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are
@@ -97,13 +143,15 @@ def head_features(
     Returns:
         features [S, d]; logprobs [N], logsumexp [N] and entropy [N] of z / temperature, in nats; all float32,
         without gradients (`linear_logprobs` has them). NaN or Inf in a row of hidden makes that token's
-        outputs and its response's feature NaN; no other response is affected.
+        outputs and its response's feature NaN; no other response is affected. Where statistics are asked for,
+        sum_p_squared [N] float32, top_token [N] int64 and top_logprob [N] float32 (nats) stand behind, None
+        for what was not asked: HeadFeaturesWithStatistics. A token whose outputs are NaN has top_token -1.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
-            [0, V), a token weight is negative or NaN, a scalar is out of range, or the backend does not run
-            on this device.
+            [0, V), a token weight is negative or NaN, a scalar or temperature is out of range, a statistic is
+            unknown, or the backend does not run on this device.
         ImportError: backend="triton" without the package triton.
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set
@@ -118,17 +166,22 @@ def head_features(
     """
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
+    hints = Hints(known_logprobs)
     out = _call(
-        "head_features", hidden, tokens, head, lora, responses, known_logprobs, None, process_group, backend
+        "head_features", hidden, tokens, head, lora, responses, hints, statistics, process_group, backend
     )
-    return HeadFeatures(*out[:4])
+    features, logprobs, logsumexp, entropy, _, _, *found = out
+    if not statistics:
+        return HeadFeatures(features, logprobs, logsumexp, entropy)
+    asked = asked_for(statistics, *found)
+    return HeadFeaturesWithStatistics(features, logprobs, logsumexp, entropy, *asked)
 
 
 def certified_head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     max_skipped: float = 0.01,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     lora: Lora | None = None,
     token_weights: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
@@ -168,8 +221,9 @@ def certified_head_features(
         )
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
-    out = _call("", hidden, tokens, head, lora, responses, None, float(max_skipped), None, backend)
-    return CertifiedHeadFeatures(*out)
+    hints = Hints(max_skipped=float(max_skipped))
+    out = _call("", hidden, tokens, head, lora, responses, hints, (), None, backend)
+    return CertifiedHeadFeatures(*out[:6])
 
 
 def _call(
@@ -179,19 +233,23 @@ def _call(
     head: HeadSpec,
     lora: Lora | None,
     responses: Responses,
-    known_logprobs: Tensor | None,
-    max_skipped: float | None,
+    hints: Hints,
+    statistics: Sequence[str],
     process_group: Any,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     """Checks everything, on all ranks of a group together, and calls the operator."""
-    check = partial(_check, hidden, tokens, head, lora, responses, known_logprobs, backend)
-    facts = {"function": function, "backend": backend, "lora": lora, **responses._asdict()}
+    known, max_skipped = hints
+    check = partial(_check, hidden, tokens, head, lora, responses, known, statistics, backend)
+    facts = {
+        "function": function, "backend": backend, "statistics": statistics, "lora": lora,
+        **responses._asdict(),
+    }  # fmt: skip
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     head, responses, backend = checked
-    known = None if known_logprobs is None else known_logprobs.detach()
+    known = None if known is None else known.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
-    features, *others = ops.features(*operands, known, max_skipped, backend, group)
+    features, *others = ops.features(*operands, known, max_skipped, backend, group, bool(statistics))
     return folded(features, lora), *others
 
 
@@ -202,6 +260,7 @@ def _check(
     lora: Lora | None,
     responses: Responses,
     known_logprobs: Tensor | None,
+    statistics: Sequence[str],
     backend: str | None,
     whole: bool = False,
 ) -> tuple[HeadSpec, Responses, str]:
@@ -211,6 +270,7 @@ def _check(
     """
     head = with_lora(head.checked(hidden, tokens), hidden, lora)
     check_per_token("known_logprobs", known_logprobs, hidden)
+    check_statistics(statistics)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
     return head, responses.checked(hidden), choose_backend(backend, hidden.device)
@@ -250,8 +310,8 @@ def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor
 torch.library.define(
     qualified("features"),
     f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, {RESPONSES_SCHEMA}, Tensor? known_logprobs, "
-    "float? max_skipped, str backend, str group) -> (Tensor features, Tensor logprobs, Tensor logsumexp, "
-    "Tensor entropy, Tensor skipped_mass, Tensor skipped_tokens)",
+    "float? max_skipped, str backend, str group, bool statistics) -> (Tensor features, Tensor logprobs, "
+    f"Tensor logsumexp, Tensor entropy, Tensor skipped_mass, Tensor skipped_tokens, {STATISTICS_SCHEMA})",
 )
 
 
@@ -260,11 +320,11 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Features of [W, B] by a backend, [S, d + r] with a low-rank part; certified with max_skipped; group: ""
     for a whole vocabulary."""
     head, rest = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
-    responses, hints, (name, group) = Responses(*rest[:2]), Hints(*rest[2:4]), rest[4:]
+    responses, hints, (name, group, more) = Responses(*rest[:2]), Hints(*rest[2:4]), rest[4:]
     with torch.autocast(hidden.device.type, enabled=False):
         if group:
-            return _over_ranks(name, group, hidden, tokens, head, responses)
-        return implementation(name).features(hidden, tokens, head, responses, hints)
+            return _over_ranks(name, group, hidden, tokens, head, responses, more)
+        return implementation(name).features(hidden, tokens, head, responses, hints, more)
 
 
 @torch.library.register_fake(qualified("features"))
@@ -272,17 +332,19 @@ def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     (N, d), S = hidden.shape, flat[FIELDS].shape[0] - 1
     columns = d + HeadSpec(*flat[:FIELDS]).rank
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, columns), (N,), (N,), (N,), (S,))]
-    return *floats, hidden.new_empty(S, dtype=torch.int64)
+    skipped_tokens = hidden.new_empty(S, dtype=torch.int64)
+    return *floats, skipped_tokens, *cpu.empty_statistics(hidden, N if flat[-1] else 0)
 
 
 def _over_ranks(
-    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses
+    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, more: bool
 ) -> tuple[Tensor, ...]:
     """Features of a head whose vocabulary is spread over ranks (vocab_parallel.py): the normaliser over all
     ranks first, then the share of this rank's vocabulary in the features, summed over all ranks."""
-    found = logprobs.forward(name, group, hidden, tokens, head)
+    found = logprobs.forward(name, group, hidden, tokens, head, more=more)
     lse = found.normaliser.double().sum(0)
     features = implementation(name).features_of_part(hidden, tokens, head, responses, lse, found.rest)
     vocab_parallel.all_reduce(features, group)
     skipped = features.new_zeros(len(features))
-    return features, found.logprobs, lse.float(), found.entropy, skipped, skipped.long()
+    asked = found.sum_p_squared, found.top_token, found.top_logprob
+    return features, found.logprobs, lse.float(), found.entropy, skipped, skipped.long(), *asked

@@ -19,9 +19,9 @@ they need little memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
+from .cpu import empty_statistics
 from .lora import Lora, with_lora
-from .spec import DTYPES, FIELDS, HEAD_SCHEMA, HeadSpec
+from .spec import DTYPES, FIELDS, HEAD_SCHEMA, STATISTICS_SCHEMA, HeadSpec, asked_for, check_statistics
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
@@ -51,14 +52,42 @@ class LinearLogprobs(NamedTuple):
     entropy: Tensor  # [N], nats
 
 
+class LinearLogprobsWithStatistics(NamedTuple):
+    """What `linear_logprobs` returns where statistics are asked for; None for those that are not."""
+
+    logprobs: Tensor  # [N], nats; differentiable
+    entropy: Tensor  # [N], nats; differentiable
+    sum_p_squared: Tensor | None  # [N]
+    top_token: Tensor | None  # [N] int64
+    top_logprob: Tensor | None  # [N], nats
+
+
+@overload  # () is a sequence of names too
+def linear_logprobs(  # type: ignore[overload-overlap]
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
+    statistics: tuple[()] = ..., logits_memory: int = ...,
+    process_group: Any = ..., backend: str | None = ...,
+) -> LinearLogprobs: ...  # fmt: skip
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
+    statistics: Sequence[str], logits_memory: int = ...,
+    process_group: Any = ..., backend: str | None = ...,
+) -> LinearLogprobsWithStatistics: ...  # fmt: skip
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
-    temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     lora: Lora | None = None,
-    logits_memory: int = LOGITS_MEMORY,
+    statistics: Sequence[str] = (), logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
-) -> LinearLogprobs:  # fmt: skip
+) -> LinearLogprobs | LinearLogprobsWithStatistics:  # fmt: skip
     """log p(tokens[t]) and the entropy of p_t, differentiable, for the head described at `head_features`.
 
     Neither forward nor backward makes a tensor of N x V beyond logits_memory; beside that and the gradients
@@ -72,7 +101,7 @@ def linear_logprobs(
         weight: [V, d], dtype of hidden.
         tokens: [N] int64 in [0, V).
         bias: see `head_features`; float64 with a float64 hidden.
-        temperature, logit_scale, logit_softcap, backend: see `head_features`.
+        temperature, logit_scale, logit_softcap, statistics, backend: see `head_features`.
         lora: (A [r, d], B [V, r], scaling), see `head_features`. B's gradient is summed in float32, beside it
             unless B is float32; A's in float64. hidden's is the sum of two, through W and through A, each
             rounded to its dtype.
@@ -86,25 +115,26 @@ def linear_logprobs(
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight,
-        bias, A and B; they cannot be differentiated again.
+        bias, A and B; they cannot be differentiated again. Where statistics are asked for, these stand
+        behind, as in `head_features`; float32 (float64), without gradients.
 
     Raises:
         TypeError, ValueError, ImportError: as for `head_features`.
     """
-
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    check = partial(_check, hidden, tokens, head, lora, logits_memory, backend)
-    facts = {
-        "function": "linear_logprobs", "logits_memory": logits_memory, "backend": backend, "lora": lora
-    }  # fmt: skip
+    check = partial(_check, hidden, tokens, head, lora, statistics, logits_memory, backend)
+    facts = {"function": "linear_logprobs", "statistics": statistics, "logits_memory": logits_memory}
+    facts |= {"backend": backend, "lora": lora}
     (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     trained = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias, head.low_hidden, head.low_weight)
     )
-    logprobs, entropy, *_ = _logprobs_op(
-        hidden, tokens, *head, backend, group, logits_memory if trained else 0
+    logprobs, entropy, _, _, *asked = _logprobs_op(
+        hidden, tokens, *head, backend, group, logits_memory if trained else 0, bool(statistics)
     )
-    return LinearLogprobs(logprobs, entropy)
+    if not statistics:
+        return LinearLogprobs(logprobs, entropy)
+    return LinearLogprobsWithStatistics(logprobs, entropy, *asked_for(statistics, *asked))
 
 
 def _check(
@@ -112,12 +142,14 @@ def _check(
     tokens: Tensor,
     head: HeadSpec,
     lora: Lora | None,
+    statistics: Sequence[str],
     logits_memory: int,
     backend: str | None,
     whole: bool = False,
 ) -> tuple[HeadSpec, str]:
     """The head in the form that backends take, and the backend's name; whole: as in features.py."""
     head = with_lora(head.checked(hidden, tokens, (*DTYPES, torch.float64)), hidden, lora)
+    check_statistics(statistics)
     check_bytes("logits_memory", logits_memory)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
@@ -132,42 +164,62 @@ def _check(
 
 
 def forward(
-    name: str, group: str, hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
+    name: str,
+    group: str,
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    kept: Kept | None = None,
+    more: bool = False,
 ) -> TokenLogprobs:
     """Everything about each token that does not need a second product; with a group (vocab_parallel.py),
-    over the vocabulary of all ranks. A token in no row of the weight has NaN."""
+    over the vocabulary of all ranks. A token in no row of the weight has NaN, and -1 for top_token."""
     chosen = implementation(name)
-    partial_sums, target = chosen.statistics(hidden, tokens, head, kept)
+    V = head.weight.shape[0]
+    partial_sums, target, top = chosen.statistics(hidden, tokens, head, kept, more)
     if group:
-        strips = vocab_parallel.over_ranks(partial_sums, target, tokens, group)
-        parts = [chosen.finish(*strip) for strip in strips] or [chosen.finish(partial_sums, target)]
+        strips = vocab_parallel.over_ranks(partial_sums, target, tokens, top, V, group)
+        parts = [chosen.finish(*strip) for strip in strips]
+        parts = parts or [chosen.finish(partial_sums, target, tokens, top)]
         return TokenLogprobs(*(torch.cat(part, dim=-1) for part in zip(*parts)))
-    found = chosen.finish(partial_sums, target)
-    outside = (tokens < 0) | (tokens >= head.weight.shape[0])
-    for values in (found.logprobs, found.entropy):
+    found = chosen.finish(partial_sums, target, tokens, top)
+    outside = (tokens < 0) | (tokens >= V)
+    for values in (
+        found.logprobs,
+        found.entropy,
+        *((found.sum_p_squared, found.top_logprob) if more else ()),
+    ):
         values.masked_fill_(outside, torch.nan)
+    if more:
+        found.top_token.masked_fill_(outside, -1)
     return found
 
 
 @torch.library.custom_op(
     qualified("linear_logprobs"),
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group, int logits_memory) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept)",
+    schema=f"(Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, str backend, str group, int logits_memory, "
+    "bool statistics) -> (Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept, "
+    f"{STATISTICS_SCHEMA})",
 )
-def _logprobs_op(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, (name, group, most) = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
+def _logprobs_op(
+    hidden: Tensor, tokens: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head, (name, group, most, more) = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     data = _empty_kept(name, hidden, head, most)
     kept = Kept(data, hidden.shape[0]) if data.numel() else None
     with torch.autocast(hidden.device.type, enabled=False):
-        return *forward(name, group, hidden, tokens, head, kept)[:3], data
+        found = forward(name, group, hidden, tokens, head, kept, more)
+        asked = found.sum_p_squared, found.top_token, found.top_logprob
+        return found.logprobs, found.entropy, found.normaliser, data, *asked
 
 
 @_logprobs_op.register_fake
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
     found = (hidden.new_empty(size, dtype=dtype) for size in ((N,), (N,), (2, N)))
-    return *found, _empty_kept(flat[FIELDS], hidden, HeadSpec(*flat[:FIELDS]), flat[-1])
+    kept = _empty_kept(flat[FIELDS], hidden, HeadSpec(*flat[:FIELDS]), flat[-2])
+    return *found, kept, *empty_statistics(hidden, N if flat[-1] else 0, dtype)
 
 
 def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
@@ -301,11 +353,11 @@ def _gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, _ = inputs
+    *arguments, _, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
     tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[:4])
     ctx.options = [None if isinstance(value, Tensor) else value for value in arguments]
 
 
@@ -319,7 +371,7 @@ def _backward(
     needs = [ctx.needs_input_grad[i] for i in NEEDED]
     grads = _backward_op(*incoming, *arguments, *outputs, *needs)
     found = dict(zip(NEEDED, (grad if need else None for grad, need in zip(grads, needs))))
-    return tuple(found.get(i) for i in range(len(ctx.options) + 1))
+    return tuple(found.get(i) for i in range(len(ctx.options) + 2))
 
 
 _logprobs_op.register_autograd(_backward, setup_context=_setup_context)

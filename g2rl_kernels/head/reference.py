@@ -38,7 +38,7 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
     -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
-    weight, bias, temperature, logit_scale, logit_softcap, _, low_hidden, low_weight = head
+    weight, bias, _, logit_scale, logit_softcap, _, low_hidden, low_weight = head
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
     x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)
@@ -55,7 +55,7 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
         x = logit_softcap * torch.tanh(x / logit_softcap)
         if masked is not None:
             x = x.masked_fill(masked, -torch.inf)
-    return x / temperature, slope
+    return x / head.temperature_of_tokens(dtype), slope
 
 
 def softcap_slope(x: Tensor, softcap: float) -> Tensor:
@@ -90,6 +90,16 @@ def token_statistics(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
     )
 
 
+def more_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of p = softmax(z), z [N, V]: sum_v p_v^2, the likeliest token (int64, the first of equals; -1 where p
+    is NaN) and its log-probability, [N] each."""
+    z_max, top = z.max(dim=1, keepdim=True)
+    others = torch.exp(z - z_max).scatter(1, top, 0.0)
+    rest = others.sum(dim=1) + (z_max - z_max).squeeze(1)  # NaN if the largest logit is infinite
+    squares = (1 + others.square().sum(dim=1)) / (1 + rest) ** 2
+    return squares, top.squeeze(1).masked_fill(rest.isnan(), -1), -torch.log1p(rest)
+
+
 def token_features(
     residual: Tensor, weight: Tensor, slope: Tensor | None = None, logit_scale: float = 1.0
 ) -> Tensor:
@@ -112,12 +122,19 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, start: int, stop: int) -> Te
 
 
 def head_features(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, *, chunk: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    *,
+    chunk: int | None = None,
+    more: bool = False,
+) -> tuple[Tensor, ...]:
     """Eq. 8: Phi_s = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8) over the tokens of each response.
 
     hidden [N, d], tokens [N] int64. Returns features [S, d], logprobs [N], logsumexp [N] and entropy [N], the
-    last three of z / temperature. With a low-rank part, features are those of [W, low_weight], [S, d + r].
+    last three of z / temperature; with `more` those of `more_statistics` behind them. With a low-rank part,
+    features are those of [W, low_weight], [S, d + r].
     `chunk` tokens are worked on at a time (all when None): the tensors made are [chunk, V].
     """
     cu_seqlens, token_weights = responses
@@ -127,7 +144,7 @@ def head_features(
     weights = [weight for weight in (head.weight, head.low_weight) if weight is not None]
     features = hidden.new_zeros(S, d + head.rank, dtype=dtype)
     alpha_sum = hidden.new_zeros(S, dtype=dtype)
-    columns = []
+    columns, asked = [], []
     step = max(1, N if chunk is None else chunk)
     for start in range(0, N, step):
         stop = min(start + step, N)
@@ -138,8 +155,14 @@ def head_features(
         features = features + segment_sum(alpha[rows, None] * phi, cu_seqlens, start, stop)
         alpha_sum = alpha_sum + segment_sum(alpha[rows], cu_seqlens, start, stop)
         columns.append(torch.stack([logprobs, logsumexp, entropy]))
+        if more:
+            asked.append(more_statistics(z))
     per_token = torch.cat(columns, dim=1) if columns else hidden.new_zeros(3, 0, dtype=dtype)
-    return features / (alpha_sum + WEIGHT_EPS)[:, None], per_token[0], per_token[1], per_token[2]
+    found = features / (alpha_sum + WEIGHT_EPS)[:, None], *per_token
+    if not more:
+        return found
+    empty = per_token.new_zeros(0)
+    return *found, *(torch.cat(part) for part in zip(*(asked or [(empty, empty.long(), empty)])))
 
 
 def skipped_tokens(mass: Tensor, cu_seqlens: Tensor, most: float) -> tuple[Tensor, Tensor, Tensor]:

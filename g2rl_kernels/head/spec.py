@@ -7,7 +7,8 @@ this file, the C++ schemas (csrc/ops/head.cpp) and the kernels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ HEAD_SCHEMA = (
 )
 RESPONSES_SCHEMA = "Tensor cu_seqlens, Tensor? token_weights"
 
+STATISTICS = ("sum_p_squared", "top_token")  # what `statistics=` may ask for
+
+STATISTICS_SCHEMA = (
+    "Tensor sum_p_squared, Tensor top_token, Tensor top_logprob"  # results; empty if not asked for
+)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,17 +46,19 @@ class HeadSpec(NamedTuple):
 
     weight: Tensor  # [V, d], dtype of hidden
     bias: Tensor | None = None  # [V]; -inf takes an entry out of the vocabulary
-    temperature: float = 1.0
+    temperature: Any = 1.0  # float. Before `checked`: float, or a tensor [N] of one a token
     logit_scale: float = 1.0
     logit_softcap: float | None = 0.0  # c; 0: no softcap. Before `checked`: None, as public functions have it
-    temperatures: Tensor | None = None  # [N] float32, one a token, in place of `temperature`, which is then 1
+    # [N], one a token, in place of `temperature`, which is then 1; float32 (float64 for a float64 hidden)
+    temperatures: Tensor | None = None
     low_hidden: Tensor | None = None  # [N, r], scaling A h of `lora`: B low_hidden is added to W h (lora.py)
     low_weight: Tensor | None = None  # [V, r], B of `lora`; backends get both in the dtype of hidden
 
     def checked(self, hidden: Tensor, tokens: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> HeadSpec:
         """The same with plain numbers, if hidden [N, d], tokens [N] and the head fit together.
 
-        Raises TypeError or ValueError naming the argument; values of tensors are not read.
+        Raises TypeError or ValueError naming the argument. Values of temperatures are checked where they may
+        be read; values of other tensors are not.
         """
         weight, bias, temperature, logit_scale, logit_softcap, *_ = self
         check_tensor("hidden", hidden, dtypes)
@@ -67,13 +76,21 @@ class HeadSpec(NamedTuple):
         if bias is not None:
             check_tensor("bias", bias, dtypes if hidden.dtype == torch.float64 else DTYPES, hidden.device)
             check_shape("bias", bias, (weight.shape[0],), "[V], one for each row of weight")
-        check_scale("temperature", temperature)
         check_scale("logit_scale", logit_scale)
         if logit_softcap is not None:
             check_scale("logit_softcap", logit_softcap, "; None for no softcap")
         name = "logit_scale" if logit_softcap is None else "logit_softcap"
-        check_scale(f"{name} / temperature", (logit_softcap or logit_scale) / temperature)
-        return HeadSpec(weight, bias, float(temperature), float(logit_scale), float(logit_softcap or 0.0))
+        size = float(logit_softcap or logit_scale)
+        spec = HeadSpec(weight, bias, 1.0, float(logit_scale), float(logit_softcap or 0.0))
+        if isinstance(temperature, Tensor):
+            return spec._replace(temperatures=_checked_temperatures(temperature, hidden, name, size))
+        check_scale("temperature", temperature)
+        check_scale(f"{name} / temperature", size / temperature)
+        return spec._replace(temperature=float(temperature))
+
+    def temperature_of_tokens(self, dtype: torch.dtype) -> Any:
+        """The number, or [N, 1] in `dtype`: what logits [N, V] are divided by."""
+        return self.temperature if self.temperatures is None else self.temperatures.to(dtype)[:, None]
 
     def detached(self) -> HeadSpec:
         """The same without gradients."""
@@ -107,6 +124,25 @@ class HeadSpec(NamedTuple):
         return self._replace(temperatures=temperatures, low_hidden=low_hidden)
 
 
+def _checked_temperatures(values: Tensor, hidden: Tensor, name: str, size: float) -> Tensor:
+    """Temperatures [N] as `HeadSpec` holds them. `name`, `size`: what they divide, with the same bounds."""
+    check_per_token("temperature", values, hidden)
+    if values.requires_grad:
+        raise ValueError(
+            "temperature: got a tensor that requires grad, needs one without; it gets no gradient"
+        )
+    found = values.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).contiguous()
+    if may_read_values(hidden):
+        for what, scale in (("temperature", found), (f"{name} / temperature", size / found)):
+            outside = ~((scale >= 1e-8) & (scale <= 1e8))
+            if bool(outside.any()):
+                at = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"{what}: entry {at} is {float(scale[at]):g}, needs a number from 1e-8 to 1e8"
+                )
+    return found
+
+
 FIELDS = len(HeadSpec._fields)  # of an operator's arguments, that make up a head
 
 
@@ -136,6 +172,22 @@ class Responses(NamedTuple):
                 )
         weights = None if token_weights is None else token_weights.detach().float()
         return Responses(cu_seqlens, weights)
+
+
+def asked_for(
+    names: Sequence[str], sum_p_squared: Tensor, top_token: Tensor, top_logprob: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `statistics` asks for; None for the rest."""
+    squares, top = (name in names for name in STATISTICS)
+    return sum_p_squared if squares else None, top_token if top else None, top_logprob if top else None
+
+
+def check_statistics(names: Any) -> None:
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(f"statistics: got {names!r}, needs a tuple of names")
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"statistics: got {name!r}, needs any of {', '.join(map(repr, STATISTICS))}")
 
 
 def check_per_token(name: str, values: Tensor | None, hidden: Tensor) -> None:

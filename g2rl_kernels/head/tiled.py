@@ -52,32 +52,47 @@ def kept_bytes(hidden: Tensor, head: HeadSpec, most: int) -> int:
 
 
 def statistics(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
-) -> tuple[Tensor, Tensor]:
-    """m, s and u [1, 3, N] of each token, and the realised token's logit [N]."""
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None, more: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.statistics`, of one strip."""
     N, dtype = hidden.shape[0], reference.accumulation_dtype(hidden)
-    partial, target = hidden.new_empty((1, 3, N), dtype=dtype), hidden.new_empty(N, dtype=dtype)
+    partial, target = (
+        hidden.new_empty((1, 4 if more else 3, N), dtype=dtype),
+        hidden.new_empty(N, dtype=dtype),
+    )
+    top = tokens.new_empty((1, N if more else 0))
     for rows in slices(0, N, TOKENS):
-        h, y = hidden[rows].to(dtype), tokens[rows]
+        h, y, here = hidden[rows].to(dtype), tokens[rows], head.at(rows)
         m = h.new_full((h.shape[0], 1), -torch.inf)
         s, u, z_y = torch.zeros_like(m), torch.zeros_like(m), m.clone()
+        q, v = torch.zeros_like(m), torch.full_like(m, -1, dtype=torch.int64)
         for block in _blocks(hidden, 0, len(head.weight)):
-            z, _ = reference.logits(h, _entries(head.at(rows), block))
+            z, _ = reference.logits(h, _entries(here, block))
             index, inside = _index(y, block)
             z_index = z.gather(1, index)
             z_y = torch.where(inside, z_index, z_y)
             z.scatter_(1, index, torch.where(inside, -torch.inf, z_index))
 
-            new_m = torch.maximum(m, z.amax(1, keepdim=True))
+            block_m = z.amax(1, keepdim=True)
+            new_m = torch.maximum(m, block_m)
+            if more:
+                v = torch.where(
+                    block_m > m, block.start + z.argmax(1, keepdim=True), v
+                )  # of equals the first
+                q = q * shift_factor(m, new_m).square()
             s, u = shifted(m, s, u, new_m)
             z.sub_(new_m.masked_fill(new_m == -torch.inf, 0.0))
             e = z.exp()
             s += e.sum(1, keepdim=True)
+            if more:
+                q += e.square().sum(1, keepdim=True)
             u += e.mul_(z.masked_fill_(e == 0, 0.0)).sum(1, keepdim=True)
             m = new_m
-        partial[0, :, rows] = torch.cat([m, s, u], dim=1).T
+        partial[0, :, rows] = torch.cat([m, s, u, q], dim=1).T[: partial.shape[1]]
         target[rows] = z_y.squeeze(1)
-    return partial, target
+        if more:
+            top[0, rows] = v.squeeze(1)
+    return partial, target, top
 
 
 def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,16 +102,33 @@ def shifted(m: Tensor, s: Tensor, u: Tensor, new_m: Tensor) -> tuple[Tensor, Ten
     return s * factor, factor * (u + s * delta)
 
 
-def finish(partial: Tensor, target: Tensor) -> TokenLogprobs:
+def shift_factor(m: Tensor, new_m: Tensor) -> Tensor:
+    """`factor` of `shifted`."""
+    return (m - new_m).masked_fill(m == -torch.inf, 0.0).exp()
+
+
+def finish(partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor) -> TokenLogprobs:
     """See `Backend.finish`. y is put back last: 1 - p_y is a sum over the others, and does not cancel."""
     m, s, u = joined(partial)
-    top = torch.maximum(m, target)
-    s, u = shifted(m, s, u, top)
-    e_y = torch.exp(target - top)
-    log_total = torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
-    u = u + torch.where(e_y == 0, 0, e_y * (target - top))
-    entropy = log_total - u / (s + e_y)
-    return TokenLogprobs(target - top - log_total, entropy, torch.stack([top, log_total]), s / (s + e_y))
+    largest = torch.maximum(m, target)
+    s, u = shifted(m, s, u, largest)
+    e_y = torch.exp(target - largest)
+    total, log_total = s + e_y, torch.where(target >= m, torch.log1p(s), torch.log(s + e_y))
+    u = u + torch.where(e_y == 0, 0, e_y * (target - largest))
+    logprobs, normaliser = target - largest - log_total, torch.stack([largest, log_total])
+    found = logprobs, log_total - u / total, normaliser, s / total
+    if partial.shape[1] == 3:
+        return TokenLogprobs(*found, m.new_empty(0), tokens.new_empty(0), m.new_empty(0))
+    best, v, q = torch.full_like(m, -torch.inf), torch.full_like(tokens, -1), e_y.square()
+    for (strip_m, _, _, strip_q), strip_v in zip(partial, top):
+        v = torch.where(strip_m > best, strip_v, v)  # of equals the first
+        best = torch.maximum(best, strip_m)
+        q = q + strip_q * shift_factor(strip_m, largest).square()
+    mine = (target > m) | ((target == m) & (tokens < v))
+    top_logprob = torch.where(mine, logprobs, m - largest - log_total)
+    unknown = total.isnan()
+    top_token = torch.where(mine, tokens, v).masked_fill(unknown, -1)
+    return TokenLogprobs(*found, q / total.square(), top_token, top_logprob.masked_fill(unknown, torch.nan))
 
 
 def terms(g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -121,16 +153,23 @@ def joined(strips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def features(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    hints: Hints = NO_HINTS,
+    more: bool = False,
 ) -> FeatureOutputs:
     """The reference's features, some tokens at a time; known_logprobs are not used."""
     if hints.max_skipped is not None:
         return certified_features(features, hidden, tokens, head, responses, hints.max_skipped)
     chunk = max(1, elements(hidden) // len(head.weight))
-    found = reference.head_features(hidden, tokens, head, responses, chunk=chunk)
-    phi, logprobs, logsumexp, entropy = (t.clone() for t in found)  # an op's outputs share no memory
+    found = reference.head_features(hidden, tokens, head, responses, chunk=chunk, more=more)
+    phi, logprobs, logsumexp, entropy, *asked = (t.clone() for t in found)  # an op's outputs share no memory
     skipped = hidden.new_zeros(len(responses.cu_seqlens) - 1, dtype=torch.float32)
-    return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long())
+    if not more:
+        asked = [phi.new_empty(0), tokens.new_empty(0), phi.new_empty(0)]
+    return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long(), *asked)
 
 
 def features_of_part(
@@ -145,14 +184,15 @@ def features_of_part(
     alpha = torch.ones_like(rest) if token_weights is None else token_weights.to(dtype)
     sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d + head.rank, dtype=dtype)
     for rows in slices(0, N, TOKENS):
-        # of log p by [hidden, low_hidden]; phi / temperature
+        # of log p by [hidden, low_hidden]
         gradient = hidden.new_zeros(rows.stop - rows.start, d + head.rank, dtype=dtype)
         own = Sums(gradient[:, :d], low_hidden=gradient[:, d:] if head.rank else None)
-        incoming = Incoming(normaliser, terms).rows(rows)
-        sweep(hidden[rows], tokens[rows], head.at(rows), incoming, slice(0, V), own)
-        sums += reference.segment_sum(alpha[rows, None] * gradient, cu_seqlens, rows.start, rows.stop)
+        incoming, here = Incoming(normaliser, terms).rows(rows), head.at(rows)
+        sweep(hidden[rows], tokens[rows], here, incoming, slice(0, V), own)
+        phi = here.temperature_of_tokens(dtype) * gradient
+        sums += reference.segment_sum(alpha[rows, None] * phi, cu_seqlens, rows.start, rows.stop)
     total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
-    return sums * (head.temperature / total)[:, None]
+    return sums / total[:, None]
 
 
 def sweep(
@@ -173,8 +213,8 @@ def sweep(
         w = entries.weight.to(dtype)
         sum_weight = None if sums.weight is None else torch.zeros_like(w)
         for rows in slices(0, hidden.shape[0], TOKENS):
-            h = hidden[rows].to(dtype)
-            z, slope = reference.logits(h, entries._replace(weight=w).at(rows))
+            h, here = hidden[rows].to(dtype), entries.at(rows)
+            z, slope = reference.logits(h, here._replace(weight=w))
             log_p = z.sub_(top[rows]).sub_(log_total[rows])
             p = log_p.exp()
             grad_z = -p * (a[rows] + g_entropy[rows] * log_p.masked_fill_(p == 0, 0.0))
@@ -182,7 +222,7 @@ def sweep(
             grad_z.scatter_(1, index, torch.where(inside, at_token[rows], grad_z.gather(1, index)))
             if slope is not None:
                 grad_z *= slope
-            grad_z *= head.logit_scale / head.temperature
+            grad_z *= head.logit_scale / here.temperature_of_tokens(dtype)
             if sums.hidden is not None:
                 sums.hidden[rows] += grad_z @ w
             if sum_weight is not None:

@@ -5,6 +5,7 @@ tokens, S responses and hidden size d,
 
     int64   [world]         number of rows of each rank               local_tokens
     float   [world, 4, N]   m, s, u and z_y of each token             over_ranks
+    int64   [world, 2, N]   v at m, and y; only for statistics, which make the above [world, 5, N]
     float32 [S, d]          features, summed over ranks               features._over_ranks
     float32 [N, d]          hidden's gradient, summed, then rounded   logprobs._gradients
 
@@ -194,16 +195,26 @@ def _(tokens: Tensor, V: int, group: str) -> Tensor:
 
 
 def over_ranks(
-    partial: Tensor, target: Tensor, tokens: Tensor, group: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`statistics` of all ranks, [world, 3, n] and [n], for n tokens at a time, from this rank's [1, 3, N]
-    and [N].
+    partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, V: int, group: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The arguments of `finish` for all ranks, [world, 3 or 4, n], [n], [n] and [world, n or 0], for n tokens
+    at a time, from this rank's `statistics`, [1, 3 or 4, N], [N] and [1, N or 0].
 
-    tokens [N] are local; a token in no rank's rows gets NaN for its logit.
+    tokens [N] are local, of this rank's V; a token in no rank's rows gets NaN for its logit.
     """
     members = _members(group)
     mine = torch.cat([partial[0], target[None]])
-    mine[3].masked_fill_(tokens == NOWHERE, torch.nan)
+    mine[-1].masked_fill_(tokens == NOWHERE, torch.nan)
+    more = partial.shape[1] == 4
+    if more:  # counted over all ranks
+        end = _gathered(tokens.new_full((1,), V), members).flatten().cumsum(0)
+        begin = end[members.rank()] - V
+        top = torch.where(top < 0, top, top + begin)
+        tokens = torch.where((tokens >= 0) & (tokens < V), tokens + begin, ELSEWHERE)
     for rows in tiled.slices(0, len(tokens), CHUNK // members.size()):
         everyone = _gathered(mine[:, rows].contiguous(), members)
-        yield everyone[:, :3], everyone[:, 3].amax(0)  # the logit is -inf on all ranks but one
+        y, v = tokens[rows], top.new_empty(members.size(), 0)
+        if more:
+            indices = _gathered(torch.stack([top[0, rows], y]), members)
+            y, v = indices[:, 1].amax(0), indices[:, 0]
+        yield everyone[:, :-1], everyone[:, -1].amax(0), y, v  # the logit is -inf on all ranks but one

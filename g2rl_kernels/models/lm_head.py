@@ -28,7 +28,7 @@ class HeadArguments(TypedDict):
 
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
-    temperature: float
+    temperature: float | Tensor
     logit_scale: float
     logit_softcap: float | None
     lora: Lora | None  # A [r, d], B [V, r], scaling
@@ -50,14 +50,14 @@ class LMHead:
     rows: int | None = None  # None: all V
     masked: tuple[int, ...] = ()  # ids that the model never gives
 
-    def arguments(self, temperature: float = 1.0, dtype: torch.dtype | None = None) -> HeadArguments:
+    def arguments(self, temperature: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> HeadArguments:
         """What both ops need of the head, as keyword arguments:
 
             g2.head_features(hidden, tokens=tokens, cu_seqlens=cu_seqlens, **head.arguments())
             g2.linear_logprobs(hidden, tokens=tokens, **head.arguments())
 
-        temperature: of sampling. dtype: of weight and bias, which must be that of `hidden`; None: that of the
-        parameters. Weight and bias are differentiable in the parameters.
+        temperature: of sampling, a number or one a token [N]. dtype: of weight and bias, which must be that
+        of `hidden`; None: that of the parameters. Weight and bias are differentiable in the parameters.
         """
         weight, bias = self.weights(self.output.weight.dtype if dtype is None else dtype)
         return {

@@ -130,6 +130,19 @@ def test_own_loop():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_temperature_of_each_token_and_statistics():
+    names: dict = {"g2": g2}
+    exec(compile(code("own-loop.md", 1), "own-loop.md", "exec"), names)
+    model = tiny_model()
+    hidden, tokens, T = torch.randn(9, 32), torch.randint(300, (9,)), 0.5 + torch.rand(9)
+    logprobs, energy, agreement = names["energy_and_agreement"](g2.find_head(model), hidden, tokens, T)
+    log_p = (model.lm_head(hidden) / T[:, None]).log_softmax(-1)
+    torch.testing.assert_close(logprobs, log_p.gather(1, tokens[:, None]).squeeze(1))
+    expected = (torch.nn.functional.one_hot(tokens, 300) - log_p.exp()).square().sum(1)
+    torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-5)
+    assert agreement == (log_p.argmax(1) == tokens).float().mean()
+
+
 def test_trl(tmp_path, monkeypatch):
     """As written, but for a tiny model, local problems and three steps."""
     pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")

@@ -26,6 +26,8 @@ from g2rl_kernels.head import logprobs, vocab_parallel
 
 Results = dict[str, torch.Tensor]
 TRAINED = ("hidden", "weight", "bias")
+STATISTICS = ("sum_p_squared", "top_token")
+ASKED = ("sum_p_squared", "top_token", "top_logprob")
 
 
 def rows(V: int, world: int) -> list[slice]:
@@ -47,6 +49,10 @@ def cases(world: int) -> dict[str, Case]:
         ),
         "bf16": make_case([20, 0, 13], V, 24, dtype=torch.bfloat16, bias=bias.bfloat16(), **full),
         "fp16": make_case([5, 6], V, 24, dtype=torch.float16),
+        "temperatures": make_case(
+            [20, 0, 13], V, 24, bias=bias, temperature=0.3 + torch.rand(33, generator=g(5))
+        ),
+        "equal logits": make_case([9, 4], V, 8).replace(hidden=torch.zeros(13, 8)),
         "several blocks": make_case([530, 200], 3 * V, 2000, dtype=torch.bfloat16),
         "no tokens": make_case([0, 0], V, 8, dtype=torch.bfloat16, bias=bias),
     }
@@ -97,16 +103,19 @@ def run(
             leaves[name].requires_grad_()
     options = {**case.head, "bias": leaves.get("bias"), "process_group": group, "backend": backend}
     options["lora"] = None if A is None else (leaves["A"], leaves["B"], scaling)
+    options["statistics"] = STATISTICS
     out = g2.linear_logprobs(leaves["hidden"], leaves["weight"], case.tokens, **options)
-    torch.autograd.backward([*out], [*gradients(len(case.tokens)).to(out.logprobs)])
+    torch.autograd.backward([*out[:2]], [*gradients(len(case.tokens)).to(out.logprobs)])
     results = {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
     results |= {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    results |= {f"statistics {name}": getattr(out, name) for name in ASKED}
     if case.hidden.dtype != torch.float64:
         head = g2.head_features(
             case.hidden, case.weight[mine], case.tokens, case.cu_seqlens,
             token_weights=case.token_weights, **{**options, "bias": bias},
         )  # fmt: skip
-        results |= {f"head {name}": value for name, value in zip(head._fields, head)}
+        results |= {f"head {name}": value for name, value in zip(head._fields, head[:4])}
+        results |= {f"statistics head {name}": getattr(head, name) for name in ASKED}
     return results
 
 
@@ -144,6 +153,8 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
         "A requires grad": linear(lora=(torch.ones(2, d).requires_grad_(bad), torch.ones(n, 2), 1.0)),
         "lora is missing": linear(lora=None if bad else (torch.ones(2, d), torch.ones(n, 2), 1.0)),
         "B has too few rows": linear(lora=(torch.ones(2, d), torch.ones(n - bad, 2), 1.0)),
+        "temperatures differ": linear(temperature=torch.full(case.tokens.shape, 1.0 + bad)),
+        "statistics differ": linear(statistics=STATISTICS if bad else STATISTICS[:1]),
         "backend differs": linear(backend="reference" if bad else None),
         "function differs": features() if bad else linear(),
     }

@@ -8,7 +8,7 @@ the same offset modulo 16, else within two units in the last place of the larges
 import pytest
 import torch
 from examples import given, settings, st
-from oracle import BACKENDS, CPU_BACKENDS, GPU, TRITON, environment, make_case
+from oracle import BACKENDS, CPU_BACKENDS, GPU, TRITON, Case, environment, make_case
 from strategies import cases
 from torch import Tensor
 
@@ -23,9 +23,10 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
     g = torch.Generator().manual_seed(len(case.tokens))
     incoming = torch.randn(2, len(case.tokens), generator=g)[:, rows]
     hidden, weight = case.hidden[rows].clone().requires_grad_(), case.weight.detach().requires_grad_()
-    options = {**case.head, "backend": backend, **options}
+    asked = ("sum_p_squared", "top_token")
+    options = {**at(case, rows).head, "statistics": asked, "backend": backend, **options}
     trained = g2.linear_logprobs(hidden, weight, case.tokens[rows], **options)
-    gradients = torch.autograd.grad((torch.stack(trained) * incoming).sum(), hidden)
+    gradients = torch.autograd.grad((torch.stack(trained[:2]) * incoming).sum(), hidden)
     options.pop("logits_memory", None)
     lengths = torch.tensor([0, len(rows)])
     modes = {"head_features": {}, "with known log-probs": {"known_logprobs": trained.logprobs.detach() - 0.1}}
@@ -40,11 +41,16 @@ def per_token(case, rows: Tensor, backend: str = "cpu", **options) -> dict[str, 
         if name != "features"
     }
     return {
-        "logprobs": trained.logprobs.detach(),
-        "entropy": trained.entropy.detach(),
+        **{name: value.detach() for name, value in trained._asdict().items()},
         "gradient of hidden": gradients[0],
         **found,
     }
+
+
+def at(case: Case, rows: Tensor) -> Case:
+    """With the temperatures of some of the tokens."""
+    per_token = isinstance(case.temperature, Tensor)
+    return case.replace(temperature=case.temperature[rows]) if per_token else case
 
 
 def assert_same(found: dict[str, Tensor], whole: dict[str, Tensor], rows: Tensor) -> None:
@@ -117,6 +123,8 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
     N = sum(lengths)
     hidden = torch.randn(N, d, generator=g).to(case.hidden.dtype)
     tokens = torch.randint(V, (N,), generator=g)
+    if isinstance(case.temperature, Tensor):
+        case = case.replace(temperature=0.3 + 1.4 * torch.rand(N, generator=g))
     options = {**case.head, "backend": "cpu"}
     if case.bias is not None:
         options["bias"] = case.bias.nan_to_num(neginf=0.0)
@@ -133,7 +141,8 @@ def test_a_feature_depends_on_its_offset_modulo_16_alone(isa, case, before, leng
 
     def run(rows: Tensor, cut: Tensor) -> g2.HeadFeatures:
         hint = {} if wrong is None else {"known_logprobs": known[rows]}
-        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **hint, **options)
+        here = {**options, "temperature": at(case, rows).temperature, **hint}
+        return g2.head_features(hidden[rows], case.weight, tokens[rows], cut, **here)
 
     ends = torch.tensor([0, *lengths]).cumsum(0)
     with environment("G2RL_CPU_ISA", isa):
@@ -169,10 +178,12 @@ def _triton_has_the_same_bits(case, seed, known):
 
     def outputs(rows, hint):
         lengths = torch.tensor([0, len(rows)], device=GPU)
-        options = {**case.head, "backend": "triton", "known_logprobs": hint}
+        asked = ("sum_p_squared", "top_token")
+        head = {**at(case, rows).head, "backend": "triton"}
+        options = {**head, "known_logprobs": hint, "statistics": () if known else asked}
         found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
         trained = g2.linear_logprobs(
-            case.hidden[rows], case.weight, case.tokens[rows], **case.head, backend="triton"
+            case.hidden[rows], case.weight, case.tokens[rows], **head, statistics=asked
         )
         return {**found._asdict(), **{f"linear_logprobs: {k}": v for k, v in trained._asdict().items()}}
 

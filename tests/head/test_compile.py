@@ -25,6 +25,7 @@ def head_args(dtype=torch.float32, **changes):
         **case.spec._asdict(),
         **case.responses._asdict(),
         "known_logprobs": None,
+        "statistics": False,
     }
     args.update(changes)
     return tuple(args.values())
@@ -40,12 +41,13 @@ def test_opcheck_head_features(dtype):
         known_logprobs=torch.zeros(8),
         temperature=0.7,
         logit_softcap=5.0,
+        statistics=True,
     )
     torch.library.opcheck(torch.ops.g2rl.head_features, full)
-    torch.library.opcheck(torch.ops.g2rl.features, (*full, None, "cpu", ""))
+    torch.library.opcheck(torch.ops.g2rl.features, (*full[:-1], None, "cpu", "", True))
     low = {"low_hidden": torch.randn(8, 3).to(dtype), "low_weight": torch.randn(67, 3).to(dtype)}
     torch.library.opcheck(torch.ops.g2rl.head_features, head_args(dtype, **low))
-    torch.library.opcheck(torch.ops.g2rl.features, (*head_args(dtype, **low), None, "cpu", ""))
+    torch.library.opcheck(torch.ops.g2rl.features, (*head_args(dtype, **low)[:-1], None, "cpu", "", True))
     torch.library.opcheck(
         torch.ops.g2rl.head_features, head_args(dtype, hidden=torch.randn(16, 8).to(dtype).T)
     )
@@ -75,7 +77,8 @@ def test_opcheck_linear_logprobs(trained, backend):
     args = [case.hidden, case.tokens, *head, backend, "", KEPT]
     for i in trained:
         args[i].requires_grad_()
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
+    for statistics in (False, True):
+        torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, statistics))
 
 
 @backends
@@ -83,7 +86,7 @@ def test_opcheck_linear_logprobs_backward(backend):
     case = make_case([8], V=67, d=16)
     case.lora = low_rank(case, 3)
     inputs = (case.hidden, case.tokens, *case.spec, backend, "")
-    outputs = torch.ops.g2rl.linear_logprobs(*inputs, KEPT)
+    outputs = torch.ops.g2rl.linear_logprobs(*inputs, KEPT, False)[:4]
     assert bool(outputs[3].numel()) == (backend == "cpu")
     for needs in ((1, 1, 0, 1, 1), (0, 1, 0, 0, 0), (1, 0, 0, 1, 0), (0, 0, 0, 0, 1)):
         needs = map(bool, needs)

@@ -24,11 +24,25 @@ def given(r: int = 0):
 def test_opcheck_statistics(r):
     hidden, tokens, head, _ = given(r)
     for kept in (None, torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)):
-        torch.library.opcheck(torch.ops.g2rl.head_statistics, (hidden, tokens, *head, kept))
+        for more in (False, True):
+            arguments = (hidden, tokens, *head, kept, more)
+            torch.library.opcheck(torch.ops.g2rl.head_statistics, arguments)
 
 
 def test_opcheck_finish():
-    torch.library.opcheck(torch.ops.g2rl.head_finish, (torch.rand(2, 3, 8).double(), torch.rand(8).double()))
+    target, tokens = torch.rand(8).double(), torch.arange(8)
+    for partial, top in (
+        (torch.rand(2, 3, 8), tokens.new_empty(2, 0)),
+        (torch.rand(2, 4, 8), tokens.repeat(2, 1)),
+    ):
+        torch.library.opcheck(torch.ops.g2rl.head_finish, (partial.double(), target, tokens, top))
+
+
+def test_finish_refuses_what_does_not_fit():
+    target, tokens, top = torch.rand(8).double(), torch.arange(8), torch.zeros(2, 7, dtype=torch.int64)
+    for partial, message in ((torch.rand(2, 5, 8), "3 or 4"), (torch.rand(2, 4, 8), "top has shape")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.g2rl.head_finish(partial.double(), target, tokens, top)
 
 
 def test_opcheck_terms():

@@ -54,11 +54,27 @@ HEAD = [
     ("logit_softcap", 1e-50, ValueError, "1e-50, needs a number from 1e-8 to 1e8; None for no softcap"),
     ("temperature", "1", TypeError, "str"),
     ("temperature", None, TypeError, "NoneType"),
+    ("temperature", torch.ones(N - 1), ValueError, "[7]"),
+    ("temperature", torch.tensor(1.0), ValueError, "[]"),
+    ("temperature", torch.ones(N, dtype=torch.int64), TypeError, "int64"),
+    ("temperature", torch.ones(N, device=meta), ValueError, "meta"),
+    ("temperature", torch.ones(N, requires_grad=True), ValueError, "requires grad"),
+    ("temperature", torch.tensor([1.0] * 7 + [0.0]), ValueError, "entry 7 is 0"),
+    ("temperature", torch.tensor([1.0, torch.nan] + [1.0] * 6), ValueError, "entry 1 is nan"),
+    ("temperature", torch.tensor([1e9] + [1.0] * 7), ValueError, "entry 0 is 1e+09"),
     ("logit_scale", 0.0, ValueError, "0.0"),
     ("logit_scale", float("nan"), ValueError, "nan"),
     ("logit_softcap", 0.0, ValueError, "None"),
     ("logit_softcap", -30.0, ValueError, "-30.0"),
     ("backend", "cuda", ValueError, "'cuda'"),
+    ("statistics", "top_token", TypeError, "'top_token', needs a tuple"),
+    ("statistics", None, TypeError, "None"),
+    (
+        "statistics",
+        ("top_token", "top_k"),
+        ValueError,
+        "got 'top_k', needs any of 'sum_p_squared', 'top_token'",
+    ),
     ("process_group", object(), TypeError, "object"),
     ("process_group", dist.GroupMember.NON_GROUP_MEMBER, ValueError, "no member"),
 ]
@@ -100,6 +116,10 @@ def test_scalars_are_bounded_together(name):
     for temperature, value in ((1e4, 1e-6), (1e-6, 1e4)):
         with pytest.raises(ValueError, match=f"{name} / temperature: got .* needs a number"):
             g2.head_features(**head_arguments(), **{name: value}, temperature=temperature)
+        T = torch.ones(N)
+        T[2] = temperature
+        with pytest.raises(ValueError, match=f"{name} / temperature: entry 2 is .* needs a number"):
+            g2.head_features(**head_arguments(), **{name: value}, temperature=T)
 
 
 @pytest.mark.parametrize(("argument", "value", "error", "says"), HEAD, ids=identity)
@@ -207,6 +227,8 @@ OPERATOR = [
     ("weight", torch.zeros(V, D).half()),
     ("bias", torch.zeros(V - 1)),
     ("token_weights", torch.zeros(N - 1)),
+    ("temperatures", torch.ones(N - 1)),
+    ("temperatures", torch.zeros(N)),
 ]
 
 
@@ -214,12 +236,15 @@ OPERATOR = [
 def test_operator_head_features(argument, value):
     arguments = {
         **head_arguments(),
-        **dict.fromkeys(("bias", "token_weights", "known_logprobs")),
-        **{"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": 0.0},
+        **dict.fromkeys(
+            ("bias", "temperatures", "low_hidden", "low_weight", "token_weights", "known_logprobs")
+        ),
+        **{"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": 0.0, "statistics": False},
         argument: value,
     }
-    with pytest.raises((ValueError, RuntimeError), match=argument):
+    with pytest.raises((ValueError, RuntimeError), match=argument) as caught:
         torch.ops.g2rl.head_features(**arguments)
+    assert "missing value" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from oracle import Case, make_case
 from test_linear_logprobs import assert_as_exact_as_torch, plain
+from test_statistics import assert_exact as assert_statistics
 
 import g2rl_kernels as g2
 from benchmarks import scaling
@@ -75,8 +76,10 @@ def joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def split(results: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], g2.HeadFeatures]:
+    """Of linear_logprobs and of head_features, without statistics."""
     head = {name[5:]: value for name, value in results.items() if name.startswith("head ")}
-    return {name: value for name, value in results.items() if name[:5] != "head "}, g2.HeadFeatures(**head)
+    linear = {name: value for name, value in results.items() if name.split()[0] not in ("head", "statistics")}
+    return linear, g2.HeadFeatures(**head)
 
 
 @worlds
@@ -95,7 +98,13 @@ def test_triton(found):
 
 
 def check(case: Case, backend: tuple[str, str | None], results: list[dict[str, torch.Tensor]]) -> None:
-    linear, head = split(joined(results))
+    whole = joined(results)
+    linear, head = split(whole)
+    asked = {name: whole[f"statistics {name}"] for name in ranks.ASKED}
+    values = {name: linear[name] for name in ("logprobs", "entropy")}
+    assert_statistics(case, g2.LinearLogprobsWithStatistics(**values, **asked))
+    for name, value in asked.items():
+        assert torch.equal(value, whole[f"statistics head {name}"])
     assert_as_exact_as_torch(case, backend, tuple(ranks.gradients(len(case.tokens))), linear)
     oracle.assert_as_exact_as_torch(case, head, backend)
     assert torch.equal(head.logprobs, linear["logprobs"])
@@ -110,6 +119,14 @@ def test_the_gradient_of_hidden_is_rounded_once(found, world):
     for results in found[world]:
         error = (results["bf16, reference"]["hidden"].double() - exact).abs()
         assert (error <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
+@worlds
+def test_of_equal_logits_the_first_of_all_ranks(found, world):
+    """Wherever the realised token lies."""
+    for results in found[world]:
+        for name in ("statistics top_token", "statistics head top_token"):
+            assert not results["equal logits"][name].any()
 
 
 @worlds
@@ -193,6 +210,8 @@ ERRORS = {
     "A requires grad": "ValueError: lora: rank 1",
     "lora is missing": "ValueError: lora: rank 1",
     "B has too few rows": "ValueError: lora: B: got shape",
+    "temperatures differ": "ValueError: temperature: rank 1",
+    "statistics differ": "ValueError: statistics: rank 1",
     "backend differs": "ValueError: backend: rank 1",
     "function differs": "ValueError: function: rank 1",
 }
@@ -266,12 +285,12 @@ def test_opcheck(alone, trained):
         inputs[name].requires_grad_()
     head = HeadSpec(inputs["weight"], inputs["bias"], 0.7, 1.3, 4.0)
     args = (inputs["hidden"], tokens, *head, "reference", group)
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20))
+    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, 1 << 20, True))
     torch.library.opcheck(torch.ops.g2rl.local_tokens, (case.tokens, 150, group))
     if not trained:
-        features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:])
+        features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:], True)
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
-        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20)
+        outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20, False)[:4]
         needs = (True, True, True, False, False)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,

@@ -131,12 +131,11 @@ def head(**changes):
         "temperature": 1.0,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
-        "temperatures": None,
-        "low_hidden": None,
-        "low_weight": None,
+        **dict.fromkeys(("temperatures", "low_hidden", "low_weight")),
         "cu_seqlens": torch.tensor([0, 1, 4]),
         "token_weights": None,
         "known_logprobs": None,
+        "statistics": False,
     }
     return torch.ops.g2rl.head_features(**(arguments | changes))
 

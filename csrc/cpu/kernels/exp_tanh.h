@@ -20,6 +20,11 @@ G2RL_INLINE vf exp2_negative(vf y, float one = 1.0f) {
   return scale_by_pow2(p, n);
 }
 
+// z times this is the logarithm to base 2 of exp(z / temperature)
+G2RL_INLINE vf to_log2(const float* temperature) { return splat(kLog2e) / load(temperature); }
+// a quarter of it: of the fourth root
+G2RL_INLINE vf to_quarter_log2(const float* temperature) { return splat(0.25f * kLog2e) / load(temperature); }
+
 // tanh: near 0 by the odd polynomial of Cephes, where 1 - 2 / (e^2x + 1) would cancel
 G2RL_INLINE vf tanh(vf x) {
   const vf a = abs(x), x2 = x * x;

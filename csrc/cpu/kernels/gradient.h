@@ -19,12 +19,14 @@ G2RL_INLINE void store_factor(char* p, vf x) {
 template <bool kCapped>
 static void differentiate(const GradientBlock& g, int64_t count, float* logits) {
   const HeadChunk& c = *g.chunk;
-  const vf per_temperature = splat(1.0f / c.args->temperature), log2e = splat(kLog2e), ln2 = splat(0.6931471805599453f);
-  const vf least = splat(-100.0f), zero = splat(0.0f), one = splat(1.0f), factor = splat(-g.factor);
+  const vf log2e = splat(kLog2e), ln2 = splat(0.6931471805599453f), least = splat(-100.0f), zero = splat(0.0f), one = splat(1.0f);
   const float uncap = kCapped ? 1.0f / c.args->logit_softcap : 0.0f;
   for (int64_t p = 0; p < c.tiles; p++)
     for (int64_t t = 0; t < c.tile_width; t += kLanes) {
       const int64_t token = p * c.tile_width + t;
+      // from d / d(z / temperature) to d / d(W h + b), without the softcap's slope; negative
+      const vf factor = splat(-c.args->logit_scale) / load(c.temperature + token);
+      const vf per_temperature = one / load(c.temperature + token);
       const vf top = load(g.top + token), log_total = load(g.log_total + token);
       const vf a = load(g.a + token) * factor, e = load(g.e + token) * factor * ln2;
       float* column = logits + p * kBlock * c.tile_width + t;
@@ -43,7 +45,9 @@ static void add_realised(const GradientBlock& g, int64_t v0, int64_t count, floa
   const HeadChunk& c = *g.chunk;
   for (int64_t t = 0; t < c.tokens; t++) {
     const int64_t r = c.args->tokens[c.first_token + t] - v0;
-    if (r >= 0 && r < count) logits[((t / c.tile_width) * kBlock + r) * c.tile_width + t % c.tile_width] = g.own[t] * g.factor * slope[t];
+    if (r < 0 || r >= count) continue;
+    const float factor = c.args->logit_scale / c.temperature[t];
+    logits[((t / c.tile_width) * kBlock + r) * c.tile_width + t % c.tile_width] = g.own[t] * factor * slope[t];
   }
 }
 

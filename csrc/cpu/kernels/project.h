@@ -22,7 +22,7 @@ G2RL_INLINE vf decode_row(const uint16_t* codes, int64_t tokens, const float* we
 static void collect(const HeadChunk& c, int64_t block) {
   constexpr int64_t kGroup = kLanes < 8 ? 2 * kLanes : 16;  // divides every tile
   const int64_t v0 = block * kBlock, slab = c.slab_end - c.slab_begin, count = smaller(kBlock, slab - v0);
-  const vf quarter = splat(0.25f * kLog2e / c.args->temperature), unscale = splat(1.0f / kCodeMax / kCodeMax / kCodeMax / kCodeMax);
+  const vf unscale = splat(1.0f / kCodeMax / kCodeMax / kCodeMax / kCodeMax);
   alignas(64) float weight[kGroup];
   for (int64_t s = 0; s < c.response_count; s++) {
     const ResponseTokens& response = c.responses[s];
@@ -31,7 +31,7 @@ static void collect(const HeadChunk& c, int64_t block) {
       for (int64_t r = 0; r < count; r++) out[r] = 0.0f;
     for (int64_t g = response.begin / kGroup * kGroup; g < response.end; g += kGroup) {
       for (int64_t t = 0; t < kGroup; t += kLanes) {  // exp(block max - max) in the response's own lanes, 0 in others
-        const vf shift = (load(c.block_max + block * c.tiles * c.tile_width + g + t) - load(c.max + g + t)) * quarter;
+        const vf shift = (load(c.block_max + block * c.tiles * c.tile_width + g + t) - load(c.max + g + t)) * to_quarter_log2(c.temperature + g + t);
         const vf root = exp2_negative(at_least(splat(kQuarterLog2Floor), shift)), square = root * root;
         store(weight + t, square * square * load(c.weight + g + t));
         for (int64_t i = t; i < t + kLanes; i++)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tiled import slices
 
-CHUNK = 1 << 14  # tokens at a time; each has three numbers for each strip of the vocabulary
+CHUNK = 1 << 14  # tokens at a time; each has three to five numbers for each strip of the vocabulary
 
 
 class Chunk(NamedTuple):

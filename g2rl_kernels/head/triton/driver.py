@@ -12,12 +12,14 @@ Nothing waits for the device; extra memory stays below 64 MiB. head/README.md ha
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..backend import NO_HINTS, FeatureOutputs, Hints
+from ..cpu import empty_statistics
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
 from ..tiled import finish, slices, terms
@@ -62,20 +64,25 @@ def token_statistics(hidden: Tensor, tokens: Tensor, spec: HeadSpec) -> tuple[Te
         config = operands.config("stats", hidden)
         found = []
         for rows in slices(0, hidden.shape[0], CHUNK):
-            h, y = hidden[rows], tokens[rows].contiguous()
-            head = operands.at(rows)
-            target, _ = head_target(h, head, y)
-            found.append(head_finish(head_stats(h, head, y, config), target)[:3])
-        return _concatenated(found, hidden.device)
+            h, y, here = hidden[rows], tokens[rows].contiguous(), operands.at(rows)
+            target, _ = head_target(h, here, y)
+            found.append(head_finish(head_stats(h, here, y, config)[0], target)[:3])
+        logprobs, logsumexp, entropy = _concatenated(found, hidden.device)
+        return logprobs, logsumexp, entropy
 
 
 def features(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, hints: Hints = NO_HINTS
+    hidden: Tensor,
+    tokens: Tensor,
+    head: HeadSpec,
+    responses: Responses,
+    hints: Hints = NO_HINTS,
+    more: bool = False,
 ) -> FeatureOutputs:
-    """See `Backend.features`. With `max_skipped`, `known_logprobs` are not used."""
+    """See `Backend.features`. With `max_skipped` or `more`, `known_logprobs` are not used."""
     N, S, device = hidden.shape[0], responses.cu_seqlens.shape[0] - 1, hidden.device
     known, max_skipped = hints
-    if max_skipped is not None:
+    if max_skipped is not None or more:
         known = None
     with torch.cuda.device_of(hidden):
         operands = HeadOperands.of(head)
@@ -87,14 +94,17 @@ def features(
             if known is not None:
                 found = _one_pass(chunk, operands.at(rows), known[rows].float(), sums)
             else:
-                found, mass, count = _two_passes(chunk, operands.at(rows), max_skipped, sums)
+                found, mass, count = _two_passes(chunk, operands.at(rows), max_skipped, sums, more)
                 skipped_mass += mass
                 skipped_tokens += count
-            columns.append(found[:3])
+            columns.append(found[:3] + (found[5:] if more else ()))
         total = _to_means(sums, operands, cu_seqlens, alpha)
-        logprobs, logsumexp, entropy = _concatenated(columns, device)
+        logprobs, logsumexp, entropy, *asked = _concatenated(columns, device, more)
+        if not more:
+            asked = [*empty_statistics(hidden, 0)]
         phi = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
-        return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped_mass / total, skipped_tokens)
+        skipped = skipped_mass / total, skipped_tokens
+        return FeatureOutputs(phi, logprobs, logsumexp, entropy, *skipped, *asked)
 
 
 def features_of_part(
@@ -133,21 +143,21 @@ def _to_means(out: list[Tensor], head: HeadOperands, cu_seqlens: Tensor, alpha: 
     return total
 
 
-def _concatenated(
-    columns: list[tuple[Tensor, Tensor, Tensor]], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, logsumexp and entropy of consecutive chunks, [N] each."""
-    empty = (torch.empty(0, device=device), torch.empty(0, device=device), torch.empty(0, device=device))
-    logprobs, logsumexp, entropy = (torch.cat(column) for column in zip(*(columns or [empty])))
-    return logprobs, logsumexp, entropy
+def _concatenated(columns: list[Any], device: torch.device, more: bool = False) -> list[Tensor]:
+    """Log-probabilities, logsumexp and entropy of consecutive chunks, statistics with `more`, [N] each."""
+    if not columns:
+        empty = torch.empty(0, device=device)
+        return [empty.clone() for _ in range(3)] + [*empty_statistics(empty, 0)] * more
+    return [torch.cat(column) for column in zip(*columns)]
 
 
 def _two_passes(
-    chunk: Chunk, head: HeadOperands, max_skipped: float | None, out: list[Tensor]
+    chunk: Chunk, head: HeadOperands, max_skipped: float | None, out: list[Tensor], more: bool
 ) -> tuple[TokenStatistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
     config = head.config("stats", chunk.hidden)
-    found = head_finish(head_stats(chunk.hidden, head, chunk.tokens, config), target)
+    partial, top = head_stats(chunk.hidden, head, chunk.tokens, config, more=more)
+    found = head_finish(partial, target, tokens=chunk.tokens if more else None, top=top)
     mass = _weighted(found.rest, chunk.alpha)
     coefficient = _weighted(mass, slope)
     if max_skipped is None:
@@ -174,7 +184,7 @@ def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: list[Tensor]
     afresh = ~((log2_l >= GROSS[0]) & (log2_l <= GROSS[1])).all(0, keepdim=True)
     config = head.config("stats", chunk.hidden)
     gate = afresh.int()
-    again = head_stats(chunk.hidden, head, chunk.tokens, config, gate=gate)
+    again, _ = head_stats(chunk.hidden, head, chunk.tokens, config, gate=gate)
     found = head_finish(again, target, found, gate)
     wrong = ~good | afresh
     listed = pick(wrong, chunk.cu_seqlens)

@@ -40,13 +40,14 @@ from .tuning import Config
 def head_gradient_kernel(
     hidden, weight, low_hidden, low_weight, bias, tokens, numbers, gradient, kept, largest,
     N, V, i_row0, n_rows, i_col0, n_columns, n_blocks, i_kept,
-    scale, factor,
+    scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_gn, stride_kn, stride_ln,
     R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    KEPT: tl.constexpr, K_TMA: tl.constexpr, LARGEST: tl.constexpr, LOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, KEPT: tl.constexpr, K_TMA: tl.constexpr, LARGEST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
@@ -72,14 +73,17 @@ def head_gradient_kernel(
     b_e = tl.load(p_numbers + 3 * N, mask=m_row, other=0.0)
     b_at_token = tl.load(p_numbers + 4 * N, mask=m_row, other=0.0)
 
+    b_factor = factor  # [BM, 1] if TEMPERED
+    if TEMPERED:
+        b_factor = tl.load(factors + o_row, mask=m_row, other=1.0)[:, None]
     if KEPT == 2:
         p_largest = largest + o_row.to(tl.int64)[:, None] * stride_ln + ((o_col - i_kept) // LARGEST)[None, :]
         b_largest = tl.load(p_largest, mask=m_row[:, None], other=0.0)
         b_z = (b_largest + distance_of(b_kept)) * (1 / LOG2_E)
     else:
         b_acc = b_acc if KEPT == 0 else b_kept
-        b_x = plus_bias(b_acc, bias, i_col, V, factor, BN) if HAS_BIAS else b_acc
-        b_z = raw_logits(b_x, scale, factor, SOFTCAP) * factor
+        b_x = plus_bias(b_acc, bias, i_col, V, b_factor, BN, TEMPERED) if HAS_BIAS else b_acc
+        b_z = raw_logits(b_x, scale, b_factor, SOFTCAP) * b_factor
     b_log_p = b_z - b_top[:, None] - b_log_total[:, None]
     b_p = tl.exp2(b_log_p * LOG2_E)
     if HAS_BIAS or KEPT == 2:  # a masked entry: e times this must not overflow, as 0 times infinity is NaN
@@ -125,7 +129,7 @@ def head_gradient(
     launch_kernel(
         head_gradient_kernel,
         (n_blocks * triton.cdiv(n_columns, config.BN),),
-        **head.tiled(hidden, config) | {"factor": head.nats},
+        **head.tiled(hidden, config, factor=head.nats),
         tokens=tokens,
         numbers=numbers,
         gradient=descriptor(gradient, (config.BM, config.BN)) or gradient,

@@ -39,21 +39,24 @@ SUMS = 8 << 20  # bytes of a block's sums, where the gradient itself has no room
 
 
 def statistics(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `Backend.statistics`: [1, 3, N] and [N], float32. A token outside of [0, V) has the logit -inf."""
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, kept: Kept | None = None, more: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.statistics`, of one strip, float32. A token outside of [0, V) has the logit -inf."""
     kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
     operands = HeadOperands.of(head)
     config = operands.config("stats", hidden)
     tokens = tokens.clamp(-1, head.weight.shape[0])  # fits an int32
-    parts, targets = [hidden.new_empty((1, 3, 0), dtype=torch.float32)], []
+    parts, targets = [hidden.new_empty((1, 4 if more else 3, 0), dtype=torch.float32)], []
+    tops = [tokens.new_empty(1, 0)]
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         for rows in slices(0, hidden.shape[0], CHUNK):
-            h, y = hidden[rows], tokens[rows]
+            h, y, here = hidden[rows], tokens[rows], operands.at(rows)
             kept_rows = None if kept_logits is None else kept_logits.at(rows)
-            parts.append(head_join(head_stats(h, operands.at(rows), y, config, kept=kept_rows)))
-            targets.append(head_target(h, operands.at(rows), y, operands.nats, outside=-torch.inf)[0])
-    return torch.cat(parts, dim=2), torch.cat([parts[0][0, 0], *targets])
+            part, top = head_join(*head_stats(h, here, y, config, kept=kept_rows, more=more))
+            parts.append(part)
+            tops.append(top)
+            targets.append(head_target(h, here, y, here.nats, outside=-torch.inf)[0])
+    return torch.cat(parts, dim=2), torch.cat([parts[0][0, 0], *targets]), torch.cat(tops, dim=1)
 
 
 def sweep(
@@ -76,7 +79,8 @@ def sweep(
     weight, operands = head.weight, HeadOperands.of(head)
     config = operands.config("gradient", hidden)
     tokens = tokens.clamp(-1, weight.shape[0])
-    terms = incoming.terms * (head.logit_scale / head.temperature)
+    T = head.temperature if head.temperatures is None else head.temperatures
+    terms = incoming.terms * (head.logit_scale / T)
     kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
     unit = _unit(terms) if hidden.dtype == torch.float16 else None
     numbers = torch.cat([incoming.normaliser, terms if unit is None else terms / unit])

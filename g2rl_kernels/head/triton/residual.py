@@ -35,13 +35,14 @@ def head_residual_kernel(
     hidden, weight, low_hidden, low_weight, bias, tokens, response, alpha, shift, seed, kappa, index,
     cu_seqlens, partial, sums,
     N, V, s_begin, s_end, i_tile0, n_tiles, n_strips,
-    scale, factor,
+    scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd,
     R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, LISTED: tl.constexpr,
     SUMS: tl.constexpr, CORRECT: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, LOW: tl.constexpr,
+    TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # How many tokens there are is known to the device alone: programs read it, and end at once without work.
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -74,9 +75,12 @@ def head_residual_kernel(
         b_shift = tl.load(shift + o_row, mask=m_row, other=0.0)
         b_response = tl.load(response + o_row, mask=m_row, other=-1)
         BRANCH: tl.constexpr = not (SUMS or CORRECT or SOFTCAP)
-        b_x = add_bias(b_acc, b_y, bias, i_col, V, factor, BN, HAS_BIAS, BRANCH)
-        b_r = raw_logits(b_x, scale, factor, SOFTCAP)
-        b_distance = b_r * factor - b_shift[:, None]
+        b_factor = factor  # [BM, 1] if TEMPERED
+        if TEMPERED:
+            b_factor = tl.load(factors + o_row, mask=m_row, other=1.0)[:, None]
+        b_x = add_bias(b_acc, b_y, bias, i_col, V, b_factor, BN, HAS_BIAS, BRANCH, TEMPERED)
+        b_r = raw_logits(b_x, scale, b_factor, SOFTCAP)
+        b_distance = b_r * b_factor - b_shift[:, None]
         b_p = tl.exp2(b_distance)
         if SUMS:
             b_l, b_u = tl.sum(b_p, axis=1), tl.sum(b_p * b_distance, axis=1)
@@ -86,7 +90,7 @@ def head_residual_kernel(
         if CORRECT:
             # kappa = 0 where a seed overflowed: avoid 0 times infinity
             b_seed = tl.where(b_kappa > 0, tl.load(seed + o_row, mask=m_row, other=0.0), float("inf"))
-            b_p -= tl.exp2(b_r * factor - b_seed[:, None])
+            b_p -= tl.exp2(b_r * b_factor - b_seed[:, None])
         if SOFTCAP:  # the slope 1 - tanh^2, off by a rounding error of 1 as p is; masked: tanh = -1
             b_tanh = tl.maximum(b_r, -1.0)
             b_p *= 1 - b_tanh * b_tanh

@@ -21,16 +21,16 @@ from .tile import LOW_BLOCK, HeadOperands, given, raw_logits, softcap_slope
 BT, BD = 16, 256
 
 
-@triton.heuristics(given("HAS_BIAS", "bias") | given("LOW", "low_weight"))
+@triton.heuristics(given("HAS_BIAS", "bias") | given("TEMPERED", "factors") | given("LOW", "low_weight"))
 @triton.jit(do_not_specialize=["N", "V", "R", "D"])
 def head_target_kernel(
     hidden, weight, low_hidden, low_weight, bias, tokens, target, slope,
     N, V,
-    scale, factor, outside,
+    scale, factor, factors, outside,
     stride_hn, stride_hd, stride_wv, stride_wd,
     R, D,
     BT: tl.constexpr, BD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -60,8 +60,11 @@ def head_target_kernel(
             b_w = tl.load(low_weight + b_y[:, None] * R + o_k[None, :], mask=m, other=0.0).to(tl.float32)
             b_low += b_h * b_w
         b_x += tl.sum(b_low, axis=1)
-    b_r = raw_logits(b_x, scale, factor, SOFTCAP)
-    tl.store(target + o_t, tl.where(m_y, b_r * factor, outside), mask=m_t)
+    b_factor = factor
+    if TEMPERED:
+        b_factor = tl.load(factors + o_t, mask=m_t, other=1.0)
+    b_r = raw_logits(b_x, scale, b_factor, SOFTCAP)
+    tl.store(target + o_t, tl.where(m_y, b_r * b_factor, outside), mask=m_t)
     if SOFTCAP:
         tl.store(slope + o_t, softcap_slope(b_x * scale), mask=m_t)
 
@@ -74,13 +77,10 @@ def head_target(
     N = hidden.shape[0]
     target = torch.empty(N, dtype=torch.float32, device=hidden.device)
     slope = torch.empty_like(target) if head.has_softcap else None
-    arguments = head.arguments(hidden)
-    if factor is not None:
-        arguments["factor"] = factor
     launch_kernel(
         head_target_kernel,
         (triton.cdiv(N, BT),),
-        **arguments,
+        **head.arguments(hidden, factor),
         tokens=tokens,
         target=target,
         slope=slope,

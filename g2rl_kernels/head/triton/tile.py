@@ -103,28 +103,33 @@ def tanh(x):
 @triton.jit
 def masked_raw(factor):
     """A raw logit r with factor r about MASKED, or nearer to 0 where that would overflow."""
-    return tl.maximum(MASKED / factor, -3e38)
+    return tl.maximum(-1e30 / factor, -3e38)  # interpreted, a constexpr cannot be divided by a tensor
 
 
 @triton.jit
-def plus_bias(b_acc, bias, i_col, V, factor, BN: tl.constexpr):
-    """W h + b, and masked_raw where b is -inf."""
+def plus_bias(b_acc, bias, i_col, V, factor, BN: tl.constexpr, TEMPERED: tl.constexpr):
+    """W h + b, and masked_raw where b is -inf. TEMPERED: factor is [BM, 1], else a number."""
     o_col = i_col + tl.arange(0, BN)
     b_bias = tl.load(bias + o_col, mask=o_col < V, other=float("-inf")).to(tl.float32)
-    return b_acc + tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
+    if TEMPERED:
+        b_bias = tl.where((b_bias == float("-inf"))[None, :], masked_raw(factor), b_bias[None, :])
+    else:
+        b_bias = tl.where(b_bias == float("-inf"), masked_raw(factor), b_bias)[None, :]
+    return b_acc + b_bias
 
 
 @triton.jit
 def add_bias(
-    b_acc, b_y, bias, i_col, V, factor, BN: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr
-):
+    b_acc, b_y, bias, i_col, V, factor,
+    BN: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
     """W h + b, and masked_raw where the column is beyond V, its bias is -inf, or it is the realised one.
 
     Most tiles hold no realised token and no ragged end: with BRANCH they skip both, for some more registers.
     """
     o_col = i_col + tl.arange(0, BN)
     if HAS_BIAS:
-        b_acc = plus_bias(b_acc, bias, i_col, V, factor, BN)
+        b_acc = plus_bias(b_acc, bias, i_col, V, factor, BN, TEMPERED)
         b_acc = tl.where(o_col[None, :] != b_y[:, None], b_acc, masked_raw(factor))
     elif BRANCH:
         n_here = tl.sum(((b_y >= i_col) & (b_y < i_col + BN)).to(tl.int32), axis=0)
@@ -158,7 +163,7 @@ class HeadOperands(NamedTuple):
 
     Without softcap x = factor (W h + b), factor = logit_scale / T * log2(e). With a softcap c,
     x = factor tanh(scale (W h + b)), scale = logit_scale / c and factor = c / T * log2(e). With `nats` for
-    `factor`, x is z / T.
+    `factor`, x is z / T. Where each token has a T of its own, T is 1 above, and kernels get `factors` too.
     """
 
     weight: Tensor  # [V, d]
@@ -171,6 +176,7 @@ class HeadOperands(NamedTuple):
     precision: str  # of float32 products
     low_hidden: Tensor | None = None  # [N, r] and
     low_weight: Tensor | None = None  # [V, r], contiguous: the low-rank part
+    temperatures: Tensor | None = None  # [N]
 
     @classmethod
     def of(cls, spec: HeadSpec) -> HeadOperands:
@@ -186,11 +192,15 @@ class HeadOperands(NamedTuple):
             precision=tuning.precision(),
             low_hidden=None if spec.low_hidden is None else spec.low_hidden.contiguous(),
             low_weight=None if spec.low_weight is None else spec.low_weight.contiguous(),
+            temperatures=spec.temperatures,
         )
 
     def at(self, rows: slice) -> HeadOperands:
         """The same for some of the tokens."""
-        return self._replace(low_hidden=None if self.low_hidden is None else self.low_hidden[rows])
+        temperatures, low_hidden = (
+            None if t is None else t[rows] for t in (self.temperatures, self.low_hidden)
+        )
+        return self._replace(temperatures=temperatures, low_hidden=low_hidden)
 
     @property
     def parts(self) -> tuple[HeadOperands, ...]:
@@ -203,8 +213,12 @@ class HeadOperands(NamedTuple):
         form = tuning.form(hidden, self.weight, self.has_softcap)
         return choose(kind, hidden.device, hidden.dtype, V, D, form)
 
-    def arguments(self, hidden: Tensor) -> dict[str, Any]:
-        """Arguments of every kernel that multiplies hidden with the weight."""
+    def arguments(self, hidden: Tensor, factor: float | None = None) -> dict[str, Any]:
+        """Arguments of every kernel that multiplies hidden with the weight. `factor`: see above."""
+        factor = self.factor if factor is None else factor
+        factors = None  # [N], of the tokens; divided here, since a kernel's division is not rounded correctly
+        if self.temperatures is not None:
+            factors = (factor / self.temperatures.double()).float()
         return {
             "hidden": hidden,
             **weight_arguments(self.weight),
@@ -213,17 +227,20 @@ class HeadOperands(NamedTuple):
             "low_weight": self.low_weight,
             "R": None if self.low_weight is None else self.low_weight.shape[1],
             "scale": self.scale,
-            "factor": self.factor,
+            "factor": factor,
+            "factors": factors,
             "stride_hn": hidden.stride(0),
             "stride_hd": hidden.stride(1),
             "SOFTCAP": self.has_softcap,
         }
 
-    def tiled(self, hidden: Tensor, config: Config, *, gather: bool = False) -> dict[str, Any]:
+    def tiled(
+        self, hidden: Tensor, config: Config, *, gather: bool = False, factor: float | None = None
+    ) -> dict[str, Any]:
         """Arguments of a kernel that computes tiles by `dot_tile`. With `gather` it picks single rows of
         hidden, through pointers."""
         d_hidden = None if gather else descriptor(hidden, (config.BM, config.BK))
-        return self.arguments(hidden) | {
+        return self.arguments(hidden, factor) | {
             "hidden": d_hidden or hidden,
             "weight": descriptor(self.weight, (config.BN, config.BK)) or self.weight,
             "PRECISION": self.precision,
@@ -256,6 +273,7 @@ TILE_FLAGS = {
     **by_tma("W_TMA", "weight"),
     **given("HAS_BIAS", "bias"),
     **given("LOW", "low_weight"),
+    **given("TEMPERED", "factors"),
     **UPCAST,
 }
 

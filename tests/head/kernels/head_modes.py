@@ -27,14 +27,15 @@ examples = settings(max_examples=40 if HAS_GPU else 8)  # most compile a kernel 
 TINY = tuning.Config(16, 16, 16, 4, 2)
 
 
-def plain_features(case: Case, **options: Any) -> FeatureOutputs:
+def plain_features(case: Case, more: bool = False, **options: Any) -> FeatureOutputs:
     """By the backend itself, which checks no values."""
-    return driver.features(case.hidden, case.tokens, case.spec, case.responses, Hints(**options))
+    return driver.features(case.hidden, case.tokens, case.spec, case.responses, Hints(**options), more)
 
 
 def mode_options(mode: str, known: torch.Tensor) -> dict[str, Any]:
     """What makes a call of the backend one of `modes`."""
-    return {"one pass": {"known_logprobs": known}, "certificate": {"max_skipped": 0.1}}.get(mode, {})
+    options = {"one pass": {"known_logprobs": known}, "certificate": {"max_skipped": 0.1}}
+    return {**options, "statistics": {"more": True}}.get(mode, {})
 
 
 def known_mode(case: Case, known: torch.Tensor) -> g2.HeadFeatures:

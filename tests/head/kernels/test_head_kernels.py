@@ -31,6 +31,7 @@ from oracle import (
     run_head,
 )
 from strategies import cases
+from test_statistics import ALL, assert_exact, run_features, run_logprobs
 
 import g2rl_kernels as g2
 from g2rl_kernels.head.spec import HeadSpec
@@ -84,6 +85,22 @@ def test_small_budgets_change_nothing(tiny_budgets):
     assert (certified(case, 0.05).skipped_tokens > 0).any()
 
 
+@pytest.mark.parametrize("temperature", [0.7, "each"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_statistics_of_many_tiles(tiny_budgets, temperature, softcap):
+    """Chunks of 30 tokens; a strip in which everything is masked."""
+    bias = torch.randn(200)
+    bias[40:90] = -torch.inf
+    case = make_case([3, 0, 70], V=200, d=24, bias=bias, logit_softcap=softcap)
+    case.tokens = torch.where(bias[case.tokens] == -torch.inf, 7, case.tokens)
+    case.temperature = 0.3 + torch.rand(73) if temperature == "each" else temperature
+    known = autograd_head(case).logprobs.float().to(GPU)
+    found = run_features(case, TRITON, statistics=ALL), run_logprobs(case, TRITON, statistics=ALL)
+    assert_exact(case, *found)
+    for a, b in zip(found[0], run_features(case, TRITON, statistics=ALL, known_logprobs=known)):
+        assert torch.equal(a, b)  # known log-probabilities are ignored
+
+
 @dtypes
 def test_small_case_through_pointers_and_descriptors(monkeypatch, tiny_tiles, dtype):
     """The same bits, whichever way the operands come. d = 24 suits TMA, in all dtypes."""
@@ -103,7 +120,7 @@ def test_small_strip_of_masked_entries_counts_nothing(tiny_tiles, temperature):
     case = make_case([5], V=48, d=16, bias=bias)
     case = case.replace(tokens=torch.tensor([16, 17, 20, 31, 16])).to(GPU)
     head = tile.HeadOperands.of(HeadSpec(case.weight, case.bias, temperature))
-    partial = stats.head_stats(case.hidden, head, case.tokens, TINY).cpu()
+    partial = stats.head_stats(case.hidden, head, case.tokens, TINY)[0].cpu()
     assert partial.shape == (3, 3, 5)  # a strip a tile
     for strip in (0, 2):
         assert (partial[strip, 1] == 0).all()
@@ -165,7 +182,8 @@ def operator_arguments(known: bool, max_skipped: float | None) -> tuple:
     case = make_case([8, 0, 5], V=67, d=16, bias=torch.randn(67), token_weights=torch.rand(13)).to(GPU)
     seeds = torch.full((13,), -4.0, device=GPU) if known else None
     spec = case.replace(temperature=0.7, logit_scale=1.3, logit_softcap=4.0).spec
-    return (case.hidden, case.tokens, *spec, *case.responses, seeds, max_skipped, "triton", "")
+    more = max_skipped is None and not known
+    return (case.hidden, case.tokens, *spec, *case.responses, seeds, max_skipped, "triton", "", more)
 
 
 @modes
@@ -234,7 +252,7 @@ SIZES = [
 ]
 
 
-@modes
+@pytest.mark.parametrize("mode", [*modes.args[1], "statistics"])
 @pytest.mark.parametrize(("N", "V", "d", "S"), SIZES, ids=str)
 def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, S, mode):
     """What the launcher allocates; kernels themselves have no memory. None is launched here, but on a GPU."""

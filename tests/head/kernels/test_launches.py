@@ -64,16 +64,19 @@ tile.choose = lambda kind, device, dtype, V, D, form: tuning.CANDIDATES["hip" if
 def inputs(N, V, d, dtype, mode):
     bias, softcap = (torch.zeros(V), 30.0) if mode == "every option" else (None, 0.0)
     head = HeadSpec(torch.zeros(V, d, dtype=dtype), bias, 0.7, 1.0, softcap)
+    if mode == "temperatures and statistics":
+        head = head._replace(temperatures=torch.ones(N))
     return torch.zeros(N, d, dtype=dtype), torch.zeros(N, dtype=torch.int64), head
 
 
 def gradients(N, V, d, S, dtype, mode):
     hidden, tokens, head = inputs(N, V, d, dtype, mode)
+    more = mode == "temperatures and statistics"
     numbers, sums = torch.zeros(5, N), Sums(torch.zeros(N, d), torch.zeros_like(head.weight))
     for memory in (0, 1 << 40):
         data = torch.zeros(driver.kept_bytes(hidden, head, memory), dtype=torch.uint8)
         kept = Kept(data, N) if memory else None
-        driver.statistics(hidden, tokens, head, kept)
+        driver.statistics(hidden, tokens, head, kept, more)
         driver.sweep(hidden, tokens, head, Incoming(numbers[:2], numbers[2:]), slice(0, V), sums, kept)
 
 
@@ -83,7 +86,8 @@ def features(N, V, d, S, dtype, mode):
     known = torch.zeros(N) if mode == "one pass" else None
     most = 0.1 if mode == "certificate" else None
     responses = Responses(torch.tensor([0] * S + [N]), alpha)
-    driver.features(hidden, tokens, head, responses, Hints(known, most))
+    more = mode == "temperatures and statistics"
+    driver.features(hidden, tokens, head, responses, Hints(known, most), more)
 
 
 def groups(S, d, B, M):
@@ -97,7 +101,7 @@ if sys.argv[2] == "groups":
 
 counts = []
 for size in json.loads(sys.argv[1]):
-    for mode in ("two passes", "one pass", "certificate", "every option"):
+    for mode in ("two passes", "one pass", "certificate", "every option", "temperatures and statistics"):
         features(*size, getattr(torch, sys.argv[2], None), mode)
         gradients(*size, getattr(torch, sys.argv[2], None), mode)
     counts.append(len(compiled))

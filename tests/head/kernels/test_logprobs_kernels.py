@@ -183,17 +183,22 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(tiny_tiles, dtype):
         local[7] = case.tokens[7]
         return case.hidden, local, HeadSpec(case.weight[begin:end], case.bias[begin:end], *options)
 
-    partial, target = kernels.statistics(*part(0, V))
-    parts, targets = zip(*(kernels.statistics(*part(a, b)) for a, b in itertools.pairwise(cuts)))
-    assert partial.shape == (1, 3, N)
+    partial, target, top = kernels.statistics(*part(0, V), more=True)
+    parts, targets, tops = zip(
+        *(kernels.statistics(*part(a, b), more=True) for a, b in itertools.pairwise(cuts))
+    )
+    assert partial.shape == (1, 4, N)
     assert target[7] == -torch.inf
     assert torch.equal(torch.stack(targets).amax(0), target)
     for found in targets:
         assert (found == -torch.inf).any()
         assert not found.isnan().any()
-    whole = tiled.finish(partial, target)
-    for a, b in zip(whole, tiled.finish(torch.cat(parts), target)):
+    whole = tiled.finish(partial, target, case.tokens, top)
+    tops = torch.cat([of_part + begin for of_part, begin in zip(tops, cuts)])
+    for a, b in zip(whole, tiled.finish(torch.cat(parts), target, case.tokens, tops)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(kernels.statistics(*part(0, V))[:2], (partial[:, :3], target)):
+        assert torch.equal(a, b)
 
     def swept(begin, end):
         sums = torch.zeros(N, d, device=GPU)
@@ -217,9 +222,11 @@ def test_a_shard_that_holds_nothing_says_so_and_keeps_nan(tiny_tiles):
     case = make_case([3], V=40, d=24, bias=torch.full((40,), -torch.inf)).to(GPU)
     case.tokens[:2] = -1
     case.hidden[1] = torch.nan
-    partial, target = kernels.statistics(case.hidden, case.tokens, HeadSpec(case.weight, case.bias))
-    assert partial[0, :, [0, 2]].T.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
+    head = HeadSpec(case.weight, case.bias)
+    partial, target, top = kernels.statistics(case.hidden, case.tokens, head, more=True)
+    assert partial[0, :, [0, 2]].T.tolist() == [[-torch.inf, 0.0, 0.0, 0.0]] * 2
     assert partial[0, 1, 1].isnan()
+    assert (top == -1).all()
     assert (target == -torch.inf).all()
 
 
@@ -373,7 +380,7 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
 
     def run():
         inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
-        out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY)
+        out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY, False)[:4]
         needs = (True, not frozen, False, False, False)
         return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, *needs)
 
@@ -419,7 +426,8 @@ def test_opcheck(trained):
     args = [case.hidden, case.tokens, *head, *BACKEND, 0]
     for i in trained:
         args[i].requires_grad_()
-    torch.library.opcheck(torch.ops.g2rl.linear_logprobs, tuple(args))
+    for statistics in (False, True):
+        torch.library.opcheck(torch.ops.g2rl.linear_logprobs, (*args, statistics))
 
 
 def test_compiles_in_one_graph_to_the_same_bits():
@@ -475,7 +483,7 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
 
     def run():
         inputs = (case.hidden, case.tokens, *HeadSpec(case.weight), *BACKEND)
-        out = torch.ops.g2rl.linear_logprobs(*inputs)
+        out = torch.ops.g2rl.linear_logprobs(*inputs, 0, False)[:4]
         needs = (True, True, False, False, False)
         return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, *needs)
 
