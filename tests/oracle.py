@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import g2rl_kernels as g2
 from g2rl_kernels import _C, arguments
 from g2rl_kernels.head import logprobs
+from g2rl_kernels.head.lora import with_lora
 from g2rl_kernels.head.spec import HeadSpec, Responses
 
 # (backend, instruction set): all that this machine can run
@@ -56,6 +57,7 @@ class Case:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     token_weights: Tensor | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Case:
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
+            "lora": self.lora,
         }
 
     @property
@@ -72,7 +75,28 @@ class Case:
         """The head as backends take it."""
         T, options = self.temperature, (self.logit_scale, self.logit_softcap or 0.0)
         one, each = (1.0, T) if isinstance(T, Tensor) else (T, None)
-        return HeadSpec(self.weight, self.bias, one, *options, each)
+        head = HeadSpec(self.weight, self.bias, one, *options, each)
+        return with_lora(head, self.hidden, self.lora).rounded()
+
+    def lora_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        """The low-rank part with A and B in `dtype`."""
+        return None if self.lora is None else (self.lora[0].to(dtype), self.lora[1].to(dtype), self.lora[2])
+
+    @property
+    def double(self) -> Case:
+        """In float64; the same numbers."""
+        bias = None if self.bias is None else self.bias.double()
+        matrices = {"hidden": self.hidden.double(), "weight": self.weight.double()}
+        return self.replace(**matrices, bias=bias, lora=self.lora_in(torch.float64))
+
+    @property
+    def merged(self) -> Tensor:
+        """W + scaling B A [V, d], in float64."""
+        case = self.double
+        if case.lora is None:
+            return case.weight
+        A, B, scaling = case.lora
+        return case.weight + scaling * B @ A
 
     @property
     def T(self) -> Any:
@@ -107,6 +131,8 @@ class Case:
         """With the same strides and offsets."""
 
         def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
             if not isinstance(value, Tensor) or value.device == device:
                 return value
             memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
@@ -168,6 +194,9 @@ def run_head(case: Case, backend: tuple[str, str | None], **options: Any) -> g2.
 def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """z / temperature [N, V], as a user would write it."""
     x = hidden @ weight.T
+    if case.lora is not None:
+        A, B, scaling = case.lora_in(hidden.dtype)
+        x = x + (scaling * (hidden @ A.T)) @ B.T
     if bias is not None:
         x = x + bias
     x = case.logit_scale * x
@@ -186,7 +215,7 @@ def autograd_head(case: Case) -> g2.HeadFeatures:
     """float64, by autograd: phi_t = temperature * d log p / d h_t. Independent of head/reference.py."""
     hidden = case.hidden.detach().double().requires_grad_()
     bias = None if case.bias is None else case.bias.double()
-    z = logits(case, hidden, case.weight.double(), bias)
+    z = logits(case.replace(lora=None), hidden, case.merged, bias)
     log_p = z.log_softmax(1)
     logprobs = log_p.gather(1, case.tokens[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
@@ -212,7 +241,11 @@ def torch_head(case: Case) -> g2.HeadFeatures:
             )
             ** 2
         )
-    phi = case.logit_scale * (residual.to(dtype) @ case.weight).float()
+    phi = residual.to(dtype) @ case.weight
+    if case.lora is not None:
+        A, B, scaling = case.lora_in(dtype)
+        phi = phi + scaling * (residual.to(dtype) @ B) @ A
+    phi = case.logit_scale * phi.float()
     features = torch.zeros(len(case.lengths), case.hidden.shape[1])
     features = features.index_add(0, case.segment, case.token_share.float()[:, None] * phi)
     logprobs = log_p.gather(1, case.tokens[:, None]).squeeze(1)
@@ -229,15 +262,19 @@ def rounding(case: Case) -> g2.HeadFeatures:
     With u = 2^-24, a logit is off by u times the root of sum_k (h_k w_k)^2, and by u |z| as it is stored.
     That is the relative error of each p_v, so a feature is off by it times the root of sum_v (A_v W_v)^2.
     A_v holds 1 - p at the realised token, not 1: the floor shrinks with the feature of a near-certain
-    response.
+    response. A low-rank part in 16 bits rounds its two factors to them.
     """
-    h, w = case.hidden.double(), case.weight.double()
-    bias = None if case.bias is None else case.bias.double()
-    z = logits(case, h, w, bias)
+    double = case.double
+    h, w, bias = double.hidden, double.merged, double.bias
+    z = logits(double, h, double.weight, bias)
     square = (h**2) @ (w**2).T + (0 if bias is None else bias.masked_fill(bias == -torch.inf, 0.0) ** 2)
+    if double.lora is not None:
+        A, B, scaling = double.lora
+        square = square + ((scaling * h @ A.T) ** 2) @ (B**2).T
     size = (case.logit_scale / case.T) * square.amax(1, keepdim=True).sqrt()
     size = torch.maximum(size.squeeze(1), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
     relative = 2.0**-23 * (3 * size + 4)  # [N], generously; 4: exp, log, a division and the last rounding
+    relative = relative + low_rounding(case)
 
     log_p = z.log_softmax(1)
     p = log_p.exp()
@@ -245,11 +282,25 @@ def rounding(case: Case) -> g2.HeadFeatures:
     residual = p.scatter(1, index, 0.0)
     residual = residual.scatter(1, index, residual.sum(1, keepdim=True))
     spread = case.logit_scale * (residual**2 @ w**2).amax(1).sqrt()
+    off = relative * spread
+    eps = torch.finfo(case.hidden.dtype).eps
+    if double.lora is not None and eps > 1e-6:  # B itself
+        off = off + eps * case.logit_scale * abs(scaling) * ((residual**2 @ B**2) @ A**2).amax(1).sqrt()
     features = torch.zeros(len(case.lengths), dtype=torch.float64)
-    features = features.index_add(0, case.segment, case.token_share * relative * spread)
+    features = features.index_add(0, case.segment, case.token_share * off)
     logprobs = relative * residual.gather(1, index).squeeze(1) + 2.0**-24 * z.logsumexp(1).abs()
     H = entropy(log_p)
     return g2.HeadFeatures(features, logprobs, relative, relative * H)
+
+
+def low_rounding(case: Case) -> Tensor:
+    """[N]: how far a logit is off as the two factors of a low-rank part are rounded to 16 bits."""
+    eps, double = torch.finfo(case.hidden.dtype).eps, case.double
+    if double.lora is None or eps < 1e-6:
+        return torch.zeros(len(case.hidden), dtype=torch.float64)
+    A, B, scaling = double.lora
+    products = ((scaling * double.hidden @ A.T) ** 2) @ (B**2).T
+    return (2 * eps * case.logit_scale / case.T * products.amax(1, keepdim=True).sqrt()).squeeze(1)
 
 
 def errors(actual: g2.HeadFeatures, exact: g2.HeadFeatures) -> g2.HeadFeatures:
@@ -268,9 +319,8 @@ def stored_exponentials(case: Case) -> Tensor:
     It stores round(65535 e^(1/4)), e relative to a maximum: off by at most 2^-15 e^(3/4), signs at random.
     Twice the root of the sum of squares is allowed.
     """
-    w = case.weight.double()
-    bias = None if case.bias is None else case.bias.double()
-    z = logits(case, case.hidden.double(), w, bias)
+    double = case.double
+    w, z = double.merged, logits(double, double.hidden, double.weight, double.bias)
     e = torch.exp(z - z.amax(1, keepdim=True))
     error = 2.0**-14 * e**0.75 / e.sum(1, keepdim=True)
     spread = case.logit_scale * (error**2 @ w**2).amax(1).sqrt()

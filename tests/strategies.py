@@ -36,6 +36,16 @@ def restride(tensor: Tensor, layout: str) -> Tensor:
 LAYOUTS = ("contiguous", "transposed", "rows", "columns", "offset")
 
 
+def low_rank(
+    case: Case, r: int, dtype: torch.dtype | None = None, seed: int = 0, scaling: float = 0.5
+) -> tuple[Tensor, Tensor, float]:
+    """lora of random numbers, for logits of about unit size."""
+    (V, d), dtype = case.weight.shape, dtype or case.hidden.dtype
+    g = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(r, d, generator=g) / d**0.5, torch.randn(V, r, generator=g) * 2 / r**0.5
+    return A.to(dtype), B.to(dtype), scaling
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     V = draw(st.sampled_from(SIZES) | st.integers(1, 700))
@@ -60,6 +70,14 @@ def cases(draw: st.DrawFn) -> Case:
     case.temperature = draw(st.sampled_from((1.0, 0.3, 1.7, 0.3 + 1.4 * torch.rand(N, generator=g))))
     case.logit_scale = draw(st.sampled_from((1.0, 0.25, 2.0)))
     case.logit_softcap = draw(st.sampled_from((None, 1.5, 30.0)))
+    if draw(st.booleans()):
+        r, dtype = (
+            draw(st.sampled_from((1, 2, 5, 16, 17, 33, 70))),
+            draw(st.sampled_from(DTYPES[:1] * 2 + (None,))),
+        )
+        A, B, scaling = low_rank(case, r, dtype, seed, draw(st.sampled_from((1.0, -0.7))))
+        layouts = st.sampled_from(LAYOUTS)
+        case.lora = restride(A, draw(layouts)), restride(B, draw(layouts)), scaling
     return case
 
 

@@ -94,6 +94,16 @@ def assert_same_run(one: Any, other: Any) -> None:
         assert torch.equal(weight, weights(other)[name]), name
 
 
+def effective_weight(head: Any) -> Tensor:
+    """In float64, with PEFT's adapter on the head, if there is one."""
+    weight = head.weight.double()
+    if not hasattr(head, "lora_A"):
+        return weight
+    (name,) = head.active_adapters
+    A, B = (part[name].weight.double() for part in (head.lora_A, head.lora_B))
+    return weight + head.scaling[name] * B @ A
+
+
 class Watched(G2RLTrainer):
     """Records each generation batch, and the features that it should have."""
 
@@ -136,7 +146,7 @@ class Watched(G2RLTrainer):
                 reference.head_features(
                     hidden[len(prompt) - 1 : -1].double(),
                     ids[0, len(prompt) :],
-                    HeadSpec(head.weight.double(), temperature=self.temperature),
+                    HeadSpec(effective_weight(head), temperature=self.temperature),
                     Responses(torch.tensor([0, len(completion)]), counts.double()),
                 )[0]
             )

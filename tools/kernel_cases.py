@@ -14,6 +14,8 @@ from typing import Any
 
 # Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
 TRIED_MAY_SPILL = 32
+# And a low-rank part beside a softcap, a bias and weights, which is rarer than its own tiles would be worth.
+LOW_MAY_SPILL = 32
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
@@ -26,7 +28,14 @@ TYPES = {
     "fp32": "factor most outside scale sign",
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
-OPERANDS = ("hidden", "weight", "bias", "gradient")  # pointers to the model's dtype, or tensor descriptors
+OPERANDS = (
+    "hidden",
+    "weight",
+    "low_hidden",
+    "low_weight",
+    "bias",
+    "gradient",
+)  # pointers to the model's dtype, or tensor descriptors
 ROW_STRIDES, COLUMN_STRIDES = ("stride_hn", "stride_wv"), ("stride_hd", "stride_wd")
 OWN = ("stride_gn", "stride_kn", "n_columns")  # sizes of our own buffers, always multiples of 16
 
@@ -108,6 +117,7 @@ def made(
 
 # Variant -> the kernel and its constants.
 NO_GATE = {"gate": None, "GATED": False}
+NO_LOW = {"low_hidden": None, "low_weight": None, "R": None, "LOW": False}
 # What linear_logprobs and head_features call statistics: sum p^2 and the likeliest token.
 NO_MORE = {"top": None, "MORE": False}
 NONE_KEPT = {"kept": None, "largest": None, "KEPT": 0}
@@ -138,6 +148,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient, kept": ("gradient.head_gradient_kernel", {}),
 }
 BOTH = ("hidden", "weight")
+FLAGS = ("HAS_BIAS", "SOFTCAP", "LOW")  # of head_target
 STRIDED = (*ROW_STRIDES, *COLUMN_STRIDES)
 
 
@@ -150,6 +161,7 @@ def large(
     *,
     bias: bool = False,
     softcap: bool = False,
+    low: bool = False,
     tempered: bool = False,
     precision: str = "ieee",
     by_pointer: tuple[str, ...] = (),
@@ -175,6 +187,7 @@ def large(
     }  # fmt: skip
     if not bias:
         constants["bias"] = None
+    constants |= {"LOW": True} if low else NO_LOW
     if not tempered:
         constants["factors"] = None
     if "G_TMA" in function(kernel).arg_names:
@@ -198,6 +211,7 @@ def large(
     if "unaligned" not in form and not is_amd(arch) and variant != "gradient, kept":
         needs.append("cp.async" if "weight" in by_pointer else "TMA")
     extra = ["bias"] * bias + ["weights"] * ("WEIGHTED" in constants and bias) + ["softcap"] * softcap
+    extra += ["low-rank part"] * low
     extra += ["temperatures"] * tempered
     how = ", 3xTF32" if precision == "tf32x3" else ""
     if "unaligned" in form:
@@ -256,6 +270,8 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
     for variant in usual:
         yield large(variant, arch, shipped, "plain", "bf16")
         yield large(variant, arch, shipped, "plain", "bf16", tempered=True)
+    for variant in usual if scope != "quick" else ("statistics", "gradient"):
+        yield large(variant, arch, shipped, "plain", "bf16", low=True)
     if scope == "quick":
         return
     yield large("statistics, gated", arch, shipped, "plain", "bf16")
@@ -282,6 +298,10 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
                 softcap=True,
                 tempered=True,
             )
+            yield large(
+                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True,
+                may_spill=LOW_MAY_SPILL,
+            )  # fmt: skip
             if scope == "all":
                 for config in (shipped, *others):
                     yield large(variant, arch, config, form, dtype, precision=precision, softcap=softcap)
@@ -313,7 +333,7 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
 
     joined = {"LN2": LN2, "BT": join.BT}
     realised = {"BT": target.BT, "BD": target.BD}
-    plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False}
+    plain = {"bias": None, "slope": None, "HAS_BIAS": False, "SOFTCAP": False, **NO_LOW}
     plain |= {"factors": None, "TEMPERED": False}
     no_statistics = dict.fromkeys(("tokens", "sum_p_squared", "top_token", "top_logprob")) | NO_MORE
     single: tuple[tuple[str, str, dict[str, Any], int], ...] = (
@@ -332,7 +352,13 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
         (
             "target",
             "bias, softcap, temperatures",
-            realised | {"HAS_BIAS": True, "SOFTCAP": True, "TEMPERED": True},
+            realised | {"HAS_BIAS": True, "SOFTCAP": True, "TEMPERED": True, **NO_LOW},
+            4,
+        ),
+        (
+            "target",
+            "bias, softcap, low-rank part",
+            realised | {**dict.fromkeys(FLAGS, True), "factors": None, "TEMPERED": False},
             4,
         ),
     )

@@ -55,12 +55,12 @@ int64_t strips_of(int64_t slab) { return std::min<int64_t>(64, ceil_div(slab, kB
 
 // Codes and partial projections share memory: codes are dead while rows are projected.
 int64_t code_bytes_of(const HeadArgs& a, int64_t width, int64_t slab) {
-  return std::max(2 * ceil_div(slab, kBlock) * kBlock * width, 4 * row_stride(a.d) * strips_of(slab));
+  return std::max(2 * ceil_div(slab, kBlock) * kBlock * width, 4 * row_stride(a.d + a.r) * strips_of(slab));
 }
 
 // Rows of A that are projected together.
 int64_t rows_of(const HeadArgs& a, int64_t width, int64_t slab) {
-  return code_bytes_of(a, width, slab) / (4 * row_stride(a.d) * strips_of(slab));
+  return code_bytes_of(a, width, slab) / (4 * row_stride(a.d + a.r) * strips_of(slab));
 }
 
 Plan make_plan(const HeadArgs& a, int64_t units) {
@@ -84,7 +84,8 @@ class Head {
   Head(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel) : a(args), k(kernels), parallel(parallel) {
     c.args = &args;
     c.bf16_pairs = args.dtype == DType::bf16 && kernels.bf16_dot;
-    c.units = c.bf16_pairs ? (args.d + 1) / 2 : args.d;
+    c.low_units = units_of(c.bf16_pairs, args.r);
+    c.units = units_of(c.bf16_pairs, args.d) + c.low_units;
     plan = make_plan(args, c.units);
     const int64_t width = plan.width;
     const int64_t blocks = std::min(ceil_div(args.V, kBlock), kSpan), code_bytes = code_bytes_of(args, width, plan.slab);
@@ -109,7 +110,7 @@ class Head {
   }
 
   void run_all() {
-    if (a.features) std::fill_n(a.features, a.S * a.d, 0.0f);
+    if (a.features) std::fill_n(a.features, a.S * (a.d + a.r), 0.0f);
     for (int64_t n = 0; n < a.N; n = c.first_token + c.tokens) {
       take_chunk(n);
       pack();
@@ -273,9 +274,9 @@ class Head {
     complete.clear();
   }
 
-  // features[response of row] += A[row, :] W / (sum of its weights)
+  // features[response of row] += A[row, :] [W, low_weight] / (sum of its weights)
   void project(const std::vector<int64_t>& rows) {
-    const int64_t stride = row_stride(a.d), slab = c.slab_end - c.slab_begin, strips = strips_of(slab);
+    const int64_t columns = a.d + a.r, stride = row_stride(columns), slab = c.slab_end - c.slab_begin, strips = strips_of(slab);
     const int64_t count = rows.size(), size = count * stride;
     float* partial = reinterpret_cast<float*>(codes);
     run(parallel, strips, [&](int64_t x) {
@@ -285,10 +286,10 @@ class Head {
     run(parallel, count, [&](int64_t j) {
       const int64_t s = row_response[rows[j]];
       const float scale = float(a.logit_scale / (total_weight(a, a.cu_seqlens[s], a.cu_seqlens[s + 1]) + 1e-8));
-      for (int64_t x = 0; x < a.d; x++) {
+      for (int64_t x = 0; x < columns; x++) {
         float sum = 0;
         for (int64_t i = 0; i < strips; i++) sum += partial[i * size + j * stride + x];
-        a.features[s * a.d + x] += sum * scale;
+        a.features[s * columns + x] += sum * scale;
       }
     });
   }
@@ -352,7 +353,7 @@ void two_steps(const HeadArgs& args, const HeadKernels& kernels, Parallel parall
 
 void head_features(const HeadArgs& args, Isa isa, Parallel parallel) {
   const HeadKernels& kernels = kernels_for(isa);
-  if (args.N == 0 && args.features) std::fill_n(args.features, args.S * args.d, 0.0f);
+  if (args.N == 0 && args.features) std::fill_n(args.features, args.S * (args.d + args.r), 0.0f);
   if (args.N == 0) return;
   if (args.known_logprobs && one_pass(args, kernels, parallel)) return;
   two_steps(args, kernels, parallel);

@@ -37,6 +37,7 @@ struct KeptLogits {
 struct HeadArgs {
   DType dtype;                 // of hidden and weight
   Matrix hidden, weight;       // [N, d], [V, d]
+  Matrix low_hidden, low_weight;  // [N, r], [V, r], of the same dtype: W h gets low_weight low_hidden added; null if r = 0
   const int64_t* tokens;       // [N] in [0, V), checked by the caller; with `partial` or `lse`, others belong to other ranks
   const int64_t* cu_seqlens;   // [S + 1], monotone from 0 to N, checked by the caller
   const void* bias;            // [V] or null
@@ -44,10 +45,10 @@ struct HeadArgs {
   int64_t bias_stride;
   const float* token_weights;  // [N] or null (all ones)
   const float* known_logprobs; // [N] or null: see onepass.cpp
-  int64_t N, d, V, S;
+  int64_t N, d, V, S, r;
   float temperature, logit_scale, logit_softcap;        // softcap 0: no softcap
   const float* temperatures;                            // [N], one a token in place of `temperature`; or null
-  float *features, *logprobs, *logsumexp, *entropy;     // [S, d], [N], [N], [N]: written in full
+  float *features, *logprobs, *logsumexp, *entropy;     // [S, d + r] (of [W, low_weight]), [N], [N], [N]: written in full
   bool statistics;                                      // whether the following are asked for
   float *sum_p_squared, *top_logprob;                   // [N], [N]: sum of p^2; log-probability of the likeliest entry
   int64_t* top_token;                                   // [N]: that entry, the first of equals; -1 where nothing is known

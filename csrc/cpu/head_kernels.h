@@ -33,11 +33,12 @@ struct HeadChunk {
   int64_t first_token, tokens;  // rows of hidden
   int64_t tile_width;           // tokens side by side in one register tile (a multiple of the vector length)
   int64_t tiles;                // register tiles that hold the chunk
-  int64_t units;                // length of a row of weight in units of four bytes: d floats, or d / 2 pairs of bf16
+  int64_t units;                // length of a row of packed: that of weight, and behind it that of low_weight
+  int64_t low_units;            // length of a row of low_weight in units of four bytes: r floats, or r / 2 pairs of bf16
   bool bf16_pairs;
   const float* temperature;     // [tiles * tile_width], of each token
   int64_t slab_begin, slab_end;
-  float* packed;                // [tiles][units][tile_width]: hidden, transposed, so that tokens are vector lanes
+  float* packed;                // [tiles][units][tile_width]: [hidden, low_hidden], transposed, so that tokens are vector lanes
   uint16_t* codes;              // [block][tiles][kBlock][tile_width]: exp(z - block max), see softmax_columns(); null: statistics only
   float *block_max, *block_sum, *block_moment;  // [block][tiles * tile_width]
   float *block_squares, *block_top;             // with statistics: sum exp(2 (z - block max)), and the row of block max
@@ -76,21 +77,27 @@ struct HeadKernels {
   void (*merge)(const HeadChunk&, const RunningSums&);
   // A[row, v] -= sum_t weight_t exp(z_tv - max_t) for the block's rows v, 16 tokens after the other; += the realised tokens' own
   void (*collect)(const HeadChunk&, int64_t block);
-  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] weight[v, :]; rows of out are row_stride(d) apart
+  // out[j, :] = sum_{v in [begin, end)} A[rows[j], v - slab_begin] [weight, low_weight][v, :]; rows of out are row_stride(d + r) apart
   void (*project)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
   // The same added to out, for a few rows of weight that are in cache
   void (*project_cached)(const HeadChunk&, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out);
   // dz of vocabulary rows [v0, v0 + count)
   void (*gradient)(const GradientBlock&, int64_t v0, int64_t count);
-  // rows of a matrix as the packed operand of product(), in blocks of tile_width_for(kMaxWidth) columns
-  void (*pack_rows)(const HeadChunk&, const Matrix&, int64_t row, int64_t count, float* out, int64_t block_stride);
-  // out[r, :] (+)= rows[r, :] . packed
-  void (*product)(const HeadChunk&, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units, float* out,
-                  int64_t out_stride, int64_t columns, bool accumulate);
+  // width of the blocks in which product() takes a matrix of so many columns: narrow ones for few
+  int64_t (*block_width_for)(int64_t columns);
+  // rows of a matrix as the packed operand of product(), in blocks of `width` of its columns
+  void (*pack_rows)(const HeadChunk&, const Matrix&, int64_t columns, int64_t width, int64_t row, int64_t count, float* out,
+                    int64_t block_stride);
+  // out[r, :] (+)= rows[r, :] . packed, for a block of `width` columns, of which `columns` are written
+  void (*product)(const HeadChunk&, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t width, int64_t units,
+                  float* out, int64_t out_stride, int64_t columns, bool accumulate);
   void (*round_to)(DType, const float* x, int64_t n, void* out);
 };
 
 constexpr int64_t kProductRows = 6;  // product() reads whole tiles of this many rows
+
+// Length in units of four bytes of a row of so many numbers of the head's dtype
+constexpr int64_t units_of(bool bf16_pairs, int64_t columns) { return bf16_pairs ? (columns + 1) / 2 : columns; }
 
 const HeadKernels& head_kernels_plain();
 const HeadKernels& head_kernels_avx2();

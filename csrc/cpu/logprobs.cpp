@@ -8,6 +8,7 @@
 //   hidden    sum_hidden[tokens, a block of columns] += dz W, the slab's sum in registers
 //   weight    grad_weight[a block of entries, some blocks of columns] = dz^T hidden, likewise; over several chunks in
 //             float32, rounded last
+//   low       sum_low_hidden += dz low_weight, sum_low_weight += dz^T low_hidden, the same products with narrow blocks of columns
 //
 // All three are one register tile (product_tile): rows of numbers against a packed operand.  The packed operands are hidden^T
 // for the logits, and W and hidden in blocks of 64 columns; packing costs a few percent of the products that use it.
@@ -41,14 +42,18 @@ class Sweep {
   Sweep(const SweepArgs& args, const HeadKernels& kernels, Parallel parallel) : a(args), h(args.head), k(kernels), parallel(parallel) {
     base.args = &h;
     base.bf16_pairs = h.dtype == DType::bf16 && k.bf16_dot;
-    base.units = base.bf16_pairs ? (h.d + 1) / 2 : h.d;
+    base.low_units = units_of(base.bf16_pairs, h.r);
+    base.units = units_of(base.bf16_pairs, h.d) + base.low_units;
     size = base.bf16_pairs ? 2 : 4;
     columns = k.tile_width_for(kMaxWidth);
     column_blocks = ceil_div(h.d, columns);
+    low_columns = k.block_width_for(h.r);
+    low_blocks = ceil_div(h.r, low_columns);
+    by_tokens = a.sum_hidden || a.sum_low_hidden;
     // The slab's weight takes a third of the memory, but at least one block; tokens share the rest.
-    // A slab's share of sum_hidden is added at once. Slabs depend on d alone and divide kSlab, of which calls begin at
+    // A slab's share of sum_hidden is added at once. Slabs depend on d and r alone and divide kSlab, of which calls begin at
     // multiples: a token's sum has the same bits in any batch.
-    const int64_t width = column_blocks * columns, entry = width * size + width * 4;
+    const int64_t low_width = low_blocks * low_columns, width = column_blocks * columns + low_width, entry = width * size + width * 4;
     for (slab = kSlab; slab > kBlock && slab * entry > kMemory / 3;) slab /= 2;
     const int64_t token = 2 * width * size + 2 * slab * size;
     chunk = std::clamp((kMemory - slab * entry) / token / kMaxWidth * kMaxWidth, kMaxWidth, kChunk);
@@ -57,17 +62,21 @@ class Sweep {
     token_bytes = slab * size;
     Layout layout;
     const int64_t transposed_at = layout.place(chunk * base.units * 4), entries_at = layout.place(slab * chunk * size);
-    const int64_t tokens_at = layout.place(a.sum_hidden ? (chunk + kProductRows) * token_bytes : 0);
-    const int64_t weights_at = layout.place(a.sum_hidden ? slab * width * size : 0);
-    const int64_t hiddens_at = layout.place(a.grad_weight ? chunk * width * size : 0);
+    const int64_t tokens_at = layout.place(by_tokens ? (chunk + kProductRows) * token_bytes : 0);
+    const int64_t weights_at = layout.place(a.sum_hidden ? slab * (width - low_width) * size : 0);
+    const int64_t hiddens_at = layout.place(a.grad_weight ? chunk * (width - low_width) * size : 0);
+    const int64_t low_weights_at = layout.place(a.sum_low_hidden ? slab * low_width * size : 0);
+    const int64_t low_hiddens_at = layout.place(a.sum_low_weight ? chunk * low_width * size : 0);
     several_chunks = chunk < h.N;
-    const int64_t sum_at = layout.place(a.grad_weight && several_chunks ? slab * width * 4 : 0);
+    const int64_t sum_at = layout.place(a.grad_weight && several_chunks ? slab * (width - low_width) * 4 : 0);
     char* memory = workspace.reserve(layout.bytes());
     transposed = reinterpret_cast<float*>(memory + transposed_at);
     by_entry = memory + entries_at;
     by_token = memory + tokens_at;
     weights = reinterpret_cast<float*>(memory + weights_at);
     hiddens = reinterpret_cast<float*>(memory + hiddens_at);
+    low_weights = reinterpret_cast<float*>(memory + low_weights_at);
+    low_hiddens = reinterpret_cast<float*>(memory + low_hiddens_at);
     sum_weight = reinterpret_cast<float*>(memory + sum_at);
     terms.resize(6 * chunk);
     if (a.grad_bias) sum_entries.resize(slab * (chunk / kMaxWidth));
@@ -111,16 +120,20 @@ class Sweep {
     run(parallel, token_tiles.size(), [&](int64_t g) {
       const HeadChunk& c = token_tiles[g];
       for (int64_t p = 0; p < c.tiles; p++) k.pack(c, p, 0, c.units);
-      if (!a.grad_weight) return;
-      const int64_t at = units(g * kMaxWidth), used = units(c.tokens), all = units(c.tile_width * c.tiles);
-      k.pack_rows(c, h.hidden, c.first_token, c.tokens, hiddens + at * columns, units(padded) * columns);
-      for (int64_t j = 0; j < column_blocks; j++)
-        std::memset(hiddens + (j * units(padded) + at + used) * columns, 0, 4 * (all - used) * columns);
+      if (a.grad_weight) pack_tokens(c, g, h.hidden, h.d, columns, hiddens);
+      if (a.sum_low_weight) pack_tokens(c, g, h.low_hidden, h.r, low_columns, low_hiddens);
     });
   }
 
+  void pack_tokens(const HeadChunk& c, int64_t g, const Matrix& m, int64_t m_columns, int64_t width, float* out) {
+    const int64_t at = units(g * kMaxWidth), used = units(c.tokens), all = units(c.tile_width * c.tiles);
+    k.pack_rows(c, m, m_columns, width, c.first_token, c.tokens, out + at * width, units(padded) * width);
+    for (int64_t j = 0; j < ceil_div(m_columns, width); j++)
+      std::memset(out + (j * units(padded) + at + used) * width, 0, 4 * (all - used) * width);
+  }
+
   // Packed units for so many rows
-  int64_t units(int64_t rows) const { return base.bf16_pairs ? (rows + 1) / 2 : rows; }
+  int64_t units(int64_t rows) const { return units_of(base.bf16_pairs, rows); }
 
   void gradients() {
     const int64_t count = token_tiles.size(), blocks = ceil_div(entries, kBlock);
@@ -133,21 +146,31 @@ class Sweep {
       block.entry_bytes = chunk * size;
       block.by_entry = by_entry + v * block.entry_bytes + t * size;
       block.token_bytes = token_bytes;
-      if (a.sum_hidden) block.by_token = by_token + t * token_bytes + v * size;
+      if (by_tokens) block.by_token = by_token + t * token_bytes + v * size;
       if (a.grad_bias) block.sum_entries = sum_entries.data() + g * slab + v;
       k.gradient(block, v0 + v, n);
       // packed second: gradient() prefetches the block, packing does not, and finds it in cache
-      if (a.sum_hidden && g == 0) k.pack_rows(base, h.weight, v0 + v, n, weights + units(v) * columns, units(entries) * columns);
+      if (g > 0) return;
+      if (a.sum_hidden) pack_entries(h.weight, h.d, columns, v, n, weights);
+      if (a.sum_low_hidden) pack_entries(h.low_weight, h.r, low_columns, v, n, low_weights);
     });
+  }
+
+  void pack_entries(const Matrix& m, int64_t m_columns, int64_t width, int64_t v, int64_t n, float* out) {
+    k.pack_rows(base, m, m_columns, width, v0 + v, n, out + units(v) * width, units(entries) * width);
   }
 
   void products() {
     const int64_t rows = kProductRows * 16, row_tiles = ceil_div(tokens, rows), blocks = ceil_div(entries, kBlock);
     const int64_t of_hidden = a.sum_hidden ? column_blocks * row_tiles : 0;
     const int64_t of_weight = a.grad_weight ? ceil_div(column_blocks, kColumnBlocks) * blocks : 0;
-    run(parallel, of_hidden + of_weight, [&](int64_t i) {
-      if (i < of_hidden) hidden_product(i / row_tiles, i % row_tiles * rows, std::min(rows, tokens - i % row_tiles * rows));
-      else weight_product((i - of_hidden) / blocks, (i - of_hidden) % blocks * kBlock);
+    const int64_t of_low_hidden = a.sum_low_hidden ? row_tiles : 0, of_low_weight = a.sum_low_weight ? blocks : 0;
+    const auto count_at = [&](int64_t t) { return std::min(rows, tokens - t); };
+    run(parallel, of_hidden + of_weight + of_low_hidden + of_low_weight, [&](int64_t i) {
+      if (i < of_hidden) return hidden_product(i / row_tiles, i % row_tiles * rows, count_at(i % row_tiles * rows));
+      if ((i -= of_hidden) < of_weight) return weight_product(i / blocks, i % blocks * kBlock);
+      if ((i -= of_weight) < of_low_hidden) return low_hidden_product(i * rows, count_at(i * rows));
+      low_weight_product((i - of_low_hidden) * kBlock);
     });
     if (a.grad_bias)
       for (int64_t g = 0; g < int64_t(token_tiles.size()); g++)
@@ -157,7 +180,7 @@ class Sweep {
   int64_t block_width(int64_t block) const { return std::min(columns, h.d - block * columns); }
 
   void hidden_product(int64_t block, int64_t t, int64_t count) {
-    k.product(base, by_token + t * token_bytes, token_bytes, count, weights + block * units(entries) * columns, units(entries),
+    k.product(base, by_token + t * token_bytes, token_bytes, count, weights + block * units(entries) * columns, columns, units(entries),
               a.sum_hidden + (first + t) * h.d + block * columns, h.d, block_width(block), true);
   }
 
@@ -172,25 +195,40 @@ class Sweep {
       const int64_t stride = several_chunks ? column_blocks * columns : kColumnBlocks * columns;
       float* sum = several_chunks ? sum_weight + r * stride + begin * columns : tile;
       for (int64_t j = begin; j < end; j++)
-        k.product(base, by_entry + r * chunk * size, chunk * size, count, hiddens + j * units(padded) * columns, units(padded),
-                  sum + (j - begin) * columns, stride, block_width(j), first > 0);
+        k.product(base, by_entry + r * chunk * size, chunk * size, count, hiddens + j * units(padded) * columns, columns,
+                  units(padded), sum + (j - begin) * columns, stride, block_width(j), first > 0);
       if (first + tokens < h.N) continue;
       for (int64_t i = 0; i < count; i++)
         k.round_to(h.dtype, sum + i * stride, width, static_cast<char*>(a.grad_weight) + ((v0 + r + i) * h.d + begin * columns) * bytes);
     }
   }
 
+  void low_hidden_product(int64_t t, int64_t count) {
+    for (int64_t j = 0; j < low_blocks; j++)
+      k.product(base, by_token + t * token_bytes, token_bytes, count, low_weights + j * units(entries) * low_columns, low_columns,
+                units(entries), a.sum_low_hidden + (first + t) * h.r + j * low_columns, h.r, low_width(j), true);
+  }
+
+  void low_weight_product(int64_t v) {
+    for (int64_t j = 0; j < low_blocks; j++)
+      k.product(base, by_entry + v * chunk * size, chunk * size, std::min(kBlock, entries - v), low_hiddens + j * units(padded) * low_columns,
+                low_columns, units(padded), a.sum_low_weight + (v0 + v) * h.r + j * low_columns, h.r, low_width(j), true);
+  }
+
+  int64_t low_width(int64_t block) const { return std::min(low_columns, h.r - block * low_columns); }
+
   const SweepArgs& a;
   const HeadArgs& h;
   const HeadKernels& k;
   Parallel parallel;
   HeadChunk base{};
-  int64_t size, columns, column_blocks, slab, chunk, token_bytes;
+  int64_t size, columns, column_blocks, low_columns, low_blocks, slab, chunk, token_bytes;
+  bool by_tokens;  // whether dz is kept by tokens too
   int64_t v0 = 0, entries = 0;                // of the current slab
   int64_t first = 0, tokens = 0, padded = 0;  // of the current chunk
   std::vector<HeadChunk> token_tiles;
   bool several_chunks;
-  float *transposed, *weights, *hiddens, *sum_weight;
+  float *transposed, *weights, *hiddens, *low_weights, *low_hiddens, *sum_weight;
   char *by_entry, *by_token;
   std::vector<float> terms, sum_entries;
 };

@@ -36,7 +36,7 @@ OnePassPlan plan_for(const HeadArgs& a, int64_t row_units) {
   if (blocks > kSpan) return {0, 0};  // head.cpp merges statistics span by span
   for (int64_t tokens : kTokens) {
     const int64_t left = kWorkspace - tokens * 4 * (row_units + kStatistics * blocks);
-    const int64_t units = left / (4 * row_stride(a.d) * strips);
+    const int64_t units = left / (4 * row_stride(a.d + a.r) * strips);
     if (units >= kLeastUnits) return {tokens, std::min(units, kMostUnits)};
   }
   return {0, 0};
@@ -53,14 +53,14 @@ class OnePass {
  public:
   OnePass(const HeadArgs& args, const HeadKernels& kernels, Parallel parallel, OnePassPlan plan, const HeadChunk& base)
       : a(args), k(kernels), parallel(parallel), plan(plan), base(base) {
-    blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
+    columns = a.d + a.r, blocks = ceil_div(a.V, kBlock), strips = std::min(kStrips, blocks);
     for (auto* v : {&max, &sum, &lost, &moment, &squares, &target, &temperature, &seed, &weight, &zeros}) v->assign(plan.tokens, 0.0f);
     top.assign(plan.tokens, -1);
     rest.assign(plan.tokens, 0.0);
   }
 
   void run_all() {
-    std::fill_n(a.features, a.S * a.d, 0.0f);
+    std::fill_n(a.features, a.S * columns, 0.0f);
     for (int64_t n = 0; n < a.N;) {
       take_chunk(n);
       sweep();
@@ -133,7 +133,7 @@ class OnePass {
 
   // Everything but the realised tokens' own terms.
   void sweep() {
-    const int64_t stride = row_stride(a.d), unit_count = units.size();
+    const int64_t stride = row_stride(columns), unit_count = units.size();
     Layout layout;
     const int64_t width = tiles.size() * kMaxWidth;
     const int64_t packed_at = layout.place(4 * base.units * width), statistics_at = layout.place(4 * kStatistics * blocks * width);
@@ -193,6 +193,7 @@ class OnePass {
     const int64_t y = a.tokens[n];
     double z = 0, known = a.known_logprobs[n];
     for (int64_t x = 0; x < a.d; x++) z += element(a.dtype, a.hidden, n, x) * element(a.dtype, a.weight, y, x);
+    for (int64_t x = 0; x < a.r; x++) z += element(a.dtype, a.low_hidden, n, x) * element(a.dtype, a.low_weight, y, x);
     if (a.bias) z += element(a.bias_dtype, {a.bias, a.bias_stride, 0}, y, 0);
     z *= a.logit_scale;
     if (a.logit_softcap != 0) z = a.logit_softcap * std::tanh(z / a.logit_softcap);
@@ -223,9 +224,9 @@ class OnePass {
   }
 
   void add_units() {
-    const int64_t stride = row_stride(a.d), step = 128, unit_count = units.size();
-    run(parallel, ceil_div(a.d, step), [&](int64_t i) {
-      const int64_t begin = i * step, end = std::min(begin + step, a.d);
+    const int64_t stride = row_stride(columns), step = 128, unit_count = units.size();
+    run(parallel, ceil_div(columns, step), [&](int64_t i) {
+      const int64_t begin = i * step, end = std::min(begin + step, columns);
       double own[step];
       for (int64_t j = 0; j < unit_count; j++) {
         const Unit& unit = units[j];
@@ -234,16 +235,21 @@ class OnePass {
         for (int64_t t = unit.begin; t < unit.end; t++) {
           const double factor = weight[t] * rest[t] * slope(t);
           if (factor == 0) continue;
-          for (int64_t x = begin; x < end; x++) own[x - begin] += factor * element(a.dtype, a.weight, a.tokens[first + t], x);
+          for (int64_t x = begin; x < end; x++) own[x - begin] += factor * of_row(a.tokens[first + t], x);
         }
         const float scale = scale_of(unit.response);
         for (int64_t x = begin; x < end; x++) {
           float all = 0;
           for (int64_t s = 0; s < strips; s++) all += partial[(s * unit_count + j) * stride + x];
-          a.features[unit.response * a.d + x] += float(all + own[x - begin]) * scale;
+          a.features[unit.response * columns + x] += float(all + own[x - begin]) * scale;
         }
       }
     });
+  }
+
+  // Of [weight, low_weight]
+  double of_row(int64_t v, int64_t x) const {
+    return x < a.d ? element(a.dtype, a.weight, v, x) : element(a.dtype, a.low_weight, v, x - a.d);
   }
 
   // Of the softcap, at the realised token
@@ -259,10 +265,11 @@ class OnePass {
     const int64_t base = cuts.front() / 16 * 16;  // lanes stay what they are
     std::vector<int64_t> ends = {0};  // a part of nobody: lanes before the first
     for (int64_t cut : cuts) ends.push_back(cut - base);
-    std::vector<float> found((owners.size() + 1) * a.d);
+    std::vector<float> found((owners.size() + 1) * columns);
     HeadArgs some = a;
     const int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
     some.hidden.data = static_cast<const char*>(a.hidden.data) + base * a.hidden.stride0 * bytes;
+    if (a.r) some.low_hidden.data = static_cast<const char*>(a.low_hidden.data) + base * a.low_hidden.stride0 * bytes;
     some.tokens += base, some.known_logprobs += base;
     if (a.token_weights) some.token_weights += base;
     if (a.temperatures) some.temperatures += base;
@@ -275,7 +282,7 @@ class OnePass {
     for (size_t j = 0; j < owners.size(); j++) {
       const double total = total_weight(a, cuts[j], cuts[j + 1]) + 1e-8;  // two_steps() divided by it
       const float share = float(total * scale_of(owners[j]) / a.logit_scale);
-      for (int64_t x = 0; x < a.d; x++) a.features[owners[j] * a.d + x] += found[(j + 1) * a.d + x] * share;
+      for (int64_t x = 0; x < columns; x++) a.features[owners[j] * columns + x] += found[(j + 1) * columns + x] * share;
     }
   }
 
@@ -284,9 +291,9 @@ class OnePass {
   Parallel parallel;
   OnePassPlan plan;
   HeadChunk base;
-  int64_t blocks, strips, response = 0;
+  int64_t columns, blocks, strips, response = 0;
   int64_t first = 0, tokens = 0;  // of the chunk
-  float* partial = nullptr;       // [strip][unit][row_stride(d)]
+  float* partial = nullptr;       // [strip][unit][row_stride(d + r)]
   std::vector<Unit> units;
   std::vector<HeadChunk> tiles;       // of 64 tokens
   std::vector<ResponseTokens> spans;  // of the tiles, one after the other
@@ -301,7 +308,8 @@ bool one_pass(const HeadArgs& args, const HeadKernels& kernels, Parallel paralle
   HeadChunk base{};
   base.args = &args;
   base.bf16_pairs = args.dtype == DType::bf16 && kernels.bf16_dot;
-  base.units = base.bf16_pairs ? (args.d + 1) / 2 : args.d;
+  base.low_units = units_of(base.bf16_pairs, args.r);
+  base.units = units_of(base.bf16_pairs, args.d) + base.low_units;
   const OnePassPlan plan = plan_for(args, base.units);
   if (plan.tokens == 0) return false;
   OnePass(args, kernels, parallel, plan, base).run_all();

@@ -64,6 +64,7 @@ struct Checked : HeadArgs {
     dtype = dtype_of(h, "hidden");
     hidden = {h.const_data_ptr(), h.stride(0), h.stride(1)};
     weight = {w.const_data_ptr(), w.stride(0), w.stride(1)};
+    if (head.low_weight) set_low_rank(head);
     require_vector(head.tokens, "tokens", N, "N");
     tokens = keep(indices(head.tokens, "tokens")).const_data_ptr<int64_t>();
     if (head.bias) {
@@ -82,6 +83,18 @@ struct Checked : HeadArgs {
     }
     logit_scale = static_cast<float>(head.logit_scale);
     logit_softcap = static_cast<float>(head.logit_softcap);
+  }
+
+  void set_low_rank(const Head& head) {
+    require(head.low_hidden.has_value(), "low_weight is given, needs low_hidden too");
+    const Tensor &u = *head.low_hidden, &b = *head.low_weight;
+    require(b.dim() == 2 && b.size(0) == V && b.size(1) > 0, "low_weight has shape ", shape(b), ", needs [V, r] with V = ", V, ", r > 0");
+    r = b.size(1);
+    require(u.dim() == 2 && u.size(0) == N && u.size(1) == r, "low_hidden has shape ", shape(u), ", needs [N, r] = [", N, ", ", r, "]");
+    require(u.scalar_type() == head.hidden.scalar_type() && b.scalar_type() == head.hidden.scalar_type(),
+            "low_hidden and low_weight have to be of the dtype of hidden");
+    low_hidden = {u.const_data_ptr(), u.stride(0), u.stride(1)};
+    low_weight = {b.const_data_ptr(), b.stride(0), b.stride(1)};
   }
 
   void require_tokens_inside() const {
@@ -127,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_features
     args.known_logprobs = args.keep(floats(*known_logprobs, "known_logprobs")).const_data_ptr<float>();
   }
 
-  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d}, ScalarType::Float);
+  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d + args.r}, ScalarType::Float);
   const Tensor logprobs = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
   const Tensor logsumexp = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
   const Tensor entropy = torch::stable::new_empty(head.hidden, {args.N}, ScalarType::Float);
@@ -229,7 +242,7 @@ Tensor head_features_of_part(const Head& head, const Tensor& cu_seqlens, const s
   require_vector(rest, "rest", args.N, "N");
   args.lse = args.keep(contiguous(logsumexp, ScalarType::Double)).const_data_ptr<double>();
   args.rest = args.keep(contiguous(rest, ScalarType::Double)).const_data_ptr<double>();
-  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d}, ScalarType::Float);
+  const Tensor features = torch::stable::new_empty(head.hidden, {args.S, args.d + args.r}, ScalarType::Float);
   args.features = features.mutable_data_ptr<float>();
   g2rl::head_features(args, chosen_isa(), parallel);
   return features;
@@ -244,6 +257,7 @@ void require_exactly(const Tensor& tensor, const char* name, ScalarType dtype, c
 
 void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms, int64_t begin, int64_t end,
                 std::optional<Tensor> sum_hidden, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                std::optional<Tensor> sum_low_hidden, std::optional<Tensor> sum_low_weight,
                 const std::optional<Tensor>& kept, int64_t kept_tokens, int64_t kept_first) {
   const Checked checked(head);
   SweepArgs args{};
@@ -271,6 +285,14 @@ void head_sweep(const Head& head, const Tensor& normaliser, const Tensor& terms,
     require_exactly(*grad_bias, "grad_bias", ScalarType::Float, {V});
     args.grad_bias = grad_bias->mutable_data_ptr<float>();
   }
+  if (sum_low_hidden) {
+    require_exactly(*sum_low_hidden, "sum_low_hidden", ScalarType::Float, {N, args.head.r});
+    args.sum_low_hidden = sum_low_hidden->mutable_data_ptr<float>();
+  }
+  if (sum_low_weight) {
+    require_exactly(*sum_low_weight, "sum_low_weight", ScalarType::Float, {V, args.head.r});
+    args.sum_low_weight = sum_low_weight->mutable_data_ptr<float>();
+  }
   g2rl::head_sweep(args, chosen_isa(), parallel);
 }
 
@@ -290,6 +312,7 @@ G2RL_LIBRARY_FRAGMENT(m) {
   m.def("head_sweep(" G2RL_HEAD
         ", Tensor normaliser, Tensor terms, int begin, int end, "
         "Tensor(a!)? sum_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
+        "Tensor(d!)? sum_low_hidden, Tensor(e!)? sum_low_weight, "
         "Tensor? kept, int kept_tokens, int kept_first) -> ()");
 }
 

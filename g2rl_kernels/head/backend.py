@@ -29,7 +29,7 @@ BACKENDS = {
 class FeatureOutputs(NamedTuple):
     """What a backend's `features` gives; float32 but for skipped_tokens and top_token (int64)."""
 
-    features: Tensor  # [S, d], eq. 8
+    features: Tensor  # [S, d + r], eq. 8 with [W, low_weight] for W
     logprobs: Tensor  # [N], nats
     logsumexp: Tensor  # [N], nats, of z
     entropy: Tensor  # [N], nats
@@ -83,6 +83,8 @@ class Sums(NamedTuple):
     hidden: Tensor | None = None  # [N, d] float32, added to
     weight: Tensor | None = None  # [V, d] contiguous, dtype of weight; rows of the swept block are written
     bias: Tensor | None = None  # [V] float32, added to
+    low_hidden: Tensor | None = None  # [N, r] float32, added to
+    low_weight: Tensor | None = None  # [V, r] float32, added to
 
 
 NO_HINTS = Hints()
@@ -121,8 +123,8 @@ class Backend(Protocol):
     def features_of_part(
         self, hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
     ) -> Tensor:
-        """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone. The logsumexp
-        lse [N] float64 and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
+        """[S, d + r], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone. lse [N]
+        float64, the logsumexp, and rest = 1 - p_y [N] are those of the whole; rest is added where y lies."""
 
     def sweep(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._ops import ops, qualified
 from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
 from .certified import certified_features
-from .spec import HeadSpec, Responses
+from .spec import FIELDS, HeadSpec, Responses
 
 KNOWN_TOLERANCE = 0.01  # as in csrc/cpu/onepass.cpp
 BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits: KeptLogits in csrc/cpu/head.h
@@ -77,7 +77,7 @@ def share_of_right_responses(
 def features_of_part(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
-    """[S, d] float32: see `Backend.features_of_part`."""
+    """[S, d + r] float32: see `Backend.features_of_part`."""
     return ops.head_features_of_part(hidden, tokens, *head, *responses, lse, rest)
 
 
@@ -130,8 +130,9 @@ def _(g: Tensor, *others: Tensor) -> Tensor:
 
 
 def _empty_features(hidden: Tensor, *others: Any) -> Tensor:
-    cu_seqlens = others[1 + len(HeadSpec._fields)]  # after tokens and the head
-    return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=torch.float32)
+    head, cu_seqlens = HeadSpec(*others[1 : 1 + FIELDS]), others[1 + FIELDS]  # after tokens
+    columns = hidden.shape[1] + head.rank
+    return hidden.new_empty((cu_seqlens.shape[0] - 1, columns), dtype=torch.float32)
 
 
 @torch.library.register_fake(qualified("head_features"))

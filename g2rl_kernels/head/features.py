@@ -18,6 +18,7 @@ from ..arguments import check_shape, check_tensor, check_token_values, may_read_
 from . import cpu, logprobs, vocab_parallel
 from .backend import Hints, choose_backend
 from .backend import backend as implementation
+from .lora import Lora, folded, with_lora
 from .spec import (
     FIELDS,
     HEAD_SCHEMA,
@@ -68,6 +69,7 @@ def head_features(  # type: ignore[overload-overlap]
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
     token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: tuple[()] = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> HeadFeatures: ...  # fmt: skip
@@ -76,6 +78,7 @@ def head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
     token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: Sequence[str],
     process_group: Any = ..., backend: str | None = ...,
 ) -> HeadFeaturesWithStatistics: ...  # fmt: skip
@@ -83,6 +86,7 @@ def head_features(
     hidden: Tensor, weight: Tensor, tokens: Tensor, cu_seqlens: Tensor, *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    lora: Lora | None = None,
     token_weights: Tensor | None = None, known_logprobs: Tensor | None = None, statistics: Sequence[str] = (),
     process_group: Any = None, backend: str | None = None,
 ) -> HeadFeatures | HeadFeaturesWithStatistics:  # fmt: skip
@@ -111,6 +115,10 @@ def head_features(
         logit_scale: positive, within the same bounds.
         logit_softcap: c above, within the same bounds; None: no softcap. Its quotient with temperature (that
             of logit_scale, without a softcap) has the same bounds.
+        lora: (A [r, d], B [V, r], scaling): the head is W + scaling B A in place of W, which is never formed.
+            A and B of any dtype that hidden may have; scaling any finite number. For a 16-bit hidden, B and
+            scaling A h are rounded to its dtype, as the weight is; A is not. Extra memory: 2 bytes for each
+            number of a float32 B.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
             It saves backend "triton" one of two passes over the logits, and "cpu" a second look at the
@@ -123,10 +131,10 @@ def head_features(
             those whose logits, as computed, are equal) with its log-probability. With them "triton" ignores
             known_logprobs.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
-            are then this rank's rows, [V_r, d] and [V_r]; the rows of rank r follow those of rank r - 1, and
-            V_r may differ. All else is the same on all ranks, and tokens are global ids. All ranks get the
-            same bits. They exchange 4 numbers a token (7 with
-            statistics) and [S, d] sums. known_logprobs is ignored.
+            are then this rank's rows, [V_r, d] and [V_r], and B of lora too; the rows of rank r follow those
+            of rank r - 1, and V_r may differ. All else is the same on all ranks, and tokens are global ids.
+            All ranks get the same bits. They exchange 4 numbers a token (7 with statistics) and [S, d + r]
+            sums. known_logprobs is ignored.
         backend: "triton" (CUDA), "cpu" (C++) or "reference" (PyTorch, any device). None: "cpu" for CPU
             tensors, "triton" for CUDA tensors where it is installed, else "reference". float32 products of
             "triton" follow torch.set_float32_matmul_precision: "highest" is IEEE, "high" and "medium" are
@@ -159,7 +167,9 @@ def head_features(
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
     hints = Hints(known_logprobs)
-    out = _call("head_features", hidden, tokens, head, responses, hints, statistics, process_group, backend)
+    out = _call(
+        "head_features", hidden, tokens, head, lora, responses, hints, statistics, process_group, backend
+    )
     features, logprobs, logsumexp, entropy, _, _, *found = out
     if not statistics:
         return HeadFeatures(features, logprobs, logsumexp, entropy)
@@ -172,6 +182,7 @@ def certified_head_features(
     max_skipped: float = 0.01,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    lora: Lora | None = None,
     token_weights: Tensor | None = None,
     process_group: Any = None, backend: str | None = None,
 ) -> CertifiedHeadFeatures:  # fmt: skip
@@ -211,7 +222,7 @@ def certified_head_features(
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
     responses = Responses(cu_seqlens, token_weights)
     hints = Hints(max_skipped=float(max_skipped))
-    out = _call("", hidden, tokens, head, responses, hints, (), None, backend)
+    out = _call("", hidden, tokens, head, lora, responses, hints, (), None, backend)
     return CertifiedHeadFeatures(*out[:6])
 
 
@@ -220,6 +231,7 @@ def _call(
     hidden: Tensor,
     tokens: Tensor,
     head: HeadSpec,
+    lora: Lora | None,
     responses: Responses,
     hints: Hints,
     statistics: Sequence[str],
@@ -228,19 +240,24 @@ def _call(
 ) -> tuple[Tensor, ...]:
     """Checks everything, on all ranks of a group together, and calls the operator."""
     known, max_skipped = hints
-    check = partial(_check, hidden, tokens, head, responses, known, statistics, backend)
-    facts = {"function": function, "backend": backend, "statistics": statistics, **responses._asdict()}
+    check = partial(_check, hidden, tokens, head, lora, responses, known, statistics, backend)
+    facts = {
+        "function": function, "backend": backend, "statistics": statistics, "lora": lora,
+        **responses._asdict(),
+    }  # fmt: skip
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     head, responses, backend = checked
     known = None if known is None else known.detach()
     operands = hidden.detach(), tokens, *head.detached(), *responses
-    return ops.features(*operands, known, max_skipped, backend, group, bool(statistics))
+    features, *others = ops.features(*operands, known, max_skipped, backend, group, bool(statistics))
+    return folded(features, lora), *others
 
 
 def _check(
     hidden: Tensor,
     tokens: Tensor,
     head: HeadSpec,
+    lora: Lora | None,
     responses: Responses,
     known_logprobs: Tensor | None,
     statistics: Sequence[str],
@@ -251,7 +268,7 @@ def _check(
 
     whole: weight holds the whole vocabulary, so that tokens must lie in it.
     """
-    head = head.checked(hidden, tokens)
+    head = with_lora(head.checked(hidden, tokens), hidden, lora)
     check_per_token("known_logprobs", known_logprobs, hidden)
     check_statistics(statistics)
     if whole and may_read_values(hidden):
@@ -300,8 +317,9 @@ torch.library.define(
 
 @torch.library.impl(qualified("features"), "CompositeExplicitAutograd")
 def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Features by a backend, certified with max_skipped; group: "" for a whole vocabulary."""
-    head, rest = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
+    """Features of [W, B] by a backend, [S, d + r] with a low-rank part; certified with max_skipped; group: ""
+    for a whole vocabulary."""
+    head, rest = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     responses, hints, (name, group, more) = Responses(*rest[:2]), Hints(*rest[2:4]), rest[4:]
     with torch.autocast(hidden.device.type, enabled=False):
         if group:
@@ -311,8 +329,9 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(qualified("features"))
 def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    N, d, S = *hidden.shape, flat[FIELDS].shape[0] - 1
-    floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, d), (N,), (N,), (N,), (S,))]
+    (N, d), S = hidden.shape, flat[FIELDS].shape[0] - 1
+    columns = d + HeadSpec(*flat[:FIELDS]).rank
+    floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, columns), (N,), (N,), (N,), (S,))]
     skipped_tokens = hidden.new_empty(S, dtype=torch.int64)
     return *floats, skipped_tokens, *cpu.empty_statistics(hidden, N if flat[-1] else 0)
 

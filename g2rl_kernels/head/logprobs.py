@@ -32,6 +32,7 @@ from . import reference, tiled, vocab_parallel
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
 from .backend import backend as implementation
 from .cpu import empty_statistics
+from .lora import Lora, with_lora
 from .spec import DTYPES, FIELDS, HEAD_SCHEMA, STATISTICS_SCHEMA, HeadSpec, asked_for, check_statistics
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
@@ -66,6 +67,7 @@ def linear_logprobs(  # type: ignore[overload-overlap]
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
     statistics: tuple[()] = ..., logits_memory: int = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> LinearLogprobs: ...  # fmt: skip
@@ -74,6 +76,7 @@ def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
+    lora: Lora | None = ...,
     statistics: Sequence[str], logits_memory: int = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> LinearLogprobsWithStatistics: ...  # fmt: skip
@@ -81,6 +84,7 @@ def linear_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
+    lora: Lora | None = None,
     statistics: Sequence[str] = (), logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
 ) -> LinearLogprobs | LinearLogprobsWithStatistics:  # fmt: skip
@@ -98,28 +102,32 @@ def linear_logprobs(
         tokens: [N] int64 in [0, V).
         bias: see `head_features`; float64 with a float64 hidden.
         temperature, logit_scale, logit_softcap, statistics, backend: see `head_features`.
+        lora: (A [r, d], B [V, r], scaling), see `head_features`. B's gradient is summed in float32, beside it
+            unless B is float32; A's in float64. hidden's is the sum of two, through W and through A, each
+            rounded to its dtype.
         logits_memory: bytes of logits that this call may keep until its backward pass (64 MiB). What fits is
             not multiplied again: with all of them, gradients take three products of N x V x d in place of
             four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "reference" keeps none.
         process_group: see `head_features`. Each rank computes the same loss and calls backward with the same
             incoming gradients. The gradient of hidden is then whole and the same on all ranks: do not sum it
-            over them again. The gradients of weight and bias are those of this rank's rows.
+            over them again; so is that of A. The gradients of weight, bias and B are those of this rank's
+            rows.
 
     Returns:
-        logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight
-        and bias; they cannot be differentiated again. Where statistics are asked for, these stand behind, as
-        in `head_features`; float32 (float64), without gradients.
+        logprobs [N] and entropy [N] in nats, float32 (float64 for float64). Gradients flow to hidden, weight,
+        bias, A and B; they cannot be differentiated again. Where statistics are asked for, these stand
+        behind, as in `head_features`; float32 (float64), without gradients.
 
     Raises:
         TypeError, ValueError, ImportError: as for `head_features`.
     """
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    check = partial(_check, hidden, tokens, head, statistics, logits_memory, backend)
+    check = partial(_check, hidden, tokens, head, lora, statistics, logits_memory, backend)
     facts = {"function": "linear_logprobs", "statistics": statistics, "logits_memory": logits_memory}
-    facts["backend"] = backend
+    facts |= {"backend": backend, "lora": lora}
     (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     trained = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias)
+        t is not None and t.requires_grad for t in (hidden, weight, bias, head.low_hidden, head.low_weight)
     )
     logprobs, entropy, _, _, *asked = _logprobs_op(
         hidden, tokens, *head, backend, group, logits_memory if trained else 0, bool(statistics)
@@ -133,13 +141,14 @@ def _check(
     hidden: Tensor,
     tokens: Tensor,
     head: HeadSpec,
+    lora: Lora | None,
     statistics: Sequence[str],
     logits_memory: int,
     backend: str | None,
     whole: bool = False,
 ) -> tuple[HeadSpec, str]:
     """The head in the form that backends take, and the backend's name; whole: as in features.py."""
-    head = head.checked(hidden, tokens, (*DTYPES, torch.float64))
+    head = with_lora(head.checked(hidden, tokens, (*DTYPES, torch.float64)), hidden, lora)
     check_statistics(statistics)
     check_bytes("logits_memory", logits_memory)
     if whole and may_read_values(hidden):
@@ -196,7 +205,7 @@ def forward(
 def _logprobs_op(
     hidden: Tensor, tokens: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head, (name, group, most, more) = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
+    head, (name, group, most, more) = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     data = _empty_kept(name, hidden, head, most)
     kept = Kept(data, hidden.shape[0]) if data.numel() else None
     with torch.autocast(hidden.device.type, enabled=False):
@@ -220,22 +229,28 @@ def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
 
 # --- backward -----------------------------------------------------------------------------------------------
 
+_PLACES = ("hidden", "tokens", *HeadSpec._fields)
+# Where the inputs that can have gradients stand among the operator's.
+NEEDED = [_PLACES.index(name) for name in ("hidden", "weight", "bias", "low_hidden", "low_weight")]
+
 
 @torch.library.custom_op(
     qualified("linear_logprobs_backward"),
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
     "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept, "
-    "bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, bool need_low_weight) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_hidden, "
+    "Tensor grad_low_weight)",
 )
 def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
-    head, (name, group, *outputs) = HeadSpec(*flat[:FIELDS]), flat[FIELDS:-3]
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs in NEEDED; an empty tensor for each that is not needed."""
+    given, (name, group, *outputs) = HeadSpec(*flat[:FIELDS]), flat[FIELDS : -len(NEEDED)]
+    head = given.rounded()
     logprobs, entropy, normaliser, data = outputs
-    needs = flat[-3:]
+    needs = flat[-len(NEEDED) :]
     chosen = implementation(name)
     grads = grad_logprobs.to(logprobs), grad_entropy.to(logprobs)
     incoming = Incoming(normaliser, chosen.terms(*grads, logprobs, entropy))
@@ -244,18 +259,28 @@ def _backward_op(
         kept = Kept(data, len(hidden), rows.start) if data.numel() else None
         chosen.sweep(hidden[rows], tokens[rows], head.at(rows), incoming.rows(rows), block, sums, kept)
 
+    dtype = reference.accumulation_dtype(hidden)
+    parts = given.low_hidden, given.low_weight
+    low = [
+        hidden.new_zeros(t.shape, dtype=dtype) if need and t is not None else None
+        for t, need in zip(parts, needs[3:])
+    ]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _gradients(sweep, hidden, head, group, *needs)
+        found = _gradients(sweep, hidden, head, group, needs[:3], low)
+        if low[0] is not None:
+            vocab_parallel.all_reduce(low[0], group)
+    return *found, *(
+        hidden.new_empty(0) if s is None or t is None else s.to(t.dtype) for s, t in zip(low, parts)
+    )
 
 
 @_backward_op.register_fake
 def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    weight, bias = flat[1:3]
-    need_hidden, need_weight, need_bias = flat[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
+    head = HeadSpec(*flat[1 : 1 + FIELDS])
+    inputs = (hidden, head.weight, head.bias, head.low_hidden, head.low_weight)
+    return tuple(
+        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
+        for t, need in zip(inputs, flat[-len(NEEDED) :])
     )
 
 
@@ -264,22 +289,23 @@ def _gradients(
     hidden: Tensor,
     head: HeadSpec,
     group: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: tuple[bool, ...],
+    low: list[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls sweep(rows, block, Sums(...)) such that all gradients needed are whole.
 
     A sweep adds to float32 sums of hidden's gradient and completes a block of rows of the weight's gradient.
     So the sums are needed for all tokens of a sweep at once. Sums of more than SUMS bytes borrow the last 2 N
     rows of the weight's gradient; those rows are written last, by a sweep that computes the logits there
-    once more (2 N / V of a product).
+    once more (2 N / V of a product). Sums of the low-rank part, `low`, have their own memory: each sweep
+    that is given some adds to them.
 
     With a group, hidden's gradient is summed over ranks before it is rounded, chunk by chunk. All ranks must
     cut the same chunks whatever the size of their shards, so no rank borrows; with several chunks the
     weight's gradient takes a sweep of its own, a fifth product.
     """
     weight, bias = head.weight, head.bias
+    need_hidden, need_weight, need_bias = needs
     (N, d), V = hidden.shape, weight.shape[0]
     everything, vocabulary = slice(0, N), slice(0, V)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
@@ -287,18 +313,22 @@ def _gradients(
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     sum_bias = weight.new_zeros(V, dtype=reference.accumulation_dtype(weight)) if need_bias else None
     gw = grad_weight if need_weight else None
+
+    def low_sums(rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        return None if low[0] is None else low[0][rows], low[1]
+
     if not need_hidden or N == 0:
-        if need_weight or need_bias:
-            sweep(everything, vocabulary, Sums(None, gw, sum_bias))
+        if need_weight or need_bias or low != [None, None]:
+            sweep(everything, vocabulary, Sums(None, gw, sum_bias, *low_sums(everything)))
     elif grad_hidden.element_size() >= 4:
-        sweep(everything, vocabulary, Sums(grad_hidden, gw, sum_bias))
+        sweep(everything, vocabulary, Sums(grad_hidden, gw, sum_bias, *low_sums(everything)))
         vocab_parallel.all_reduce(grad_hidden, group)
     elif group or not need_weight or 4 * N * d <= SUMS:
         step = max(1, SUMS // (4 * d) // ROWS) * ROWS
         one_chunk = 0 < N <= step
         for rows in tiled.slices(0, N, step):
             sums = hidden.new_zeros(rows.stop - rows.start, d, dtype=torch.float32)
-            sweep(rows, vocabulary, Sums(sums, gw if one_chunk else None, sum_bias))
+            sweep(rows, vocabulary, Sums(sums, gw if one_chunk else None, sum_bias, *low_sums(rows)))
             vocab_parallel.all_reduce(sums, group)
             grad_hidden[rows] = sums
         if need_weight and not one_chunk:
@@ -314,8 +344,8 @@ def _gradients(
         for rows in tiled.slices(0, N, max(ROWS, room // 2 // ROWS * ROWS)):
             n = rows.stop - rows.start
             sums = memory[: 2 * n * d].view(torch.float32).view(n, d).zero_()
-            sweep(rows, slice(0, start), Sums(sums, gw, sum_bias))
-            sweep(rows, slice(start, V), Sums(sums, None, sum_bias))
+            sweep(rows, slice(0, start), Sums(sums, gw, sum_bias, *low_sums(rows)))
+            sweep(rows, slice(start, V), Sums(sums, None, sum_bias, *low_sums(rows)))
             grad_hidden[rows] = sums
         sweep(everything, slice(start, V), Sums(None, gw))
     grad_bias = hidden.new_zeros(0) if bias is None or sum_bias is None else sum_bias.to(bias.dtype)
@@ -338,10 +368,10 @@ def _backward(
     tensors, outputs = saved[: len(ctx.options)], saved[len(ctx.options) :]
     arguments = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options)]
     incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
-    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+    needs = [ctx.needs_input_grad[i] for i in NEEDED]
     grads = _backward_op(*incoming, *arguments, *outputs, *needs)
-    grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs))
-    return grad_hidden, None, grad_weight, grad_bias, *[None] * (len(ctx.options) - 2)
+    found = dict(zip(NEEDED, (grad if need else None for grad, need in zip(grads, needs))))
+    return tuple(found.get(i) for i in range(len(ctx.options) + 2))
 
 
 _logprobs_op.register_autograd(_backward, setup_context=_setup_context)

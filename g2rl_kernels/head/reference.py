@@ -38,10 +38,12 @@ def logits(hidden: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     Returns z / T [N, V] and the softcap's slope 1 - tanh(x / c)^2 [N, V], or None without softcap. A bias of
     -inf takes its entry out of the vocabulary: z = -inf there, behind a softcap too.
     """
-    weight, bias, _, logit_scale, logit_softcap, *_ = head
+    weight, bias, _, logit_scale, logit_softcap, _, low_hidden, low_weight = head
     dtype = accumulation_dtype(hidden, weight)
     h = hidden.to(dtype)
     x = torch.cat([h @ rows.T for _, rows in _vocabulary_blocks(weight, dtype)], dim=1)
+    if low_hidden is not None and low_weight is not None:
+        x = x + low_hidden.to(dtype) @ low_weight.to(dtype).T
     masked = None
     if bias is not None:
         x = x + bias.to(dtype)
@@ -131,14 +133,16 @@ def head_features(
     """Eq. 8: Phi_s = sum_t alpha_t phi_t / (sum_t alpha_t + 1e-8) over the tokens of each response.
 
     hidden [N, d], tokens [N] int64. Returns features [S, d], logprobs [N], logsumexp [N] and entropy [N], the
-    last three of z / temperature; with `more` those of `more_statistics` behind them.
+    last three of z / temperature; with `more` those of `more_statistics` behind them. With a low-rank part,
+    features are those of [W, low_weight], [S, d + r].
     `chunk` tokens are worked on at a time (all when None): the tensors made are [chunk, V].
     """
     cu_seqlens, token_weights = responses
     N, S, d = hidden.shape[0], cu_seqlens.shape[0] - 1, hidden.shape[1]
     dtype = accumulation_dtype(hidden, head.weight)
     alpha = hidden.new_ones(N, dtype=dtype) if token_weights is None else token_weights.to(dtype)
-    features = hidden.new_zeros(S, d, dtype=dtype)
+    weights = [weight for weight in (head.weight, head.low_weight) if weight is not None]
+    features = hidden.new_zeros(S, d + head.rank, dtype=dtype)
     alpha_sum = hidden.new_zeros(S, dtype=dtype)
     columns, asked = [], []
     step = max(1, N if chunk is None else chunk)
@@ -147,7 +151,7 @@ def head_features(
         rows = slice(start, stop)
         z, slope = logits(hidden[rows], head.at(rows))
         logprobs, logsumexp, entropy, residual = token_statistics(z, tokens[rows])
-        phi = token_features(residual, head.weight, slope, head.logit_scale)
+        phi = torch.cat([token_features(residual, w, slope, head.logit_scale) for w in weights], dim=1)
         features = features + segment_sum(alpha[rows, None] * phi, cu_seqlens, start, stop)
         alpha_sum = alpha_sum + segment_sum(alpha[rows], cu_seqlens, start, stop)
         columns.append(torch.stack([logprobs, logsumexp, entropy]))

@@ -51,8 +51,8 @@ class HeadSpec(NamedTuple):
     logit_softcap: float | None = 0.0  # c; 0: no softcap. Before `checked`: None, as public functions have it
     # [N], one a token, in place of `temperature`, which is then 1; float32 (float64 for a float64 hidden)
     temperatures: Tensor | None = None
-    low_hidden: Tensor | None = None  # [N, r], scaling A h of `lora`: B low_hidden is added to W h
-    low_weight: Tensor | None = None  # [V, r], B of `lora`
+    low_hidden: Tensor | None = None  # [N, r], scaling A h of `lora`: B low_hidden is added to W h (lora.py)
+    low_weight: Tensor | None = None  # [V, r], B of `lora`; backends get both in the dtype of hidden
 
     def checked(self, hidden: Tensor, tokens: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> HeadSpec:
         """The same with plain numbers, if hidden [N, d], tokens [N] and the head fit together.
@@ -97,6 +97,18 @@ class HeadSpec(NamedTuple):
         weight, bias, temperature, logit_scale, logit_softcap, *others = self
         bias, *others = (None if t is None else t.detach() for t in (bias, *others))
         return HeadSpec(weight.detach(), bias, temperature, logit_scale, logit_softcap, *others)
+
+    def rounded(self) -> HeadSpec:
+        """The same with its low-rank part in the dtype of weight, as backends take it."""
+        if self.low_hidden is None or self.low_weight is None:
+            return self
+        dtype = self.weight.dtype
+        return self._replace(low_hidden=self.low_hidden.to(dtype), low_weight=self.low_weight.to(dtype))
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank part; 0 without."""
+        return 0 if self.low_weight is None else self.low_weight.shape[1]
 
     def bytes_of_logit(self, dtype: torch.dtype) -> int:
         """Bytes of a logit that is kept for the backward pass: 2 where all gradients are bfloat16, but not

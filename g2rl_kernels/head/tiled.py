@@ -36,7 +36,8 @@ def _blocks(hidden: Tensor, begin: int, end: int) -> list[slice]:
 
 def _entries(head: HeadSpec, block: slice) -> HeadSpec:
     """The head restricted to a block of the vocabulary."""
-    return head._replace(weight=head.weight[block], bias=None if head.bias is None else head.bias[block])
+    bias, low_weight = (None if t is None else t[block] for t in (head.bias, head.low_weight))
+    return head._replace(weight=head.weight[block], bias=bias, low_weight=low_weight)
 
 
 def _index(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
@@ -174,18 +175,20 @@ def features(
 def features_of_part(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, responses: Responses, lse: Tensor, rest: Tensor
 ) -> Tensor:
-    """[S, d], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone."""
+    """[S, d + r], eq. 8 with the sums of eq. 7 over these rows of a larger vocabulary alone."""
     cu_seqlens, token_weights = responses
     (N, d), V, dtype = hidden.shape, len(head.weight), reference.accumulation_dtype(hidden)
     top, rest = lse.to(dtype), rest.to(dtype)
     normaliser = torch.stack([top, (lse - top).to(dtype)])
     terms = torch.stack([torch.ones_like(rest), torch.zeros_like(rest), rest])
     alpha = torch.ones_like(rest) if token_weights is None else token_weights.to(dtype)
-    sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d, dtype=dtype)
+    sums = hidden.new_zeros(cu_seqlens.shape[0] - 1, d + head.rank, dtype=dtype)
     for rows in slices(0, N, TOKENS):
-        gradient = hidden.new_zeros(rows.stop - rows.start, d, dtype=dtype)  # of log p
+        # of log p by [hidden, low_hidden]
+        gradient = hidden.new_zeros(rows.stop - rows.start, d + head.rank, dtype=dtype)
+        own = Sums(gradient[:, :d], low_hidden=gradient[:, d:] if head.rank else None)
         incoming, here = Incoming(normaliser, terms).rows(rows), head.at(rows)
-        sweep(hidden[rows], tokens[rows], here, incoming, slice(0, V), Sums(gradient))
+        sweep(hidden[rows], tokens[rows], here, incoming, slice(0, V), own)
         phi = here.temperature_of_tokens(dtype) * gradient
         sums += reference.segment_sum(alpha[rows, None] * phi, cu_seqlens, rows.start, rows.stop)
     total = reference.segment_sum(alpha, cu_seqlens, 0, N) + reference.WEIGHT_EPS
@@ -226,5 +229,9 @@ def sweep(
                 sum_weight += grad_z.T @ h
             if sums.bias is not None:
                 sums.bias[columns] += grad_z.sum(0)
+            if sums.low_hidden is not None and entries.low_weight is not None:
+                sums.low_hidden[rows] += grad_z @ entries.low_weight.to(dtype)
+            if sums.low_weight is not None and head.low_hidden is not None:
+                sums.low_weight[columns] += grad_z.T @ head.low_hidden[rows].to(dtype)
         if sums.weight is not None and sum_weight is not None:
             sums.weight[columns] = sum_weight

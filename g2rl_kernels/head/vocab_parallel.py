@@ -117,6 +117,10 @@ def agree(
 
 
 def _fact(name: str, value: Any) -> str:
+    if name == "lora" and value is not None:
+        A, B, scaling = value
+        trained = ", requires grad" if A.requires_grad and torch.is_grad_enabled() else ""
+        return f"A {_fact('A', A)}{trained}, B {_fact('bias', B)}, scaling {scaling!r}"
     if not isinstance(value, Tensor):
         return repr(value)
     if name in ("weight", "bias"):  # their rows differ

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .._clock import clock
+from ..errors import TrainerError
 from ..models.lm_head import LMHead, check_logits, find_head
 
 if TYPE_CHECKING:
@@ -79,5 +80,10 @@ class Measurement:
 
     def _after_model(self, _module: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
+        if logits is None and self.head.lora is not None:
+            raise TrainerError(
+                "model: its fused kernels leave out the adapter on the LM head, which would not be trained: "
+                "turn them off, or leave lm_head out of the adapter's target modules"
+            )
         if logits is not None:  # fused kernels return no logits; they support plain heads only
             check_logits(self.module, self.logits, logits[:1, self.compared], self.dtype)

@@ -51,6 +51,7 @@ from .._clock import clock
 from ..errors import one_line, short
 from ..group.shaping import response_keys
 from ..head.cpu import share_of_right_responses
+from ..models.head_adapter import active_adapter, check_head_adapter
 from ..models.lm_head import LMHead, backbone_of, find_head
 from ..trainer.sampling import Rollout, check_embedded, embedded_rows
 from ..trainer.startup import warn_unmoved
@@ -65,6 +66,7 @@ from .trl_config import (
 )
 from .trl_head import (
     Scoring,
+    adapters_on_the_head,
     answers_by,
     compare_log_probs,
     completion_text,
@@ -157,13 +159,16 @@ class G2RLTrainer(GRPOTrainer):
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
             correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
         without_autocast(model)
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
+        wants = self._shapes if args.g2rl_fused_logprobs is None else args.g2rl_fused_logprobs
+        with adapters_on_the_head(wants and not args.cast_lm_head_to_fp32):
+            super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
         self._measurement: _Measurement | None = None
         settings = TRLSettings.of(args)
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         if self._shapes:
             self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
         fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
+        self._check_head_adapter(fused)
         if fused or self._shapes:
             policy = innermost(self.model)
             self._scoring = self._add_ops(policy, fused, compare=runs_here(self.accelerator, policy))
@@ -245,6 +250,17 @@ class G2RLTrainer(GRPOTrainer):
         if asked and why_not:
             raise ValueError(f"g2rl_fused_logprobs=True: {why_not}; leave it unset to use TRL's head")
         return asked is not False and why_not is None
+
+    def _check_head_adapter(self, fused: bool) -> None:
+        """Raises for an adapter on the LM head that would not be trained, or not as it samples."""
+        head = innermost(self.model).get_output_embeddings()
+        check_head_adapter(head, dropout=False)
+        if not fused and active_adapter(head) is not None:
+            raise ValueError(
+                "peft_config: the adapter on lm_head needs fused log-probs, which this run does not have "
+                "(ZeRO-3, or the load-balancing loss of a mixture of experts): leave lm_head out of "
+                "target_modules"
+            )
 
     def _add_ops(self, model: Any, fused: bool, compare: bool) -> Scoring:
         """Makes this package's ops answer `model(..., fused_lm_head=True)`.

@@ -8,6 +8,7 @@ with their own weights, and accelerate can take its wrappers off.
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from ..errors import TrainerError
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.lm_head import LMHead, backbone_of, base_model
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
-from .trl_seams import FusedCausalLMOutput
+from .trl_seams import FusedCausalLMOutput, GRPOTrainer
 
 
 class HeadInputs(NamedTuple):
@@ -152,6 +153,23 @@ def without_autocast(model: Any) -> None:
     """
     if isinstance(model, nn.Module):
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def adapters_on_the_head(allowed: bool) -> Iterator[None]:
+    """GRPOTrainer may be made of a model with an adapter on its LM head, if allowed.
+
+    GRPOTrainer refuses it, as its own log-probs would leave the adapter out; ours do not.
+    """
+    theirs, name = vars(sys.modules[GRPOTrainer.__module__]), "BaseTunerLayer"
+    if not allowed or name not in theirs:  # PEFT is not installed
+        yield
+        return
+    kept, theirs[name] = theirs[name], type("NoLayer", (), {})  # what the refusal asks the head for
+    try:
+        yield
+    finally:
+        theirs[name] = kept
 
 
 def innermost(model: Any) -> Any:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import TrainerError, one_line, out_of_memory
 from ..head.features import pack_responses
+from ..head.lora import Lora
+from .head_adapter import active_adapter, check_head_adapter
 
 
 class HeadArguments(TypedDict):
@@ -29,6 +31,7 @@ class HeadArguments(TypedDict):
     temperature: float | Tensor
     logit_scale: float
     logit_softcap: float | None
+    lora: Lora | None  # A [r, d], B [V, r], scaling
 
 
 @dataclass
@@ -36,11 +39,12 @@ class LMHead:
     """What the ops need of a causal language model: the backbone, which gives h, and the head's arithmetic.
 
     The logits are z = softcap(logit_scale (W h + b)), with softcap(x) = c tanh(x / c), or x for c = None. The
-    first `rows` rows of W are the vocabulary, and the ids in `masked` have the logit -inf.
+    first `rows` rows of W are the vocabulary, and the ids in `masked` have the logit -inf. With an unmerged
+    LoRA adapter of PEFT on the head, W is the base weight plus scaling B A.
     """
 
     backbone: nn.Module  # backbone(input_ids=...).last_hidden_state: [B, L, d], after the final norm
-    output: nn.Linear  # W [V, d] and b [V] or None
+    output: nn.Linear  # W [V, d] and b [V] or None; with an adapter PEFT's layer around it, with both
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # c
     rows: int | None = None  # None: all V
@@ -62,6 +66,7 @@ class LMHead:
             "temperature": temperature,
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
+            "lora": self.lora,
         }
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +85,11 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """z [..., V] in float32 from a few hidden states [..., d], to compare with the model's own."""
-        z = nn.functional.linear(hidden, *self.weights(hidden.dtype)).float() * self.logit_scale
+        z = nn.functional.linear(hidden, *self.weights(hidden.dtype)).float()
+        if self.lora is not None:
+            A, B, scaling = self.lora
+            z = z + (hidden.to(A.dtype) @ A.T @ B.T * scaling).float()
+        z = z * self.logit_scale
         return z if self.logit_softcap is None else self.logit_softcap * torch.tanh(z / self.logit_softcap)
 
     def options(self, temperature: float) -> dict[str, Any]:
@@ -89,7 +98,25 @@ class LMHead:
             "temperature": temperature,
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
+            "lora": self.lora,
         }
+
+    @property
+    def lora(self) -> Lora | None:
+        """A [r, d], B [V, r] and scaling of the unmerged adapter that is active on the head; None without.
+
+        Raises TrainerError for an adapter that is not supported, as `find_head` does, or whose dropout is on.
+        """
+        adapter = active_adapter(self.output)
+        if adapter is None:
+            return None
+        if adapter.dropout and self.output.training:
+            raise TrainerError(
+                f"model: the adapter on the LM head has lora_dropout = {adapter.dropout:g}, which its "
+                "log-probs and features would leave out: set it to 0"
+            )
+        A, B = _whole(adapter.A), _whole(adapter.B)
+        return A, B if self.rows is None else B[: self.rows], adapter.scaling
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -115,7 +142,8 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
     Supports families whose head is a plain nn.Linear [V, d], tied to the embeddings or not, with an optional
     bias, scale (Cohere's `logit_scale`, Granite's `logits_scaling`, ...), softcap (Gemma's
     `final_logit_softcapping`, ...) and entries left out, as `model.config` names them: see docs/models.md. A
-    head trained through PEFT's `modules_to_save` is used; a head with an unmerged adapter is refused.
+    head trained through PEFT's `modules_to_save` is used; so is one with a LoRA adapter (`LMHead.lora`), not
+    with several, DoRA, a bias of the adapter, or an adapter of another kind.
 
     Args:
         model: a transformers model, also within PEFT or under FSDP2; unwrap DDP first (`model.module`).
@@ -128,8 +156,8 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
 
     Raises:
         TrainerError: the model has no backbone or LM head, its head is not a plain nn.Linear or carries an
-            adapter, a setting of its configuration that acts on logits is not a positive number, or its
-            log-probabilities differ from those that the configuration implies.
+            adapter that is not supported, a setting of its configuration that acts on logits is not a
+            positive number, or its log-probabilities differ from those that the configuration implies.
     """
     name = type(model).__name__
     inner = base_model(model)
@@ -139,13 +167,10 @@ def find_head(model: Any, compare: bool = True) -> LMHead:
         raise TrainerError(
             f"model: {name} is not a transformers causal language model with a backbone and an LM head"
         )
-    if hasattr(output, "base_layer"):
-        raise TrainerError(
-            "model: the LM head carries an unmerged adapter (LoRA), which the feature would ignore: "
-            "leave lm_head out of target_modules (modules_to_save trains it), or merge the adapter first"
-        )
+    check_head_adapter(output)
     # With modules_to_save, PEFT trains a copy of the head; output.weight is that of the active one
     linear = output.original_module if hasattr(output, "modules_to_save") else output
+    linear = getattr(linear, "base_layer", linear)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise TrainerError(
             f"model: the LM head is a {type(linear).__name__}; only a plain nn.Linear is supported"
@@ -251,6 +276,7 @@ def _compare_logits(model: Any, head: LMHead) -> None:
         with evaluation_mode(model), _without_autocast(model):
             theirs = model(input_ids=ids, use_cache=False).logits
             hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
+            ours = head.logits(hidden.to(weight.device, weight.dtype))
     except Exception as error:  # whatever a family's forward raises at text alone
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
@@ -265,7 +291,6 @@ def _compare_logits(model: Any, head: LMHead) -> None:
         same = entered[0].shape == hidden.shape
         same = same and torch.allclose(entered[0].float(), hidden.to(entered[0].device).float(), 1e-2, 1e-2)
         where = ", after its LM head" if same else ", before its LM head"
-    ours = head.logits(hidden.to(weight.device, weight.dtype))
     check_logits(model, ours, theirs.to(weight.device), weight.dtype, where)
     agrees, nats = _compare(theirs[0, :SAME], theirs[1, :SAME], weight.dtype)
     if not agrees:
@@ -394,7 +419,7 @@ def frozen_copy(head: LMHead, autocast: bool) -> LMHead:
     """
     backbone, output = copy.deepcopy((head.backbone, head.output))  # in one call: a tied head stays tied
     backbone.requires_grad_(False).eval()
-    output.requires_grad_(False)
+    output.requires_grad_(False).eval()
     if autocast:
         tied = {
             parameter.data_ptr()
@@ -402,7 +427,7 @@ def frozen_copy(head: LMHead, autocast: bool) -> LMHead:
             if isinstance(module, nn.Embedding)
             for parameter in module.parameters()
         }
-        for module in [*backbone.modules(), output]:
+        for module in [*backbone.modules(), getattr(output, "base_layer", output)]:
             if type(module) is nn.Linear and module.weight.data_ptr() not in tied:
                 module.to(torch.bfloat16)
     return replace(head, backbone=backbone, output=output)

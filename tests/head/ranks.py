@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from oracle import Case, make_case
+from strategies import low_rank
 
 import g2rl_kernels as g2
 from g2rl_kernels import arguments
@@ -55,6 +56,9 @@ def cases(world: int) -> dict[str, Case]:
         "several blocks": make_case([530, 200], 3 * V, 2000, dtype=torch.bfloat16),
         "no tokens": make_case([0, 0], V, 8, dtype=torch.bfloat16, bias=bias),
     }
+    for name in ("all options", "bf16", "several blocks"):
+        case = found[name]
+        found[f"{name}, low rank"] = case.replace(lora=low_rank(case, 5, torch.float32))
     for name, shard in (("first", shards[0]), ("last", shards[-1])):
         case = make_case([9, 8], V, 16, bias=bias)
         found[f"tokens on the {name} rank only"] = case.replace(
@@ -90,12 +94,15 @@ def run(
 ) -> Results:
     """Both ops on the rows `mine`, forward and backward; `group` None: on all rows, alone."""
     bias = None if case.bias is None else case.bias[mine]
-    leaves = {"hidden": case.hidden, "weight": case.weight[mine], "bias": bias}
+    A, B, scaling = (None, None, 1.0) if case.lora is None else case.lora
+    B = None if B is None else B[mine]
+    leaves = {"hidden": case.hidden, "weight": case.weight[mine], "bias": bias, "A": A, "B": B}
     leaves = {name: t.clone() for name, t in leaves.items() if t is not None}
-    for name in trained:
+    for name in (*trained, "A", "B"):
         if name in leaves:
             leaves[name].requires_grad_()
     options = {**case.head, "bias": leaves.get("bias"), "process_group": group, "backend": backend}
+    options["lora"] = None if A is None else (leaves["A"], leaves["B"], scaling)
     options["statistics"] = STATISTICS
     out = g2.linear_logprobs(leaves["hidden"], leaves["weight"], case.tokens, **options)
     torch.autograd.backward([*out[:2]], [*gradients(len(case.tokens)).to(out.logprobs)])
@@ -126,6 +133,7 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
 
     cu = case.cu_seqlens.clone()
     cu[1] -= int(bad)
+    n, d = len(case.weight[mine]), case.hidden.shape[1]
     return {
         "temperature is negative": linear(temperature=-1.0 if bad else 1.0),
         "hidden is missing": features(hidden=None if bad else case.hidden),
@@ -140,6 +148,11 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
         "bias is missing": linear(bias=None if bad else case.bias[mine]),
         "token_weights differ": features(token_weights=torch.full(case.tokens.shape, 1.0 + bad)),
         "logit_softcap differs": features(logit_softcap=5.0 if bad else None),
+        "A differs": linear(lora=(torch.ones(2, d) * (1 + bad), torch.ones(n, 2), 1.0)),
+        "scaling differs": linear(lora=(torch.ones(2, d), torch.ones(n, 2), 1.0 + bad)),
+        "A requires grad": linear(lora=(torch.ones(2, d).requires_grad_(bad), torch.ones(n, 2), 1.0)),
+        "lora is missing": linear(lora=None if bad else (torch.ones(2, d), torch.ones(n, 2), 1.0)),
+        "B has too few rows": linear(lora=(torch.ones(2, d), torch.ones(n - bad, 2), 1.0)),
         "temperatures differ": linear(temperature=torch.full(case.tokens.shape, 1.0 + bad)),
         "statistics differ": linear(statistics=STATISTICS if bad else STATISTICS[:1]),
         "backend differs": linear(backend="reference" if bad else None),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import make_case
+from strategies import low_rank
 
 import g2rl_kernels as g2
 from g2rl_kernels.head.spec import HeadSpec
@@ -44,6 +45,9 @@ def test_opcheck_head_features(dtype):
     )
     torch.library.opcheck(torch.ops.g2rl.head_features, full)
     torch.library.opcheck(torch.ops.g2rl.features, (*full[:-1], None, "cpu", "", True))
+    low = {"low_hidden": torch.randn(8, 3).to(dtype), "low_weight": torch.randn(67, 3).to(dtype)}
+    torch.library.opcheck(torch.ops.g2rl.head_features, head_args(dtype, **low))
+    torch.library.opcheck(torch.ops.g2rl.features, (*head_args(dtype, **low)[:-1], None, "cpu", "", True))
     torch.library.opcheck(
         torch.ops.g2rl.head_features, head_args(dtype, hidden=torch.randn(16, 8).to(dtype).T)
     )
@@ -64,10 +68,12 @@ KEPT = 1 << 20  # room for all logits
 
 
 @backends
-@pytest.mark.parametrize("trained", [(), (0,), (2,), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("trained", [(), (0,), (2,), (0, 2, 3), (8, 9), (0, 2, 3, 8, 9)], ids=str)
 def test_opcheck_linear_logprobs(trained, backend):
     case = make_case([8], V=67, d=16)
     head = HeadSpec(case.weight, torch.randn(67), 0.7, 1.3, 4.0)
+    if 8 in trained:
+        head = head._replace(low_hidden=torch.randn(8, 3), low_weight=torch.randn(67, 3))
     args = [case.hidden, case.tokens, *head, backend, "", KEPT]
     for i in trained:
         args[i].requires_grad_()
@@ -78,10 +84,12 @@ def test_opcheck_linear_logprobs(trained, backend):
 @backends
 def test_opcheck_linear_logprobs_backward(backend):
     case = make_case([8], V=67, d=16)
+    case.lora = low_rank(case, 3)
     inputs = (case.hidden, case.tokens, *case.spec, backend, "")
     outputs = torch.ops.g2rl.linear_logprobs(*inputs, KEPT, False)[:4]
     assert bool(outputs[3].numel()) == (backend == "cpu")
-    for needs in ((True, True, False), (False, True, False), (True, False, False)):
+    for needs in ((1, 1, 0, 1, 1), (0, 1, 0, 0, 0), (1, 0, 0, 1, 0), (0, 0, 0, 0, 1)):
+        needs = map(bool, needs)
         args = (*torch.randn(2, 8), *inputs, *outputs, *needs)
         torch.library.opcheck(torch.ops.g2rl.linear_logprobs_backward, args)
 
@@ -139,6 +147,38 @@ def test_linear_logprobs_compiles_to_the_same_bits():
         logprobs, entropy = function(*leaves, case.tokens, temperature=0.7)
         (logprobs * torch.arange(9) + entropy).sum().backward()
         results.append([logprobs, entropy, *(leaf.grad for leaf in leaves)])
+    for eager, traced in zip(*results):
+        assert torch.equal(eager, traced)
+
+
+def test_opcheck_low_hidden():
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, A = torch.randn(8, 16).to(dtype).requires_grad_(), torch.randn(3, 16, requires_grad=True)
+        torch.library.opcheck(torch.ops.g2rl.low_hidden, (hidden, A, 0.5))
+        for needs in ((True, True), (False, True), (True, False)):
+            args = (torch.randn(8, 3), hidden.detach(), A.detach(), 0.5, *needs)
+            torch.library.opcheck(torch.ops.g2rl.low_hidden_backward, args)
+
+
+@backends
+def test_lora_compiles_to_the_same_bits(backend):
+    case = make_case([4, 5], V=67, d=16)
+    A, B, scaling = low_rank(case, 3)
+
+    def step(hidden, weight, A, B):
+        lora = (A, B, scaling)
+        out = g2.linear_logprobs(hidden, weight, case.tokens, lora=lora, backend=backend)
+        features = g2.head_features(
+            hidden, weight, case.tokens, case.cu_seqlens, lora=lora, backend=backend
+        ).features
+        return out.logprobs, out.entropy, features
+
+    results = []
+    for function in (step, torch.compile(step, **compiled)):
+        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, A, B)]
+        logprobs, entropy, features = function(*leaves)
+        (logprobs * torch.arange(9) + entropy).sum().backward()
+        results.append([logprobs, entropy, features, *(leaf.grad for leaf in leaves)])
     for eager, traced in zip(*results):
         assert torch.equal(eager, traced)
 

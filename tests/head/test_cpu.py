@@ -9,16 +9,20 @@ from g2rl_kernels.head.backend import Hints
 from g2rl_kernels.head.spec import HeadSpec, Responses
 
 LENGTHS = [3, 0, 5]
+ranks = pytest.mark.parametrize("r", [0, 3])  # of a low-rank part
 
 
-def given():
+def given(r: int = 0):
     case = make_case(LENGTHS, V=67, d=16, dtype=torch.float32)
     head = HeadSpec(case.weight, torch.randn(67), 0.7, 1.2, 5.0)
+    if r:
+        head = head._replace(low_hidden=torch.randn(8, r), low_weight=torch.randn(67, r))
     return case.hidden, case.tokens, head, Responses(case.cu_seqlens, torch.rand(8))
 
 
-def test_opcheck_statistics():
-    hidden, tokens, head, _ = given()
+@ranks
+def test_opcheck_statistics(r):
+    hidden, tokens, head, _ = given(r)
     for kept in (None, torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)):
         for more in (False, True):
             arguments = (hidden, tokens, *head, kept, more)
@@ -45,8 +49,9 @@ def test_opcheck_terms():
     torch.library.opcheck(torch.ops.g2rl.head_terms, tuple(torch.rand(4, 8)))
 
 
-def test_opcheck_features_of_part():
-    hidden, tokens, head, responses = given()
+@ranks
+def test_opcheck_features_of_part(r):
+    hidden, tokens, head, responses = given(r)
     of_tokens = torch.rand(8, dtype=torch.float64), torch.rand(8)
     arguments = (hidden, tokens, *head, *responses, *of_tokens)
     torch.library.opcheck(torch.ops.g2rl.head_features_of_part, arguments)
@@ -54,10 +59,10 @@ def test_opcheck_features_of_part():
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck_sweep(wanted):
-    hidden, tokens, head, _ = given()
-    sums = torch.zeros(8, 16), torch.zeros(67, 16), torch.zeros(67)
+    hidden, tokens, head, _ = given(3)
+    sums = torch.zeros(8, 16), torch.zeros(67, 16), torch.zeros(67), torch.zeros(8, 3), torch.zeros(67, 3)
     arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8))
-    sums = sums if wanted else (None, None, None)
+    sums = sums if wanted else (None,) * 5
     torch.library.opcheck(torch.ops.g2rl.head_sweep, (*arguments, 5, 60, *sums, None, 0, 0))
     kept = torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.g2rl.head_sweep, (*arguments, 0, 60, *sums, kept, 8, 0))
@@ -79,7 +84,7 @@ def test_kept_logits_that_do_not_fit_are_refused(kept, tokens, first, message):
     of_tokens = torch.rand(2, 8), torch.rand(3, 8)
     with pytest.raises((ValueError, RuntimeError), match=message):
         torch.ops.g2rl.head_sweep(
-            hidden, realised, *head, *of_tokens, 0, 60, None, None, None, kept, tokens, first
+            hidden, realised, *head, *of_tokens, 0, 60, *[None] * 5, kept, tokens, first
         )
 
 
@@ -88,7 +93,7 @@ def test_kept_logits_are_read_at_whole_blocks():
     kept = torch.zeros(cpu.kept_bytes(hidden, head, 1 << 20), dtype=torch.uint8)
     arguments = (hidden, tokens, *head, torch.rand(2, 8), torch.rand(3, 8))
     with pytest.raises((ValueError, RuntimeError), match="multiple of 96 with kept"):
-        torch.ops.g2rl.head_sweep(*arguments, 5, 60, None, None, None, kept, 8, 0)
+        torch.ops.g2rl.head_sweep(*arguments, 5, 60, *[None] * 5, kept, 8, 0)
 
 
 def test_without_max_skipped_no_token_is_skipped():

@@ -5,7 +5,17 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from examples import given
-from oracle import CPU_BACKENDS, Case, Sizes, environment, logits, make_case, products_repeat
+from oracle import (
+    CPU_BACKENDS,
+    Case,
+    Sizes,
+    environment,
+    logits,
+    low_rounding,
+    make_case,
+    products_repeat,
+    rounding,
+)
 from strategies import DTYPES, LAYOUTS, cases, restride
 
 import g2rl_kernels as g2
@@ -36,7 +46,12 @@ def gradients(
 
 
 def parameters(case: Case) -> dict[str, torch.Tensor | None]:
-    return {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    low = (None, None) if case.lora is None else case.lora[:2]
+    return {"hidden": case.hidden, "weight": case.weight, "bias": case.bias, "A": low[0], "B": low[1]}
+
+
+def with_leaves(case: Case, leaves: dict[str, torch.Tensor]) -> Case:
+    return case if case.lora is None else case.replace(lora=(leaves["A"], leaves["B"], case.lora[2]))
 
 
 def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> Results:
@@ -44,7 +59,7 @@ def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor], dtype: torch.dty
 
     def function(leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         bias = leaves["dz"] + leaves["bias"] if "bias" in leaves else leaves["dz"]
-        z = logits(case, leaves["hidden"], leaves["weight"], bias)
+        z = logits(with_leaves(case, leaves), leaves["hidden"], leaves["weight"], bias)
         log_p = z.to(torch.promote_types(dtype, torch.float32)).log_softmax(1)
         finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
         H = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * finite).sum(1)
@@ -57,7 +72,7 @@ def plain(case: Case, grads: tuple[torch.Tensor, torch.Tensor], dtype: torch.dty
 
 def ours(case: Case, grads: tuple[torch.Tensor, torch.Tensor], backend: Backend = DEFAULT) -> Results:
     def function(leaves: dict[str, torch.Tensor]) -> g2.LinearLogprobs:
-        options = {**case.head, "bias": leaves.get("bias")}
+        options = {**with_leaves(case, leaves).head, "bias": leaves.get("bias")}
         return g2.linear_logprobs(
             leaves["hidden"], leaves["weight"], case.tokens, backend=backend[0], **options
         )
@@ -66,12 +81,29 @@ def ours(case: Case, grads: tuple[torch.Tensor, torch.Tensor], backend: Backend 
         return gradients(function, parameters(case), grads)
 
 
-def rounded_dz(case: Case, dz: torch.Tensor) -> dict[str, float]:
+def rounded_dz(case: Case, dz: torch.Tensor, relative: float = 2.0**-8) -> dict[str, float]:
     """What rounding dz to bf16 adds to a gradient's error: each product is off by at most 2^-8 of itself,
     signs at random. Twice the root of the sum of squares, 5 standard deviations, is allowed."""
     squares = dz.double() ** 2
-    sums = {"hidden": squares @ case.weight.double() ** 2, "weight": squares.T @ case.hidden.double() ** 2}
-    return {name: 2 * 2.0**-8 * float(s.amax().sqrt()) if s.numel() else 0.0 for name, s in sums.items()}
+    h = case.hidden.double() ** 2
+    sums = {"hidden": squares @ case.merged**2, "weight": squares.T @ h}
+    if case.lora is not None:
+        A, B, scaling = case.lora_in(torch.float64)
+        low = (scaling * case.hidden.double() @ A.T) ** 2
+        sums |= {"A": scaling**2 * (squares @ B**2).T @ h, "B": squares.T @ low}
+    return {name: 2 * relative * float(s.amax().sqrt()) if s.numel() else 0.0 for name, s in sums.items()}
+
+
+def rounded_low_rank(case: Case, dz: torch.Tensor) -> dict[str, float]:
+    """What rounding a low-rank part to 16 bits adds: to products with it, and through the logits to dz."""
+    if case.lora is None or case.hidden.dtype == torch.float32 or not len(case.tokens):
+        return {}
+    off = float(low_rounding(case).max())
+    return {
+        "bias": 2 * off * float((dz.double() ** 2).sum(0).amax().sqrt()),
+        **rounded_dz(case, dz, torch.finfo(case.hidden.dtype).eps / 2 + off),
+        **dict.fromkeys(("logprobs", "entropy"), off),
+    }
 
 
 def check(case: Case, backend: Backend = DEFAULT) -> None:
@@ -88,17 +120,19 @@ def assert_as_exact_as_torch(
     exact, torchs = plain(case, grads, torch.float64), plain(case, grads, dtype)
     pairs = dtype == torch.bfloat16 and backend == ("cpu", "avx512bf16")
     extra = rounded_dz(case, exact["dz"]) if pairs else {}
+    low = rounded_low_rank(case, exact["dz"])
+    # Of logits of order 10 to float32; of larger ones twice what it is to first order, signs at random.
+    of_logits = max(30 * 2.0**-24, 2 * float(rounding(case).logsumexp.amax()) if len(case.tokens) else 0.0)
     for name, value in actual.items():
         assert value.shape == exact[name].shape
-        assert value.dtype == (
-            torch.float32 if name in ("logprobs", "entropy") else getattr(case, name).dtype
-        )
+        inputs = parameters(case)
+        assert value.dtype == (inputs[name].dtype if name in inputs else torch.float32)
         if not value.numel():
             continue
-        # A gradient is rounded to its own dtype at the end; before, logits of order 10 to float32.
+        # A gradient is rounded to its own dtype at the end, logits before.
         scale = exact[name].abs().max() + (1 if name in ("logprobs", "entropy") else 0)
-        floor = (torch.finfo(value.dtype).eps / 2 + 30 * 2.0**-24) * scale + torch.finfo(value.dtype).tiny
-        floor += extra.get(name, 0.0)
+        floor = (torch.finfo(value.dtype).eps / 2 + of_logits) * scale + torch.finfo(value.dtype).tiny
+        floor += extra.get(name, 0.0) + low.get(name, 0.0)
         error = (value.double() - exact[name]).abs().max()
         their = (torchs[name].double() - exact[name]).abs().max().nan_to_num(0.0)
         assert error <= 2 * their + floor, f"{name}: {error:.3g}, torch's {their:.3g}, rounding {floor:.3g}"

@@ -14,8 +14,15 @@ from g2rl_kernels.head.spec import HeadSpec
 @given(cases())
 def test_head_equals_autograd(case):
     exact = autograd_head(case)
-    head = case.spec._replace(weight=case.weight.double())
-    actual = reference.head_features(case.hidden.double(), case.tokens, head, case.responses)
+    double = case.double
+    phi, *others = reference.head_features(double.hidden, case.tokens, double.spec, case.responses)
+    actual = (
+        phi
+        if case.lora is None
+        else phi[:, : case.hidden.shape[1]]
+        + phi[:, case.hidden.shape[1] :] @ (double.lora[0] * double.lora[2]),
+        *others,
+    )
     for ours, theirs in zip(actual, exact):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

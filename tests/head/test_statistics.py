@@ -12,6 +12,7 @@ from oracle import (
     Case,
     environment,
     logits,
+    low_rounding,
     make_case,
     run_head,
 )
@@ -65,7 +66,7 @@ def assert_exact(case: Case, *found: g2.HeadFeaturesWithStatistics | g2.LinearLo
         (square.sqrt() * case.logit_scale / case.T).squeeze(1),
         exact.masked_fill(exact == -torch.inf, 0.0).abs().amax(1),
     )
-    u = 2.0**-23 * (3 * size + 4)
+    u = 2.0**-23 * (3 * size + 4) + low_rounding(case)
     of_squares = 2 * ((their_squares - squares) / squares).abs().nan_to_num(0.0).max() + 2 * u
     of_top = 2 * (theirs.amax(1) - log_p.amax(1)).abs().nan_to_num(0.0).max() + u
     for out in found:

@@ -64,10 +64,10 @@ def found(processes) -> dict[int, list[dict]]:
 
 
 def joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Of all ranks: the same bits everywhere, but for rows of weight and bias, which are put together."""
+    """Of all ranks: the same bits everywhere, but for rows of weight, bias and B, which are put together."""
     whole = {}
     for name, value in results[0].items():
-        if name in ("weight", "bias"):
+        if name in ("weight", "bias", "B"):
             whole[name] = torch.cat([other[name] for other in results])
         else:
             assert all(torch.equal(value, other[name]) for other in results), name
@@ -205,6 +205,11 @@ ERRORS = {
     "bias is missing": "ValueError: bias: rank 1",
     "token_weights differ": "ValueError: token_weights: rank 1",
     "logit_softcap differs": "ValueError: logit_softcap: rank 1",
+    "A differs": "ValueError: lora: rank 1",
+    "scaling differs": "ValueError: lora: rank 1",
+    "A requires grad": "ValueError: lora: rank 1",
+    "lora is missing": "ValueError: lora: rank 1",
+    "B has too few rows": "ValueError: lora: B: got shape",
     "temperatures differ": "ValueError: temperature: rank 1",
     "statistics differ": "ValueError: statistics: rank 1",
     "backend differs": "ValueError: backend: rank 1",
@@ -286,7 +291,7 @@ def test_opcheck(alone, trained):
         features_args = (*args[:2], *head, *case.responses, None, None, *args[-2:], True)
         torch.library.opcheck(torch.ops.g2rl.features, features_args)
         outputs = torch.ops.g2rl.linear_logprobs(*args, 1 << 20, False)[:4]
-        needs = (True, True, True)
+        needs = (True, True, True, False, False)
         torch.library.opcheck(
             torch.ops.g2rl.linear_logprobs_backward,
             (*torch.randn(2, 33), *args, *outputs, *needs),

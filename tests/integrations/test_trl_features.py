@@ -173,9 +173,68 @@ def test_a_head_that_is_put_in_later_is_the_one_that_counts(make: Callable[..., 
     torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_on_the_head_is_refused(make: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
-        make(peft_config=lora(target_modules=["q_proj", "lm_head"]))
+ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 3}
+
+
+def test_an_adapter_on_the_head_is_measured_and_trained(make: Callable[..., Any]) -> None:
+    trainer = make(Watched, peft_config=lora(**ON_HEAD), beta=0.1)
+    head = trainer.model.get_base_model().lm_head
+    adapter = [head.lora_A["default"].weight, head.lora_B["default"].weight]
+    base, start = head.weight.detach().clone(), [t.detach().clone() for t in adapter]
+    trainer.train()
+    for seen in trainer.seen:
+        torch.testing.assert_close(seen["features"], seen["expected"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(head.weight, base)
+    assert not any(torch.equal(a, b) for a, b in zip(adapter, start))
+    assert all(kl > 1e-3 for kl in logged(trainer, "kl"))  # the reference has no adapter
+
+
+def test_gradients_of_an_adapter_on_the_head_are_those_of_the_models_logits(make: Callable[..., Any]) -> None:
+    trainer = make(peft_config=lora(**ON_HEAD), temperature=0.7)
+    model = trainer.model
+    ids = torch.randint(5, 25, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask, keep = torch.ones_like(ids), 7
+    g, e = torch.randn(2, 3, keep, generator=torch.Generator().manual_seed(1))
+    logprobs, entropy, *_ = trainer._get_per_token_logps_and_entropies(
+        model, ids, mask, keep, compute_entropy=True
+    )
+    ((logprobs * g).sum() + (entropy * e).sum()).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    log_p = (model(input_ids=ids).logits[:, -keep - 1 : -1] / 0.7).log_softmax(-1)
+    theirs = log_p.gather(2, ids[:, -keep:, None])[..., 0]
+    torch.testing.assert_close(logprobs, theirs, rtol=1e-4, atol=1e-5)
+    ((theirs * g).sum() - ((log_p.exp() * log_p).sum(-1) * e).sum()).backward()
+    assert len(ours) == 6  # A and B of two layers' q_proj and of the head
+    for name, parameter in model.named_parameters():
+        assert (name in ours) == (parameter.grad is not None), name
+        if name in ours:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5)
+            assert parameter.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter", "message"),
+    [
+        ({"g2rl_fused_logprobs": False}, {}, "adapter to `lm_head` is not supported"),  # as TRL says
+        ({"g2rl_lam": 0}, {}, "adapter to `lm_head` is not supported"),
+        ({"cast_lm_head_to_fp32": True}, {}, "adapter to `lm_head` is not supported"),
+        ({}, {"lora_dropout": 0.1}, r"lora_dropout = 0\.1"),
+        ({}, {"use_dora": True}, "use_dora"),
+    ],
+    ids=["TRL's head", "plain GRPO", "float32 head", "dropout", "DoRA"],
+)
+def test_an_adapter_on_the_head_that_would_be_left_out_is_refused(
+    make: Callable[..., Any], settings: dict[str, Any], adapter: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TrainerError), match=message):
+        make(peft_config=lora(**ON_HEAD, **adapter), **settings)
+
+
+def test_dropout_that_trl_turns_off_is_no_reason(make: Callable[..., Any]) -> None:
+    trainer = make(Watched, peft_config=lora(**ON_HEAD, lora_dropout=0.1), disable_dropout=True, max_steps=1)
+    trainer.train()
+    torch.testing.assert_close(trainer.seen[0]["features"], trainer.seen[0]["expected"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_an_unknown_head_is_refused(make: Callable[..., Any], model_dir: str) -> None:

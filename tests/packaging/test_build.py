@@ -147,6 +147,10 @@ def head(**changes):
         ({"hidden": torch.ones(4, 2)}, r"weight has shape \[5, 3\], needs \[V, d\] with d = 2"),
         ({"weight": torch.ones(3, dtype=torch.float32)}, r"weight has shape \[3\]"),
         ({"weight": torch.ones(5, 3, dtype=torch.bfloat16)}, "one dtype"),
+        ({"low_weight": torch.ones(5, 2)}, "needs low_hidden too"),
+        ({"low_weight": torch.ones(4, 2), "low_hidden": torch.ones(4, 2)}, r"low_weight has shape \[4, 2\]"),
+        ({"low_weight": torch.ones(5, 2), "low_hidden": torch.ones(4, 3)}, r"low_hidden has shape \[4, 3\]"),
+        ({"low_weight": torch.ones(5, 2), "low_hidden": torch.ones(4, 2).half()}, "dtype of hidden"),
         (
             {
                 "hidden": torch.ones(4, 3, dtype=torch.float64),

@@ -72,8 +72,37 @@ def test_unknown_logit_arithmetic_is_told(tmp_path: Path) -> None:
         make_trainer(tmp_path, model=model)
 
 
-def test_unmerged_adapter_on_the_head_is_told(tmp_path: Path) -> None:
-    class LoraLinear(nn.Module):
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1, "autocast": "bfloat16"}], ids=["float32", "bf16, KL"])
+def test_an_adapter_on_the_head_is_measured_and_trained(tmp_path: Path, settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=2,
+        lora_dropout=0.1,  # never on: the trainer runs the model in evaluation mode
+        target_modules=["lm_head"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make_model(tie_word_embeddings=False), config)
+    trainer = make_trainer(tmp_path, model=model, steps=2, **settings)
+    head = model.get_base_model().lm_head
+    adapter = [head.lora_A["default"].weight, head.lora_B["default"].weight]
+    base, start = head.weight.detach().clone(), [t.detach().clone() for t in adapter]
+    rollout = trainer.sampler.sample()
+    measured = trainer.measure(rollout, trainer.verify(rollout))
+    positions = (rollout.attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=rollout.ids, attention_mask=rollout.attention, position_ids=positions).logits
+    length = rollout.mask.shape[1]
+    plain = logits[:, -length - 1 : -1].log_softmax(-1).gather(2, rollout.ids[:, -length:, None])[..., 0]
+    tolerance = 0.2 if settings else 2e-4
+    torch.testing.assert_close(measured.logprobs, plain * rollout.mask, rtol=0, atol=tolerance)
+    assert len(trainer.train()) == 2
+    assert torch.equal(head.weight, base)
+    assert not any(torch.equal(a, b) for a, b in zip(adapter, start))
+
+
+def test_another_adapter_on_the_head_is_told(tmp_path: Path) -> None:
+    class OtherLinear(nn.Module):
         def __init__(self, base_layer: nn.Linear):
             super().__init__()
             self.base_layer = base_layer
@@ -83,8 +112,8 @@ def test_unmerged_adapter_on_the_head_is_told(tmp_path: Path) -> None:
             return self.base_layer(x)
 
     model = make_model(tie_word_embeddings=False)
-    model.lm_head = LoraLinear(model.lm_head)
-    with pytest.raises(TrainerError, match=r"unmerged adapter.*merge"):
+    model.lm_head = OtherLinear(model.lm_head)
+    with pytest.raises(TrainerError, match=r"adapter that is not LoRA .*OtherLinear.*merge"):
         make_trainer(tmp_path, model=model)
 
 

@@ -38,7 +38,7 @@ REFUSED = [
     Case("unknown-level", {"importance_sampling_level": "other"}),
     Case("weights-missing", {"reward_weights": [1.0]}, two_rewards, own=TWO),
     Case("no-rewards", {}, no_rewards),
-    Case("adapter-on-head", {}, adapter_on_head),
+    Case("adapter-on-trls-head", {"cast_lm_head_to_fp32": True}, adapter_on_head),
     Case("endless", {"max_steps": -1}, no_dataset),
     Case(
         "vllm-bounds",

@@ -143,8 +143,10 @@ def test_with_verls_fused_kernels_which_form_no_logits_either(model, monkeypatch
     check_sharded(engine)
 
 
-def test_with_lora_features_are_those_of_the_adapted_model(model):
-    engine = make_engine(model, lora_rank=4, lora_alpha=8)
+@pytest.mark.parametrize("targets", [{}, {"target_modules": ["lm_head", "q_proj"]}], ids=["backbone", "head"])
+def test_with_lora_features_are_those_of_the_adapted_model(model, targets):
+    """The first measurement of an engine compares its logits with the model's own."""
+    engine = make_engine(model, lora_rank=4, lora_alpha=8, **targets)
     plain = stacked(infer(engine, ROWS.batch(ALL, **{REQUEST: True}))[FEATURES])
     check(plain, ROWS.features(model))  # a new adapter changes nothing
     with torch.no_grad():

@@ -111,14 +111,23 @@ static void interleave(const uint16_t* first, const uint16_t* second, int64_t n,
   for (int64_t j = 0; j < n; j++) out[2 * j] = first[j], out[2 * j + 1] = second[j];
 }
 
-// Rows [row, row + count) of a matrix as the packed operand of a product over them: [units][columns] for each block of its
+constexpr int kBlockVectors = kLanes == 16 ? 4 : 2;  // of a wide block of columns
+
+static int64_t block_width_for(int64_t columns) {
+  for (int64_t vectors = 1; vectors < kBlockVectors; vectors *= 2)
+    if (columns <= vectors * kLanes) return vectors * kLanes;
+  return kBlockVectors * kLanes;
+}
+
+// Rows [row, row + count) of a matrix as the packed operand of a product over them: [units][width] for each block of its
 // columns, blocks block_stride floats apart. A unit is a row, or a pair of rows; zeros beyond the edges.
-static void pack_rows(const HeadChunk& c, const Matrix& m, int64_t row, int64_t count, float* out, int64_t block_stride) {
-  const int64_t d = c.args->d, columns = tile_width_for(kMaxWidth), step = c.bf16_pairs ? 2 : 1;
+static void pack_rows(const HeadChunk& c, const Matrix& m, int64_t columns, int64_t width, int64_t row, int64_t count, float* out,
+                      int64_t block_stride) {
+  const int64_t step = c.bf16_pairs ? 2 : 1;
   for (int64_t i = 0; i < count; i += step)
-    for (int64_t k = 0; k < d; k += columns) {
-      const int64_t n = smaller(columns, d - k);
-      float* unit = out + k / columns * block_stride + i / step * columns;
+    for (int64_t k = 0; k < columns; k += width) {
+      const int64_t n = smaller(width, columns - k);
+      float* unit = out + k / width * block_stride + i / step * width;
       if (!c.bf16_pairs) {
         unpack_floats(c.args->dtype, m, row + i, k, n, unit);
       } else {
@@ -129,7 +138,7 @@ static void pack_rows(const HeadChunk& c, const Matrix& m, int64_t row, int64_t 
         else
           for (int64_t j = 0; j < n; j++) pairs[2 * j] = first[j * m.stride1], pairs[2 * j + 1] = i + 1 < count ? second[j * m.stride1] : (uint16_t)0;
       }
-      for (int64_t j = n; j < columns; j++) unit[j] = 0.0f;
+      for (int64_t j = n; j < width; j++) unit[j] = 0.0f;
     }
 }
 
@@ -149,13 +158,28 @@ static void product_rows(const char* rows, int64_t row_bytes, int64_t count, con
   }
 }
 
-static void product(const HeadChunk& c, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units,
-                    float* out, int64_t out_stride, int64_t columns, bool accumulate) {
-  constexpr int T = kLanes == 16 ? 4 : 2;
+// Narrow blocks take more rows at a time: a sum waits for the one before, so that a few would leave the CPU idle.
+template <class Dot>
+static void product_of(int64_t width, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t units, float* out,
+                       int64_t out_stride, int64_t columns, bool accumulate) {
+  constexpr int R = kProductRows;
+  if (width == kLanes) {
+    const int64_t most = count / (2 * R) * (2 * R);
+    product_rows<Dot, 2 * R, 1>(rows, row_bytes, most, packed, units, out, out_stride, columns, accumulate);
+    product_rows<Dot, R, 1>(rows + most * row_bytes, row_bytes, count - most, packed, units, out + most * out_stride, out_stride, columns, accumulate);
+  } else if (width == 2 * kLanes) {
+    product_rows<Dot, R, 2>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+  } else {
+    product_rows<Dot, R, kBlockVectors>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+  }
+}
+
+static void product(const HeadChunk& c, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t width,
+                    int64_t units, float* out, int64_t out_stride, int64_t columns, bool accumulate) {
 #ifdef G2RL_HAS_BF16_DOT
-  if (c.bf16_pairs) return product_rows<DotBf16, kProductRows, T>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+  if (c.bf16_pairs) return product_of<DotBf16>(width, rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
 #endif
-  product_rows<DotFloat, kProductRows, T>(rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
+  product_of<DotFloat>(width, rows, row_bytes, count, packed, units, out, out_stride, columns, accumulate);
 }
 
 static void round_to(DType dtype, const float* x, int64_t n, void* out) {

@@ -83,7 +83,7 @@ static void add_lines(const float* const factor[J], const char* lines, int64_t l
 template <class Load, int L>
 static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t v, const char* lines, int64_t line_bytes,
                         int64_t length, float* out) {
-  const int64_t slab = c.slab_end - c.slab_begin, stride = row_stride(c.args->d);
+  const int64_t slab = c.slab_end - c.slab_begin, stride = row_stride(c.args->d + c.args->r);
   int64_t j = 0;
   for (; j + 4 <= row_count; j += 4) {
     const float* factor[4];
@@ -100,18 +100,17 @@ static void add_to_rows(const HeadChunk& c, const int64_t* rows, int64_t row_cou
 // their share of `out`.  From memory, rows are prefetched kAhead rows ahead.  A block that forward() left in L2 (kCached) is
 // taken column by column, so that `out` stays in L1.  Sums have one order either way.
 template <class Load, bool kCached>
-static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
+static void project_as(const HeadChunk& c, const Matrix& w, int64_t columns, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
   constexpr int kLines = 6;
   constexpr int64_t kColumns = 128, kAhead = kCached ? kLines : 3 * kLines;
-  const HeadArgs& a = *c.args;
-  const Matrix& w = a.weight;
-  const bool in_place = w.stride1 == 1 && Load::size == element_size(a.dtype);
+  const DType dtype = c.args->dtype;
+  const bool in_place = w.stride1 == 1 && Load::size == element_size(dtype);
   float scratch[kLines * kColumns];
   const int64_t all_rows = kCached ? end - begin : kLines;
   for (int64_t first = begin; first < end; first += all_rows)
-    for (int64_t k = 0; k < a.d; k += kColumns)
+    for (int64_t k = 0; k < columns; k += kColumns)
       for (int64_t v = first; v < smaller(first + all_rows, end); v += kLines) {
-        const int64_t n = smaller(kLines, end - v), length = smaller(kColumns, a.d - k);
+        const int64_t n = smaller(kLines, end - v), length = smaller(kColumns, columns - k);
         const char* lines = (const char*)scratch;
         int64_t line_bytes = kColumns * 4;
         if (in_place) {
@@ -120,7 +119,7 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
           for (int64_t i = 0; i < n && v + i + kAhead < end; i++)
             for (int64_t x = 0; x < length * Load::size; x += 64) __builtin_prefetch(lines + (i + kAhead) * line_bytes + x, 0, kCached ? 3 : 2);
         } else {
-          for (int64_t i = 0; i < n; i++) unpack_floats(a.dtype, w, v + i, k, length, scratch + i * kColumns);
+          for (int64_t i = 0; i < n; i++) unpack_floats(dtype, w, v + i, k, length, scratch + i * kColumns);
         }
         if (n == kLines) add_to_rows<Load, kLines>(c, rows, row_count, v, lines, line_bytes, length, out + k);
         else
@@ -129,15 +128,23 @@ static void project_as(const HeadChunk& c, const int64_t* rows, int64_t row_coun
 }
 
 template <bool kCached>
+static void project_matrix(const HeadChunk& c, const Matrix& w, int64_t columns, const int64_t* rows, int64_t row_count, int64_t begin,
+                           int64_t end, float* out) {
+  const DType dtype = w.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
+  if (dtype == DType::bf16) project_as<LoadBf16, kCached>(c, w, columns, rows, row_count, begin, end, out);
+  else if (dtype == DType::f16) project_as<LoadF16, kCached>(c, w, columns, rows, row_count, begin, end, out);
+  else project_as<LoadFloat, kCached>(c, w, columns, rows, row_count, begin, end, out);
+}
+
+template <bool kCached>
 static void project_rows(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
-  const DType dtype = c.args->weight.stride1 == 1 ? c.args->dtype : DType::f32;  // strided rows are unpacked to floats
-  if (dtype == DType::bf16) project_as<LoadBf16, kCached>(c, rows, row_count, begin, end, out);
-  else if (dtype == DType::f16) project_as<LoadF16, kCached>(c, rows, row_count, begin, end, out);
-  else project_as<LoadFloat, kCached>(c, rows, row_count, begin, end, out);
+  const HeadArgs& a = *c.args;
+  project_matrix<kCached>(c, a.weight, a.d, rows, row_count, begin, end, out);
+  if (a.r) project_matrix<kCached>(c, a.low_weight, a.r, rows, row_count, begin, end, out + a.d);
 }
 
 static void project(const HeadChunk& c, const int64_t* rows, int64_t row_count, int64_t begin, int64_t end, float* out) {
-  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d));
+  std::memset(out, 0, sizeof(float) * row_count * row_stride(c.args->d + c.args->r));
   project_rows<false>(c, rows, row_count, begin, end, out);
 }
 

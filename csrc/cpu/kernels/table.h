@@ -17,7 +17,7 @@ constexpr bool kBf16Dot = true;
 #else
 constexpr bool kBf16Dot = false;
 #endif
-constexpr HeadKernels kKernels = {kBf16Dot, tile_width_for, pack, forward, merge, collect, project, project_cached, gradient, pack_rows, product, round_to};
+constexpr HeadKernels kKernels = {kBf16Dot, tile_width_for, pack, forward, merge, collect, project, project_cached, gradient, block_width_for, pack_rows, product, round_to};
 
 }  // namespace
 }  // namespace G2RL_ISA

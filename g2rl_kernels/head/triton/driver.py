@@ -57,10 +57,10 @@ WORKSPACE = 8 << 20  # bytes: A and per-token sums of a slab
 SLOTS = 6 << 20  # bytes: partial features
 
 
-def token_statistics(hidden: Tensor, tokens: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor, Tensor]:
+def token_statistics(hidden: Tensor, tokens: Tensor, spec: HeadSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexp and entropy alone, [N] float32 in nats. hidden [N, d], tokens [N]."""
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        operands = HeadOperands.of(head)
+        operands = HeadOperands.of(spec)
         config = operands.config("stats", hidden)
         found = []
         for rows in slices(0, hidden.shape[0], CHUNK):
@@ -80,14 +80,14 @@ def features(
     more: bool = False,
 ) -> FeatureOutputs:
     """See `Backend.features`. With `max_skipped` or `more`, `known_logprobs` are not used."""
-    (N, D), S, device = hidden.shape, responses.cu_seqlens.shape[0] - 1, hidden.device
+    N, S, device = hidden.shape[0], responses.cu_seqlens.shape[0] - 1, hidden.device
     known, max_skipped = hints
     if max_skipped is not None or more:
         known = None
     with torch.cuda.device_of(hidden):
         operands = HeadOperands.of(head)
         cu_seqlens, alpha = _in_bounds(responses, N)
-        sums = torch.zeros(S, D, device=device)
+        sums = [torch.zeros(S, part.weight.shape[1], device=device) for part in operands.parts]
         skipped_mass, skipped_tokens = torch.zeros(S, device=device), cu_seqlens.new_zeros(S)
         columns = []
         for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, CHUNK):
@@ -101,9 +101,10 @@ def features(
         total = _to_means(sums, operands, cu_seqlens, alpha)
         logprobs, logsumexp, entropy, *asked = _concatenated(columns, device, more)
         if not more:
-            asked = [*empty_statistics(sums, 0)]
+            asked = [*empty_statistics(hidden, 0)]
+        phi = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
         skipped = skipped_mass / total, skipped_tokens
-        return FeatureOutputs(sums, logprobs, logsumexp, entropy, *skipped, *asked)
+        return FeatureOutputs(phi, logprobs, logsumexp, entropy, *skipped, *asked)
 
 
 def features_of_part(
@@ -114,14 +115,15 @@ def features_of_part(
         operands = HeadOperands.of(head)
         cu_seqlens, alpha = _in_bounds(responses, hidden.shape[0])
         lse2 = (lse * LOG2E).float()
-        sums = torch.zeros(cu_seqlens.shape[0] - 1, hidden.shape[1], device=hidden.device)
+        S, device = cu_seqlens.shape[0] - 1, hidden.device
+        sums = [torch.zeros(S, part.weight.shape[1], device=device) for part in operands.parts]
         for rows, chunk in chunks(hidden, tokens.contiguous(), cu_seqlens, alpha, CHUNK):
             here = operands.at(rows)
             _accumulate(chunk, here, sums, lse2[rows])
             _, slope = head_target(chunk.hidden, here, chunk.tokens)
             _add_realised(chunk, here, sums, _weighted(_weighted(rest[rows], chunk.alpha), slope))
         _to_means(sums, operands, cu_seqlens, alpha)
-        return sums
+        return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
 
 
 def _in_bounds(responses: Responses, N: int) -> tuple[Tensor, Tensor | None]:
@@ -132,11 +134,12 @@ def _in_bounds(responses: Responses, N: int) -> tuple[Tensor, Tensor | None]:
     return cu_seqlens, None if alpha is None else alpha.float().contiguous()
 
 
-def _to_means(out: Tensor, head: HeadOperands, cu_seqlens: Tensor, alpha: Tensor | None) -> Tensor:
-    """out [S, d] from sums to means, in place. Returns the sums of alpha [S]."""
+def _to_means(out: list[Tensor], head: HeadOperands, cu_seqlens: Tensor, alpha: Tensor | None) -> Tensor:
+    """out, [S, d] and [S, r], from sums to means, in place. Returns the sums of alpha [S]."""
     total = cu_seqlens.diff().float() if alpha is None else segment_sum(alpha, cu_seqlens, 0, len(alpha))
     total += WEIGHT_EPS
-    out *= (head.logit_scale / total)[:, None]
+    for sums in out:
+        sums *= (head.logit_scale / total)[:, None]
     return total
 
 
@@ -149,7 +152,7 @@ def _concatenated(columns: list[Any], device: torch.device, more: bool = False) 
 
 
 def _two_passes(
-    chunk: Chunk, head: HeadOperands, max_skipped: float | None, out: Tensor, more: bool
+    chunk: Chunk, head: HeadOperands, max_skipped: float | None, out: list[Tensor], more: bool
 ) -> tuple[TokenStatistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
     config = head.config("stats", chunk.hidden)
@@ -167,7 +170,7 @@ def _two_passes(
     return found, skipped_mass, skipped_tokens
 
 
-def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: Tensor) -> TokenStatistics:
+def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: list[Tensor]) -> TokenStatistics:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
     seed = target - known.clamp(max=0.0) * LOG2E
     sums = torch.zeros(2, seed.shape[0], dtype=torch.float64, device=seed.device)
@@ -195,7 +198,7 @@ def _one_pass(chunk: Chunk, head: HeadOperands, known: Tensor, out: Tensor) -> T
 def _accumulate(
     chunk: Chunk,
     head: HeadOperands,
-    out: Tensor,
+    out: list[Tensor],
     shift: Tensor,
     *,
     totals: Tensor | None = None,
@@ -203,14 +206,15 @@ def _accumulate(
     seed: Tensor | None = None,
     kappa: Tensor | None = None,
 ) -> None:
-    """out -= A W, where A[s, v] = sum_t alpha_t slope_tv 2^(x_tv - shift_t) over v != tokens[t].
+    """out -= A W, and A low_weight, where A[s, v] = sum_t alpha_t slope_tv 2^(x_tv - shift_t) over
+    v != tokens[t].
 
     `listed` picks the tokens. With `totals` [2, n] float64, each token's sums are added there
     (head_residual's l and u); with `seed` and `kappa`, what an earlier call with shift=seed had given is
     taken back, or all of it if kappa is 0.
     """
     n, D = chunk.hidden.shape
-    V, S = head.weight.shape[0], out.shape[0]
+    V, S = head.weight.shape[0], out[0].shape[0]
     device = chunk.hidden.device
     kind = "seeded" if totals is not None else "listed" if listed is not None else "residual"
     config = head.config(kind, chunk.hidden)
@@ -247,19 +251,21 @@ def _accumulate(
                 head_total(here_sums, totals)
             head_collect(here, cu_seqlens, responses, n_strips, config.BM)
             most = max(1, SLOTS // (4 * D * len(responses)))
-            slots = head_project(here, head, cu_seqlens, responses, columns, n_strips, config.BM, most)
-            head_reduce(slots, out, cu_seqlens, responses, -1.0, kappa if tiles.start == 0 else None)
-            del slots  # before the next are made
+            for part, features in zip(head.parts, out):
+                slots = head_project(here, part, cu_seqlens, responses, columns, n_strips, config.BM, most)
+                head_reduce(slots, features, cu_seqlens, responses, -1.0, kappa if tiles.start == 0 else None)
+                del slots  # before the next are made
         del partial, here, sums, here_sums
 
 
-def _add_realised(chunk: Chunk, head: HeadOperands, out: Tensor, coefficient: Tensor) -> None:
-    """out[s] += sum_t coefficient_t W[tokens[t]]."""
-    D = out.shape[1]
-    for responses in _ranges(out.shape[0], max(16, SLOTS // (4 * D))):
-        most = max(1, SLOTS // (4 * D * len(responses)))
-        slots = head_gather(head.weight, chunk.tokens, coefficient, chunk.cu_seqlens, responses, most)
-        head_reduce(slots, out, chunk.cu_seqlens, responses, 1.0)
+def _add_realised(chunk: Chunk, head: HeadOperands, out: list[Tensor], coefficient: Tensor) -> None:
+    """out[s] += sum_t coefficient_t W[tokens[t]], and low_weight[tokens[t]]."""
+    for part, features in zip(head.parts, out):
+        S, D = features.shape
+        for responses in _ranges(S, max(16, SLOTS // (4 * D))):
+            most = max(1, SLOTS // (4 * D * len(responses)))
+            slots = head_gather(part.weight, chunk.tokens, coefficient, chunk.cu_seqlens, responses, most)
+            head_reduce(slots, features, chunk.cu_seqlens, responses, 1.0)
 
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -34,19 +34,20 @@ from .tuning import Config
 @triton.heuristics(TILE_FLAGS | by_tma("G_TMA", "gradient") | by_tma("K_TMA", "kept"))
 @triton.jit(
     do_not_specialize=[
-        *("N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "i_kept", "stride_ln", "D")
+        *("N", "V", "i_row0", "n_rows", "i_col0", "n_columns", "n_blocks", "i_kept", "stride_ln", "R", "D")
     ]
 )
 def head_gradient_kernel(
-    hidden, weight, bias, tokens, numbers, gradient, kept, largest,
+    hidden, weight, low_hidden, low_weight, bias, tokens, numbers, gradient, kept, largest,
     N, V, i_row0, n_rows, i_col0, n_columns, n_blocks, i_kept,
     scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_gn, stride_kn, stride_ln,
-    D,
+    R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, G_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, KEPT: tl.constexpr, K_TMA: tl.constexpr, LARGEST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take the token blocks of one vocabulary tile: their rows of hidden and weight, and
     # dz, meet in the L2 cache.
@@ -58,8 +59,8 @@ def head_gradient_kernel(
 
     if KEPT == 0:
         b_acc = dot_tile(
-            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+            hidden, weight, low_hidden, low_weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd,
+            stride_wv, stride_wd, V, R, D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST, LOW,
         )  # fmt: skip
     else:
         b_kept = load_kept(kept, i_row, i_col - i_kept, o_row, m_row, stride_kn, BN, K_TMA)

@@ -70,7 +70,7 @@ def sweep(
 ) -> None:
     """See `Backend.sweep`. block.start is even; sums.weight[block] is scratch memory until this returns."""
     begin, end = block.start, block.stop
-    sum_hidden, grad_weight, grad_bias = sums
+    sum_hidden, grad_weight, grad_bias, sum_low_hidden, sum_low_weight = sums
     N, d = hidden.shape
     if N == 0:
         if grad_weight is not None:
@@ -89,8 +89,11 @@ def sweep(
     buffer = hidden.new_empty(chunk, most)
     # Whether the weight's gradient is added up apart from where it is stored.
     apart = grad_weight is not None and hidden.element_size() < 4 and (chunk < N or unit is not None)
-    if unit is not None and sum_hidden is not None:
-        sum_hidden /= unit
+    low_weight = None if sum_low_weight is None else sum_low_weight[begin:end]
+    added = [t for t in (sum_hidden, sum_low_hidden, low_weight) if t is not None]
+    if unit is not None:  # what is there already too
+        for total in added:
+            total /= unit
     with torch.cuda.device_of(hidden), _rounded_once():
         for columns in _blocks(begin, end, most, config.BN, SUMS // (4 * d) if apart else most):
             sum_weight = None if grad_weight is None else grad_weight[columns]
@@ -105,13 +108,18 @@ def sweep(
                     _add_product(sum_hidden[rows], dz, weight[columns])
                 if sum_weight is not None:
                     _add_product(sum_weight, dz.T, hidden[rows], beta=min(1, rows.start))
+                if sum_low_hidden is not None and operands.low_weight is not None:
+                    _add_product(sum_low_hidden[rows], dz, operands.low_weight[columns])
+                if sum_low_weight is not None and operands.low_hidden is not None:
+                    _add_product(sum_low_weight[columns], dz.T, operands.low_hidden[rows])
                 if grad_bias is not None:
                     sum_bias = dz.sum(0, dtype=torch.float32)
                     grad_bias[columns] += sum_bias if unit is None else sum_bias * unit
             if grad_weight is not None and sum_weight is not None and apart:
                 grad_weight[columns] = sum_weight if unit is None else sum_weight.mul_(unit)
-    if unit is not None and sum_hidden is not None:
-        sum_hidden *= unit
+    if unit is not None:
+        for total in added:
+            total *= unit
 
 
 def _unit(terms: Tensor) -> Tensor:

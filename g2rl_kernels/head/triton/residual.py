@@ -30,17 +30,19 @@ RESIDUAL_FLAGS = {
 
 
 @triton.heuristics(RESIDUAL_FLAGS)
-@triton.jit(do_not_specialize=["N", "V", "s_begin", "s_end", "i_tile0", "n_tiles", "n_strips", "D"])
+@triton.jit(do_not_specialize=["N", "V", "s_begin", "s_end", "i_tile0", "n_tiles", "n_strips", "R", "D"])
 def head_residual_kernel(
-    hidden, weight, bias, tokens, response, alpha, shift, seed, kappa, index, cu_seqlens, partial, sums,
+    hidden, weight, low_hidden, low_weight, bias, tokens, response, alpha, shift, seed, kappa, index,
+    cu_seqlens, partial, sums,
     N, V, s_begin, s_end, i_tile0, n_tiles, n_strips,
     scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D,
+    R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, LISTED: tl.constexpr,
     SUMS: tl.constexpr, CORRECT: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # How many tokens there are is known to the device alone: programs read it, and end at once without work.
     i_program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -66,8 +68,8 @@ def head_residual_kernel(
         o_row = tl.load(index + o_list, mask=m_row, other=0) if LISTED else o_list
 
         b_acc = dot_tile(
-            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+            hidden, weight, low_hidden, low_weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd,
+            stride_wv, stride_wd, V, R, D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST, LOW,
         )  # fmt: skip
         b_y = tl.load(tokens + o_row, mask=m_row, other=0).to(tl.int32)
         b_shift = tl.load(shift + o_row, mask=m_row, other=0.0)

@@ -36,18 +36,19 @@ BLOCKS = 16  # token blocks that are in use together
 
 
 @triton.heuristics(TILE_FLAGS | given("GATED", "gate") | given("MORE", "top") | by_tma("K_TMA", "kept"))
-@triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "i_kept", "stride_ln", "D"])
+@triton.jit(do_not_specialize=["N", "V", "n_strips", "tiles_per_strip", "i_kept", "stride_ln", "R", "D"])
 def head_stats_kernel(
-    hidden, weight, bias, tokens, gate, partial, top, kept, largest,
+    hidden, weight, low_hidden, low_weight, bias, tokens, gate, partial, top, kept, largest,
     N, V, n_strips, tiles_per_strip, i_kept,
     scale, factor, factors,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_kn, stride_ln,
-    D,
+    R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, GATED: tl.constexpr, MORE: tl.constexpr,
     HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     KEPT: tl.constexpr, K_TMA: tl.constexpr, BLOCKS: tl.constexpr, LARGEST: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     # Consecutive programs take BLOCKS token blocks of one strip, then those of the next strip: the tiles of
     # the weight and the rows of hidden that are in use together stay in the L2 cache.
@@ -80,8 +81,8 @@ def head_stats_kernel(
         m_row = o_row < N
 
         b_acc = dot_tile(
-            hidden, weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd, stride_wv, stride_wd, V,
-            D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST,
+            hidden, weight, low_hidden, low_weight, o_row, m_row, i_row, i_col, stride_hn, stride_hd,
+            stride_wv, stride_wd, V, R, D, BM, BN, BK, EVEN_D, H_TMA, W_TMA, PRECISION, UPCAST, LOW,
         )  # fmt: skip
         if KEPT == 4 and i_col >= i_kept:
             store_kept(kept, b_acc, i_row, i_col - i_kept, o_row, m_row, stride_kn, BN, K_TMA)

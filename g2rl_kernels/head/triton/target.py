@@ -16,21 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch_kernel
-from .tile import HeadOperands, given, raw_logits, softcap_slope
+from .tile import LOW_BLOCK, HeadOperands, given, raw_logits, softcap_slope
 
 BT, BD = 16, 256
 
 
-@triton.heuristics(given("HAS_BIAS", "bias") | given("TEMPERED", "factors"))
-@triton.jit(do_not_specialize=["N", "V", "D"])
+@triton.heuristics(given("HAS_BIAS", "bias") | given("TEMPERED", "factors") | given("LOW", "low_weight"))
+@triton.jit(do_not_specialize=["N", "V", "R", "D"])
 def head_target_kernel(
-    hidden, weight, bias, tokens, target, slope,
+    hidden, weight, low_hidden, low_weight, bias, tokens, target, slope,
     N, V,
     scale, factor, factors, outside,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    D,
+    R, D,
     BT: tl.constexpr, BD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -50,6 +50,16 @@ def head_target_kernel(
     if HAS_BIAS:
         b_bias = tl.load(bias + b_y, mask=m_y, other=0.0).to(tl.float32)
     b_x = tl.sum(b_sum, axis=1) + b_bias
+    if LOW:
+        b_low = tl.zeros([BT, LOW_BLOCK], dtype=tl.float32)
+        for i_k in range(0, R, LOW_BLOCK):
+            o_k = i_k + tl.arange(0, LOW_BLOCK)
+            m = m_y[:, None] & (o_k < R)[None, :]
+            p_h = low_hidden + o_t.to(tl.int64)[:, None] * R + o_k[None, :]
+            b_h = tl.load(p_h, mask=m, other=0.0).to(tl.float32)
+            b_w = tl.load(low_weight + b_y[:, None] * R + o_k[None, :], mask=m, other=0.0).to(tl.float32)
+            b_low += b_h * b_w
+        b_x += tl.sum(b_low, axis=1)
     b_factor = factor
     if TEMPERED:
         b_factor = tl.load(factors + o_t, mask=m_t, other=1.0)

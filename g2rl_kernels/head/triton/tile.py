@@ -36,18 +36,21 @@ MASKED = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(LOG2E)
 
 
+LOW_BLOCK = tl.constexpr(16)  # columns of the low-rank part at a time: the least that tl.dot takes
+
+
 @triton.jit
 def dot_tile(
-    hidden, weight, b_rows, m_rows,
+    hidden, weight, low_hidden, low_weight, b_rows, m_rows,
     i_row, i_col,
     stride_hn, stride_hd, stride_wv, stride_wd,
-    V, D,
+    V, R, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_D: tl.constexpr, H_TMA: tl.constexpr, W_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN] float32: hidden[rows] @ weight[i_col : i_col + BN]^T. With H_TMA, rows are i_row and on.
-    EVEN_D: BK divides D."""
+    EVEN_D: BK divides D. With LOW, low_hidden[rows] @ low_weight[...]^T is added, of R contiguous columns."""
     o_col = i_col + tl.arange(0, BN)
     b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     for i_k in range(0, D, BK):
@@ -68,6 +71,17 @@ def dot_tile(
             b_h = b_h.to(tl.float32)
             b_w = b_w.to(tl.float32)
         b_acc = tl.dot(b_h, tl.trans(b_w), b_acc, input_precision=PRECISION)
+    if LOW:
+        for i_k in range(0, R, LOW_BLOCK):
+            o_k = i_k + tl.arange(0, LOW_BLOCK)
+            p_h = low_hidden + b_rows.to(tl.int64)[:, None] * R + o_k[None, :]
+            p_w = low_weight + o_col.to(tl.int64)[:, None] * R + o_k[None, :]
+            b_h = tl.load(p_h, mask=m_rows[:, None] & (o_k < R)[None, :], other=0.0)
+            b_w = tl.load(p_w, mask=(o_col < V)[:, None] & (o_k < R)[None, :], other=0.0)
+            if UPCAST:
+                b_h = b_h.to(tl.float32)
+                b_w = b_w.to(tl.float32)
+            b_acc = tl.dot(b_h, tl.trans(b_w), b_acc, input_precision=PRECISION)
     return b_acc
 
 
@@ -160,6 +174,8 @@ class HeadOperands(NamedTuple):
     nats: float
     factor: float
     precision: str  # of float32 products
+    low_hidden: Tensor | None = None  # [N, r] and
+    low_weight: Tensor | None = None  # [V, r], contiguous: the low-rank part
     temperatures: Tensor | None = None  # [N]
 
     @classmethod
@@ -174,12 +190,22 @@ class HeadOperands(NamedTuple):
             nats=nats,
             factor=nats * LOG2E,
             precision=tuning.precision(),
+            low_hidden=None if spec.low_hidden is None else spec.low_hidden.contiguous(),
+            low_weight=None if spec.low_weight is None else spec.low_weight.contiguous(),
             temperatures=spec.temperatures,
         )
 
     def at(self, rows: slice) -> HeadOperands:
         """The same for some of the tokens."""
-        return self if self.temperatures is None else self._replace(temperatures=self.temperatures[rows])
+        temperatures, low_hidden = (
+            None if t is None else t[rows] for t in (self.temperatures, self.low_hidden)
+        )
+        return self._replace(temperatures=temperatures, low_hidden=low_hidden)
+
+    @property
+    def parts(self) -> tuple[HeadOperands, ...]:
+        """The head with each of the matrices that features are sums of rows of, as the weight."""
+        return (self,) if self.low_weight is None else (self, self._replace(weight=self.low_weight))
 
     def config(self, kind: str, hidden: Tensor) -> Config:
         """Tiles for one of tuning.KINDS."""
@@ -197,6 +223,9 @@ class HeadOperands(NamedTuple):
             "hidden": hidden,
             **weight_arguments(self.weight),
             "bias": self.bias,
+            "low_hidden": self.low_hidden,
+            "low_weight": self.low_weight,
+            "R": None if self.low_weight is None else self.low_weight.shape[1],
             "scale": self.scale,
             "factor": factor,
             "factors": factors,
@@ -243,6 +272,7 @@ TILE_FLAGS = {
     **by_tma("H_TMA", "hidden"),
     **by_tma("W_TMA", "weight"),
     **given("HAS_BIAS", "bias"),
+    **given("LOW", "low_weight"),
     **given("TEMPERED", "factors"),
     **UPCAST,
 }

@@ -171,7 +171,7 @@ class Bench:
         listed = self.half if kind == "listed" else None
         with tuning.trial(config):
             shift = self.found.lse2[:n]
-            self.driver._accumulate(chunk, self.operands, features, shift, totals=totals, listed=listed)
+            self.driver._accumulate(chunk, self.operands, [features], shift, totals=totals, listed=listed)
         return (features,) if totals is None else (features, totals)
 
     def gradient(self, config: Config) -> Tensor:

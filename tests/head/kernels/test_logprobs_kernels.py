@@ -369,7 +369,8 @@ def test_extra_memory_stays_below_64_MiB(monkeypatch, N, V, d, dtype, frozen):
     def run():
         inputs = (hidden, tokens, *HeadSpec(weight), *BACKEND)
         out = logprobs._logprobs_op._init_fn(*inputs, logprobs.LOGITS_MEMORY, False)[:4]
-        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, True, not frozen, False)
+        needs = (True, not frozen, False, False, False)
+        return out, logprobs._backward_op._init_fn(grad, grad, *inputs, *out, *needs)
 
     if HAS_GPU:
         run()  # cuBLAS' own workspace is in place
@@ -471,7 +472,8 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
     def run():
         inputs = (case.hidden, case.tokens, *HeadSpec(case.weight), *BACKEND)
         out = torch.ops.g2rl.linear_logprobs(*inputs, 0, False)[:4]
-        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, True, True, False)
+        needs = (True, True, False, False, False)
+        return torch.ops.g2rl.linear_logprobs_backward(grad, grad, *inputs, *out, *needs)
 
     expected = run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
