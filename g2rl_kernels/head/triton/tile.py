@@ -210,7 +210,9 @@ class HeadOperands(NamedTuple):
     def config(self, kind: str, hidden: Tensor) -> Config:
         """Tiles for one of tuning.KINDS."""
         V, D = self.weight.shape
-        form = tuning.form(hidden, self.weight, self.has_softcap)
+        # Factors and biases of a plain head's large tiles together would spill; a softcap's tiles have room.
+        each = self.temperatures is not None and self.bias is not None
+        form = tuning.form(hidden, self.weight, self.has_softcap or each)
         return choose(kind, hidden.device, hidden.dtype, V, D, form)
 
     def arguments(self, hidden: Tensor, factor: float | None = None) -> dict[str, Any]:
