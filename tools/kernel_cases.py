@@ -276,8 +276,10 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         return
     yield large("statistics, gated", arch, shipped, "plain", "bf16")
     for variant in usual:
-        yield large(variant, arch, shipped, "plain", "bf16", bias=True)
-        yield large(variant, arch, of("softcap")[0], "softcap", "bf16", bias=True, tempered=True)  # tile.py
+        roomy = of("softcap")[0], "softcap"  # HeadOperands.config
+        stats = roomy if variant.startswith("statistics") else (shipped, "plain")
+        yield large(variant, arch, *stats, "bf16", bias=True)
+        yield large(variant, arch, *roomy, "bf16", bias=True, tempered=True)
         for config in others:
             yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
     for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
@@ -288,19 +290,8 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         for variant in usual:
             yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
             yield large(
-                variant,
-                arch,
-                shipped,
-                form,
-                dtype,
-                precision=precision,
-                bias=True,
-                softcap=True,
-                tempered=True,
-            )
-            yield large(
-                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True, low=True,
-                may_spill=LOW_MAY_SPILL,
+                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True,
+                tempered=True, low=True, may_spill=LOW_MAY_SPILL,
             )  # fmt: skip
             if scope == "all":
                 for config in (shipped, *others):

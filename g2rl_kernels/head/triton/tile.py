@@ -210,9 +210,10 @@ class HeadOperands(NamedTuple):
     def config(self, kind: str, hidden: Tensor) -> Config:
         """Tiles for one of tuning.KINDS."""
         V, D = self.weight.shape
-        # Factors and biases of a plain head's large tiles together would spill; a softcap's tiles have room.
-        each = self.temperatures is not None and self.bias is not None
-        form = tuning.form(hidden, self.weight, self.has_softcap or each)
+        # Behind a plain head's large tiles a bias leaves no room for factors, nor for logits that are kept: a
+        # softcap's tiles have it. Whether any are kept must not change the tile, and with it a token's bits.
+        crowded = self.bias is not None and (self.temperatures is not None or kind == "stats")
+        form = tuning.form(hidden, self.weight, self.has_softcap or crowded)
         return choose(kind, hidden.device, hidden.dtype, V, D, form)
 
     def arguments(self, hidden: Tensor, factor: float | None = None) -> dict[str, Any]:
