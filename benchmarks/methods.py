@@ -307,10 +307,12 @@ TRAINING = {
     for method in (
         # C++ on a CPU, Triton on a GPU
         Method(OURS, _logprobs, default=EVERYWHERE),
-        Method(f"{OURS}, no logits kept", lambda p: _logprobs(p, logits_memory=0), default=("cpu",)),
+        Method(f"{OURS}, no logits kept", lambda p: _logprobs(p, logits_memory=0), default=EVERYWHERE),
         Method(
             f"{OURS}, 256 MiB of logits", lambda p: _logprobs(p, logits_memory=256 << 20), default=("cpu",)
         ),
+        Method(f"{OURS}, 1 GiB of logits", lambda p: _logprobs(p, logits_memory=1 << 30), "", "cuda"),
+        Method(f"{OURS}, all logits kept", lambda p: _logprobs(p, logits_memory=1 << 40), "", "cuda"),
         Method(f"{OURS}, entropy bonus", lambda p: _logprobs(p, entropy=True), default=EVERYWHERE),
         Method(f"{OURS}, frozen weight", _logprobs, frozen=True, default=EVERYWHERE),
         Method(f"{OURS}, tiles in PyTorch", lambda p: _logprobs(p, backend="reference"), default=EVERYWHERE),

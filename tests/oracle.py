@@ -265,14 +265,8 @@ def rounding(case: Case) -> g2.HeadFeatures:
     response. A low-rank part in 16 bits rounds its two factors to them.
     """
     double = case.double
-    h, w, bias = double.hidden, double.merged, double.bias
-    z = logits(double, h, double.weight, bias)
-    square = (h**2) @ (w**2).T + (0 if bias is None else bias.masked_fill(bias == -torch.inf, 0.0) ** 2)
-    if double.lora is not None:
-        A, B, scaling = double.lora
-        square = square + ((scaling * h @ A.T) ** 2) @ (B**2).T
-    size = (case.logit_scale / case.T) * square.amax(1, keepdim=True).sqrt()
-    size = torch.maximum(size.squeeze(1), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
+    w = double.merged
+    z, size = logits(double, double.hidden, double.weight, double.bias), logit_size(case)
     relative = 2.0**-23 * (3 * size + 4)  # [N], generously; 4: exp, log, a division and the last rounding
     relative = relative + low_rounding(case)
 
@@ -285,12 +279,26 @@ def rounding(case: Case) -> g2.HeadFeatures:
     off = relative * spread
     eps = torch.finfo(case.hidden.dtype).eps
     if double.lora is not None and eps > 1e-6:  # B itself
+        A, B, scaling = double.lora
         off = off + eps * case.logit_scale * abs(scaling) * ((residual**2 @ B**2) @ A**2).amax(1).sqrt()
     features = torch.zeros(len(case.lengths), dtype=torch.float64)
     features = features.index_add(0, case.segment, case.token_share * off)
     logprobs = relative * residual.gather(1, index).squeeze(1) + 2.0**-24 * z.logsumexp(1).abs()
     H = entropy(log_p)
     return g2.HeadFeatures(features, logprobs, relative, relative * H)
+
+
+def logit_size(case: Case) -> Tensor:
+    """[N], of each token the largest logit, or the root of the squared terms that one is a sum of."""
+    double = case.double
+    h, w, bias = double.hidden, double.merged, double.bias
+    z = logits(double, h, double.weight, bias)
+    square = (h**2) @ (w**2).T + (0 if bias is None else bias.masked_fill(bias == -torch.inf, 0.0) ** 2)
+    if double.lora is not None:
+        A, B, scaling = double.lora
+        square = square + ((scaling * h @ A.T) ** 2) @ (B**2).T
+    size = (case.logit_scale / case.T) * square.amax(1, keepdim=True).sqrt()
+    return torch.maximum(size.squeeze(1), z.masked_fill(z == -torch.inf, 0.0).abs().amax(1))
 
 
 def low_rounding(case: Case) -> Tensor:

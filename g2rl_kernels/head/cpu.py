@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import ops, qualified
+from .._ops import HAS_CPU, ops, qualified
 from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
 from .certified import certified_features
 from .spec import FIELDS, HeadSpec, Responses
@@ -98,6 +99,11 @@ def sweep(
 # --- fake implementations, for torch.compile ----------------------------------------------------------------
 
 
+def _fake(name: str) -> Callable[[Any], Any]:
+    """Registers one; a build without C++ lacks the operators."""
+    return torch.library.register_fake(qualified(name)) if HAS_CPU else lambda function: function
+
+
 def empty_statistics(
     like: Tensor, N: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +115,7 @@ def empty_statistics(
     )
 
 
-@torch.library.register_fake(qualified("head_statistics"))
+@_fake("head_statistics")
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     N, more = hidden.shape[0], others[-1]
     partial = hidden.new_empty((1, 4 if more else 3, N), dtype=torch.float64)
@@ -117,14 +123,14 @@ def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return partial, hidden.new_empty(N, dtype=torch.float64), top
 
 
-@torch.library.register_fake(qualified("head_finish"))
+@_fake("head_finish")
 def _(partial: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     N = target.shape[0]
     found = (target.new_empty(size, dtype=torch.float32) for size in ((N,), (N,), (2, N), (N,)))
     return *found, *empty_statistics(target, N if partial.shape[1] == 4 else 0)
 
 
-@torch.library.register_fake(qualified("head_terms"))
+@_fake("head_terms")
 def _(g: Tensor, *others: Tensor) -> Tensor:
     return g.new_empty((3, g.shape[0]), dtype=torch.float32)
 
@@ -135,16 +141,16 @@ def _empty_features(hidden: Tensor, *others: Any) -> Tensor:
     return hidden.new_empty((cu_seqlens.shape[0] - 1, columns), dtype=torch.float32)
 
 
-@torch.library.register_fake(qualified("head_features"))
+@_fake("head_features")
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     N = hidden.shape[0]
     per_token = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
     return _empty_features(hidden, *others), *per_token, *empty_statistics(hidden, N if others[-1] else 0)
 
 
-torch.library.register_fake(qualified("head_features_of_part"), _empty_features)
+_fake("head_features_of_part")(_empty_features)
 
 
-@torch.library.register_fake(qualified("head_sweep"))
+@_fake("head_sweep")
 def _(*arguments: Any) -> None:
     pass

@@ -77,5 +77,6 @@ void test_groups();              // test_group.cpp
 void test_head();                // test_head.cpp
 void test_gradients();           // test_gradients.cpp
 void test_large_vocabularies();  // test_head.cpp
+void test_options();             // test_options.cpp
 
 }  // namespace tests

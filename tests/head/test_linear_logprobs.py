@@ -10,11 +10,11 @@ from oracle import (
     Case,
     Sizes,
     environment,
+    logit_size,
     logits,
     low_rounding,
     make_case,
     products_repeat,
-    rounding,
 )
 from strategies import DTYPES, LAYOUTS, cases, restride
 
@@ -121,8 +121,8 @@ def assert_as_exact_as_torch(
     pairs = dtype == torch.bfloat16 and backend == ("cpu", "avx512bf16")
     extra = rounded_dz(case, exact["dz"]) if pairs else {}
     low = rounded_low_rank(case, exact["dz"])
-    # Of logits of order 10 to float32; of larger ones twice what it is to first order, signs at random.
-    of_logits = max(30 * 2.0**-24, 2 * float(rounding(case).logsumexp.amax()) if len(case.tokens) else 0.0)
+    # Of logits to float32: four roundings each of a logit and of the logsumexp, of the size of logits.
+    of_logits = 2.0**-24 * max(30.0, 8 * float(logit_size(case).amax()) if len(case.tokens) else 0.0)
     for name, value in actual.items():
         assert value.shape == exact[name].shape
         inputs = parameters(case)

@@ -185,7 +185,8 @@ def test_types_are_those_that_triton_takes_from_a_call(tool):
     def read(value):
         return jit.native_specialize_impl(CUDABackend, value, False, True, True)
 
-    dtypes = {"fp32": torch.float32, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8}
+    dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+    dtypes |= {"i64": torch.int64, "i32": torch.int32, "i8": torch.int8}
     for name, kind in sys.modules["kernel_cases"].TYPE.items():
         value = MockTensor(dtypes[kind[1:]]) if kind[0] == "*" else 1.5
         assert read(value) == (kind, "D" if kind[0] == "*" else None), name
