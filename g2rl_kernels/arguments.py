@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def check_positive(name: str, value: float, remedy: str = "") -> None:
 def check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
-    if not math.isfinite(value):
+    largest = sys.float_info.max
+    if not -largest <= value <= largest:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name}: got {value}, needs a finite number")
 
 

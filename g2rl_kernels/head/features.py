@@ -117,8 +117,8 @@ def head_features(
             of logit_scale, without a softcap) has the same bounds.
         lora: (A [r, d], B [V, r], scaling): the head is W + scaling B A in place of W, which is never formed.
             A and B of any dtype that hidden may have; scaling any finite number. For a 16-bit hidden, B and
-            scaling A h are rounded to its dtype, as the weight is; A is not. Extra memory: 2 bytes for each
-            number of a float32 B.
+            scaling A h are rounded to its dtype, as the weight is (beyond 65504 in float16: NaN); A is not.
+            Extra memory: 2 bytes for each number of a float32 B.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
             It saves backend "triton" one of two passes over the logits, and "cpu" a second look at the
@@ -129,7 +129,8 @@ def head_features(
             tokens around it and once what follows. On a CPU pass them only if hardly a response has one.
         statistics: any of "sum_p_squared", sum_v p_tv^2, and "top_token", the likeliest token (the first of
             those whose logits, as computed, are equal) with its log-probability. With them "triton" ignores
-            known_logprobs.
+            known_logprobs; it computes the realised token's logit apart, so that a tie with it may go either
+            way.
         process_group: a torch.distributed process group whose ranks share the vocabulary. weight and bias
             are then this rank's rows, [V_r, d] and [V_r], and B of lora too; the rows of rank r follow those
             of rank r - 1, and V_r may differ. All else is the same on all ranks, and tokens are global ids.
@@ -142,10 +143,11 @@ def head_features(
 
     Returns:
         features [S, d]; logprobs [N], logsumexp [N] and entropy [N] of z / temperature, in nats; all float32,
-        without gradients (`linear_logprobs` has them). NaN or Inf in a row of hidden makes that token's
-        outputs and its response's feature NaN; no other response is affected. Where statistics are asked for,
-        sum_p_squared [N] float32, top_token [N] int64 and top_logprob [N] float32 (nats) stand behind, None
-        for what was not asked: HeadFeaturesWithStatistics. A token whose outputs are NaN has top_token -1.
+        without gradients (`linear_logprobs` has them). NaN in a row of hidden, or Inf without a softcap,
+        makes that token's outputs and its response's feature NaN; no other response is affected. Where
+        statistics are asked for, sum_p_squared [N] float32, top_token [N] int64 and top_logprob [N] float32
+        (nats) stand behind, None for what was not asked: HeadFeaturesWithStatistics. A token whose outputs
+        are NaN has top_token -1.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -156,8 +158,8 @@ def head_features(
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set
     G2RL_CHECK=1 in the environment to ask for it. Unchecked wrong values read nothing out of bounds: "triton"
-    gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks at run time even
-    where it is compiled.
+    gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks tokens and
+    cu_seqlens at run time even where it is compiled.
 
     With a process_group, where values are checked, all ranks raise if one has an error, or if ranks differ in
     anything but their rows (values of hidden are not compared). Where values are not checked, a rank that

@@ -4,8 +4,9 @@ B (scaling A h) is added to W h. Operators and backends see low_hidden = scaling
 hidden, and low_weight = B [V, r] beside the weight. They give features of [W, B], [S, d + r], which `folded`
 takes back to [S, d], and gradients of low_hidden and B; those of A and, through A, of hidden are this file's.
 
-All products here are in float64, rounded once: they cost r / V of the head's, and a token's numbers then do
-not depend on the batch around it.
+All products here are torch's, in float64 and rounded once: they cost r / V of the head's. The order of their
+sums follows the batch and the threads. Rounding to float32 hides that, but not where the terms of A h cancel
+to six digits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def with_lora(head: HeadSpec, hidden: Tensor, lora: Lora | None) -> HeadSpec:
     if lora is None:
         return head
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-        raise TypeError(f"lora: got {type(lora).__name__}, needs a tuple (A, B, scaling)")
+        got = f"{len(lora)} values" if isinstance(lora, (tuple, list)) else type(lora).__name__
+        raise TypeError(f"lora: got {got}, needs a tuple of three, (A, B, scaling)")
     A, B, scaling = lora
     for name, matrix in (("A", A), ("B", B)):
         dtypes = (*DTYPES, torch.float64) if hidden.dtype == torch.float64 else DTYPES

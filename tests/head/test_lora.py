@@ -227,7 +227,7 @@ A, B = torch.randn(2, 4), torch.randn(9, 2)
 @pytest.mark.parametrize(
     ("lora", "error", "message"),
     [
-        ((A, B), TypeError, r"lora: got tuple, needs a tuple \(A, B, scaling\)"),
+        ((A, B), TypeError, r"lora: got 2 values, needs a tuple of three, \(A, B, scaling\)"),
         (A, TypeError, "lora: got Tensor"),
         ((A, None, 1.0), TypeError, "lora: B: got NoneType"),
         ((A.double(), B, 1.0), TypeError, "lora: A: got torch.float64, needs torch.float32"),
@@ -236,6 +236,7 @@ A, B = torch.randn(2, 4), torch.randn(9, 2)
         ((A, B[:8], 1.0), ValueError, r"lora: B: got shape \[8, 2\], needs \[9, 2\]"),
         ((A, B.T, 1.0), ValueError, r"lora: B: got shape \[2, 9\], needs \[9, 2\]"),
         ((A, B, float("inf")), ValueError, "lora: scaling: got inf, needs a finite number"),
+        ((A, B, 10**400), ValueError, "lora: scaling: got 1000"),
         ((A, B, "2"), TypeError, "lora: scaling: got str"),
         ((A.to("meta"), B, 1.0), ValueError, "lora: A: got device meta, needs cpu"),
     ],
