@@ -14,8 +14,8 @@ from typing import Any
 
 # Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
 TRIED_MAY_SPILL = 32
-# And a low-rank part beside a softcap, a bias and weights, which is rarer than its own tiles would be worth.
-LOW_MAY_SPILL = 32
+# And a low-rank part, or logits that are kept, beside a softcap and a bias: too rare for tiles of their own.
+RARE_MAY_SPILL = 32
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
@@ -265,22 +265,27 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         shipped, *others = CANDIDATES[family, form]
         return shipped, others if scope == "all" else []
 
+    def plain(variant: str, **options: bool) -> Case:
+        """With the tiles that HeadOperands.config takes."""
+        bias, tempered, low = (options.get(name, False) for name in ("bias", "tempered", "low"))
+        crowded = bias and (tempered or variant.startswith("statistics"))
+        crowded |= variant.endswith("more") or (low and family == "hip")
+        form = "softcap" if crowded else "plain"
+        return large(variant, arch, of(form)[0], form, "bf16", bias=bias, tempered=tempered, low=low)
+
     usual = [name for name in VARIANTS if name != "statistics, gated"]
-    shipped, others = of("plain")
     for variant in usual:
-        yield large(variant, arch, shipped, "plain", "bf16")
-        yield large(variant, arch, shipped, "plain", "bf16", tempered=True)
+        yield plain(variant)
+        yield plain(variant, tempered=True)
     for variant in usual if scope != "quick" else ("statistics", "gradient"):
-        yield large(variant, arch, shipped, "plain", "bf16", low=True)
+        yield plain(variant, low=True)
     if scope == "quick":
         return
-    yield large("statistics, gated", arch, shipped, "plain", "bf16")
+    yield plain("statistics, gated")
     for variant in usual:
-        roomy = of("softcap")[0], "softcap"  # HeadOperands.config
-        stats = roomy if variant.startswith("statistics") else (shipped, "plain")
-        yield large(variant, arch, *stats, "bf16", bias=True)
-        yield large(variant, arch, *roomy, "bf16", bias=True, tempered=True)
-        for config in others:
+        yield plain(variant, bias=True)
+        yield plain(variant, bias=True, tempered=True)
+        for config in of("plain")[1]:
             yield large(variant, arch, config, "plain", "bf16", may_spill=TRIED_MAY_SPILL)
     for form, dtype in (("softcap", "bf16"), ("ieee", "fp32"), ("tf32x3", "fp32")):
         if (family, form) not in CANDIDATES:
@@ -288,10 +293,13 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         shipped, others = of(form)
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
         for variant in usual:
-            yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
             yield large(
                 variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True,
-                tempered=True, low=True, may_spill=LOW_MAY_SPILL,
+                may_spill=RARE_MAY_SPILL * ("kept" in variant),
+            )  # fmt: skip
+            yield large(
+                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True,
+                tempered=True, low=True, may_spill=RARE_MAY_SPILL,
             )  # fmt: skip
             if scope == "all":
                 for config in (shipped, *others):

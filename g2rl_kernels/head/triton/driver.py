@@ -155,7 +155,7 @@ def _two_passes(
     chunk: Chunk, head: HeadOperands, max_skipped: float | None, out: list[Tensor], more: bool
 ) -> tuple[TokenStatistics, Tensor | float, Tensor | int]:
     target, slope = head_target(chunk.hidden, head, chunk.tokens)
-    config = head.config("stats", chunk.hidden)
+    config = head.config("stats", chunk.hidden, more)
     partial, top = head_stats(chunk.hidden, head, chunk.tokens, config, more=more)
     found = head_finish(partial, target, tokens=chunk.tokens if more else None, top=top)
     mass = _weighted(found.rest, chunk.alpha)

@@ -44,7 +44,7 @@ def statistics(
     """See `Backend.statistics`, of one strip, float32. A token outside of [0, V) has the logit -inf."""
     kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
     operands = HeadOperands.of(head)
-    config = operands.config("stats", hidden)
+    config = operands.config("stats", hidden, more)
     tokens = tokens.clamp(-1, head.weight.shape[0])  # fits an int32
     parts, targets = [hidden.new_empty((1, 4 if more else 3, 0), dtype=torch.float32)], []
     tops = [tokens.new_empty(1, 0)]

@@ -207,12 +207,14 @@ class HeadOperands(NamedTuple):
         """The head with each of the matrices that features are sums of rows of, as the weight."""
         return (self,) if self.low_weight is None else (self, self._replace(weight=self.low_weight))
 
-    def config(self, kind: str, hidden: Tensor) -> Config:
-        """Tiles for one of tuning.KINDS."""
+    def config(self, kind: str, hidden: Tensor, more: bool = False) -> Config:
+        """Tiles for one of tuning.KINDS. `more`: with what `statistics=` asks for."""
         V, D = self.weight.shape
-        # Behind a plain head's large tiles a bias leaves no room for factors, nor for logits that are kept: a
-        # softcap's tiles have it. Whether any are kept must not change the tile, and with it a token's bits.
+        # Behind a plain head's large tiles a bias leaves no room for factors, nor a bias or statistics for
+        # logits that are kept: a softcap's tiles have it. Whether any are kept must not change the tile, and
+        # with it a token's bits. On AMD's consumer GPUs a low-rank part needs the room.
         crowded = self.bias is not None and (self.temperatures is not None or kind == "stats")
+        crowded |= more or (self.low_weight is not None and tuning.is_hip())
         form = tuning.form(hidden, self.weight, self.has_softcap or crowded)
         return choose(kind, hidden.device, hidden.dtype, V, D, form)
 

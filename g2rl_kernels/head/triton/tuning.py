@@ -53,7 +53,7 @@ class Config:
 
     def for_kept(self) -> Config:
         """A tile of logits that are read, not multiplied: small, as nothing is gained by more."""
-        return replace(self, BM=min(self.BM, 64), BN=min(self.BN, 128))
+        return replace(self, BM=min(self.BM, 64), BN=min(self.BN, 64))
 
 
 # Of GPUs: the major compute capability of NVIDIA's data-centre GPUs, from which the others' follows
