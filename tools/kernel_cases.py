@@ -14,8 +14,8 @@ from typing import Any
 
 # Bytes that a configuration may spill which only `g2rl tune` tries: it is not taken unless it is faster.
 TRIED_MAY_SPILL = 32
-# And a low-rank part, or logits that are kept, beside a softcap and a bias: too rare for tiles of their own.
-RARE_MAY_SPILL = 32
+# And combinations of options that are too rare for tiles of their own (`rare`).
+RARE_MAY_SPILL = 64
 
 # Types of arguments by name. Others are constants, OPERANDS or int32.
 TYPES = {
@@ -170,6 +170,9 @@ def large(
 ) -> Case:
     """head_stats, head_residual or head_gradient. `by_pointer` names operands that come without a tensor
     descriptor; before sm_90 and on AMD all do."""
+    rare = low or tempered or "more" in variant
+    rare |= bias and softcap and (bool(strided) or "kept" in variant)
+    may_spill = max(may_spill, RARE_MAY_SPILL if rare else 0)
     kernel, constants = VARIANTS[variant]
     if constants.get("CORRECT"):
         config = config.for_correction()
@@ -293,13 +296,10 @@ def large_cases(arch: int | str, scope: str) -> Iterator[Case]:
         shipped, others = of(form)
         precision, softcap = "ieee" if form == "softcap" else form, form == "softcap"
         for variant in usual:
+            yield large(variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True)
             yield large(
                 variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True,
-                may_spill=RARE_MAY_SPILL * ("kept" in variant),
-            )  # fmt: skip
-            yield large(
-                variant, arch, shipped, form, dtype, precision=precision, bias=True, softcap=True,
-                tempered=True, low=True, may_spill=RARE_MAY_SPILL,
+                tempered=True, low=True,
             )  # fmt: skip
             if scope == "all":
                 for config in (shipped, *others):

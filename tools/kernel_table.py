@@ -21,6 +21,8 @@ Tiles are tokens x vocabulary x hidden size (head_project: responses x hidden si
 configuration says `2 programs`, two of them fit on a multiprocessor. Shared memory, of one program, and
 instructions are those of Triton {own}, or of the newest where that does not compile the kernel. A column for
 each version of Triton has registers/spilled bytes: stores and loads on NVIDIA, scratch memory on AMD.
+Combinations of options that few calls have (temperatures, statistics, a low-rank part; a softcap with a bias
+and kept logits or any strides) may spill up to 64 bytes, which ptxas likes to do near 128 registers.
 """
 SCOPES = {
     "all": "It has all kernels, with what only `g2rl tune` tries.",

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "kernel_resources.py"
 TESTED_TRITON = {(3, 6), (3, 7), (3, 8), (3, 9)}
-RARE_MAY_SPILL = 32  # bytes, as in tools/kernel_cases.py
+RARE_MAY_SPILL = 64  # bytes, as in tools/kernel_cases.py
 COMMITTED = ROOT / "benchmarks" / "results" / "triton-resources.md"
 
 
@@ -90,7 +90,9 @@ def test_the_committed_table_shows_clean_kernels(section, targets):
     assert {minor(version) for version in versions} >= ({(3, 9)} if section == "AMD" else TESTED_TRITON)
     assert len(rows) > 50 * len(targets)
     for row in rows:
-        rare = "softcap" in row[1] and ("kept" in row[1] or "low-rank" in row[1])
+        rare = any(word in row[1] for word in ("low-rank", "temperatures", "more"))
+        rare |= "bias, softcap" in row[1] and ("kept" in row[1] or "strides" in row[2] or "d = " in row[2])
+        rare |= "bias, weights, softcap" in row[1] and ("strides" in row[2] or "d = " in row[2])
         most = RARE_MAY_SPILL if rare else 0
         assert all(cell == "" or int(cell.split("/")[1]) <= most for cell in row[7:]), row
         assert row[-1], "the newest version compiles everything"

@@ -73,8 +73,9 @@ INTERPRETER = Config(32, 128, 64, 4, 2)  # large: each step costs the interprete
 FORMS = ("plain", "softcap", "ieee", "tf32x3", "unaligned", "unaligned fp32")
 
 # (family, form) -> the shipped choice first, then what `g2rl tune` tries beside it. The shipped one never
-# spills, in any kind and with any bias, the others in rare variants and a few bytes; two programs fit where
-# two are asked for. tools/kernel_resources.py compiles them (benchmarks/results/triton-resources.md).
+# spills, in any kind and with any bias, but for rare combinations of options, and a few bytes; the others in
+# rare variants. Two programs fit where two are asked for. tools/kernel_resources.py compiles them
+# (benchmarks/results/triton-resources.md).
 CANDIDATES: dict[tuple[Family, str], tuple[Config, ...]] = {
     (10, "plain"): (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3)),
     (9, "plain"): (
