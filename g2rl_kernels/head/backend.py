@@ -26,6 +26,10 @@ BACKENDS = {
 }
 
 
+# Of known_logprobs: how far l, the known over the exact probability, may be from 1 (csrc/cpu/passes.h too).
+KNOWN_TOLERANCE = 0.01
+
+
 class FeatureOutputs(NamedTuple):
     """What a backend's `features` gives; float32 but for skipped_tokens and top_token (int64)."""
 
@@ -88,6 +92,17 @@ class Sums(NamedTuple):
 
 
 NO_HINTS = Hints()
+
+
+def empty_statistics(
+    like: Tensor, N: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for sum_p_squared, top_token and top_logprob; the last outputs of several operators."""
+    return (
+        like.new_empty(N, dtype=dtype),
+        like.new_empty(N, dtype=torch.int64),
+        like.new_empty(N, dtype=dtype),
+    )
 
 
 class Backend(Protocol):

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from .._ops import HAS_CPU, ops, qualified
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
+from .backend import (
+    KNOWN_TOLERANCE,
+    NO_HINTS,
+    FeatureOutputs,
+    Hints,
+    Incoming,
+    Kept,
+    Sums,
+    TokenLogprobs,
+    empty_statistics,
+)
 from .certified import certified_features
 from .spec import FIELDS, HeadSpec, Responses
 
-KNOWN_TOLERANCE = 0.01  # as in csrc/cpu/onepass.cpp
 BLOCK, GROUP = 96, 16  # vocabulary entries and tokens of a tile of kept logits: KeptLogits in csrc/cpu/head.h
 
 
@@ -102,17 +111,6 @@ def sweep(
 def _fake(name: str) -> Callable[[Any], Any]:
     """Registers one; a build without C++ lacks the operators."""
     return torch.library.register_fake(qualified(name)) if HAS_CPU else lambda function: function
-
-
-def empty_statistics(
-    like: Tensor, N: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for sum_p_squared, top_token and top_logprob; the last outputs of several operators."""
-    return (
-        like.new_empty(N, dtype=dtype),
-        like.new_empty(N, dtype=torch.int64),
-        like.new_empty(N, dtype=dtype),
-    )
 
 
 @_fake("head_statistics")

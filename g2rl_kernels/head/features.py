@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .._ops import ops, qualified
 from ..arguments import check_shape, check_tensor, check_token_values, may_read_values, sizes
-from . import cpu, logprobs, vocab_parallel
-from .backend import Hints, choose_backend
+from . import cpu, logprobs, vocab_parallel  # noqa: F401 (cpu registers the fakes of the C++ ops)
+from .backend import Hints, choose_backend, empty_statistics
 from .backend import backend as implementation
 from .lora import Lora, folded, with_lora
 from .spec import (
@@ -335,7 +335,7 @@ def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     columns = d + HeadSpec(*flat[:FIELDS]).rank
     floats = [hidden.new_empty(size, dtype=torch.float32) for size in ((S, columns), (N,), (N,), (N,), (S,))]
     skipped_tokens = hidden.new_empty(S, dtype=torch.int64)
-    return *floats, skipped_tokens, *cpu.empty_statistics(hidden, N if flat[-1] else 0)
+    return *floats, skipped_tokens, *empty_statistics(hidden, N if flat[-1] else 0)
 
 
 def _over_ranks(

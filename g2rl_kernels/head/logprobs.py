@@ -29,9 +29,8 @@ from torch import Tensor
 from .._ops import qualified
 from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend
+from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend, empty_statistics
 from .backend import backend as implementation
-from .cpu import empty_statistics
 from .lora import Lora, with_lora
 from .spec import DTYPES, FIELDS, HEAD_SCHEMA, STATISTICS_SCHEMA, HeadSpec, asked_for, check_statistics
 

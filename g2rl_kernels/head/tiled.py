@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs
+from .backend import NO_HINTS, FeatureOutputs, Hints, Incoming, Kept, Sums, TokenLogprobs, empty_statistics
 from .certified import certified_features
 from .spec import HeadSpec, Responses
 
@@ -118,7 +118,7 @@ def finish(partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor) -> Toke
     logprobs, normaliser = target - largest - log_total, torch.stack([largest, log_total])
     found = logprobs, log_total - u / total, normaliser, s / total
     if partial.shape[1] == 3:
-        return TokenLogprobs(*found, m.new_empty(0), tokens.new_empty(0), m.new_empty(0))
+        return TokenLogprobs(*found, *empty_statistics(m, 0, m.dtype))
     best, v, q = torch.full_like(m, -torch.inf), torch.full_like(tokens, -1), e_y.square()
     for (strip_m, _, _, strip_q), strip_v in zip(partial, top):
         v = torch.where(strip_m > best, strip_v, v)  # of equals the first
@@ -168,7 +168,7 @@ def features(
     phi, logprobs, logsumexp, entropy, *asked = (t.clone() for t in found)  # an op's outputs share no memory
     skipped = hidden.new_zeros(len(responses.cu_seqlens) - 1, dtype=torch.float32)
     if not more:
-        asked = [phi.new_empty(0), tokens.new_empty(0), phi.new_empty(0)]
+        asked = [*empty_statistics(phi, 0, phi.dtype)]
     return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long(), *asked)
 
 

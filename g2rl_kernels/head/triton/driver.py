@@ -18,8 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import NO_HINTS, FeatureOutputs, Hints
-from ..cpu import empty_statistics
+from ..backend import KNOWN_TOLERANCE, NO_HINTS, FeatureOutputs, Hints, empty_statistics
 from ..reference import WEIGHT_EPS, segment_sum
 from ..spec import HeadSpec, Responses
 from ..tiled import finish, slices, terms
@@ -50,7 +49,6 @@ __all__ = [
     "token_statistics",
 ]
 
-KNOWN_TOLERANCE = 0.01
 GROSS = (-60.0, 10.0)  # log2 l outside: start afresh
 
 WORKSPACE = 8 << 20  # bytes: A and per-token sums of a slab
