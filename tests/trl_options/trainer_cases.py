@@ -29,10 +29,11 @@ INHERITED = [
             "dataloader_num_workers": 2,
             "dataloader_persistent_workers": True,
             "dataloader_prefetch_factor": 3,
-            "dataloader_in_order": False,
             "dataloader_pin_memory": False,
         },
     ),
+    # One worker: with two, the order of the batches is a matter of chance.
+    Case("loader-out-of-order", {"dataloader_num_workers": 1, "dataloader_in_order": False}),
     Case("drops-last", {"dataloader_drop_last": True, "max_steps": -1, "num_train_epochs": 0.25}),
     Case("one-epoch", {"max_steps": -1, "num_train_epochs": 1}),
     Case("by-length", {"train_sampling_strategy": "sequential"}),
