@@ -55,6 +55,14 @@ class Training:
 
     def backward(self) -> tuple[Tensor, ...]:
         """The gradients of hidden and, unless it is frozen, of the weight."""
+        # warn_only: else torch refuses cuBLAS without a workspace that would change the others' times
+        torch.use_deterministic_algorithms(self.method.any_batch, warn_only=True)
+        try:
+            return self._backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def _backward(self) -> tuple[Tensor, ...]:
         out, self.out = self.out, Outputs()
         if out.total is not None:
             return torch.autograd.grad(out.total, self.trained)

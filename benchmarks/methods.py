@@ -50,6 +50,7 @@ class Method:
     package: str = ""  # needs this package
     responses: int = 0  # uses this number of responses, not the case's: shows the cost of packing responses
     frozen: bool = False  # TRAINING: the weight gets no gradient
+    any_batch: bool = False  # TRAINING: the backward pass with torch.use_deterministic_algorithms
     default: tuple[str, ...] = ("cuda",)  # devices on which it is measured by default
 
     def obstacle(self, device: str) -> str | None:
@@ -313,6 +314,7 @@ TRAINING = {
         ),
         Method(f"{OURS}, 1 GiB of logits", lambda p: _logprobs(p, logits_memory=1 << 30), "", "cuda"),
         Method(f"{OURS}, all logits kept", lambda p: _logprobs(p, logits_memory=1 << 40), "", "cuda"),
+        Method(f"{OURS}, the same bits in any batch", _logprobs, device="cuda", any_batch=True),
         Method(f"{OURS}, entropy bonus", lambda p: _logprobs(p, entropy=True), default=EVERYWHERE),
         Method(f"{OURS}, frozen weight", _logprobs, frozen=True, default=EVERYWHERE),
         Method(f"{OURS}, tiles in PyTorch", lambda p: _logprobs(p, backend="reference"), default=EVERYWHERE),

@@ -46,6 +46,15 @@ def environment(name: str, value: str | None) -> Iterator[None]:
             os.environ[name] = old
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @dataclasses.dataclass
 class Case:
     hidden: Tensor

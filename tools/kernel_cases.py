@@ -364,6 +364,7 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
     for name, variant, constants, num_warps in single:
         yield made(f"{name}.head_{name}_kernel", arch, constants, variant=variant, num_warps=num_warps)
     yield from project_cases(arch, scope, project)
+    yield from product_cases(arch, scope)
 
 
 class Recorder:
@@ -407,6 +408,45 @@ def project_cases(arch: int | str, scope: str, module: ModuleType) -> Iterator[C
                 if case.name not in seen:
                     seen.add(case.name)
                     yield case
+
+
+def product_cases(arch: int | str, scope: str) -> Iterator[Case]:
+    """head_product, with the tiles that it chooses."""
+    import torch
+
+    from g2rl_kernels.head.spec import HeadSpec
+    from g2rl_kernels.head.triton import product
+    from g2rl_kernels.head.triton.tile import HeadOperands
+    from g2rl_kernels.head.triton.tuning import family_of
+
+    family = family_of(arch // 10) if isinstance(arch, int) else "hip"
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    kinds = [("bf16", "ieee", True), ("bf16", "ieee", False), ("fp32", "ieee", True), ("fp32", "tf32x3", True)]
+    for dtype, precision, aligned in kinds[:1] if scope == "quick" else kinds:
+        if is_amd(arch) and precision == "tf32x3":
+            continue
+        weight = torch.empty(256, 2048 if aligned else 2050, device="meta", dtype=dtypes[dtype])
+        head = HeadOperands.of(HeadSpec(weight))._replace(precision=precision)
+        config = product.tile(dtypes[dtype].itemsize, head, family)
+        tma = isinstance(arch, int) and arch >= 90
+        blocks = {"gradient": (config.BM, config.BK)} if tma else {}
+        blocks |= {"weight": (config.BK, config.BN)} if tma and aligned else {}
+        constants = {"BM": config.BM, "BD": config.BN, "BK": config.BK, "UPCAST": False}
+        constants |= {"G_TMA": tma, "W_TMA": tma and aligned, "PRECISION": precision}
+        constants["BV"] = 256 if dtype == "fp32" else 0
+        yield made(
+            "product.head_product_kernel",
+            arch,
+            constants,
+            variant="" if aligned else "d = 2050",
+            operands=dtype + ", 3xTF32" * (precision == "tf32x3"),
+            dtype=dtype,
+            descriptors={name: f"tensordesc<{dtype}[{m}, {n}]>" for name, (m, n) in blocks.items()},
+            strided=() if aligned else ROW_STRIDES,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            tiles=f"{config.BM} x {config.BN} x {config.BK}",
+        )
 
 
 def launched_project(

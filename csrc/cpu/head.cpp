@@ -63,12 +63,15 @@ int64_t rows_of(const HeadArgs& a, int64_t width, int64_t slab) {
   return code_bytes_of(a, width, slab) / (4 * row_stride(a.d + a.r) * strips_of(slab));
 }
 
+// Numbers of a token and block.  Whether there are slabs, which decide about bits, does not depend on what is asked for.
+int64_t statistics_of(const HeadArgs& a, int64_t width) { return a.statistics || width == 16 ? kStatistics : kStatistics - 2; }
+
 Plan make_plan(const HeadArgs& a, int64_t units) {
   // The more tokens in flight, the less often W is read; the more rows of A, the less often it is read to project them.
   const int64_t wanted = std::min<int64_t>(a.S, 4), blocks = ceil_div(a.V, kBlock);
   for (int64_t width : kWidths) {
     if (width > 16 && (width >= 2 * a.N || width * units * 4 > kTileBytes)) continue;
-    const int64_t fixed = width * (2 * blocks * kBlock + kStatistics * 4 * std::min(blocks, kSpan) + 4 * units);
+    const int64_t fixed = width * (2 * blocks * kBlock + statistics_of(a, width) * 4 * std::min(blocks, kSpan) + 4 * units);
     const int64_t rows = (kWorkspace - fixed) / (4 * a.V);
     if (rows >= (width > 16 ? wanted : 1)) return {width, a.V, std::min({rows, a.S, kMaxRows, rows_of(a, width, a.V)})};
   }
@@ -91,7 +94,7 @@ class Head {
     const int64_t blocks = std::min(ceil_div(args.V, kBlock), kSpan), code_bytes = code_bytes_of(args, width, plan.slab);
     Layout layout;
     const int64_t codes_at = layout.place(code_bytes), packed_at = layout.place(4 * c.units * width);
-    const int64_t statistics_at = layout.place(4 * kStatistics * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
+    const int64_t statistics_at = layout.place(4 * statistics_of(a, width) * blocks * width), residual_at = layout.place(4 * plan.rows * plan.slab);
     char* memory = head_workspace().reserve(layout.bytes());
     codes = memory + codes_at;
     row_response.assign(plan.rows, -1);

@@ -6,7 +6,7 @@
 
 namespace g2rl {
 
-constexpr int64_t kWorkspace = 15500000;  // bytes; with what the caller allocates beside it the total stays below 16 MB
+constexpr int64_t kWorkspace = 15880000;  // bytes; with what the caller allocates beside it the total stays below 16 MB
 constexpr int64_t kStatistics = 5;         // numbers of a token and block; two of them are used with HeadArgs::statistics alone
 constexpr int64_t kSpan = 16384;          // blocks whose statistics are held and merged together
 

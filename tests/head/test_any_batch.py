@@ -1,14 +1,15 @@
 """A token's outputs have the same bits alone, in any batch, at any place, with any number of threads.
 
-Backend "cpu", on every instruction set of this machine; "triton" in its interpreter, but for the gradient of
-hidden, a product by torch. Features on "cpu": the same bits where a response starts at
-the same offset modulo 16, else within two units in the last place of the largest term.
+Backend "cpu", on every instruction set of this machine; "triton" in its interpreter, where
+torch.use_deterministic_algorithms(True) asks for it in the gradient of hidden. Features on "cpu": the same bits
+where a response starts at the same offset modulo 16, else within two units in the last place of the largest
+term.
 """
 
 import pytest
 import torch
 from examples import given, settings, st
-from oracle import BACKENDS, CPU_BACKENDS, GPU, TRITON, Case, environment, make_case
+from oracle import BACKENDS, CPU_BACKENDS, GPU, TRITON, Case, deterministic, environment, make_case
 from strategies import cases
 from torch import Tensor
 
@@ -170,11 +171,13 @@ def test_triton_has_the_same_bits_over_many_strips(known):
 
 def _triton_has_the_same_bits(case, seed, known):
     from g2rl_kernels.head.triton import driver, stats, tile, tuning
+    from g2rl_kernels.head.triton import logprobs as kernels
 
     case, N = case.to(GPU), min(len(case.tokens), 40)
     rows = torch.arange(N, device=GPU)
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(N, generator=g).to(GPU) * 0.02  # nats: half of the seeds are corrected
+    incoming = torch.randn(2, N, generator=g).to(GPU)
 
     def outputs(rows, hint):
         lengths = torch.tensor([0, len(rows)], device=GPU)
@@ -182,16 +185,23 @@ def _triton_has_the_same_bits(case, seed, known):
         head = {**at(case, rows).head, "backend": "triton"}
         options = {**head, "known_logprobs": hint, "statistics": () if known else asked}
         found = g2.head_features(case.hidden[rows], case.weight, case.tokens[rows], lengths, **options)
+        hidden = case.hidden[rows].detach().requires_grad_()
         trained = g2.linear_logprobs(
-            case.hidden[rows], case.weight, case.tokens[rows], **head, statistics=asked
+            hidden, case.weight, case.tokens[rows], **head, statistics=asked, logits_memory=0
         )
-        return {**found._asdict(), **{f"linear_logprobs: {k}": v for k, v in trained._asdict().items()}}
+        outputs = {f"linear_logprobs: {k}": v.detach() for k, v in trained._asdict().items()}
+        if case.hidden.dtype != torch.float16:  # the unit of its gradients follows the largest of the batch
+            summed = (torch.stack(trained[:2]) * incoming[:, rows]).sum()
+            (outputs["gradient of hidden"],) = torch.autograd.grad(summed, hidden)
+        return {**found._asdict(), **outputs}
 
-    with pytest.MonkeyPatch.context() as patch:  # several tiles to a strip, several strips and chunks
+    with deterministic(), pytest.MonkeyPatch.context() as patch:  # several tiles to a strip, several strips and chunks
         patch.setattr(tile, "choose", lambda *_: tuning.Config(16, 32, 32, 4, 2))
         patch.setattr(stats, "MAX_STRIPS", 7)
         patch.setattr(stats, "BLOCKS", 2)
         patch.setattr(driver, "CHUNK", 30)
+        patch.setattr(kernels, "TOKENS", 32)
+        patch.setattr(kernels, "GRADIENT", 4 * 32 * 64)  # blocks of few tiles, more of them for fewer tokens
         hint = outputs(rows, None)["logprobs"].nan_to_num(0.0) + noise if known else None
         whole = outputs(rows, hint)
         some = torch.randperm(N, generator=g)[: N // 2].to(GPU)

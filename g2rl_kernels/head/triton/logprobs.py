@@ -8,6 +8,7 @@ added in float32 and rounded once:
 
     sum_hidden[chunk] += dz W[block]        grad_weight[block] = sum over chunks of dz^T hidden[chunk]
 
+With torch.use_deterministic_algorithms(True) product.py computes the first, in an order of its own.
 head/README.md has the choice of shapes, the estimates and the unit of dz in float16.
 """
 
@@ -27,6 +28,7 @@ from .chunk import CHUNK
 from .gradient import head_gradient
 from .join import head_join
 from .kept import KeptLogits
+from .product import head_product
 from .stats import head_stats
 from .target import head_target
 from .tile import HeadOperands
@@ -76,9 +78,9 @@ def sweep(
         if grad_weight is not None:
             grad_weight[begin:end] = 0
         return
-    weight, operands = head.weight, HeadOperands.of(head)
+    operands, invariant = HeadOperands.of(head), torch.are_deterministic_algorithms_enabled()
     config = operands.config("gradient", hidden)
-    tokens = tokens.clamp(-1, weight.shape[0])
+    tokens = tokens.clamp(-1, head.weight.shape[0])
     T = head.temperature if head.temperatures is None else head.temperatures
     terms = incoming.terms * (head.logit_scale / T)
     kept_logits = None if kept is None else KeptLogits.of(kept, head, hidden.dtype)
@@ -101,15 +103,16 @@ def sweep(
                 sum_weight = _sums(grad_weight, columns, end)
             for rows in slices(0, N, chunk):
                 dz = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
-                for part, logits in _parts(columns, kept_logits):
-                    here = dz[:, part.start - columns.start : part.stop - columns.start]
-                    head_gradient(hidden, operands, tokens, numbers, rows, part, here, config, logits)
-                if sum_hidden is not None:
-                    _add_product(sum_hidden[rows], dz, weight[columns])
+                for entries, logits in _parts(columns, kept_logits):
+                    here = dz[:, entries.start - columns.start : entries.stop - columns.start]
+                    head_gradient(hidden, operands, tokens, numbers, rows, entries, here, config, logits)
+                for part, total in zip(operands.parts, (sum_hidden, sum_low_hidden)):
+                    if total is not None and invariant:
+                        head_product(dz, part, columns.start, total[rows], config.BN)
+                    elif total is not None:
+                        _add_product(total[rows], dz, part.weight[columns])
                 if sum_weight is not None:
                     _add_product(sum_weight, dz.T, hidden[rows], beta=min(1, rows.start))
-                if sum_low_hidden is not None and operands.low_weight is not None:
-                    _add_product(sum_low_hidden[rows], dz, operands.low_weight[columns])
                 if sum_low_weight is not None and operands.low_hidden is not None:
                     _add_product(sum_low_weight[columns], dz.T, operands.low_hidden[rows])
                 if grad_bias is not None:
