@@ -4,9 +4,9 @@
     (cd ../older && python setup.py build_ext --inplace)
     python -m benchmarks.builds ../older --out benchmarks/results/builds.json
 
-Two processes, each with its own build, wait for their turn: in every round each makes one call of every method
-that it has, while the other stands still. The floor is torch's: the logits product for `head_features`, three
-products for `linear_logprobs`. Both processes make the same inputs (benchmarks/registry.py).
+Two processes, each with its own build, wait for their turn: in every round each makes one call of every
+method that it has, while the other stands still. The floor is torch's: the logits product for
+`head_features`, three products for `linear_logprobs`. Both make the same inputs (benchmarks/registry.py).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def floors(p: Any) -> dict[str, Callable[[], Any]]:
     return {HEAD: product, LOGPROBS: three}
 
 
-def work(shape: str, dtype: str, with_floor: bool) -> None:
+def work(shape: str, dtype: str, with_floor: bool = False) -> None:
     """One process: says which calls it has, then times one for each line on stdin that names it."""
     module = registry()
     calls: dict[str, Callable[[], Any]] = {}
@@ -260,7 +260,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.work:
-        work(*args.work, args.with_floor)
+        shape, dtype = args.work
+        work(shape, dtype, args.with_floor)
         return
     if args.older is None or not list(args.older.glob("g2rl_kernels/_C*.so")):
         sys.exit(f"builds: {args.older}: no built checkout (python setup.py build_ext --inplace in it)")

@@ -421,7 +421,12 @@ def product_cases(arch: int | str, scope: str) -> Iterator[Case]:
 
     family = family_of(arch // 10) if isinstance(arch, int) else "hip"
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    kinds = [("bf16", "ieee", True), ("bf16", "ieee", False), ("fp32", "ieee", True), ("fp32", "tf32x3", True)]
+    kinds = [
+        ("bf16", "ieee", True),
+        ("bf16", "ieee", False),
+        ("fp32", "ieee", True),
+        ("fp32", "tf32x3", True),
+    ]
     for dtype, precision, aligned in kinds[:1] if scope == "quick" else kinds:
         if is_amd(arch) and precision == "tf32x3":
             continue
@@ -431,7 +436,7 @@ def product_cases(arch: int | str, scope: str) -> Iterator[Case]:
         tma = isinstance(arch, int) and arch >= 90
         blocks = {"gradient": (config.BM, config.BK)} if tma else {}
         blocks |= {"weight": (config.BK, config.BN)} if tma and aligned else {}
-        constants = {"BM": config.BM, "BD": config.BN, "BK": config.BK, "UPCAST": False}
+        constants: dict[str, Any] = {"BM": config.BM, "BD": config.BN, "BK": config.BK, "UPCAST": False}
         constants |= {"G_TMA": tma, "W_TMA": tma and aligned, "PRECISION": precision}
         constants["BV"] = 256 if dtype == "fp32" else 0
         yield made(

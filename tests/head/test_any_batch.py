@@ -1,7 +1,7 @@
 """A token's outputs have the same bits alone, in any batch, at any place, with any number of threads.
 
-Backend "cpu", on every instruction set of this machine; "triton" in its interpreter, where
-torch.use_deterministic_algorithms(True) asks for it in the gradient of hidden. Features on "cpu": the same bits
+Backend "cpu", on every instruction set of this machine; "triton" in its interpreter, with
+torch.use_deterministic_algorithms(True), which the gradient of hidden needs. Features on "cpu": the same bits
 where a response starts at the same offset modulo 16, else within two units in the last place of the largest
 term.
 """
@@ -195,13 +195,14 @@ def _triton_has_the_same_bits(case, seed, known):
             (outputs["gradient of hidden"],) = torch.autograd.grad(summed, hidden)
         return {**found._asdict(), **outputs}
 
-    with deterministic(), pytest.MonkeyPatch.context() as patch:  # several tiles to a strip, several strips and chunks
+    with deterministic(), pytest.MonkeyPatch.context() as patch:
+        # Several tiles to a strip, several strips, chunks and blocks
         patch.setattr(tile, "choose", lambda *_: tuning.Config(16, 32, 32, 4, 2))
         patch.setattr(stats, "MAX_STRIPS", 7)
         patch.setattr(stats, "BLOCKS", 2)
         patch.setattr(driver, "CHUNK", 30)
         patch.setattr(kernels, "TOKENS", 32)
-        patch.setattr(kernels, "GRADIENT", 4 * 32 * 64)  # blocks of few tiles, more of them for fewer tokens
+        patch.setattr(kernels, "GRADIENT", 4 * 32 * 64)  # more tiles for fewer tokens
         hint = outputs(rows, None)["logprobs"].nan_to_num(0.0) + noise if known else None
         whole = outputs(rows, hint)
         some = torch.randperm(N, generator=g)[: N // 2].to(GPU)

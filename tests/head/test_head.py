@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from examples import given
+from marks import backends, dtypes
 from oracle import (
     BACKEND_IDS,
     BACKENDS,
@@ -28,9 +29,7 @@ from strategies import DTYPES, LAYOUTS, cases, restride
 
 import g2rl_kernels as g2
 
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=BACKEND_IDS)
 NOT_TRITON = [("reference", None), *CPU_BACKENDS]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 
 def check(case: Case, backend: tuple[str, str | None]) -> g2.HeadFeatures:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from examples import given
+from marks import dtypes
 from oracle import (
     CPU_BACKENDS,
     Case,
@@ -27,7 +28,6 @@ backends = pytest.mark.parametrize(
     "backend", [("reference", None), *CPU_BACKENDS], ids=lambda backend: backend[1] or backend[0]
 )
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 Results = dict[str, torch.Tensor]
 

@@ -5,9 +5,8 @@ strategies.py have one in two with a low-rank part; here is what they do not rea
 import pytest
 import test_linear_logprobs as shared
 import torch
+from marks import backends, dtypes
 from oracle import (
-    BACKEND_IDS,
-    BACKENDS,
     CPU_BACKENDS,
     Sizes,
     assert_as_exact_as_torch,
@@ -22,8 +21,6 @@ from g2rl_kernels.head import logprobs
 
 NOT_TRITON = [("reference", None), *CPU_BACKENDS]
 not_triton = pytest.mark.parametrize("backend", NOT_TRITON, ids=lambda backend: backend[1] or backend[0])
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=BACKEND_IDS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 
 def case_of(lengths, V, d, r, dtype=torch.float32, low_dtype=None, **options):

@@ -4,14 +4,14 @@ exact features is tested for all backends in kernels/test_known_logprobs.py."""
 import pytest
 import torch
 from examples import given, st
+from marks import dtypes
 from oracle import CPU_BACKENDS, Case, autograd_head, errors, make_case, run_head
-from strategies import DTYPES, cases
+from strategies import cases
 from torch import Tensor
 
 from g2rl_kernels.head.cpu import share_of_right_responses
 
 backends = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=[isa for _, isa in CPU_BACKENDS])
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 
 def own_logprobs(case: Case) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from examples import given
+from marks import backends, dtypes, isas
 from oracle import (
     BACKEND_IDS,
     BACKENDS,
@@ -16,14 +17,11 @@ from oracle import (
     make_case,
     run_head,
 )
-from strategies import DTYPES, cases
+from strategies import cases
 from test_head import KINDS, hostile
 
 import g2rl_kernels as g2
 
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=BACKEND_IDS)
-isas = pytest.mark.parametrize("isa", [isa for _, isa in CPU_BACKENDS])
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 ALL = ("sum_p_squared", "top_token")
 compiled = {"fullgraph": True, "backend": "aot_eager"}
 

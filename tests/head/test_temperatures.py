@@ -2,10 +2,8 @@
 
 import pytest
 import torch
+from marks import backends, dtypes, isas
 from oracle import (
-    BACKEND_IDS,
-    BACKENDS,
-    CPU_BACKENDS,
     GPU,
     TRITON,
     Case,
@@ -14,14 +12,10 @@ from oracle import (
     make_case,
     run_head,
 )
-from strategies import DTYPES
 from test_linear_logprobs import check as check_logprobs
 
 import g2rl_kernels as g2
 
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=BACKEND_IDS)
-isas = pytest.mark.parametrize("isa", [isa for _, isa in CPU_BACKENDS])
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 compiled = {"fullgraph": True, "backend": "aot_eager"}
 
 

@@ -106,11 +106,11 @@ def sweep(
                 for entries, logits in _parts(columns, kept_logits):
                     here = dz[:, entries.start - columns.start : entries.stop - columns.start]
                     head_gradient(hidden, operands, tokens, numbers, rows, entries, here, config, logits)
-                for part, total in zip(operands.parts, (sum_hidden, sum_low_hidden)):
-                    if total is not None and invariant:
-                        head_product(dz, part, columns.start, total[rows], config.BN)
-                    elif total is not None:
-                        _add_product(total[rows], dz, part.weight[columns])
+                for part, out in zip(operands.parts, (sum_hidden, sum_low_hidden)):
+                    if out is not None and invariant:
+                        head_product(dz, part, columns.start, out[rows], config.BN)
+                    elif out is not None:
+                        _add_product(out[rows], dz, part.weight[columns])
                 if sum_weight is not None:
                     _add_product(sum_weight, dz.T, hidden[rows], beta=min(1, rows.start))
                 if sum_low_weight is not None and operands.low_hidden is not None:

@@ -4,8 +4,8 @@ In: dz [n, columns] in the dtype of hidden, the weight's rows of these columns; 
 
 Used with torch.use_deterministic_algorithms(True). cuBLAS is faster, but chooses the order of its sums by the
 sizes of the product, so that hidden's gradient of a token depends on its batch. Here a program owns a tile of
-`out` and takes the columns in order, one call after the other. float32 columns are added up BV at a time, then
-to `out`: one sum of 150,000 terms would lose a digit. Sums of 16-bit numbers lose more when they are rounded.
+`out` and takes the columns in order, one call after the other. float32 columns are added up BV at a time,
+then to `out`: one sum of 150,000 terms would lose a digit. 16-bit results lose more when they are rounded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from .launch import launch_kernel
 from .tile import UPCAST, HeadOperands, by_tma, descriptor, weight_arguments
 from .tuning import Config, Family, aligned, family
+
 
 @triton.heuristics(by_tma("G_TMA", "gradient") | by_tma("W_TMA", "weight") | UPCAST)
 @triton.jit(do_not_specialize=["n_rows", "i_col0", "n_columns", "V", "D"])
@@ -51,7 +52,7 @@ def head_product_kernel(
             b_g = b_g.to(tl.float32)
             b_w = b_w.to(tl.float32)
         b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION)
-        if BV:
+        if BV:  # noqa: SIM102 (a constant)
             if (i_c + BK) % BV == 0:
                 b_total += b_acc
                 b_acc = tl.zeros([BM, BD], dtype=tl.float32)

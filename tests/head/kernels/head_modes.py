@@ -9,7 +9,6 @@ import pytest
 import torch
 from examples import settings
 from oracle import GPU, TRITON, Case, allowed_errors, autograd_head, run_head
-from strategies import DTYPES
 
 import g2rl_kernels as g2
 
@@ -20,7 +19,6 @@ from g2rl_kernels.head.triton import driver, tuning
 
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 modes = pytest.mark.parametrize("mode", ["two passes", "one pass", "certificate"])
 examples = settings(max_examples=40 if HAS_GPU else 8)  # most compile a kernel of their own
 

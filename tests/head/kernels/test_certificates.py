@@ -6,10 +6,10 @@ from examples import given, st
 from head_modes import (
     assert_features,
     certified,
-    dtypes,
     examples,
     with_weights,
 )
+from marks import dtypes
 from oracle import GPU, TRITON, Case, allowed_errors, autograd_head, errors, make_case
 
 import g2rl_kernels as g2

@@ -10,7 +10,6 @@ from head_modes import (
     TINY,
     assert_features,
     certified,
-    dtypes,
     examples,
     known_mode,
     mode_options,
@@ -18,6 +17,7 @@ from head_modes import (
     plain_features,
 )
 from live_bytes import LiveBytes, no_launches
+from marks import dtypes
 from oracle import (
     GPU,
     TRITON,

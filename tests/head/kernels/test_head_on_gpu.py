@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 from head_modes import (
-    dtypes,
     known_mode,
     mode_options,
     modes,
     on_gpu,
     plain_features,
 )
+from marks import dtypes
 from oracle import (
     GPU,
     TRITON,

@@ -5,10 +5,10 @@ import torch
 from examples import assume, given, st
 from head_modes import (
     assert_features,
-    dtypes,
     examples,
     with_weights,
 )
+from marks import dtypes
 from oracle import (
     CPU_BACKENDS,
     TRITON,

@@ -9,8 +9,8 @@ import itertools
 import pytest
 import test_linear_logprobs as shared
 import torch
+from marks import dtypes
 from oracle import GPU, TRITON, Case, deterministic, make_case
-from strategies import DTYPES
 
 import g2rl_kernels as g2
 from g2rl_kernels.head import logprobs, tiled
@@ -27,7 +27,6 @@ from g2rl_kernels.head.triton import tile, tuning
 
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 TINY = tuning.Config(16, 32, 32, 4, 2)
 BACKEND = ("triton", "")  # as the operators take it, without a process group

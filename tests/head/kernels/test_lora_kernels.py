@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from marks import dtypes
 from oracle import make_case
 from strategies import low_rank
-from test_logprobs_kernels import _on_the_gpu, check, dtypes, tiny_budgets, tiny_tiles  # noqa: F401 (fixtures)
+from test_logprobs_kernels import _on_the_gpu, check, tiny_budgets, tiny_tiles  # noqa: F401 (fixtures)
 
 from g2rl_kernels.head.triton import driver
 
