@@ -28,7 +28,8 @@ from ..group.shaping import response_keys, shape_rewards
 from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden
+from ..models.lm_head import LMHead, find_head, frozen_copy
+from ..models.responses import may_share, response_hidden
 from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
@@ -84,7 +85,10 @@ class Trainer:
             raise ConfigError(str(error)) from None
         check_adapter(model)
         self.head = find_head(model)
-        self.sampler = Sampler(model, tokenizer, self.tasks, config)
+        self.head.shares = may_share(model, self.head)
+        self.sampler = Sampler(model, tokenizer, self.tasks, config, self.head)
+        if config.gradient_checkpointing:  # layers whose activations are computed again take no cache
+            self.head = replace(self.head, shares=False)
         self.ops_dtype: torch.dtype = self.head.output.weight.dtype
         if config.autocast == "bfloat16":
             self.ops_dtype = torch.bfloat16
