@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import g2rl_kernels as g2
 
 from ..errors import TrainerError, one_line, out_of_memory
-from ..models.lm_head import LMHead, base_model, evaluation_mode, response_hidden
+from ..models.lm_head import LMHead, base_model, evaluation_mode
+from ..models.responses import response_hidden
 from .sampling import Rollout, autocast
 
 PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long

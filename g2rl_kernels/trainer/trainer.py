@@ -21,6 +21,7 @@ import g2rl_kernels as g2
 from .._clock import clock
 from .._files import whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
+from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
 from ..group.options import ShapingOptions
@@ -28,7 +29,8 @@ from ..group.shaping import response_keys, shape_rewards
 from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
-from ..models.lm_head import LMHead, find_head, frozen_copy, response_hidden
+from ..models.lm_head import LMHead, find_head, frozen_copy
+from ..models.responses import may_share, response_hidden
 from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
@@ -84,7 +86,10 @@ class Trainer:
             raise ConfigError(str(error)) from None
         check_adapter(model)
         self.head = find_head(model)
-        self.sampler = Sampler(model, tokenizer, self.tasks, config)
+        self.head.shares = may_share(model, self.head)
+        self.sampler = Sampler(model, tokenizer, self.tasks, config, self.head)
+        if config.gradient_checkpointing:  # layers whose activations are computed again take no cache
+            self.head = replace(self.head, shares=False)
         self.ops_dtype: torch.dtype = self.head.output.weight.dtype
         if config.autocast == "bfloat16":
             self.ops_dtype = torch.bfloat16
@@ -111,6 +116,7 @@ class Trainer:
         self.step_number = 0  # steps done
         title = f"{config.algorithm.upper()} · {config.model or type(model).__name__}"
         self.report = Report(self.output_dir, title)
+        self.alarm = CollapseAlarm(remedy(ShapingOptions.of(config), config.algorithm))
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -331,6 +337,7 @@ class Trainer:
         with bar:
             while self.step_number < config.steps:
                 metrics = self.step()
+                metrics |= self.alarm.watch(self.step_number, metrics)
                 if self.step_number == 1:
                     self._replace_earlier_run()
                 self.report.log(metrics)
@@ -359,6 +366,7 @@ class Trainer:
             state = checkpoint.load(start, self.model, self.optimizer)
             self.step_number, self.sampler.position = state["step"], state["position"]
             self._begin_files(self.step_number)
+            self.alarm.replay(self.report.metrics)
 
     def _replace_earlier_run(self) -> None:
         """Deletes the files of an earlier run, after the first step of one that starts at step 0.

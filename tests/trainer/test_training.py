@@ -118,11 +118,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
-    """Generation too, which would lose its cache in training mode."""
+    """Generation too, which would lose its cache in training mode. No rows share a prompt's states."""
     keys: dict[str, Any] = {"mini_batch_size": 4, "beta": 0.1}
     runs = []
     for name, on in (("a", False), ("b", True)):
         trainer = make_trainer(tmp_path / name, gradient_checkpointing=on, **keys)
+        assert trainer.head.shares != on
+        for head in (trainer.head, trainer.reference):
+            head.shares = False
         runs.append([without_times(trainer.step()) for _ in range(4)])
         assert not any(module.training for module in trainer.model.modules())
     assert runs[0] == runs[1]
