@@ -93,7 +93,7 @@ def _gym(name: str, cfg: dict[str, Any]) -> Setting:
         {**task, "size": 1000, "seed": 0},
         {**task, "size": 24, "seed": 1},
         samples=GROUP,
-        threads=0,
+        threads=1,
     )
 
 
