@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from g2rl_kernels._files import write_whole
 
 from .collapse import BASELINE, collapses
 from .experiment import Evaluation, Row
-from .settings import GRIDS, PAIRS, SETTINGS, systems
+from .settings import COMPARED, GRIDS, METHOD_GRIDS, PAIRS, SETTINGS, systems
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -25,6 +25,8 @@ PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(
     r"(<!-- (results|differences|pairs|tuning|choice)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
+
+Grids = Mapping[str, Sequence[dict[str, Any]]]  # algorithm -> the keys that tuning tries
 
 # measure -> heading, digits
 MEASURES: dict[str, tuple[str, int]] = {
@@ -63,28 +65,34 @@ def mean_of(rows: Sequence[Row], system: str, measure: str) -> float:
     return sum(values.values()) / len(values)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval by Student's t; NaN for fewer than three values."""
+def interval(values: Sequence[float], comparisons: int = 1) -> tuple[float, float]:
+    """Mean and half of its 95 % interval by Student's t; NaN for fewer than three values.
+
+    comparisons: how many intervals hold together with 95 %, by Bonferroni's rule.
+    """
     n, mean = len(values), sum(values) / len(values)
     if n < 3:
         return mean, math.nan
     from scipy.stats import t
 
     deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
-    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean, float(t.ppf(1 - 0.025 / comparisons, n - 1)) * deviation / math.sqrt(n)
 
 
-def difference(rows: Sequence[Row], system: str, measure: str, other: str = BASELINE) -> tuple[float, float]:
+def difference(
+    rows: Sequence[Row], system: str, measure: str, other: str = BASELINE, comparisons: int = 1
+) -> tuple[float, float]:
     """One system less another, paired by seed: mean and half of the interval."""
     ours, theirs = of_seeds(rows, system, measure), of_seeds(rows, other, measure)
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    both = sorted(ours.keys() & theirs.keys())
+    return interval([ours[seed] - theirs[seed] for seed in both], comparisons)
 
 
-def best(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The result of the tuning stage: for each algorithm, the keys with the highest mean pass@1 on held-out
+def best(rows: Sequence[Row], grids: Grids = GRIDS) -> dict[str, dict[str, Any]]:
+    """The result of a tuning stage: for each algorithm, the keys with the highest mean pass@1 on held-out
     problems."""
     found = {}
-    for algorithm, grid in GRIDS.items():
+    for algorithm, grid in grids.items():
         scores = [mean_of(rows, f"{algorithm} {number}", "pass@1") for number in range(len(grid))]
         found[algorithm] = grid[scores.index(max(scores))]
     return found
@@ -93,7 +101,7 @@ def best(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def names(rows: Sequence[Row]) -> list[str]:
     """The systems in rows, in the order of the registry."""
     found = {row["system"] for row in rows}
-    return [name for name in systems(rows[0]["setting"]) if name in found]
+    return [name for name in systems(rows[0]["setting"]) | COMPARED if name in found]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -145,16 +153,21 @@ def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASE
     return [title, *cells]
 
 
-def tuning_table(rows: Sequence[Row]) -> str:
+def tuning_table(rows: Sequence[Row], grids: Grids = GRIDS) -> str:
     """Every setting tried, by algorithm; the chosen one in bold."""
-    lines, chosen = [], best(rows)
-    for algorithm, grid in GRIDS.items():
+    lines, chosen = [], best(rows, grids)
+    for algorithm, grid in grids.items():
         for number, keys in enumerate(grid):
             said = ", ".join(f"{key}={value:g}" for key, value in keys.items())
             score = mean_of(rows, f"{algorithm} {number}", "pass@1")
             mark = "**" if keys is chosen[algorithm] else ""
             lines.append([algorithm, f"{mark}{said}{mark}", f"{mark}{score:.3f}{mark}"])
     return table(["algorithm", "setting", "pass@1"], lines)
+
+
+def _is_tuned(rows: Sequence[Row], name: str, grid: Sequence[dict[str, Any]]) -> bool:
+    found = {row["system"] for row in rows}
+    return all(f"{name} {number}" in found for number in range(len(grid)))
 
 
 def _what(rows: Sequence[Row]) -> str:
@@ -276,7 +289,7 @@ def write() -> None:
     """Writes docs/evidence.md and its figures, from the committed results."""
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem != "tuning":
+        if "tuning" not in path.stem and not path.stem.startswith("methods-"):
             draw(load(path), PAGE.with_name(f"evidence-{path.stem}.png"))
 
 
@@ -285,8 +298,10 @@ def write_report(results: Path) -> Path:
     sections = ["# Results\n"]
     for path in sorted(results.glob("*.json")):
         rows, stage = load(path), path.stem
-        if stage == "tuning":
-            sections.append(f"## Tuning\n\n{tuning_table(rows)}")
+        if "tuning" in stage:
+            grids: Grids = GRIDS if stage == "tuning" else METHOD_GRIDS
+            tried = {name: grid for name, grid in grids.items() if _is_tuned(rows, name, grid)}
+            sections.append(f"## {stage}\n\n{tuning_table(rows, tried)}")
             continue
         draw(rows, results / f"{stage}.png")
         sections.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")

@@ -28,21 +28,33 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.learning import document  # noqa: E402
 from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
-from benchmarks.learning.settings import GRIDS, SEEDS, SETTINGS, TUNING_SEEDS, systems  # noqa: E402
+from benchmarks.learning.settings import (  # noqa: E402
+    COMPARED,
+    GRIDS,
+    LEVELS,
+    METHOD_GRIDS,
+    METHODS,
+    SEEDS,
+    SETTINGS,
+    TUNING_SEEDS,
+    systems,
+)
 from g2rl_kernels._files import write_whole  # noqa: E402
 from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
-STAGES = ("tuning", "fluent", "halting", "scarce", "smollm2-chain-sum", "smollm2-gcd")
+COMPARISON = "methods-"  # stages of docs/methods.md begin so
+STAGES = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
+STAGES += (f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
 TUNED_ON = "fluent"
-TUNED = ("fluent", "halting", "scarce")  # stages that need what the tuning stage chose
+TUNED = (*LEVELS, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
 
 
 def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
     """The runs of a stage: for each system all seeds, GRPO first.
 
-    tuned: for each algorithm the keys that the tuning stage chose; a system's own keys override them. The
-    real model is not tuned: its setting has a learning rate.
+    tuned: for each algorithm, and each method of another paper, the keys that tuning chose; a system's own
+    keys override them. The real model is not tuned: its setting has a learning rate.
     """
     if stage == "tuning":
         return [
@@ -51,10 +63,19 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
             for number, keys in enumerate(grid)
             for seed in TUNING_SEEDS
         ]
-    runs = []
-    for system, keys in systems(stage).items():
-        chosen = tuned.get(keys["algorithm"], {}) if not stage.startswith("smollm2") else {}
-        runs += [Run(stage, system, seed, tuple((chosen | keys).items())) for seed in seeds]
+    if stage == f"{COMPARISON}tuning":
+        return [
+            Run(TUNED_ON, f"{name} {number}", seed, tuple((METHODS[name] | keys).items()))
+            for name, grid in METHOD_GRIDS.items()
+            for number, keys in enumerate(grid)
+            for seed in TUNING_SEEDS
+        ]
+    runs, setting = [], stage.removeprefix(COMPARISON)
+    for system, keys in (systems(stage) if setting == stage else COMPARED).items():
+        chosen = tuned.get(system, tuned.get(keys["algorithm"], {}))
+        if stage.startswith("smollm2"):
+            chosen = {}
+        runs += [Run(setting, system, seed, tuple((chosen | keys).items())) for seed in seeds]
     return runs
 
 
@@ -151,6 +172,14 @@ def _warm_up(pair: tuple[str, int], folder: Path) -> None:
     SETTINGS[pair[0]].model(folder, pair[1])
 
 
+def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> dict[str, dict[str, Any]]:
+    """What a tuning stage chose. Raises CommandError if it is not complete."""
+    tuning = Stage(out / f"{stage}.json")
+    if not all(tuning.has(this) for this in plan(stage, {})):
+        raise CommandError(f"{needed_by} needs all of {tuning.path}: run --only {stage} first")
+    return document.best(tuning.rows, grids)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.learning.evidence",
@@ -202,10 +231,9 @@ def _main(args: argparse.Namespace) -> int:
     tuned: dict[str, dict[str, Any]] = {}
     for name in stages:
         if name in TUNED:
-            tuning = Stage(out / "tuning.json")
-            if not all(tuning.has(this) for this in plan("tuning", {})):
-                raise CommandError(f"{name} needs the whole tuning in {tuning.path}: run --only tuning first")
-            tuned = document.best(tuning.rows)
+            tuned = tuning_of(out, "tuning", GRIDS, name)
+            if name.startswith(COMPARISON):
+                tuned |= tuning_of(out, f"{COMPARISON}tuning", METHOD_GRIDS, name)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
         if args.systems:

@@ -56,6 +56,7 @@ class Row(Evaluation):
     start: NotRequired[Evaluation]  # the policy before training, of the problems pass@1 alone
     curves: dict[str, list[float]]  # measure -> POINTS means over the steps of training
     seconds: float
+    step_cpu_seconds: NotRequired[float]  # processor time of a step, mean
 
 
 def run(this: Run, folder: Path) -> Row:
@@ -65,7 +66,9 @@ def run(this: Run, folder: Path) -> Row:
         trainer = trainer_of(this, folder, scratch)
         before = evaluate_start(trainer, setting, setting.place(folder, this.seed))
         trainer.begin()  # seeds the generators that the evaluation used
+        began = time.process_time()
         steps = [trainer.step() for _ in range(trainer.config.steps)]
+        spent = (time.process_time() - began) / len(steps)
         return {
             "setting": this.setting,
             "system": this.system,
@@ -75,6 +78,7 @@ def run(this: Run, folder: Path) -> Row:
             "curves": {key: thin([step[key] for step in steps]) for key in CURVES},
             **evaluate(trainer, setting),
             "seconds": round(time.perf_counter() - start, 1),
+            "step_cpu_seconds": round(spent, 4),
         }
 
 

@@ -65,7 +65,9 @@ class ExpressionTask:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"question": f"{self.numbers[index]}=", "number": self.numbers[index]}
+        number = self.numbers[index]
+        half = number // 2
+        return {"question": f"{number}=", "number": number, "solution": f"{half}+{number - half}"}
 
     def score(self, completion: str, item: dict[str, Any]) -> float:
         return float(value(completion) == item["number"])

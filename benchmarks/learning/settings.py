@@ -158,6 +158,38 @@ PAIRS = (
 )
 
 
+# The comparison of docs/methods.md, in units of scores (docs/methods.md has what each strength multiplies).
+# DiRL is not there: its two sets of prompts are sentences, and the small model has 17 characters.
+METHODS: dict[str, dict[str, Any]] = {
+    "RepExp": {"algorithm": "repexp", "ridge": 1.0},  # at 0.01 it hardly tells unit features apart
+    "DQO": {"algorithm": "dqo"},
+    "SetPO": {"algorithm": "setpo"},
+    "DRA": {"algorithm": "dra"},
+    "pass@k": {"algorithm": "passk"},
+    "GAR": {"algorithm": "gar"},
+}
+BY_TEXT = ("RepExp", "DQO", "SetPO", "DRA")
+METHODS |= {f"{name}, text": {**METHODS[name], "similarity": "text"} for name in BY_TEXT}
+STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "repexp": ("strength", (0.1, 0.3, 1.0)),
+    "dqo": ("strength", (0.1, 0.3, 1.0)),
+    "setpo": ("strength", (0.3, 1.0, 3.0)),
+    "dra": ("strength", (0.1, 0.3, 1.0)),
+    "passk": ("pass_k", (2, 4, 8)),
+    "gar": ("strength", (0.25, 0.5, 1.0)),
+}
+
+
+def _method_grid(algorithm: str) -> list[dict[str, Any]]:
+    key, values = STRENGTHS[algorithm]
+    return [{"lr": lr, key: value} for lr, value in itertools.product((3e-5, 6e-5), values)]
+
+
+METHOD_GRIDS = {name: _method_grid(keys["algorithm"]) for name, keys in METHODS.items()}
+COMPARED = BASELINES | {name: VARIANTS[name] for name in FEW} | METHODS
+LEVELS = ("fluent", "halting", "scarce")
+
+
 def systems(setting: str) -> dict[str, dict[str, Any]]:
     """The systems compared on a setting, by name; GRPO, which the others are compared with, comes first."""
     if setting == "fluent":
