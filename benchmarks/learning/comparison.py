@@ -59,7 +59,9 @@ def methods_table(rows: Sequence[Row]) -> str:
         lines.append([name, *cells])
     heads = ["system", "pass@1", "less GRPO", "distinct right", "less GRPO", "maj@16", "pass@16"]
     problems = len(rows[0]["problems"]["pass@1"])
-    said = f"{SETTINGS[rows[0]['setting']].title}; {problems} held-out problems, {others} differences together:"
+    said = (
+        f"{SETTINGS[rows[0]['setting']].title}; {problems} held-out problems, {others} differences together:"
+    )
     return f"{said}\n\n" + table([*heads, "collapsed", "step, times GRPO's"], lines)
 
 
@@ -89,7 +91,9 @@ def draw(results: Path, path: Path) -> bool:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(files), figsize=(5.6 * len(files), 5.4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(files), figsize=(5.6 * len(files), 5.4), layout="constrained", squeeze=False
+    )
     colours = plt.get_cmap("tab20").colors
     systems = [name for name in COMPARED if not name.endswith(", text")]
     colour = {name: colours[number % 20] for number, name in enumerate(systems)}
@@ -100,7 +104,9 @@ def draw(results: Path, path: Path) -> bool:
             x, dx = interval(list(of_seeds(rows, name, "distinct right").values()))
             y, dy = interval(list(of_seeds(rows, name, "pass@1").values()))
             mark = "x" if name.endswith(", text") else "D" if name in FEW else "o"
-            axes.errorbar(x, y, dy, dx, mark, color=colour[name], label=name, capsize=2, markersize=6, linewidth=1)
+            axes.errorbar(
+                x, y, dy, dx, mark, color=colour[name], label=name, capsize=2, markersize=6, linewidth=1
+            )
         axes.set_title(f"{level}: {SETTINGS[level].title}", fontsize=11, loc="left")
         axes.set_xlabel("distinct right answers a problem")
         axes.grid(alpha=0.25)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.learning import document  # noqa: E402
+from benchmarks.learning import comparison, document  # noqa: E402
 from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
 from benchmarks.learning.settings import (  # noqa: E402
     COMPARED,
@@ -217,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     if args.document:
         document.write()
+        comparison.write()
         return 0
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     # The workers import this package by it.
@@ -250,6 +251,7 @@ def _main(args: argparse.Namespace) -> int:
     print(f"tables and figures of these results: {document.write_report(out)}")
     if not args.quick:
         document.write()
+        comparison.write()
     return 0
 
 
