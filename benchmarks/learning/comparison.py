@@ -59,9 +59,8 @@ def methods_table(rows: Sequence[Row]) -> str:
         lines.append([name, *cells])
     heads = ["system", "pass@1", "less GRPO", "distinct right", "less GRPO", "maj@16", "pass@16"]
     problems = len(rows[0]["problems"]["pass@1"])
-    said = (
-        f"{SETTINGS[rows[0]['setting']].title}; {problems} held-out problems, {others} differences together:"
-    )
+    title = SETTINGS[rows[0]["setting"]].title
+    said = f"{title[0].upper()}{title[1:]}; {problems} held-out problems, {others} differences together:"
     return f"{said}\n\n" + table([*heads, "collapsed", "step, times GRPO's"], lines)
 
 
@@ -94,7 +93,7 @@ def draw(results: Path, path: Path) -> bool:
     figure, panels = plt.subplots(
         1, len(files), figsize=(5.6 * len(files), 5.4), layout="constrained", squeeze=False
     )
-    colours = plt.get_cmap("tab20").colors
+    colours = [plt.get_cmap("tab20")(number) for number in range(20)]
     systems = [name for name in COMPARED if not name.endswith(", text")]
     colour = {name: colours[number % 20] for number, name in enumerate(systems)}
     colour |= {f"{name}, text": colour[name] for name in BY_TEXT}

@@ -44,7 +44,7 @@ from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
 COMPARISON = "methods-"  # stages of docs/methods.md begin so
-STAGES = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
+STAGES: tuple[str, ...] = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
 STAGES += (f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
 TUNED_ON = "fluent"
 TUNED = (*LEVELS, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
