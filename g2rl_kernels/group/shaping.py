@@ -148,6 +148,11 @@ def check_method(values: Mapping[str, Any], prefix: str) -> None:
         )
 
 
+def compares_texts(algorithm: str, similarity: str) -> bool:
+    """Whether embeddings of the responses' texts are needed."""
+    return algorithm == "evol_rl" or similarity == "text"
+
+
 _told: set[str] = set()  # warnings that this process has given
 
 
@@ -285,8 +290,7 @@ def shape_rewards(
         TypeError, ValueError: as `group_geometry`; no such algorithm; embeddings or alignment missing.
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
-    compares_texts = algorithm == "evol_rl" or method_options.similarity == "text"
-    if compares_texts and embeddings is None:
+    if compares_texts(algorithm, method_options.similarity) and embeddings is None:
         what = "evol_rl" if algorithm == "evol_rl" else "similarity='text'"
         raise ValueError(f"embeddings: got None, {what} needs [S, e], rows of unit norm")
     if algorithm != "g2rl":

@@ -20,7 +20,8 @@ this order:
                                             and majority labels read answers from the texts
 
 TRL then computes metrics, completions table and advantages from the raw rewards. At the end `_shape` replaces
-the advantages alone: TRL's formula, applied to shaped rewards. The entropy bonus is TRL's.
+the advantages alone: TRL's formula, applied to shaped rewards, or those that a method gives. The entropy
+bonus is TRL's.
 
 TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` replaces the answer:
 `linear_logprobs` gives it, or `head_features` in the measured forward, which is the first one after
@@ -60,7 +61,7 @@ from .trl_config import (
     G2RLConfig,
     TRLSettings,
     check_prompts,
-    correctness_column,
+    check_rewards,
     reward_names,
     warn_save_steps,
 )
@@ -157,7 +158,7 @@ class G2RLTrainer(GRPOTrainer):
             self._name, self._paper = GRPOTrainer._name, GRPOTrainer._paper
             self._tag_names = GRPOTrainer._tag_names
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
-            correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+            check_rewards(reward_names(reward_funcs), args)
         without_autocast(model)
         wants = self._shapes if args.g2rl_fused_logprobs is None else args.g2rl_fused_logprobs
         with adapters_on_the_head(wants and not args.cast_lm_head_to_fp32):
@@ -166,7 +167,7 @@ class G2RLTrainer(GRPOTrainer):
         settings = TRLSettings.of(args)
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         if self._shapes:
-            self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
+            self._correctness = check_rewards(self.reward_func_names, args)
         fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
         self._check_head_adapter(fused)
         if fused or self._shapes:
@@ -427,13 +428,17 @@ class G2RLTrainer(GRPOTrainer):
             gather(torch.cat(measurement.features)),
             rewards[:, self._correctness],
             f"rewards of {self.reward_func_names[self._correctness]}",
+            self.scale_rewards,
             group_size=self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             keys=gather(torch.cat(measurement.keys)),
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             **self._read(measurement.texts),
         )
         rewards[:, self._correctness] = shaped.scores
-        advantages = self._advantages(rewards)
+        if shaped.advantages is None:
+            advantages = self._advantages(rewards)
+        else:
+            advantages = shaped.advantages.nan_to_num(nan=0.0)
         seconds = measurement.seconds + clock(self.accelerator.device) - start
         for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)

@@ -23,8 +23,8 @@ from .._files import whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
-from ..group.options import ShapingOptions
-from ..group.shaping import response_keys, shape_rewards
+from ..group.options import MethodOptions, ShapingOptions
+from ..group.shaping import compares_texts, response_keys, shape_rewards
 from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
@@ -90,7 +90,7 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
-        if config.algorithm == "evol_rl":
+        if compares_texts(config.algorithm, config.similarity):
             self.encoder = SentenceEncoder(config.encoder, self.device)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the updated policy must be the one that sampled
@@ -207,9 +207,10 @@ class Trainer:
         if config.labels == "majority":
             assert answers is not None
             right = majority_labels(answers, groups).to(self.device)
+        if compares_texts(config.algorithm, config.similarity):
+            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
         if config.algorithm == "evol_rl":
             assert answers is not None
-            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
             novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
         rewards = torch.where(right, 1.0, -1.0)
         grouping: dict[str, Any] = {"group_size": config.group_size}  # group_ids would make a GPU wait
@@ -222,6 +223,7 @@ class Trainer:
             **grouping,
             keys=keys,
             algorithm=config.algorithm,
+            method_options=MethodOptions.of(config),
             **novelty,
         )
 
