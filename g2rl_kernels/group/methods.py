@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .options import MethodOptions, ShapingOptions
-from .reference import is_uniform, masked_mean
+from .reference import FLAT_SPREAD, is_uniform, masked_mean, min_max
+from .reference import exploration_score as exploration
 
 ROUNDING = 1e-6  # rewards that a method moves by amounts this close are moved by the same
 
@@ -132,6 +133,60 @@ def passk(rewards: Tensor, present: Tensor, *, pass_k: int, eps: float) -> Tenso
     return torch.where(right, none_right, none_right - alone) / (sigma + eps)
 
 
+def dirl(
+    rewards: Tensor,
+    present: Tensor,
+    similarity: Tensor,
+    alignment: Tensor,
+    *,
+    strength: float,
+    clip: float,
+    exploration_score: str,
+    eps: float,
+) -> Tensor:
+    """DiRL (arXiv 2606.10346): novelty against the responses that reason, as a direction tells. [B, M].
+
+        aligned_i = alignment_i > 0                         alignment: mean_t h_t . k of the response
+        nu_i    = max(1 - sum_j w_ij similarity_ij^2, 0)    j: the aligned responses other than i
+        nubar_i = nu scaled to [0, 1] among the aligned, and among the rest; 0 where flat
+        r'_i    = r_i (1 + strength r_i nubar_i)   aligned,    r_i (1 - strength r_i nubar_i)   the rest
+
+    w as in eq. 10 of G2RL over these j, nu's square root for exploration_score="sqrt", r' clipped to +-clip.
+    `similarity` must be that of features with token weights sigmoid(h_t . k). The signs are the paper's: an
+    unaligned response far from the aligned ones loses, right or wrong. The authors' code (jiangnanx129/DiRL)
+    uses the first form for both and the square root; nubar is 0 there too where a part is flat or a single
+    response.
+    """
+    aligned = present & (alignment > 0)
+    nubar = torch.zeros_like(rewards)
+    others = _others(present) & aligned[:, None, :]
+    weights = rewards.exp()[:, None, :] * others
+    weights = weights / (weights.sum(2, keepdim=True) + eps)
+    nu = exploration(similarity, weights, exploration_score)
+    for part in (aligned, present & ~aligned):
+        compared = part & others.any(2)
+        scaled = min_max(nu, compared)
+        nubar = torch.where(compared & (_spread(nu, compared) > FLAT_SPREAD), scaled, nubar)
+    sign = torch.where(aligned, 1.0, -1.0)
+    return (rewards * (1 + sign * strength * rewards * nubar)).clamp(-clip, clip)
+
+
+def gar(rewards: Tensor, present: Tensor, alignment: Tensor, *, strength: float) -> Tensor:
+    """GAR (arXiv 2609.03342): right responses whose gradient is like an expert solution's gain. [B, M].
+
+        v    = mean_t (dL/dh_t * h_t), L the mean cross-entropy, through the LM head alone
+        b_i  = cos(v_i, v of the item's solution)                            alignment
+        s'_i = s_i + strength max(0, b_i - mean_j b_j)   right,    s_i   wrong         j: the right responses
+
+    As in the paper: where one response of a group is right, the mean is its own b, and it gains nothing. The
+    authors' code (LQgdwind/GAR) takes 0 for the mean there, which GRPO's normalisation of a group undoes.
+    Their penalties of format and length are left out.
+    """
+    right = (rewards > 0) & present
+    above = (alignment - masked_mean(alignment, right, 1)).clamp(min=0)
+    return rewards + 2 * strength * above * right
+
+
 @dataclass(frozen=True)
 class Method:
     """A method: its function, what that needs, and what it gives."""
@@ -172,6 +227,17 @@ METHODS = {
         dra, "rewards", ("similarity",), ("strength",), strength=1.0, texts=True, source="arXiv 2505.09655"
     ),
     "passk": Method(passk, "advantages", (), ("pass_k", "eps"), binary=True, source="arXiv 2508.10751"),
+    "dirl": Method(
+        dirl,
+        "rewards",
+        ("similarity", "alignment"),
+        ("strength", "clip", "exploration_score", "eps"),
+        strength=0.5,
+        source="arXiv 2606.10346",
+    ),
+    "gar": Method(
+        gar, "rewards", ("alignment",), ("strength",), strength=0.5, binary=True, source="arXiv 2609.03342"
+    ),
 }
 
 

@@ -88,6 +88,8 @@ class ShapingSettings:
 class SystemSettings(ShapingSettings):
     """Settings of algorithms, by their names in docs/baselines.md and docs/methods.md."""
 
+    aligns: ClassVar[bool] = False  # whether the trainer finds what dirl and gar need
+
     # g2rl, what the paper compares it with: grpo | entropy_bonus | evol_rl, or a name of METHODS
     algorithm: str = "g2rl"
     similarity: str = MethodOptions.similarity  # that methods compare responses by: gradient | text
@@ -102,6 +104,11 @@ class SystemSettings(ShapingSettings):
 
     def check(self, group_size: int, option: str) -> None:
         super().check(group_size, option)
+        if not self.aligns and self.algorithm in METHODS and "alignment" in METHODS[self.algorithm].needs:
+            raise ValueError(
+                f"{self.prefix}algorithm: got {self.algorithm!r}, whose inputs this trainer does not "
+                "compute: use `g2rl train` or TRL for it, or another algorithm"
+            )
         for name in ("entropy_coef", "ratio_clip_high"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -29,6 +29,7 @@ TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` r
 where FSDP has gathered the head's weight.
 
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it. trl_seams.py: what TRL must have.
+trl_methods.py: what dirl and gar need.
 systems.py, shared with other trainers: shaping by the settings, answers and embeddings of texts.
 """
 
@@ -81,6 +82,7 @@ from .trl_head import (
     settle_positions,
     without_autocast,
 )
+from .trl_methods import MethodInputs
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 
@@ -103,6 +105,7 @@ class _Measurement:
     seconds: float = 0.0  # for features, on this rank
     rewards: Tensor | None = None  # [S, reward functions], raw
     texts: list[str] = field(default_factory=list)  # S / R completions
+    alignment: dict[str, Tensor] = field(default_factory=dict)  # of `MethodInputs`, of all ranks
 
 
 class G2RLTrainer(GRPOTrainer):
@@ -176,6 +179,7 @@ class G2RLTrainer(GRPOTrainer):
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
+        self._inputs = MethodInputs(self)
         warn_save_steps(args, self.num_iterations)
         warn_unmoved(
             self.model.parameters(),
@@ -287,10 +291,15 @@ class G2RLTrainer(GRPOTrainer):
             rows = slice(done, done + len(mask))
             options = head.options(self.temperature)
             counts = mask
+            own = None
             if measurement.tool_mask is not None:
                 ours = pad_like(mask, measurement.tool_mask[rows], columns)
                 counts = mask & (ours > 0)
-                options["token_weights"] = ours[mask]
+                own = ours[mask]
+            self._inputs.add(packed, weight, tokens, cu_seqlens, own, bias=bias, **options)
+            weights = self._inputs.token_weights(packed, own)
+            if weights is not None:
+                options["token_weights"] = weights
             known = None
             if measurement.known_logprobs is not None:
                 known = pad_like(mask, measurement.known_logprobs[rows], columns)[mask]
@@ -331,6 +340,7 @@ class G2RLTrainer(GRPOTrainer):
             del batch["old_per_token_logps"]
         if measurement.states:
             self._measure_states(measurement, batch)
+        measurement.alignment = self._inputs.alignment(inputs, batch)
         batch["advantages"] = self._shape(measurement, len(inputs))
         return batch
 
@@ -433,6 +443,7 @@ class G2RLTrainer(GRPOTrainer):
             keys=gather(torch.cat(measurement.keys)),
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             **self._read(measurement.texts),
+            **measurement.alignment,
         )
         rewards[:, self._correctness] = shaped.scores
         if shaped.advantages is None:

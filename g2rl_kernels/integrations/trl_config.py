@@ -33,8 +33,8 @@ class G2RLConfig(GRPOConfig):
         "g2rl",
         "'g2rl', a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
         "entropy_coef), 'evol_rl' (arXiv 2509.15194), or a method of another paper: 'repexp' (2510.11686), "
-        "'dqo' (2509.04784), 'setpo' (2602.01062), 'dra' (2505.09655), 'passk' (2508.10751). All of them log "
-        "g2rl/*.",
+        "'dqo' (2509.04784), 'setpo' (2602.01062), 'dra' (2505.09655), 'passk' (2508.10751), 'dirl' "
+        "(2606.10346), 'gar' (2609.03342; the data set needs a column 'solution'). All of them log g2rl/*.",
         ALGORITHMS,
     )
     g2rl_similarity: str = option_field("similarity")
@@ -119,6 +119,7 @@ class G2RLConfig(GRPOConfig):
 class TRLSettings(SystemSettings):
     """The settings of a G2RLConfig, as verl and SkyRL have them."""
 
+    aligns = True
     prefix = "g2rl_"
 
     @classmethod

@@ -83,11 +83,11 @@ class TrainerConfig:
     verify_workers: int = Limits.workers  # processes that verify; 0: one a core
     labels: str = "truth"  # right: truth: by the task's score | majority: the group's commonest answer
     # the system (docs/baselines.md, docs/methods.md); the geometry is measured for all of them
-    algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl | repexp | dqo | setpo | dra | passk
+    algorithm: str = "g2rl"  # grpo, entropy_bonus, evol_rl, g2rl; repexp, dqo, setpo, dra, passk, dirl, gar
     entropy_coef: float | None = None  # of the mean entropy; None: 0.003 for entropy_bonus, evol_rl; else 0
     encoder: str = DEFAULT_ENCODER  # of evol_rl and texts: hub name | local directory | pypi:<package>
     similarity: str = MethodOptions.similarity  # that repexp, dqo, setpo and dra use: gradient | text
-    strength: float | None = MethodOptions.strength  # of methods but g2rl; None: 0.01 for repexp, else 1
+    strength: float | None = MethodOptions.strength  # of methods but g2rl; None: the method's own
     ridge: float = MethodOptions.ridge  # of repexp
     pass_k: int = MethodOptions.pass_k  # of passk; below group_size
     # exploration by g2rl (arXiv 2512.15687, equations 9 to 13)

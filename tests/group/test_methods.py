@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import g2rl_kernels as g2
-from g2rl_kernels.group.methods import METHODS, dqo, dra, passk, repexp, setpo, text_similarity
+from g2rl_kernels.group.methods import METHODS, dirl, dqo, dra, gar, passk, repexp, setpo, text_similarity
 from g2rl_kernels.group.options import MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import check_group_size, check_options, shape_rewards, shape_scores
 
@@ -114,6 +114,35 @@ def test_passk_is_the_mean_over_sets() -> None:
         expected.append(sum(mine) / len(mine))
     r = rewards(*[1.0 if one else -1.0 for one in right])
     torch.testing.assert_close(passk(r, full(7), pass_k=k, eps=1e-12), rewards(*expected), rtol=0, atol=1e-7)
+
+
+def test_gar() -> None:
+    """Right ones: mean cosine 0.4; the first is 0.5 above, the second below. The wrong one does not count."""
+    b = rewards(0.9, -0.1, 0.99)
+    close(gar(rewards(1, 1, -1), full(3), b, strength=0.5), [1.5, 1, -1])
+    close(gar(rewards(1, 1, -1), full(3), b, strength=1.0), [2, 1, -1])
+    close(gar(rewards(1, -1, -1), full(3), b, strength=0.5), [1, -1, -1])  # one right answer: its own mean
+    close(gar(rewards(-1, -1, -1), full(3), b, strength=0.5), [-1, -1, -1])
+
+
+OPTIONS: dict[str, Any] = {"clip": 3.0, "exploration_score": "linear", "eps": 1e-9}
+
+
+def test_dirl() -> None:
+    """Responses 1 to 3 are aligned, and 1 and 2 are the same. All are right: nu = 1/2, 1/2, 1. Response 4 is
+    like 1, and 5 like none: nu = 1/3 and 1."""
+    S = torch.zeros(1, 5, 5).double()
+    S[0, :3, :3] = PAIR_AND_ONE[0]
+    S[0, 3, [0, 1, 3]] = S[0, [0, 1, 3], 3] = 1
+    S[0, 4, 4] = 1
+    a = rewards(0.2, 3, 1, -0.1, -2)
+    close(dirl(rewards(1, 1, 1, 1, 1), full(5), S, a, strength=0.5, **OPTIONS), [1, 1, 1.5, 1, 0.5])
+    # A wrong one: weights e and 1/e. The novel aligned one is punished less, the far unaligned one more.
+    found = dirl(rewards(1, 1, -1, -1, -1), full(5), S, a, strength=0.5, **OPTIONS)
+    close(found, [1, 1, -0.5, -1, -1.5])
+    found = dirl(rewards(1, 1, -1, -1, -1), full(5), S, a, strength=5.0, **OPTIONS)
+    close(found, [1, 1, 3, -1, -3])  # clipped
+    close(dirl(rewards(1, -1, 1, -1, 1), full(5), S, -a.abs(), strength=0.5, **OPTIONS), [1, -1, 1, -1, 1])
 
 
 # --- what every method keeps --------------------------------------------------------------------------------
@@ -360,3 +389,5 @@ def test_missing_inputs_are_named(features: Tensor) -> None:
             algorithm="dra",
             method_options=MethodOptions(similarity="text"),
         )
+    with pytest.raises(ValueError, match=r"alignment: got None, gar needs \[S\], one for each response"):
+        shape_rewards(features, RIGHT, ShapingOptions(), group_ids=IDS, algorithm="gar")

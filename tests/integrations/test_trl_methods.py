@@ -10,8 +10,10 @@ import torch
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
-from tiny_trl import Letters, Watched, length, logged, parity, trained
+from datasets import Dataset
+from tiny_trl import Letters, Watched, length, logged, parity, prompts, trained
 
+from g2rl_kernels.errors import ConfigError
 from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.group.options import MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import shape_rewards
@@ -62,6 +64,74 @@ def test_each_trains_on_its_rewards_or_advantages(make: Callable[..., Any], name
     assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
     bonus = torch.tensor(list(trainer._logs["extra"]["g2rl_bonus"]))
     assert (bonus == 0).all() == (METHODS[name].gives == "advantages")
+
+
+@pytest.mark.parametrize("name", ["dirl", "gar"])
+def test_methods_with_inputs_of_their_own(make: Callable[..., Any], name: str) -> None:
+    """TRL's responses, one by one through the model: alignments by autograd on its logits, and advantages."""
+    rows = Dataset.from_list([{**row, "solution": f"{i % 3}+1=a"} for i, row in enumerate(prompts())])
+    trainer = make(
+        Watched, reward_funcs=parity, g2rl_algorithm=name, g2rl_strength=2.0, train_dataset=rows, max_steps=1
+    )
+    if name == "dirl":
+        direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+        trainer._inputs.direction = torch.nn.functional.normalize(direction, dim=0)
+    model, found = trainer.model, {}
+    alignment = trainer._inputs.alignment
+
+    def watched(inputs: Any, batch: Any) -> Any:
+        found.update(alignment(inputs, batch), inputs=inputs, expected=expected())
+        return {"alignment": found["alignment"]}
+
+    def states(prompt: list[int], response: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+        return hidden[len(prompt) - 1 : -1]
+
+    def vector(prompt: list[int], response: list[int]) -> torch.Tensor:
+        leaf = states(prompt, response).clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits = leaf @ model.lm_head.weight.detach().T
+            (gradient,) = torch.autograd.grad(
+                torch.nn.functional.cross_entropy(logits, torch.tensor(response)), leaf
+            )
+        return torch.nn.functional.normalize((gradient * leaf.detach()).mean(0), dim=0)
+
+    def expected() -> torch.Tensor:
+        values = []
+        for prompt, response, row in zip(*trainer.generated[:2], found["inputs"]):
+            if name == "dirl":
+                values.append((states(prompt, response) @ trainer._inputs.direction).mean())
+                continue
+            solution = trainer._tokenizer(row["solution"])["input_ids"]
+            values.append(vector(prompt, response) @ vector(prompt, solution))
+        return torch.stack(values)
+
+    def recorded(inputs: Any, batch: Any) -> Any:
+        found["inputs"] = inputs
+        return watched(inputs, batch)
+
+    trainer._inputs.alignment = recorded
+    trainer.train()
+    torch.testing.assert_close(found["alignment"], found["expected"], rtol=1e-3, atol=1e-4)
+    (seen,) = trainer.seen
+    given = {"alignment": found["alignment"], "strength": 2.0}
+    advantages = expected_advantages(seen, name, "group", **given)
+    torch.testing.assert_close(seen["advantages"], advantages, rtol=1e-3, atol=1e-4)
+    plain = expected_advantages(seen, name, "group", **{**given, "strength": 0.0})
+    assert not torch.allclose(plain, advantages, atol=1e-4)
+    assert torch.allclose(seen["features"], seen["expected"], atol=1e-4) == (name == "gar")
+
+
+@pytest.mark.parametrize("name", ["dirl", "gar"])
+def test_their_own_direction_and_solutions_train(make: Callable[..., Any], name: str) -> None:
+    rows = Dataset.from_list([{**row, "solution": "1+1=a"} for row in prompts()])
+    trainer = trained(make, reward_funcs=parity, g2rl_algorithm=name, train_dataset=rows)
+    assert len(logged(trainer, "g2rl/cos_mean")) == 2
+    assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
+    if name == "gar":
+        with pytest.raises(ConfigError, match=r"^train_dataset: a row has no text 'solution', with"):
+            trained(make, reward_funcs=parity, g2rl_algorithm=name)
 
 
 def test_texts_are_compared_without_answers(

@@ -15,6 +15,7 @@ from g2rl_kernels.errors import ConfigError
 from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.group.options import MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import shape_rewards
+from g2rl_kernels.models import method_inputs
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer import trainer as trainer_module
 
@@ -28,10 +29,13 @@ def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_trains_and_changes_advantages(tmp_path: Path, name: str) -> None:
     keys: dict[str, Any] = {"batch_size": 32, "group_size": 8, "temperature": 1.5, "steps": 2}
     trainer = make_trainer(tmp_path / name, algorithm=name, **keys)
+    if name == "dirl":  # a random model's own direction has all responses on one side
+        direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+        trainer.inputs.direction = torch.nn.functional.normalize(direction, dim=0)
     _, at = measured(trainer)
     _, plain = measured(make_trainer(tmp_path / "grpo", algorithm="grpo", **keys))
     assert torch.equal(at.rewards, plain.rewards)
-    assert torch.equal(at.geometry.similarity, plain.geometry.similarity)
+    assert torch.equal(at.geometry.similarity, plain.geometry.similarity) == (name != "dirl")
     assert (at.geometry.advantages - plain.geometry.advantages).abs().max() > 1e-4
     moved = not torch.equal(at.geometry.shaped_rewards, at.rewards)
     assert moved == (METHODS[name].gives == "rewards")
@@ -88,6 +92,99 @@ def test_settings_reach_the_method(tmp_path: Path, similarity: str, truncated: s
 def test_an_encoder_is_loaded_where_texts_are_compared_alone(tmp_path: Path) -> None:
     assert not hasattr(make_trainer(tmp_path / "one", algorithm="dra"), "encoder")
     assert hasattr(make_trainer(tmp_path / "two", algorithm="dra", similarity="text"), "encoder")
+
+
+def whole_responses(trainer: Any, rollout: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states that predict each response's tokens, and these tokens; by the model's own forward."""
+    found, width = [], rollout.mask.shape[1]
+    for ids, attention, mask in zip(rollout.ids, rollout.attention, rollout.mask):
+        kept = ids[attention.bool()]
+        with torch.no_grad():
+            hidden = trainer.model.model(input_ids=kept[None]).last_hidden_state[0]
+        count = int(mask.sum())
+        assert torch.equal(kept[-count:], ids[-width:][mask])
+        found.append((hidden[-count - 1 : -1], kept[-count:]))
+    return found
+
+
+def test_dirl_weighs_tokens_by_its_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, algorithm="dirl", batch_size=16, group_size=8, temperature=1.5)
+    tokenizer, model = trainer.tokenizer, trainer.model.model
+    means = []
+    for prompts in (method_inputs.REASONING_PROMPTS, method_inputs.MEMORY_PROMPTS):
+        ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in prompts]
+        with torch.no_grad():
+            last = [model(input_ids=one).last_hidden_state[0, -1] for one in ids]
+        means.append(torch.stack(last).mean(0))
+    k = torch.nn.functional.normalize(means[0] - means[1], dim=0)
+    torch.testing.assert_close(trainer.inputs.direction, k, rtol=1e-4, atol=1e-5)
+
+    given: list[torch.Tensor] = []
+    head_features = g2.head_features
+
+    def watched(*args: Any, **options: Any) -> Any:
+        given.append(options["token_weights"])
+        return head_features(*args, **options)
+
+    monkeypatch.setattr(g2, "head_features", watched)
+    rollout, at = measured(trainer)
+    projected = [hidden @ k for hidden, _ in whole_responses(trainer, rollout)]
+    torch.testing.assert_close(torch.cat(given), torch.sigmoid(torch.cat(projected)), rtol=1e-4, atol=1e-5)
+    alignment = torch.stack([one.mean() for one in projected])
+    torch.testing.assert_close(trainer.inputs.alignment(), alignment, rtol=1e-4, atol=1e-4)
+    assert at.geometry.shaped_rewards.isfinite().all()
+
+
+def test_gar_compares_with_the_solution(tmp_path: Path) -> None:
+    """Against autograd through the model's own logits."""
+    trainer = make_trainer(tmp_path, algorithm="gar", batch_size=16, group_size=8, micro_batch_size=4)
+    rollout, _ = measured(trainer)
+    weight = trainer.model.lm_head.weight.detach()
+
+    def vector(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        leaf = hidden.clone().requires_grad_(True)
+        torch.nn.functional.cross_entropy(leaf @ weight.T, tokens).backward()
+        return torch.nn.functional.normalize((leaf.grad * leaf.detach()).mean(0), dim=0)
+
+    cosines = []
+    for row, (hidden, tokens) in enumerate(whole_responses(trainer, rollout)):
+        item = rollout.items[row][1]
+        prompt = trainer.tokenizer(item["question"])["input_ids"]
+        solution = trainer.tokenizer(item["solution"])["input_ids"]
+        with torch.no_grad():
+            states = trainer.model.model(input_ids=torch.tensor([prompt + solution])).last_hidden_state[0]
+        anchor = vector(states[len(prompt) - 1 : -1], torch.tensor(solution))
+        cosines.append(vector(hidden, tokens) @ anchor)
+    torch.testing.assert_close(trainer.inputs.alignment(), torch.stack(cosines), rtol=1e-3, atol=1e-4)
+
+
+def test_gar_needs_solutions_that_fit(tmp_path: Path) -> None:
+    class Unsolved(LetterTask):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"question": "abc="}
+
+    with pytest.raises(ConfigError, match=r"^task: Unsolved\[0\] has no text 'solution', with which gar"):
+        make_trainer(tmp_path, task=Unsolved(), algorithm="gar")
+
+    class Long(LetterTask):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"question": "abc=", "solution": 80 * "a"}
+
+    trainer = make_trainer(tmp_path, task=Long(), algorithm="gar")
+    with pytest.raises(ConfigError, match=r"^solution: it has 80 tokens after .* 4, .* 64 positions"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["dirl", "gar"])
+def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
+    """dirl's direction is the starting model's, also in a run that resumes."""
+    keys: dict[str, Any] = {"algorithm": name, "batch_size": 16, "group_size": 8, "temperature": 1.5}
+    whole = make_trainer(tmp_path / "whole", steps=3, **keys)
+    whole.train()
+    make_trainer(tmp_path / "parts", steps=2, **keys).train()
+    parts = make_trainer(tmp_path / "parts", steps=3, **keys)
+    parts.train()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters()))
 
 
 def test_majority_labels_work_with_methods(tmp_path: Path) -> None:
