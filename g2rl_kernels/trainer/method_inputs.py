@@ -60,7 +60,7 @@ class MethodInputs:
         with autocast(self.config, self.device):
             return solution_vector(self.head, prompt, tokens, self.dtype, temperature)
 
-    def token_weights(self, hidden: Tensor) -> dict[str, Tensor]:
+    def token_weights(self, hidden: Tensor) -> dict[str, Any]:
         """For `head_features`; hidden: [N, d]."""
         if self.config.algorithm != "dirl":
             return {}

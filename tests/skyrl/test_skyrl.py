@@ -328,7 +328,7 @@ def test_small_groups_are_told(monkeypatch):
         ("trainer.strategy=megatron", "trainer.strategy: got megatron, G2RLTrainer needs fsdp"),
         (
             f"{PREFIX}g2rl.algorithm=gar",
-            "g2rl.algorithm: got 'gar', whose inputs this trainer does not compute",
+            "g2rl.algorithm: got 'gar', whose inputs this trainer does not",
         ),
         (
             f"{PREFIX}g2rl.similarity=text",

@@ -100,6 +100,7 @@ def test_texts_in_place_of_gradients(make_step, model):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ([f"{PREFIX}algorithm=dirl"], "algorithm.g2rl.algorithm: got 'dirl', whose inputs this trainer does"),
         ([f"{PREFIX}algorithm=passk", f"{PREFIX}pass_k=6"], "algorithm.g2rl.pass_k: got 6, needs fewer than"),
         (
             [f"{PREFIX}similarity=text"],
