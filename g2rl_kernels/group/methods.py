@@ -66,6 +66,7 @@ def dqo(rewards: Tensor, present: Tensor, similarity: Tensor, *, strength: float
     The term is log((n + 1) / n) for each of n equal responses and log 2 for one unlike all others. With it
     the sum over responses has the gradient of sum s + strength log det(L + I), whose optimum the paper writes
     as the determinant of a kernel scaled by quality. The identity keeps it finite where responses are equal.
+    Objective and estimator are those of a reader's notes on the paper.
     """
     eye = torch.eye(similarity.shape[1], dtype=similarity.dtype, device=similarity.device)
     inverse = torch.linalg.inv(similarity + eye).diagonal(dim1=1, dim2=2)
@@ -80,8 +81,9 @@ def setpo(
         D(Y) = mean_{i in Y} g(mean_{j in Y} k_ij), g(x) = -log(1 + x), k_ij = max(similarity_ij, 0), k_ii = 1
         A'_i = A_i + strength (D(Y) - D(Y without i))
 
-    A are the group's plain advantages, eq. 2 of G2RL. A response unlike the others has a positive change, one
-    of many alike a negative one. A group of one keeps its advantage.
+    A are the group's plain advantages, eq. 2 of G2RL. Form and g are those of readers' notes on the paper;
+    the kernel, and means that include i, are ours. A response unlike the others has a positive change, one
+    that repeats them 0 or a negative one. A group of one keeps its advantage.
     """
     M, others = present.shape[1], _others(present)
     n = present.sum(1)[:, None].to(similarity.dtype)
@@ -116,8 +118,8 @@ def passk(rewards: Tensor, present: Tensor, *, pass_k: int, eps: float) -> Tenso
         A = (1 - R - C(n - c - 1, k - 1) / C(n - 1, k - 1)) / (sigma + eps)    wrong
 
     The mean, over all sets of k responses that contain this one, of the set's normalised reward. k = 1 is
-    GRPO. It is 0 where n - c < k: every set has a right answer. Paper and authors' code (RUCAIBox/
-    Passk_Training) agree. verl's `grpo_passk` is another estimator (arXiv 2503.19595): it gives the best
+    GRPO. It is 0 where n - c < k: every set has a right answer. As in the authors' code (RUCAIBox/
+    Passk_Training). verl's `grpo_passk` is another estimator (arXiv 2503.19595): it gives the best
     response its distance to the second best, and 0 to all others. Groups smaller than k take k = n.
     """
     right = (rewards > 0) & present

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -347,6 +349,22 @@ def test_text_similarity_of_padded_groups() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     found = text_similarity(embeddings, torch.tensor([[2, 1], [0, -1]]))
     torch.testing.assert_close(found, torch.tensor([[[1.0, 0.8], [0.8, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
+
+
+# --- documentation ------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_the_page_has_each_method_with_its_source_and_default(name: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    rows = re.findall(rf"^\| `{name}` \|(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 2
+    formula, source = rows
+    assert f" {METHODS[name].gives} |" in formula
+    assert METHODS[name].source in source
+    assert METHODS[name].source.removeprefix("arXiv ") in (METHODS[name].function.__doc__ or "")
+    if METHODS[name].strength is not None:
+        assert re.search(rf"c = {METHODS[name].strength:g}\b", formula)
 
 
 # --- settings -----------------------------------------------------------------------------------------------
