@@ -23,8 +23,8 @@ from .._files import whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
-from ..group.options import ShapingOptions
-from ..group.shaping import response_keys, shape_rewards
+from ..group.options import MethodOptions, ShapingOptions
+from ..group.shaping import compares_texts, response_keys, shape_rewards
 from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
@@ -33,6 +33,7 @@ from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
 from .config import TrainerConfig
+from .method_inputs import MethodInputs
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text, shown
 from .sampling import Rollout, Sampler, autocast
@@ -90,8 +91,9 @@ class Trainer:
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
         self._check_disk()
-        if config.algorithm == "evol_rl":
+        if compares_texts(config.algorithm, config.similarity):
             self.encoder = SentenceEncoder(config.encoder, self.device)
+        self.inputs = MethodInputs(config, self.head, self.sampler, tokenizer, self.ops_dtype)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the updated policy must be the one that sampled
         if config.gradient_checkpointing:
@@ -173,13 +175,14 @@ class Trainer:
         reference = torch.zeros_like(logprobs) if self.reference else None
         features, keys, entropy, seconds = [], [], 0.0, 0.0
         weight, bias = self.head.weights(self.ops_dtype)
+        self.inputs.begin(rollout)
         for rows in _slices(len(scores), config.micro_batch_size):
             hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
             start = clock(self.device)
-            options = self.head.options(config.temperature)
-            out = g2.head_features(
-                hidden, weight, tokens, cu_seqlens, bias=bias, backend=config.backend, **options
-            )
+            options = {**self.head.options(config.temperature), "bias": bias, "backend": config.backend}
+            weights = self.inputs.token_weights(hidden)
+            out = g2.head_features(hidden, weight, tokens, cu_seqlens, **options, **weights)
+            self.inputs.add(hidden, weight, tokens, cu_seqlens, **options)
             seconds += clock(self.device) - start
             features.append(out.features)
             keys.append(response_keys(tokens, cu_seqlens))
@@ -207,9 +210,10 @@ class Trainer:
         if config.labels == "majority":
             assert answers is not None
             right = majority_labels(answers, groups).to(self.device)
+        if compares_texts(config.algorithm, config.similarity):
+            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
         if config.algorithm == "evol_rl":
             assert answers is not None
-            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
             novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
         rewards = torch.where(right, 1.0, -1.0)
         grouping: dict[str, Any] = {"group_size": config.group_size}  # group_ids would make a GPU wait
@@ -222,6 +226,8 @@ class Trainer:
             **grouping,
             keys=keys,
             algorithm=config.algorithm,
+            alignment=self.inputs.alignment(),
+            method_options=MethodOptions.of(config),
             **novelty,
         )
 
