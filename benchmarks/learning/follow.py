@@ -1,7 +1,7 @@
 """Follows one seed step by step: which groups, which answers, and what the advantages did to them.
 
-    python -m benchmarks.learning.follow scarce --seed 0      runs GRPO and the variants, then draws
-    python -m benchmarks.learning.follow scarce --seed 0 --systems 'G2RL intent, shape, 0.5'
+    python -m benchmarks.learning.follow smollm2-gcd --seed 0      intent with shape and skip, and a figure
+    python -m benchmarks.learning.follow scarce --seed 1 --systems GRPO 'G2RL equation, shape, 0.5'
 
 Each run is written to OUT/<setting>-<seed>-<system>.jsonl, a line a step with every group; a run that is
 there is not run again. OUT/<setting>-<seed>.json holds `summary` of every step, from which the figure is
@@ -33,6 +33,7 @@ SHOWN = (
     document.ROOT / "benchmarks" / "results" / "follow.json",
     document.ROOT / "docs" / "evidence-follow.png",
 )
+FOLLOWED = ("G2RL intent, shape, 0.5", "G2RL intent, skip, 0.5")
 WIDTH = 5  # steps of a moving mean
 
 
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("setting", help="of settings.py, e.g. scarce or smollm2-gcd")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--systems", nargs="+", metavar="NAME", default=["GRPO", *document.FOLLOWED])
+    parser.add_argument("--systems", nargs="+", metavar="NAME", default=FOLLOWED)
     parser.add_argument("--warm", type=Path, default=document.ROOT / "runs" / "evidence", help="warm starts")
     parser.add_argument("--document", action="store_true", help="show these runs in docs/evidence.md")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the steps and the figure")

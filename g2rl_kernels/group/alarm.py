@@ -86,13 +86,11 @@ class CollapseAlarm:
         if self._best is None or self._first is None:
             self._best = self._first = now
         found = self._fall(now, self._best) or self._certain(now, self._best, self._first)
-        if now.accuracy >= self._best.accuracy:
+        if now.accuracy > self._best.accuracy:
             self._best = now
         if found:
-            self.message = (
-                f"step {step}: {found}; {self.remedy}, from a checkpoint of step {self._best.step} "
-            )
-            self.message += "or earlier"
+            back = f"from a checkpoint of step {self._best.step} or earlier"
+            self.message = f"step {step}: {found}; {self.remedy}, {back}"
         return found is not None
 
     @staticmethod
