@@ -15,14 +15,15 @@ from typing import Any
 
 from g2rl_kernels._files import write_whole
 
-from .experiment import Row
+from .collapse import BASELINE, collapses
+from .experiment import Evaluation, Row
 from .settings import GRIDS, PAIRS, SETTINGS, systems
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(
-    r"(<!-- (results|differences|pairs|tuning)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results|differences|pairs|tuning|choice)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 # measure -> heading, digits
@@ -35,7 +36,6 @@ MEASURES: dict[str, tuple[str, int]] = {
     "cos_mean": ("mean cosine", 3),
     "negative_pairs": ("negative pairs", 3),
 }
-BASELINE = "GRPO"
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ def load(path: Path) -> list[Row]:
     return rows
 
 
-def value(row: Row, measure: str) -> float:
-    """A measure of one run: the mean over held-out problems, or a number of the geometry."""
+def value(row: Evaluation, measure: str) -> float:
+    """A measure of one policy: the mean over held-out problems, or a number of the geometry."""
     if measure in row["problems"]:
         numbers = row["problems"][measure]
         return sum(numbers) / len(numbers)
@@ -111,8 +111,10 @@ def results_table(rows: Sequence[Row]) -> str:
         for measure, (_, digits) in MEASURES.items():
             mean, half = interval(list(of_seeds(rows, name, measure).values()))
             cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
-        lines.append([name, *cells])
-    return f"{_what(rows)}\n\n" + table(["system", *(head for head, _ in MEASURES.values())], lines)
+        seeds = len(of_seeds(rows, name, "pass@1"))
+        lines.append([name, *cells, f"{len(collapses(rows, name))} of {seeds}"])
+    heads = ["system", *(head for head, _ in MEASURES.values()), "collapsed"]
+    return f"{_what(rows)}\n\n" + table(heads, lines)
 
 
 def differences_table(rows: Sequence[Row]) -> str:
@@ -158,10 +160,26 @@ def tuning_table(rows: Sequence[Row]) -> str:
 def _what(rows: Sequence[Row]) -> str:
     seeds = {name: len(of_seeds(rows, name, "pass@1")) for name in names(rows)}
     fewest, most = min(seeds.values()), max(seeds.values())
-    return (
+    said = (
         f"{most if fewest == most else f'{fewest} to {most}'} seeds a system, "
-        f"{len(rows[0]['problems']['pass@1'])} held-out problems:"
+        f"{len(rows[0]['problems']['pass@1'])} held-out problems"
     )
+    starts = {row["seed"]: value(row["start"], "pass@1") for row in rows if "start" in row}
+    entropies = {row["seed"]: row["start"]["geometry"]["entropy"] for row in rows if "start" in row}
+    if starts:
+        mean, entropy = (sum(found.values()) / len(found) for found in (starts, entropies))
+        said += f"; before training pass@1 is {mean:.3f} and entropy {entropy:.3f} nats, mean over seeds"
+    return f"{said}:"
+
+
+def choice_text(results: Path) -> str:
+    """The steps by which the rule of choice.py chooses the default, from the results in a folder."""
+    from .choice import STAGES, choose, stored
+
+    found = stored(results)
+    if missing := [stage for stage in STAGES if stage not in found]:
+        return f"Not run yet: {', '.join(missing)}.\n"
+    return "".join(f"{number}. {line}\n" for number, line in enumerate(choose(found).why, 1))
 
 
 TABLES = {
@@ -182,6 +200,7 @@ COLOURS = {
     "G2RL equation, shape, 0.5": "#3a9b5c",
     "G2RL right, shape, 0.5": "#d1603d",
 }
+SKIPPED = {name.replace("shape", "skip"): colour for name, colour in COLOURS.items() if "shape" in name}
 CURVES = {
     "accuracy": "accuracy in training",
     "entropy": "entropy, nats a token",
@@ -201,24 +220,28 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     setting = SETTINGS[rows[0]["setting"]]
     figure.suptitle(f"{setting.name}: {setting.title}", fontsize=13)
     panels = list(figure.subplots(2, 3).flat)
-    shown = [name for name in names(rows) if name in COLOURS]
+    colours = COLOURS if setting.name in ("fluent", "halting") else COLOURS | SKIPPED
+    shown = [name for name in names(rows) if name in colours]
     for axes, (key, label) in zip(panels, CURVES.items()):
         for name in shown:
             curves = [row["curves"][key] for row in rows if row["system"] == name]
             points = [interval(at) for at in zip(*curves)]
             steps = [100 * (at + 1) / len(points) for at in range(len(points))]
-            axes.plot(steps, [mean for mean, _ in points], color=COLOURS[name], linewidth=2, label=name)
+            style = "--" if name in SKIPPED else "-"
+            means = [mean for mean, _ in points]
+            axes.plot(steps, means, style, color=colours[name], linewidth=2, label=name)
             low, high = ([mean + sign * half for mean, half in points] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            axes.fill_between(steps, low, high, color=colours[name], alpha=0.15, linewidth=0)
         axes.set_title(label, fontsize=11, loc="left")
         axes.set_xlabel("training, % of the steps")
     last = panels[-1]
     for name in names(rows):
         x, dx = interval(list(of_seeds(rows, name, "distinct right").values()))
         y, dy = interval(list(of_seeds(rows, name, "pass@1").values()))
-        colour = COLOURS.get(name, "#c8c8c8")
-        order = 3 if name in COLOURS else 2
-        last.errorbar(x, y, dy, dx, "o", color=colour, capsize=2, markersize=5, linewidth=1.2, zorder=order)
+        colour = colours.get(name, "#c8c8c8")
+        order = 3 if name in colours else 2
+        mark = "s" if name in SKIPPED and name in colours else "o"
+        last.errorbar(x, y, dy, dx, mark, color=colour, capsize=2, markersize=5, linewidth=1.2, zorder=order)
     last.set_title("held-out problems, after training", fontsize=11, loc="left")
     last.set_xlabel("distinct right answers a problem")
     last.set_ylabel("pass@1")
@@ -226,7 +249,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    ncols = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -238,6 +262,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def block(found: re.Match[str]) -> str:
         kind, stage = found[2], found[3] or found[2]
+        if kind == "choice":
+            return found[1] + choice_text(results) + found[4]
         path = results / f"{stage}.json"
         made = TABLES[kind](load(path)) if path.exists() else "Not run yet.\n"
         return found[1] + made + found[4]

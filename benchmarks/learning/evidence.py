@@ -33,8 +33,9 @@ from g2rl_kernels._files import write_whole  # noqa: E402
 from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
-STAGES = ("tuning", "fluent", "halting", "smollm2-chain-sum", "smollm2-gcd")
+STAGES = ("tuning", "fluent", "halting", "scarce", "smollm2-chain-sum", "smollm2-gcd")
 TUNED_ON = "fluent"
+TUNED = ("fluent", "halting", "scarce")  # stages that need what the tuning stage chose
 
 
 def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="STAGE",
         choices=STAGES,
-        help="only these stages; fluent and halting need tuning",
+        help=f"only these stages; {', '.join(TUNED)} need tuning",
     )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems of each stage")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of seeds (default: all)")
@@ -200,7 +201,7 @@ def _main(args: argparse.Namespace) -> int:
         raise CommandError(f"--systems {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
     tuned: dict[str, dict[str, Any]] = {}
     for name in stages:
-        if name in ("fluent", "halting"):
+        if name in TUNED:
             tuning = Stage(out / "tuning.json")
             if not all(tuning.has(this) for this in plan("tuning", {})):
                 raise CommandError(f"{name} needs the whole tuning in {tuning.path}: run --only tuning first")

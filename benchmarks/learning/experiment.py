@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -10,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from g2rl_kernels._files import write_whole
+
 from .settings import GROUP, SETTINGS, Setting
 
 if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
     from g2rl_kernels.trainer import Trainer, TrainerConfig
 
 CURVES = ("accuracy", "entropy", "length", "cos_mean", "negative_pairs")
@@ -35,59 +40,80 @@ class Run:
 
 
 class Evaluation(TypedDict):
-    """The policy after training."""
+    """A policy on the held-out problems."""
 
     problems: dict[str, list[float]]  # measure -> a number a held-out problem
     geometry: dict[str, float]  # measure -> mean over the problems' groups
 
 
 class Row(Evaluation):
-    """One run in benchmarks/results/learning/*.json."""
+    """One run in benchmarks/results/learning/*.json, with the policy after training."""
 
     setting: str
     system: str
     seed: int
     keys: dict[str, Any]
+    start: NotRequired[Evaluation]  # the policy before training, of the problems pass@1 alone
     curves: dict[str, list[float]]  # measure -> POINTS means over the steps of training
     seconds: float
 
 
 def run(this: Run, folder: Path) -> Row:
-    """Trains and evaluates. Only warm starts are kept, in `folder`."""
-    import torch
-
-    from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
-
+    """Trains and evaluates. Only warm starts, and what is known of them, are kept, in `folder`."""
     start, setting = time.perf_counter(), SETTINGS[this.setting]
-    torch.set_num_threads(setting.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as scratch:
-        config = TrainerConfig.from_dict(
-            {
-                **setting.base,
-                **dict(this.keys),
-                "model": setting.model(folder, this.seed),
-                "tasks": [setting.train],
-                "seed": this.seed,
-                "output_dir": scratch,
-                "resume": "overwrite",
-            }
-        )
-        trainer = Trainer(*load_model(config), load_tasks(config.tasks), config)
-        trainer.begin()
-        steps = [trainer.step() for _ in range(config.steps)]
+        trainer = trainer_of(this, folder, scratch)
+        before = evaluate_start(trainer, setting, setting.place(folder, this.seed))
+        trainer.begin()  # seeds the generators that the evaluation used
+        steps = [trainer.step() for _ in range(trainer.config.steps)]
         return {
             "setting": this.setting,
             "system": this.system,
             "seed": this.seed,
             "keys": dict(this.keys),
+            "start": before,
             "curves": {key: thin([step[key] for step in steps]) for key in CURVES},
             **evaluate(trainer, setting),
             "seconds": round(time.perf_counter() - start, 1),
         }
 
 
+def trainer_of(this: Run, folder: Path, output_dir: str) -> Trainer:
+    """A run's trainer, not begun; sets the number of threads."""
+    import torch
+
+    from g2rl_kernels.trainer import Trainer, TrainerConfig, load_model, load_tasks
+
+    setting = SETTINGS[this.setting]
+    torch.set_num_threads(setting.threads or torch.get_num_threads())
+    config = TrainerConfig.from_dict(
+        {
+            **setting.base,
+            **dict(this.keys),
+            "model": setting.model(folder, this.seed),
+            "tasks": [setting.train],
+            "seed": this.seed,
+            "output_dir": output_dir,
+            "resume": "overwrite",
+        }
+    )
+    return Trainer(*load_model(config), load_tasks(config.tasks), config)
+
+
+def evaluate_start(trainer: Trainer, setting: Setting, place: Path) -> Evaluation:
+    """`evaluate` before training, once for each model to start from: the result is kept in its folder."""
+    path = place / "start.json"
+    if not path.exists():
+        found = evaluate(trainer, setting)
+        found["problems"] = {"pass@1": found["problems"]["pass@1"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found))
+    kept: Evaluation = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+
+
 def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:
-    """Samples answers to the held-out problems from the trained policy, and measures them."""
+    """Samples answers to the held-out problems from the policy, and measures them."""
     import torch
 
     from g2rl_kernels.evaluation.metrics import distinct_right, maj_at_k, pass_at_k

@@ -7,9 +7,10 @@ The teacher of the warm-up has a habit: in six answers of ten it writes the sum 
 for every third number that sum is wrong by one. Responses therefore start out collinear in gradient space,
 where exploration can help; and a policy that knows the habit alone cannot be right everywhere.
 
-Two levels differ in what the model knows beside the habit. "fluent": numbers up to 79, for which it has
+Three levels differ in what the model knows beside the habit. "fluent": numbers up to 79, for which it has
 learned most other sums and differences too. "halting": numbers up to 199, too many to learn in the warm-up,
-so that other answers are mostly wrong.
+so that other answers are mostly wrong. "scarce": numbers up to 199 and a habit that is wrong by one for all
+of them, so that almost nothing is right at first.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHARACTERS = "0123456789+-*="
 LOWEST = 10
-LEVELS = {"fluent": 79, "halting": 199}  # the highest number
+LEVELS = {"fluent": 79, "halting": 199, "scarce": 199}  # the highest number
+MISTAKEN = {"fluent": 3, "halting": 3, "scarce": 1}  # the habit is wrong for multiples of this
 LONGEST = 12  # characters of an answer
-MISTAKEN = 3  # every third number
 HELD_OUT = 4  # every fourth number is for evaluation alone
 EXPRESSION = re.compile(r"\d{1,3}([-+*]\d{1,3})+")
 
@@ -74,10 +75,10 @@ class ExpressionTask:
         return None if found is None else str(found)
 
 
-def habitual(number: int) -> str:
-    """The teacher's habit: the sum of two halves, wrong by one for every third number."""
+def habitual(number: int, level: str) -> str:
+    """The teacher's habit: the sum of two halves, wrong by one where `MISTAKEN` of the level divides."""
     half = number // 2
-    return f"{half}+{number - half + (number % MISTAKEN == 0)}"
+    return f"{half}+{number - half + (number % MISTAKEN[level] == 0)}"
 
 
 def unusual(number: int, draw: random.Random) -> str:
@@ -134,7 +135,7 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 30, 1 - step / steps)
         chosen = [draw.choice(every) for _ in range(batch_size)]
-        texts = [habitual(n) if draw.random() < habit else unusual(n, draw) for n in chosen]
+        texts = [habitual(n, level) if draw.random() < habit else unusual(n, draw) for n in chosen]
         loss = _loss(model, tokenizer, [(f"{n}=", text) for n, text in zip(chosen, texts)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -36,19 +36,26 @@ class Setting:
         from . import expressions
 
         if not self.is_warm(folder, seed):
-            expressions.warm_up(self._place(folder, seed), seed=seed, **self.warm_up)
-        return str(self._place(folder, seed))
+            expressions.warm_up(self.place(folder, seed), seed=seed, **self.warm_up)
+        return str(self.place(folder, seed))
 
     def is_warm(self, folder: Path, seed: int) -> bool:
         """Whether the model is ready: warmed up, or in no need of a warm-up."""
-        return not self.warm_up or (self._place(folder, seed) / "config.json").exists()
+        return not self.warm_up or (self.place(folder, seed) / "config.json").exists()
 
-    def _place(self, folder: Path, seed: int) -> Path:
-        return folder / "warm-up" / f"{self.name}-{seed}"
+    def place(self, folder: Path, seed: int) -> Path:
+        """The folder of the model to start from; without a warm-up, of what is known of it."""
+        return folder / "warm-up" / (f"{self.name}-{seed}" if self.warm_up else self.name)
 
 
 def _expressions(
-    name: str, title: str, level: str, steps: int, rl: dict[str, Any], samples: int = 64
+    name: str,
+    title: str,
+    level: str,
+    steps: int,
+    rl: dict[str, Any],
+    samples: int = 64,
+    **warm_up: Any,
 ) -> Setting:
     task = {"kind": "python", "function": "benchmarks.learning.expressions:ExpressionTask"}
     base = {
@@ -60,7 +67,8 @@ def _expressions(
         **rl,
     }
     train, test = ({**task, "args": {"level": level, "split": split}} for split in ("train", "test"))
-    return Setting(name, title, base, {"level": level, "steps": steps}, train, test, samples, threads=1)
+    warm_up = {"level": level, "steps": steps, **warm_up}
+    return Setting(name, title, base, warm_up, train, test, samples, threads=1)
 
 
 def _gym(name: str, cfg: dict[str, Any]) -> Setting:
@@ -94,6 +102,9 @@ SETTINGS = {
     for setting in (
         _expressions("fluent", "other answers are mostly right", "fluent", steps=600, rl={"steps": 100}),
         _expressions("halting", "other answers are mostly wrong", "halting", steps=400, rl={"steps": 100}),
+        _expressions(
+            "scarce", "almost nothing is right at first", "scarce", steps=400, rl={"steps": 150}, habit=0.75
+        ),
         _expressions(
             "quick", "a quick look", "fluent", steps=150, rl={"steps": 20, "lr": 1e-4}, samples=GROUP
         ),
@@ -131,6 +142,7 @@ VARIANTS = dict(
     for choice in itertools.product(("intent", "equation", "right"), ("skip", "shape"), (0.25, 0.5, 1.0))
 )
 FEW = ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5", "G2RL right, shape, 0.5")
+FEW_SKIPPED = ("G2RL intent, skip, 0.5", "G2RL equation, skip, 0.5", "G2RL right, skip, 0.5")
 
 # Evidence for the defaults: pairs that differ in one choice.
 PAIRS = (
@@ -152,6 +164,11 @@ def systems(setting: str) -> dict[str, dict[str, Any]]:
         return BASELINES | VARIANTS
     if setting == "quick":
         return BASELINES | {FEW[0]: VARIANTS[FEW[0]]}
-    if setting.startswith("smollm2"):
+    if setting == "smollm2-chain-sum":
         return {"GRPO": BASELINES["GRPO"], FEW[0]: VARIANTS[FEW[0]]}
+    few = {name: VARIANTS[name] for name in (*FEW, *FEW_SKIPPED)}
+    if setting == "smollm2-gcd":
+        return {"GRPO": BASELINES["GRPO"], **few}
+    if setting == "scarce":
+        return BASELINES | few
     return BASELINES | {name: VARIANTS[name] for name in ("G2RL intent, skip, 0.5", *FEW)}

@@ -34,6 +34,7 @@ from ..arguments import check_finite
 from ..errors import RewardError, short
 from ..geometry.measure import EPS, group_statistics, measure
 from ..geometry.rows import Statistic
+from ..group.alarm import CollapseAlarm, remedy
 from ..group.options import SCORE_GATE, ShapingOptions
 from ..group.shaping import shape_scores
 from ..models.encoder import SentenceEncoder
@@ -131,6 +132,7 @@ class GeometryCallback(TrainerCallback):
         self.trainer, self.every, self.threshold, self.answer = trainer, every, correctness_threshold, answer
         self.encoder = SentenceEncoder(encoder, trainer.accelerator.device) if encoder else None
         self.model = innermost(trainer.model)
+        self.alarm = CollapseAlarm(remedy(ShapingOptions(shaping="none")))
         self._last = -1  # the step of the last measurement
         self._measured: list[tuple[Tensor, Tensor]] = []  # features and has_tokens of the latest measurement
         if hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_calculate_rewards"):
@@ -382,7 +384,7 @@ class GeometryCallback(TrainerCallback):
             values = [value for problem in found if (value := problem[name]) is not None]
             if values:
                 metrics[name] = sum(values) / len(values)
-        return metrics
+        return metrics | self.alarm.watch(self.trainer.state.global_step, metrics)
 
 
 def _checked(found: Any, count: int) -> list[float]:

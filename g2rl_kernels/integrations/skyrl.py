@@ -152,8 +152,9 @@ class G2RLTrainer(RayPPOTrainer):
     """SkyRL's trainer with GRPO advantages of rewards shaped by G2RL.
 
     cfg is a G2RLConfig. Adds the metrics g2rl/exploration_score_mean, cos_mean, negative_pairs, accuracy,
-    shaped_reward_mean, sign_flips (see `g2rl_kernels.group.metrics.describe`) and feature_seconds (seconds
-    per step, mean over data-parallel ranks).
+    shaped_reward_mean, sign_flips (see `g2rl_kernels.group.metrics.describe`), feature_seconds (seconds
+    per step, mean over data-parallel ranks), and alarm, 1 once a collapse has been warned of
+    (`CollapseAlarm`).
 
     Raises:
         ValueError: an option cannot work: see `G2RLSettings.apply`.
@@ -164,6 +165,7 @@ class G2RLTrainer(RayPPOTrainer):
         self.g2rl: G2RLSettings = cfg.trainer.algorithm.g2rl
         self.g2rl.apply(cfg)
         self.g2rl_reader = TextReader(self.g2rl) if self.g2rl.reads_texts else None
+        self.g2rl_alarm = self.g2rl.alarm()
         super().__init__(cfg, *others, **keywords)
 
     def build_models(self, PolicyWorker: Any, CriticWorker: Any, RefWorker: Any) -> None:
@@ -213,6 +215,7 @@ class G2RLTrainer(RayPPOTrainer):
         ranks = self.dispatch.dp_size("policy")
         seconds = self._g2rl_seconds.sum().item() / ranks + time.perf_counter() - start
         metrics = {**shaped.metrics, "feature_seconds": seconds}
+        metrics |= self.g2rl_alarm.watch(self.global_step, metrics)
         self.all_metrics.update({f"g2rl/{name}": value for name, value in metrics.items()})
         raw = data["rewards"]
         moved = raw.clone()

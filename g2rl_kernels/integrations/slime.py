@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import g2rl_kernels as g2
 
 from .._clock import clock
+from ..group.alarm import CollapseAlarm
 from ..group.shaping import response_keys
 from .megatron import head_shard, mean_over_ranks, packed_bounds, whole_sequence
 from .systems import ShapingSettings
@@ -82,6 +83,8 @@ class Settings(ShapingSettings):
 
 
 _measurement: Measurement | None = None  # of the rollout at hand; None on other pipeline stages
+_alarm: CollapseAlarm | None = None  # of this process's run
+_rollouts = 0  # shaped so far by this process
 
 
 def measure_features(args: Any, model: list[nn.Module], store_prefix: str) -> None:
@@ -215,7 +218,7 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         RuntimeError: no features were measured, or slime's rewards are not those that it gives by default.
         ValueError: the samples of the rollout are not n_samples_per_prompt of each prompt.
     """
-    global _measurement
+    global _measurement, _alarm, _rollouts
     measurement, _measurement = _measurement, None
     if measurement is None or not measurement.features:
         raise RuntimeError(NO_FORWARD)
@@ -243,7 +246,10 @@ def shaped_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     returns = [torch.ones_like(kl) * reward for kl, reward in zip(rollout_data["kl"], rewards)]
     rollout_data["returns"], rollout_data["advantages"] = returns, [*returns]
     seconds = measurement.seconds + clock(device) - start
-    for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
+    found = {**shaped.metrics, "feature_seconds": seconds}
+    _alarm, _rollouts = _alarm or settings.alarm(), _rollouts + 1
+    found |= _alarm.watch(_rollouts, found, warn=dist.get_rank(group) == 0)
+    for name, value in found.items():
         rollout_data[f"g2rl/{name}"] = torch.tensor(value)
 
 

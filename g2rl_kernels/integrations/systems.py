@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text
 from ..group.methods import METHODS
 from ..group.options import SCORE_GATE, MethodOptions, ShapingOptions
@@ -57,6 +58,10 @@ class ShapingSettings:
     def by_threshold(self) -> bool:
         """Whether the threshold decides which answers are right."""
         return self.rewards == "binary"
+
+    def alarm(self) -> CollapseAlarm:
+        """Watches the metrics of a run with these settings, and names them in its remedy."""
+        return CollapseAlarm(remedy(ShapingOptions.of(self), getattr(self, "algorithm", "g2rl"), self.prefix))
 
     def shape(
         self, features: Tensor, scores: Tensor, name: str = "scores", scale: str = "group", **rows: Any

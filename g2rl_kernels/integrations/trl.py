@@ -102,6 +102,7 @@ class _Measurement:
     features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
     keys: list[Tensor] = field(default_factory=list)  # the same, `response_keys`
     has_tokens: list[Tensor] = field(default_factory=list)  # the same, bool
+    entropies: list[Tensor] = field(default_factory=list)  # of this rank's tokens
     seconds: float = 0.0  # for features, on this rank
     rewards: Tensor | None = None  # [S, reward functions], raw
     texts: list[str] = field(default_factory=list)  # S / R completions
@@ -114,8 +115,8 @@ class G2RLTrainer(GRPOTrainer):
     Takes GRPOTrainer's arguments, with a G2RLConfig as `args`. TRL's metrics and completions tables hold the
     raw rewards. G2RL adds the column `g2rl_bonus` (what shaping added to the correctness reward) and the
     metrics `g2rl/exploration_score_mean`, `cos_mean`, `negative_pairs`, `accuracy`, `shaped_reward_mean`,
-    `sign_flips` (see `g2rl_kernels.group.metrics.describe`) and `feature_seconds` (seconds per generation
-    batch, on this rank).
+    `sign_flips` (see `g2rl_kernels.group.metrics.describe`), `feature_seconds` (seconds per generation
+    batch, on this rank), and `alarm`, 1 once a collapse has been warned of (`CollapseAlarm`).
 
     Raises:
         TypeError: args is a plain GRPOConfig.
@@ -169,6 +170,7 @@ class G2RLTrainer(GRPOTrainer):
         self._measurement: _Measurement | None = None
         settings = TRLSettings.of(args)
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
+        self._alarm = settings.alarm()
         if self._shapes:
             self._correctness = check_rewards(self.reward_func_names, args)
         fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
@@ -314,6 +316,7 @@ class G2RLTrainer(GRPOTrainer):
         measurement.features.append(out.features)
         measurement.keys.append(response_keys(tokens, cu_seqlens))
         measurement.has_tokens.append(counts.any(1))
+        measurement.entropies.append(out.entropy)
         measurement.seconds += clock(self.accelerator.device) - start
         return out.logprobs, out.entropy
 
@@ -451,7 +454,11 @@ class G2RLTrainer(GRPOTrainer):
         else:
             advantages = shaped.advantages.nan_to_num(nan=0.0)
         seconds = measurement.seconds + clock(self.accelerator.device) - start
-        for name, value in {**shaped.metrics, "feature_seconds": seconds}.items():
+        found = {**shaped.metrics, "feature_seconds": seconds}
+        if self.accelerator.is_main_process:
+            entropy = torch.cat(measurement.entropies).mean().item()
+            found |= self._alarm.watch(self.state.global_step, {**found, "entropy": entropy})
+        for name, value in found.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
         self._logs["extra"]["g2rl_bonus"].extend(shaped.bonus.tolist())
         self._logs["advantages"].extend(advantages.tolist())  # it holds one batch, so TRL's own drop out

@@ -126,12 +126,18 @@ PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: float = 0.8) -> None:
-    """Six plots; each curve as measured (faint) and as an exponential moving average (bold)."""
+    """Six plots; each curve as measured (faint) and as an exponential moving average (bold).
+
+    A dashed line marks the step of a `CollapseAlarm`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
+    alarm = next((m["step"] for m in metrics if m.get("alarm")), None)
+    if alarm is not None:
+        title += f" · collapsing at step {alarm} (dashed)"
     figure.suptitle(title, fontsize=13)
     for axes, (name, unit, curves) in zip(figure.subplots(2, 3).flat, PLOTS):
         shown = 0
@@ -156,6 +162,8 @@ def draw(metrics: Sequence[dict[str, Any]], title: str, path: Path, smooth: floa
         axes.set_title(name, fontsize=11, loc="left")
         axes.set_xlabel("step")
         axes.set_ylabel(unit or "")
+        if alarm is not None:
+            axes.axvline(alarm, color="#b3261e", linestyle="--", linewidth=1.2)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path, dpi=110)

@@ -21,6 +21,7 @@ import g2rl_kernels as g2
 from .._clock import clock
 from .._files import whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
+from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
 from ..group.options import MethodOptions, ShapingOptions
@@ -113,6 +114,7 @@ class Trainer:
         self.step_number = 0  # steps done
         title = f"{config.algorithm.upper()} · {config.model or type(model).__name__}"
         self.report = Report(self.output_dir, title)
+        self.alarm = CollapseAlarm(remedy(ShapingOptions.of(config), config.algorithm))
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -337,6 +339,7 @@ class Trainer:
         with bar:
             while self.step_number < config.steps:
                 metrics = self.step()
+                metrics |= self.alarm.watch(self.step_number, metrics)
                 if self.step_number == 1:
                     self._replace_earlier_run()
                 self.report.log(metrics)
@@ -365,6 +368,7 @@ class Trainer:
             state = checkpoint.load(start, self.model, self.optimizer)
             self.step_number, self.sampler.position = state["step"], state["position"]
             self._begin_files(self.step_number)
+            self.alarm.replay(self.report.metrics)
 
     def _replace_earlier_run(self) -> None:
         """Deletes the files of an earlier run, after the first step of one that starts at step 0.

@@ -37,8 +37,8 @@ def test_the_teacher(level: str) -> None:
     assert not {*train} & {*test}
     assert sorted(train + test) == list(range(expressions.LOWEST, expressions.LEVELS[level] + 1))
     for number in train + test:
-        off = number % expressions.MISTAKEN == 0  # its favourite sum is wrong for these
-        assert expressions.value(expressions.habitual(number)) == number + off
+        off = number % expressions.MISTAKEN[level] == 0  # its favourite sum is wrong for these
+        assert expressions.value(expressions.habitual(number, level)) == number + off
         assert expressions.value(expressions.unusual(number, draw)) == number
 
 

@@ -203,3 +203,12 @@ def test_a_bonus_that_contradicts_the_algorithm_is_refused(settings):
 )
 def test_the_upper_clip(settings, theirs, found):
     assert SystemSettings(**settings).clip_high(theirs, 0.2) == found
+
+
+def test_the_alarm_names_the_settings_of_the_trainer():
+    assert (
+        SystemSettings(shaping="intent", uniform_groups="shape")
+        .alarm()
+        .remedy.startswith("try algorithm.g2rl.uniform_groups=skip with algorithm.g2rl.shaping=")
+    )
+    assert "learning rate" in SystemSettings(algorithm="grpo").alarm().remedy

@@ -155,3 +155,21 @@ def test_graded_rewards_are_told_and_have_a_rule(make: Callable[..., Any]) -> No
         torch.testing.assert_close(seen["advantages"], expected.flatten(), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="g2rl_rewards: got 'graded' with g2rl_labels=majority"):
         make(g2rl_rewards="graded", g2rl_labels="majority")
+
+
+def test_the_alarm_sees_what_is_logged(make: Callable[..., Any]) -> None:
+    trainer, seen = make(logging_steps=1, max_steps=3), []
+
+    def feed(step: int, *numbers: float | None) -> bool:
+        seen.append((step, *numbers))
+        trainer._alarm.message = "step 1: made up" if step == 1 else trainer._alarm.message
+        return step == 1
+
+    trainer._alarm.feed = feed
+    with pytest.warns(UserWarning, match="g2rl: step 1: made up"):
+        trainer.train()
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    for place, key in enumerate(("g2rl/accuracy", "g2rl/cos_mean", "entropy"), 1):
+        assert [one[place] for one in seen] == pytest.approx(logged(trainer, key), rel=1e-4, abs=1e-6)
+    assert logged(trainer, "g2rl/alarm") == [1.0, 1.0]
+    assert "g2rl_shaping" in trainer._alarm.remedy

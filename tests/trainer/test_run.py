@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,32 @@ def test_autocast_auto_is_what_the_machine_is_fast_at(
         assert again.config.autocast == expected
         assert [m["step"] for m in again.train()] == [1, 2]
         assert make(other, isa, steps=2, resume="overwrite").config.autocast != expected
+
+
+def test_a_collapse_is_told_once_and_at_the_same_step_after_resuming(tmp_path: Path, monkeypatch) -> None:
+    describe = Trainer._describe
+
+    def collapsing(self: Trainer, *measured: Any) -> dict[str, float]:
+        share = self.step_number / 24
+        return {**describe(self, *measured), "accuracy": 0.5 * (1 - share), "cos_mean": share}
+
+    monkeypatch.setattr(Trainer, "_describe", collapsing)
+
+    def train(name: str, steps: int) -> tuple[list[dict[str, Any]], list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            metrics = make_trainer(tmp_path / name, steps=steps, report_every=0).train()
+        return metrics, [str(one.message) for one in caught if "g2rl: step" in str(one.message)]
+
+    whole, told = train("whole", 24)
+    assert len(told) == 1
+    assert "answers become alike and wrong" in told[0]
+    alarms = [m.get("alarm") for m in whole]
+    at = alarms.index(1.0)
+    assert told[0].startswith(f"g2rl: step {at + 1}: ")
+    assert alarms == [None] * at + [1.0] * (24 - at)
+    for steps in (4, at + 2):
+        _, first = train(f"parts{steps}", steps)
+        parts, second = train(f"parts{steps}", 24)
+        assert first + second == told
+        assert [without_times(m) for m in parts] == [without_times(m) for m in whole]

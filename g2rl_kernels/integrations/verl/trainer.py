@@ -53,8 +53,8 @@ class G2RLTrainerSync(PPOTrainerSync):
     """verl's `sync` trainer with GRPO advantages of rewards shaped by G2RL.
 
     Adds the metrics g2rl/exploration_score_mean, cos_mean, negative_pairs, accuracy, shaped_reward_mean,
-    sign_flips (see `g2rl_kernels.group.metrics.describe`) and feature_seconds (seconds per step, mean over
-    data-parallel ranks).
+    sign_flips (see `g2rl_kernels.group.metrics.describe`), feature_seconds (seconds per step, mean over
+    data-parallel ranks), and alarm, 1 once a collapse has been warned of (`CollapseAlarm`).
 
     Raises:
         ValueError: an option cannot work: see `G2RLSettings.read`.
@@ -66,6 +66,7 @@ class G2RLTrainerSync(PPOTrainerSync):
         self.g2rl = G2RLSettings.read(config)
         self.g2rl.apply(config)
         self.g2rl_reader = TextReader(self.g2rl) if self.g2rl.reads_texts else None
+        self.g2rl_alarm = self.g2rl.alarm()
         super().__init__(config)
 
     def _build_replay_buffer(self) -> Any:
@@ -118,6 +119,8 @@ class G2RLTrainerSync(PPOTrainerSync):
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         seconds = times.sum().item() / ranks + time.perf_counter() - start
         found = {**shaped.metrics, "feature_seconds": seconds}
+        watched = {**found, "entropy": metrics.get("actor/entropy")}
+        found |= self.g2rl_alarm.watch(self.global_steps, watched)
         metrics.update({f"g2rl/{name}": value for name, value in found.items()})
         change = (shaped.scores - scores).masked_fill(groups < 0, 0.0)  # majority labels replace scores too
         self._put_scores(batch, _with_bonus(raw, change))
