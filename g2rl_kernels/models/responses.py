@@ -73,6 +73,8 @@ def _forward(head: LMHead, ids: Tensor, attention: Tensor, **cache: Any) -> Any:
     """The output for the newest tokens `ids` [R, n] of rows; attention: [R, P + n], of all their tokens."""
     positions = _positions(attention)[:, -ids.shape[1] :]
     given = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+    if ids.shape[1] == 1:  # while sampling there is no backward pass
+        return head.backbone(**given, **cache)
     with _attention(ids.device.type, head.output.weight.dtype, ids.shape[1] * attention.shape[1]):
         return head.backbone(**given, **cache)
 
