@@ -172,7 +172,7 @@ def describe(head: LMHead) -> str:
 def ours(model: Any) -> str:
     """One step of `g2rl train`, and the error of its log-probs on the padded pair."""
     import g2rl_kernels as g2
-    from g2rl_kernels.models.lm_head import response_hidden
+    from g2rl_kernels.models.responses import response_hidden
     from g2rl_kernels.trainer import Trainer, TrainerConfig
 
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,8 @@ from ..evaluation.results import check_questions
 from ..group.geometry import row_groups
 from ..group.options import SCORE_GATE
 from ..head.reference import segment_sum
-from ..models.lm_head import LMHead, response_hidden
+from ..models.lm_head import LMHead
+from ..models.responses import response_hidden
 from .rows import (
     STATISTICS,
     Extreme,

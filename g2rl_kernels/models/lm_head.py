@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainerError, one_line, out_of_memory
-from ..head.features import pack_responses
 from ..head.lora import Lora
 from .head_adapter import active_adapter, check_head_adapter
 
@@ -49,6 +48,7 @@ class LMHead:
     logit_softcap: float | None = None  # c
     rows: int | None = None  # None: all V
     masked: tuple[int, ...] = ()  # ids that the model never gives
+    shares: bool = False  # rows that begin alike may be run once there: models/responses.py
 
     def arguments(self, temperature: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> HeadArguments:
         """What both ops need of the head, as keyword arguments:
@@ -272,7 +272,7 @@ def _compare_logits(model: Any, head: LMHead) -> None:
     entered: list[Tensor] = []  # the input of the LM head's module, where the model calls it
     hook = head.output.register_forward_hook(lambda _module, args, _output: entered.extend(args[:1]))
     try:
-        ids = _some_tokens(model, head).to(weight.device)
+        ids = some_tokens(model, head).to(weight.device)
         with evaluation_mode(model), _without_autocast(model):
             theirs = model(input_ids=ids, use_cache=False).logits
             hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -317,7 +317,7 @@ def _without_autocast(model: Any) -> Iterator[None]:
 SAME = 4  # the two rows of tokens start with so many that are equal
 
 
-def _some_tokens(model: Any, head: LMHead) -> Tensor:
+def some_tokens(model: Any, head: LMHead) -> Tensor:
     """[2, 8] token ids, always the same for a model, without those that its configuration gives a meaning."""
     size = head.rows or head.output.weight.shape[0]
     embedding = model.get_input_embeddings()
@@ -393,23 +393,6 @@ def _compare(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> tuple[bool, fl
     p, q = (x.float().masked_fill(absent, -torch.inf).log_softmax(-1) for x in (ours, theirs))
     error = (p - q).abs().masked_fill(absent, 0)
     return bool(((error <= tolerance) | absent).all()), error.max().item()
-
-
-def response_hidden(
-    head: LMHead, ids: Tensor, attention: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the backbone; returns hidden [N, d] that predict the response tokens [N], and cu_seqlens [B + 1].
-
-    Args:
-        head: of `find_head`.
-        ids: [B, P + L] int64, prompts padded on the left and responses padded on the right.
-        attention: [B, P + L], 0 on padding.
-        mask: [B, L] bool, True for the N response tokens that count.
-    """
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # counted from the first token that is not padding
-    out = head.backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-    length = mask.shape[1]
-    return pack_responses(out.last_hidden_state[:, -length - 1 : -1], ids[:, -length:], mask)
 
 
 def frozen_copy(head: LMHead, autocast: bool) -> LMHead:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, TrainerError
 from ..head.logprobs import linear_logprobs
-from .lm_head import LMHead, response_hidden
+from .lm_head import LMHead
+from .responses import response_hidden
 
 # Two small sets for dirl's direction: prompts that take steps to answer, and prompts that take a known fact.
 REASONING_PROMPTS = (

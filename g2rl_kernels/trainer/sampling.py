@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, TrainerError, one_line
+from ..models.lm_head import LMHead
+from ..models.responses import continuations
 from ..tasks.base import Item, Question, Task, item_of
 from .config import TrainerConfig
 
@@ -38,11 +41,19 @@ class Rollout:
 class Sampler:
     """Draws prompts from `tasks` and samples responses from `model`. Its only state is `position`.
 
-    Raises ConfigError if tokenizer, model and configuration do not fit together.
+    head: of `find_head`; if it `shares`, prefixes of several responses are run once: the same samples but for
+    rounding. Raises ConfigError if tokenizer, model and configuration do not fit together.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], config: TrainerConfig):
-        self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        config: TrainerConfig,
+        head: LMHead | None = None,
+    ):
+        self.model, self.tokenizer, self.tasks, self.head = model, tokenizer, tasks, head
         self.config = config.resolved(model.device.type)
         self.position = 0  # prompts drawn so far
         self._shuffled = -1, torch.empty(0)  # an epoch and the order of its prompts
@@ -83,18 +94,16 @@ class Sampler:
         size = config.generate_batch_size
         for batch, seen in zip(ids.split(size), attention.split(size)):
             with autocast(config, device):
-                out = self.model.generate(
-                    input_ids=batch, attention_mask=seen, generation_config=self.generation
-                )
-            responses += out[:, width:]
+                responses += self._continue(batch, seen)
 
         response = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=pad)
         sampled = torch.tensor([len(r) for r in responses], device=device)  # batches differ in width
         inside = torch.arange(response.shape[1], device=device) < sampled[:, None]
         ends = torch.isin(response, torch.tensor(self.end_tokens, device=device)) & inside
         mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to and including the first end token
-        texts = (r[m].tolist() for r, m in zip(response, mask))
-        completions = [response_text(tokens, self.tokenizer, self.end_tokens) for tokens in texts]
+        text = cache(lambda tokens: response_text(tokens, self.tokenizer, self.end_tokens))  # equal ones once
+        lengths = mask.sum(1).tolist()
+        completions = [text(tuple(tokens[:length])) for tokens, length in zip(response.tolist(), lengths)]
         truncated = ~ends.any(1)
         if config.truncated == "drop":
             mask = mask & ~truncated[:, None]
@@ -106,6 +115,21 @@ class Sampler:
             items=[(task, item) for task, item, _ in drawn],
             completions=completions,
         )
+
+    def _continue(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """Sampled responses [B, L] to prompts [B, P]; both ways draw the same random numbers."""
+        settings = self.generation
+        if self.head is None or not self.head.shares:
+            given = {"input_ids": ids, "attention_mask": attention}
+            out: Tensor = self.model.generate(**given, generation_config=settings)
+            return out[:, ids.shape[1] :]
+
+        def choose(logits: Tensor, row: Tensor) -> Tensor:
+            shares = (logits / settings.temperature).softmax(-1)
+            return torch.multinomial(shares[row], 1)[:, 0]
+
+        ends, pad = settings.eos_token_id, settings.pad_token_id
+        return continuations(self.head, ids, attention, choose, ends, pad, settings.max_new_tokens)
 
     def draw(self, count: int) -> list[tuple[Task, Item, list[int]]]:
         """The next `count` prompts, in an order set by seed and position alone, without those too long.
