@@ -53,7 +53,7 @@ class LetterTask:
         return 16
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"question": "abc" + "+1" * (index % 5) + "="}
+        return {"question": "abc" + "+1" * (index % 5) + "=", "solution": f"{index % 5}+1=a"}
 
     def score(self, completion: str, item: dict[str, Any]) -> float:
         return float("a" in completion)

@@ -214,7 +214,6 @@ COLOURS = {
     "G2RL right, shape, 0.5": "#d1603d",
 }
 SKIPPED = {name.replace("shape", "skip"): colour for name, colour in COLOURS.items() if "shape" in name}
-FOLLOWED = ("G2RL intent, shape, 0.5", "G2RL intent, skip, 0.5", "G2RL equation, shape, 0.5")  # follow.py
 CURVES = {
     "accuracy": "accuracy in training",
     "entropy": "entropy, nats a token",

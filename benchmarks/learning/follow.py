@@ -1,10 +1,11 @@
 """Follows one seed step by step: which groups, which answers, and what the advantages did to them.
 
-    python -m benchmarks.learning.follow scarce --seed 0      runs GRPO and the variants, then draws
-    python -m benchmarks.learning.follow scarce --seed 0 --systems 'G2RL intent, shape, 0.5'
+    python -m benchmarks.learning.follow smollm2-gcd --seed 0      intent with shape and skip, and a figure
+    python -m benchmarks.learning.follow scarce --seed 1 --systems GRPO 'G2RL equation, shape, 0.5'
 
 Each run is written to OUT/<setting>-<seed>-<system>.jsonl, a line a step with every group; a run that is
-there is not run again. The figure is drawn from the lines.
+there is not run again. OUT/<setting>-<seed>.json holds `summary` of every step, from which the figure is
+drawn. --document puts both where docs/evidence.md shows them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from g2rl_kernels.trainer import Trainer
 
 OUT = document.ROOT / "runs" / "follow"
+SHOWN = (
+    document.ROOT / "benchmarks" / "results" / "follow.json",
+    document.ROOT / "docs" / "evidence-follow.png",
+)
+FOLLOWED = ("G2RL intent, shape, 0.5", "G2RL intent, skip, 0.5")
 WIDTH = 5  # steps of a moving mean
 
 
@@ -137,8 +143,11 @@ def summary(step: Step) -> dict[str, float | None]:
     return means
 
 
-def draw(runs: dict[str, list[Step]], title: str, path: Path) -> None:
-    """A panel a measure, a curve a system: moving means over `WIDTH` steps."""
+def draw(runs: dict[str, list[dict[str, float | None]]], title: str, path: Path) -> None:
+    """A panel a measure, a curve a system: moving means over `WIDTH` steps.
+
+    runs: for each system the `summary` of every step.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,8 +156,7 @@ def draw(runs: dict[str, list[Step]], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=13)
     colours = document.COLOURS | document.SKIPPED
     panels = list(figure.subplots(3, 3).flat)
-    for system, steps in runs.items():
-        found = [summary(step) for step in steps]
+    for system, found in runs.items():
         style = "--" if system in document.SKIPPED else "-"
         for axes, name in zip(panels, MEASURES):
             curve = moving_means([one[name] for one in found])
@@ -180,23 +188,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("setting", help="of settings.py, e.g. scarce or smollm2-gcd")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--systems", nargs="+", metavar="NAME", default=["GRPO", *document.FOLLOWED])
+    parser.add_argument("--systems", nargs="+", metavar="NAME", default=FOLLOWED)
     parser.add_argument("--warm", type=Path, default=document.ROOT / "runs" / "evidence", help="warm starts")
+    parser.add_argument("--document", action="store_true", help="show these runs in docs/evidence.md")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the steps and the figure")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     tuned = document.best(Stage(document.RESULTS / "tuning.json").rows)
     planned = {this.system: this for this in plan(args.setting, tuned, [args.seed])}
-    runs: dict[str, list[Step]] = {}
+    runs: dict[str, list[dict[str, float | None]]] = {}
     for system in args.systems:
         name = f"{args.setting}-{args.seed}-{system.lower().replace(', ', '-').replace(' ', '-')}"
         path = args.out / f"{name}.jsonl"
         if not path.exists():
             steps: Sequence[Any] = follow(planned[system], args.warm)
             write_whole(path, "".join(json.dumps(step) + "\n" for step in steps))
-        runs[system] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    draw(runs, f"{args.setting}, seed {args.seed}", args.out / f"{args.setting}-{args.seed}.png")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        runs[system] = [summary(json.loads(line)) for line in lines]
+    title, stem = f"{args.setting}, seed {args.seed}", f"{args.setting}-{args.seed}"
+    places = [SHOWN] if args.document else []
+    for numbers, figure in [(args.out / f"{stem}.json", args.out / f"{stem}.png"), *places]:
+        write_whole(numbers, json.dumps({"title": title, "runs": rounded(runs)}) + "\n")
+        draw(runs, title, figure)
     return 0
+
+
+def rounded(runs: dict[str, list[dict[str, float | None]]]) -> dict[str, list[dict[str, float | None]]]:
+    """The summaries with four digits."""
+    return {
+        system: [{k: None if v is None else round(v, 4) for k, v in one.items()} for one in steps]
+        for system, steps in runs.items()
+    }
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning.steps --setting fluent --against ../old
 
-Both checkouts train from the same start, with the same seed and one thread, a step each in turns. The time is
-that of the process, so that others on the machine count little. Below it stands how far the metrics of the two
-runs are apart.
+Both checkouts train from the same start, with the same seed and one thread, a step each in turns. The time
+is that of the process, so that others on the machine count little. Below it stands how far the metrics of the
+two runs are apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def serve(setting: str, model: str, keys: dict[str, Any], threads: int) -> None:
 
             return run
 
-        trainer.sampler.sample = timed("sample", trainer.sampler.sample)  # type: ignore[method-assign]
+        trainer.sampler.sample = timed("sample", trainer.sampler.sample)
         for name in PARTS[1:]:
             setattr(trainer, name, timed(name, getattr(trainer, name)))
         print("ready", flush=True)

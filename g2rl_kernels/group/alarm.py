@@ -14,7 +14,7 @@ from .options import ShapingOptions
 WINDOW = 8  # measurements
 FALL = 0.5  # of the best window's accuracy
 RISE = 0.2  # of the mean cosine since that window
-ERRORS = 3.0  # standard errors of a difference between windows
+ERRORS = 2.0  # standard errors of a difference between windows
 ENTROPY = 0.02  # nats a token
 ENTROPY_FALL = 0.25  # of the first window's entropy
 RARE = 0.05  # accuracy that counts as wrong throughout
@@ -38,7 +38,7 @@ class CollapseAlarm:
     It compares the mean of the latest `WINDOW` measurements with the best and the first of such means. A run
     is collapsing if
 
-    - accuracy fell to half of the best or less, by more than three standard errors, while the mean cosine
+    - accuracy fell to half of the best or less, by more than two standard errors, while the mean cosine
       rose by 0.2 or more since then; or
     - entropy is under 0.02 nats and a quarter of the first, with accuracy at most half of the best, or 0.05.
 
@@ -86,13 +86,11 @@ class CollapseAlarm:
         if self._best is None or self._first is None:
             self._best = self._first = now
         found = self._fall(now, self._best) or self._certain(now, self._best, self._first)
-        if now.accuracy >= self._best.accuracy:
+        if now.accuracy > self._best.accuracy:
             self._best = now
         if found:
-            self.message = (
-                f"step {step}: {found}; {self.remedy}, from a checkpoint of step {self._best.step} "
-            )
-            self.message += "or earlier"
+            back = f"from a checkpoint of step {self._best.step} or earlier"
+            self.message = f"step {step}: {found}; {self.remedy}, {back}"
         return found is not None
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The options of `group_geometry`: defaults, choices and checks for every trainer and command."""
+"""Options of `group_geometry` and of other methods: defaults, choices and checks for every trainer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ SHAPINGS = ("none", "intent", "equation", "right")
 EXPLORATION_SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
+SIMILARITIES = ("gradient", "text")
 SCORE_GATE = 0.999999  # the least score of a right response: 1, less what a sum of parts loses to rounding
 
 
@@ -57,9 +58,7 @@ class ShapingOptions:
 
         An option that the settings lack has its default.
         """
-        values = settings if isinstance(settings, Mapping) else vars(settings)
-        names = [one.name for one in fields(cls)]
-        return cls(**{name: values[prefix + name] for name in names if prefix + name in values})
+        return cls(**_found(cls, settings, prefix))
 
     def check(self, prefix: str = "") -> None:
         """Raises ValueError or TypeError for the first wrong option; the message calls it `prefix` + name."""
@@ -67,9 +66,7 @@ class ShapingOptions:
             check_positive(prefix + name, getattr(self, name))
         if self.lam != 0:
             check_positive(f"{prefix}lam", self.lam, ", or 0")
-        for one in fields(self):
-            if "choices" in one.metadata:
-                check_choice(prefix + one.name, getattr(self, one.name), one.metadata["choices"])
+        _check_choices(self, prefix)
 
     def flat(self) -> tuple[float, float, int, int, int, bool, float]:
         """The options in the order of the operators' schema; choices as numbers, lam=0 as shaping "none"."""
@@ -92,10 +89,56 @@ class ShapingOptions:
         return cls(lam, clip, *names, eps)
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of the methods beside g2rl (methods.py, docs/methods.md), each used where a method names it."""
+
+    strength: float | None = option(
+        None,
+        "Strength of repexp, dqo, setpo, dra, dirl and gar, 0 or more; unset: the method's own.",
+    )
+    similarity: str = option(
+        "gradient",
+        "What repexp, dqo, setpo and dra compare: 'gradient', G2RL's features, or 'text', the encoder's "
+        "embeddings of the responses.",
+        SIMILARITIES,
+    )
+    ridge: float = option(0.01, "repexp: added to the covariance of features of norm 1.")
+    pass_k: int = option(4, "passk: k, at least 1 and fewer than the responses of a prompt.")
+
+    @classmethod
+    def of(cls, settings: Any, prefix: str = "") -> MethodOptions:
+        """As `ShapingOptions.of`."""
+        return cls(**_found(cls, settings, prefix))
+
+    def check(self, prefix: str = "") -> None:
+        """As `ShapingOptions.check`."""
+        if self.strength is not None and self.strength != 0:
+            check_positive(f"{prefix}strength", self.strength, ", 0, or None for the method's own")
+        check_positive(f"{prefix}ridge", self.ridge)
+        if not isinstance(self.pass_k, int) or isinstance(self.pass_k, bool) or self.pass_k < 1:
+            raise ValueError(f"{prefix}pass_k: got {self.pass_k!r}, needs a whole number, at least 1")
+        _check_choices(self, prefix)
+
+
+def _found(cls: Any, settings: Any, prefix: str) -> dict[str, Any]:
+    """Values of a dataclass's fields in a trainer's settings."""
+    values = settings if isinstance(settings, Mapping) else vars(settings)
+    names = [one.name for one in fields(cls)]
+    return {name: values[prefix + name] for name in names if prefix + name in values}
+
+
+def _check_choices(options: Any, prefix: str) -> None:
+    for one in fields(options):
+        if "choices" in one.metadata:
+            check_choice(prefix + one.name, getattr(options, one.name), one.metadata["choices"])
+
+
 def option_field(name: str, **changes: Any) -> Any:
     """A field for a trainer's own dataclass with the default, help and choices of the option `name`.
 
     changes: metadata to replace.
     """
-    one = next(one for one in fields(ShapingOptions) if one.name == name)
+    known = (*fields(ShapingOptions), *fields(MethodOptions))
+    one = next(one for one in known if one.name == name)
     return field(default=one.default, metadata={**one.metadata, **changes})

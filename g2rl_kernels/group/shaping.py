@@ -6,7 +6,7 @@ scores of a right and a wrong response are. A change of 1 in the paper's reward 
 so that shaping has the same strength in all units. Scores that grade answers have neither: `graded_rewards`
 compares each with its group's mean instead.
 
-docs/baselines.md describes the systems that the paper compares (`ALGORITHMS`).
+docs/baselines.md describes the systems that the paper compares, docs/methods.md those of later papers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from torch import Tensor
 from ..arguments import check_choice, check_finite, check_positive, check_tensor
 from .evol import evol_rewards, majority_labels
 from .geometry import GroupGeometry, group_geometry, row_groups
+from .methods import METHODS, shape_groups, text_similarity
 from .metrics import accuracy, describe
-from .options import SCORE_GATE, ShapingOptions
+from .options import SCORE_GATE, MethodOptions, ShapingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ALGORITHMS = ("grpo", "entropy_bonus", "evol_rl", "g2rl")
+ALGORITHMS = ("grpo", "entropy_bonus", "evol_rl", "g2rl", *METHODS)
 REWARDS = ("binary", "graded")  # scores say right or wrong, by a threshold, or how good an answer is
 LABELS = ("truth", "majority")  # which responses are right: by their scores, or by a vote
 # Defaults of the weight of the mean entropy in the loss, and of the upper clip of the ratio. Both are
 # EVOL-RL's; the paper does not give the coefficient of its entropy bonus.
-ENTROPY_COEF = {"grpo": 0.0, "entropy_bonus": 0.003, "evol_rl": 0.003, "g2rl": 0.0}
+ENTROPY_COEF = {**dict.fromkeys(ALGORITHMS, 0.0), "entropy_bonus": 0.003, "evol_rl": 0.003}
 EVOL_CLIP_HIGH = 0.28
+NO_OPTIONS = MethodOptions()
 
 
 class ShapedScores(NamedTuple):
@@ -45,6 +47,7 @@ class ShapedScores(NamedTuple):
     bonus: Tensor  # [S] float32, what shaping added; 0 in rows that are left out
     geometry: GroupGeometry
     metrics: dict[str, float]  # of `describe`
+    advantages: Tensor | None = None  # [S], of a method that gives them: they replace the trainer's own
 
 
 class SystemInputs(TypedDict, total=False):
@@ -54,6 +57,8 @@ class SystemInputs(TypedDict, total=False):
     algorithm: str
     embeddings: Tensor | None
     answered: Tensor | None
+    alignment: Tensor | None
+    method_options: MethodOptions
 
 
 def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
@@ -115,17 +120,37 @@ def check_options(values: Mapping[str, Any], prefix: str) -> None:
     for name, allowed in {"algorithm": ALGORITHMS, "labels": LABELS, "rewards": REWARDS}.items():
         if name in values:
             check_choice(prefix + name, values[name], allowed)
-    if values.get("rewards") == "graded":
-        for name, needed in {"algorithm": "evol_rl", "labels": "majority"}.items():
-            if values.get(name) == needed:
-                raise ValueError(
-                    f"{prefix}rewards: got 'graded' with {prefix}{name}={needed}, which needs right and "
-                    "wrong answers: set it to 'binary'"
-                )
+    check_method(values, prefix)
     if "correctness_gap" in values:
         check_positive(f"{prefix}correctness_gap", values["correctness_gap"])
     if "correctness_threshold" in values:
         check_finite(f"{prefix}correctness_threshold", values["correctness_threshold"])
+
+
+def check_method(values: Mapping[str, Any], prefix: str) -> None:
+    """`check_options` for `MethodOptions`, and for graded rewards where right and wrong are needed."""
+    options, algorithm = MethodOptions.of(values), values.get("algorithm", "g2rl")
+    options.check(prefix)
+    method = METHODS.get(algorithm)
+    if values.get("rewards") == "graded":
+        binary = algorithm == "evol_rl" or (method is not None and method.binary)
+        for name, wrong in {"algorithm": binary, "labels": values.get("labels") == "majority"}.items():
+            if wrong:
+                raise ValueError(
+                    f"{prefix}rewards: got 'graded' with {prefix}{name}={values[name]}, which needs right "
+                    "and wrong answers: set it to 'binary'"
+                )
+    if options.similarity == "text" and not (method and method.texts):
+        others = ", ".join(name for name, one in METHODS.items() if one.texts)
+        raise ValueError(
+            f"{prefix}similarity: got 'text' with {prefix}algorithm={algorithm}, which has no choice: leave "
+            f"it at 'gradient', or use {others}"
+        )
+
+
+def compares_texts(algorithm: str, similarity: str) -> bool:
+    """Whether embeddings of the responses' texts are needed."""
+    return algorithm == "evol_rl" or similarity == "text"
 
 
 _told: set[str] = set()  # warnings that this process has given
@@ -134,12 +159,19 @@ _told: set[str] = set()  # warnings that this process has given
 def check_group_size(size: int, option: str, values: Mapping[str, Any], prefix: str) -> None:
     """Warns once of groups too small for g2rl: the two responses of a pair get the same exploration score.
 
+    Raises ValueError for passk in groups of at most pass_k: every set of pass_k responses is then the same.
+
     Args:
         size: responses a prompt.
         option: what the trainer calls their number.
         values, prefix: the trainer's settings, as in `check_options`. With other algorithms, lam=0 or shaping
-            "none" nothing is shaped, and nothing said.
+            "none" nothing is said.
     """
+    k = MethodOptions.of(values).pass_k
+    if values.get("algorithm") == "passk" and k >= size:
+        raise ValueError(
+            f"{prefix}pass_k: got {k}, needs fewer than {option}={size}, the responses of a prompt"
+        )
     options = ShapingOptions.of(values)
     shapes = values.get("algorithm", "g2rl") == "g2rl" and options.lam > 0 and options.shaping != "none"
     said = (
@@ -226,45 +258,73 @@ def shape_rewards(
     algorithm: str = "g2rl",
     embeddings: Tensor | None = None,
     answered: Tensor | None = None,
+    alignment: Tensor | None = None,
+    method_options: MethodOptions = NO_OPTIONS,
 ) -> GroupGeometry:
-    """Measures every group, and computes shaped rewards and advantages as one of the paper's systems does.
+    """Measures every group, and computes shaped rewards and advantages as an algorithm does.
 
         "g2rl"                    the rewards shaped by `group_geometry`
         "evol_rl"                 the rewards of `evol_rewards`
         "grpo", "entropy_bonus"   the rewards as they are; the entropy bonus is part of the loss
+        one of METHODS            the rewards or the advantages that its function gives
 
     Args:
         features: [S, d], of `head_features`. Every algorithm measures their geometry.
         rewards: [S], +1 and -1; NaN only in padding rows.
-        options: g2rl uses all; other algorithms use exploration_score, scale and eps alone.
+        options: g2rl uses all; other algorithms use exploration_score, scale and eps alone, and those of
+            METHODS also uniform_groups, and what they name.
         group_size, group_ids: exactly one, as in `group_geometry`.
         keys: [S], of `response_keys`. With them, responses of a group with the same tokens have one feature.
             Otherwise their features differ by rounding (micro-batches, the sampler's log-probs), and where
             all responses of a group are the same, nubar would stretch that rounding to [0, 1].
         algorithm: one of ALGORITHMS.
-        embeddings: [S, e], rows of unit norm; needed by evol_rl.
+        embeddings: [S, e], rows of unit norm; needed by evol_rl, and with method_options.similarity="text".
         answered: [S] bool, for evol_rl: False for a response without an answer. None: all have one.
+        alignment: [S], for dirl and gar, as their functions define it.
+        method_options: of METHODS.
 
     Returns:
         `GroupGeometry` of the features, with this system's shaped_rewards and advantages.
 
     Raises:
-        TypeError, ValueError: as `group_geometry`; no such algorithm; evol_rl without embeddings.
+        TypeError, ValueError: as `group_geometry`; no such algorithm; embeddings or alignment missing.
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
-    if algorithm == "evol_rl" and embeddings is None:
-        raise ValueError("embeddings: got None, evol_rl needs [S, e], rows of unit norm")
+    if compares_texts(algorithm, method_options.similarity) and embeddings is None:
+        what = "evol_rl" if algorithm == "evol_rl" else "similarity='text'"
+        raise ValueError(f"embeddings: got None, {what} needs [S, e], rows of unit norm")
     if algorithm != "g2rl":
         options = replace(options, shaping="none")
     groups: dict[str, Any] = {"group_size": group_size, "group_ids": group_ids}
     ids = row_groups(len(rewards), rewards.device, group_size, group_ids)
     if keys is not None:
         features = _one_feature_each(features, keys, ids)
+        if alignment is not None:
+            alignment = _one_feature_each(alignment[:, None], keys, ids)[:, 0]
     geometry = group_geometry(features, rewards, **groups, **vars(options))
-    if embeddings is None or algorithm != "evol_rl":
+    if algorithm == "evol_rl":
+        assert embeddings is not None
+        shaped = evol_rewards(embeddings, rewards > 0, ids, answered)
+    elif algorithm in METHODS:
+        similarity = geometry.similarity
+        if method_options.similarity == "text" and METHODS[algorithm].texts:
+            assert embeddings is not None
+            similarity = text_similarity(embeddings, geometry.members)
+        shaped = shape_groups(
+            algorithm,
+            rewards,
+            geometry.members,
+            similarity=similarity,
+            advantages=geometry.advantages,
+            alignment=alignment,
+            options=options,
+            method_options=method_options,
+        )
+        if METHODS[algorithm].gives == "advantages":
+            return geometry._replace(advantages=shaped)
+    else:
         return geometry
-    evolved = evol_rewards(embeddings, rewards > 0, ids, answered)
-    other = group_geometry(features[:, :1], evolved, **groups, **vars(options))  # only for the advantages
+    other = group_geometry(features[:, :1], shaped, **groups, **vars(options))  # only for the advantages
     return geometry._replace(shaped_rewards=other.shaped_rewards, advantages=other.advantages)
 
 
@@ -301,11 +361,11 @@ def shape_scores(
             or threshold if that is higher, and those of wrong ones by that less gap.
         graded: rewards are those of `graded_rewards`, and gap is twice its half; threshold then counts in the
             metric `accuracy` alone.
-        system: keys, algorithm, embeddings and answered, as in `shape_rewards`.
+        system: keys, algorithm, embeddings, answered, alignment and method_options, as in `shape_rewards`.
 
     Returns:
-        `ShapedScores`: scores and bonus [S] float32 (what shaping added, in units of scores), geometry, and
-        metrics by name, of `describe`.
+        `ShapedScores`: scores and bonus [S] float32 (what shaping added, in units of scores), geometry,
+        metrics by name, of `describe`, and advantages: None where a trainer computes its own from the scores.
 
     Raises:
         TypeError, ValueError: as `group_geometry`; gap is not positive; threshold is not a finite number;
@@ -334,4 +394,6 @@ def shape_scores(
     geometry = shape_rewards(features, rewards, options, group_ids=ids, **system)
     bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * half
     metrics = {**describe(geometry, rewards), "accuracy": accuracy(truth)}
-    return ShapedScores(plain + bonus, bonus, geometry, metrics)
+    method = METHODS.get(system.get("algorithm", "g2rl"))
+    advantages = geometry.advantages if method is not None and method.gives == "advantages" else None
+    return ShapedScores(plain + bonus, bonus, geometry, metrics, advantages)

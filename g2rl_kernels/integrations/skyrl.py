@@ -8,8 +8,9 @@
     fwd_logprobs_values_reward        the forward for the old log-probs gives features too: a worker returns
                                       each response's row as [log-probs, features], and the trainer parts them
     apply_reward_kl_penalty           where the KL is in the reward
-    compute_advantages_and_returns    shapes the rewards, has SkyRL compute advantages from them, and restores
-                                      the raw rewards in loss/avg_final_rewards
+    compute_advantages_and_returns    shapes the rewards, has SkyRL compute advantages from them (or replaces
+                                      those by a method's), and restores the raw rewards in
+                                      loss/avg_final_rewards
 
 A trainer of your own inherits from `G2RLTrainer` in place of `RayPPOTrainer`. docs/skyrl.md is for users.
 """
@@ -78,6 +79,11 @@ class G2RLSettings(SystemSettings):
         for name, (found, needed) in needs.items():
             if found != needed:
                 raise ValueError(f"trainer.{name}: got {found}, G2RLTrainer needs {needed}")
+        if self.gives_advantages and algorithm.use_kl_in_reward:
+            raise ValueError(
+                f"trainer.algorithm.use_kl_in_reward: got True with {self.prefix}algorithm={self.algorithm}, "
+                "whose advantages leave the KL out: set use_kl_loss instead"
+            )
         theirs = algorithm.entropy_loss_coef if algorithm.use_entropy_loss else 0.0
         coef = self.entropy(theirs, "trainer.algorithm.entropy_loss_coef")
         algorithm.use_entropy_loss = coef > 0
@@ -202,6 +208,7 @@ class G2RLTrainer(RayPPOTrainer):
             group_ids=groups,
             keys=response_keys(ids[attention.bool()], cu_seqlens),
             has_tokens=mask.sum(1) > 0,
+            scale="group" if self.cfg.trainer.algorithm.grpo_norm_by_std else "none",
             **(self.g2rl_reader(self._texts(ids, mask), groups) if self.g2rl_reader else {}),
         )
         change = (shaped.scores - scores).masked_fill(groups < 0, 0.0)
@@ -216,6 +223,9 @@ class G2RLTrainer(RayPPOTrainer):
         data["rewards"] = moved
         data = super().compute_advantages_and_returns(data)
         data["rewards"] = raw
+        if shaped.advantages is not None:
+            replaced = trajectory_values(shaped.advantages, groups, data.metadata)[:, None]
+            data["advantages"] = data["returns"] = replaced * data["response_mask"].to(replaced.dtype)
         mean = raw.sum(-1)[groups >= 0].mean().item()
         data.metadata["metrics"]["avg_final_rewards"] = mean
         self.all_metrics["loss/avg_final_rewards"] = mean
@@ -240,6 +250,19 @@ def group_ids(metadata: dict[str, Any]) -> Tensor:
     if metadata.get("is_last_step") is not None:
         takes_part &= torch.tensor(metadata["is_last_step"], dtype=torch.bool)
     return ids.masked_fill(~takes_part, -1)
+
+
+def trajectory_values(values: Tensor, groups: Tensor, metadata: dict[str, Any]) -> Tensor:
+    """[S]: each row's value of the last step of its trajectory; 0 in padding rows.
+
+    values, groups: [S], of `group_ids`.
+    """
+    last_steps = metadata.get("is_last_step")
+    if last_steps is None:
+        return values.masked_fill(groups < 0, 0.0)
+    last = torch.tensor(last_steps, dtype=torch.bool)
+    number = torch.nn.functional.pad(last[:-1].long().cumsum(0), (1, 0))
+    return values.masked_fill(groups < 0, 0.0)[last][number]
 
 
 class G2RLExp(BasePPOExp):

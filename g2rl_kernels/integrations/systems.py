@@ -1,11 +1,11 @@
-"""The paper's systems in other packages' trainers: settings, and what is read from the texts of responses."""
+"""Algorithms in other packages' trainers: settings, and what is read from the texts of responses."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text
-from ..group.options import SCORE_GATE, ShapingOptions
+from ..group.methods import METHODS
+from ..group.options import SCORE_GATE, MethodOptions, ShapingOptions
 from ..group.shaping import (
     ENTROPY_COEF,
     EVOL_CLIP_HIGH,
@@ -22,6 +23,7 @@ from ..group.shaping import (
     check_group_size,
     check_options,
     check_threshold,
+    compares_texts,
     shape_scores,
 )
 from ..models.encoder import DEFAULT_ENCODER, SentenceEncoder
@@ -61,11 +63,14 @@ class ShapingSettings:
         """Watches the metrics of a run with these settings, and names them in its remedy."""
         return CollapseAlarm(remedy(ShapingOptions.of(self), getattr(self, "algorithm", "g2rl"), self.prefix))
 
-    def shape(self, features: Tensor, scores: Tensor, name: str = "scores", **rows: Any) -> ShapedScores:
+    def shape(
+        self, features: Tensor, scores: Tensor, name: str = "scores", scale: str = "group", **rows: Any
+    ) -> ShapedScores:
         """`shape_scores` by these settings, after warnings about scores in units that the settings are not.
 
         features [S, d], scores [S] with NaN in rows that take no part; name: what warnings call the scores;
-        rows: group_size or group_ids, keys, has_tokens, and what a `TextReader` found.
+        scale: how the trainer scales advantages, for methods that give them; rows: group_size or group_ids,
+        keys, has_tokens, and what a `TextReader` found.
         """
         graded = self.rewards == "graded"
         if not graded:
@@ -76,7 +81,7 @@ class ShapingSettings:
         return shape_scores(
             features,
             scores,
-            ShapingOptions.of(self),
+            replace(ShapingOptions.of(self), scale=scale),
             threshold=self.correctness_threshold,
             gap=self.correctness_gap,
             graded=graded,
@@ -86,17 +91,29 @@ class ShapingSettings:
 
 @dataclass
 class SystemSettings(ShapingSettings):
-    """Settings of the paper's systems, by their names in docs/baselines.md."""
+    """Settings of algorithms, by their names in docs/baselines.md and docs/methods.md."""
 
-    algorithm: str = "g2rl"  # g2rl, or what the paper compares it with: grpo | entropy_bonus | evol_rl
+    aligns: ClassVar[bool] = False  # whether the trainer finds what dirl and gar need
+
+    # g2rl, what the paper compares it with: grpo | entropy_bonus | evol_rl, or a name of METHODS
+    algorithm: str = "g2rl"
+    similarity: str = MethodOptions.similarity  # that methods compare responses by: gradient | text
+    strength: float | None = MethodOptions.strength  # of methods but g2rl; None: the method's own
+    ridge: float = MethodOptions.ridge  # repexp
+    pass_k: int = MethodOptions.pass_k  # passk: fewer than the responses of a prompt
     labels: str = "truth"  # which answers are right: by score, or the group's most frequent one: majority
     answer_func: str | None = None  # dotted path: text -> answer or None; None: as `MathJudge` reads it
-    encoder: str = DEFAULT_ENCODER  # evol_rl: measures novelty
+    encoder: str = DEFAULT_ENCODER  # evol_rl and similarity=text: embeds responses
     entropy_coef: float | None = None  # None: the trainer's own, or the algorithm's where that is unset
     ratio_clip_high: float | None = None  # the same, of the upper clip of the ratio
 
     def check(self, group_size: int, option: str) -> None:
         super().check(group_size, option)
+        if not self.aligns and self.algorithm in METHODS and "alignment" in METHODS[self.algorithm].needs:
+            raise ValueError(
+                f"{self.prefix}algorithm: got {self.algorithm!r}, whose inputs this trainer does not "
+                "compute: use `g2rl train` or TRL for it, or another algorithm"
+            )
         for name in ("entropy_coef", "ratio_clip_high"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -104,15 +121,34 @@ class SystemSettings(ShapingSettings):
 
     @property
     def by_threshold(self) -> bool:
-        return super().by_threshold and self.labels == "truth" and self.algorithm in ("g2rl", "evol_rl")
+        shapes = self.algorithm not in ("grpo", "entropy_bonus")
+        return super().by_threshold and self.labels == "truth" and shapes
 
-    def shape(self, features: Tensor, scores: Tensor, name: str = "scores", **rows: Any) -> ShapedScores:
-        return super().shape(features, scores, name, algorithm=self.algorithm, **rows)
+    def shape(
+        self, features: Tensor, scores: Tensor, name: str = "scores", scale: str = "group", **rows: Any
+    ) -> ShapedScores:
+        system = {"algorithm": self.algorithm, "method_options": MethodOptions.of(self)}
+        return super().shape(features, scores, name, scale, **system, **rows)
+
+    @property
+    def gives_advantages(self) -> bool:
+        """Whether the algorithm gives advantages, which replace those that the trainer computes."""
+        return self.algorithm in METHODS and METHODS[self.algorithm].gives == "advantages"
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether answers are found in texts."""
+        return self.algorithm == "evol_rl" or self.labels == "majority"
+
+    @property
+    def embeds_texts(self) -> bool:
+        """Whether texts are embedded."""
+        return compares_texts(self.algorithm, self.similarity)
 
     @property
     def reads_texts(self) -> bool:
         """Whether `TextReader` is needed."""
-        return self.algorithm == "evol_rl" or self.labels == "majority"
+        return self.reads_answers or self.embeds_texts
 
     def entropy(self, theirs: float, name: str) -> float:
         """The coefficient of the entropy bonus. theirs: the trainer's option `name`; 0 counts as unset.
@@ -138,7 +174,7 @@ class SystemSettings(ShapingSettings):
 
 
 class TextReader:
-    """Finds what evol_rl and majority labels need to know of the responses: answers and embeddings.
+    """Finds what evol_rl, majority labels and similarity=text need to know of responses: answers, embeddings.
 
     Args:
         settings: of the trainer.
@@ -151,8 +187,10 @@ class TextReader:
 
     def __init__(self, settings: SystemSettings, device: str | torch.device = "cpu") -> None:
         self.settings = settings
-        self.answer = answer_function(settings.answer_func, f"{settings.prefix}answer_func")
-        if settings.algorithm == "evol_rl":
+        self.answer: Callable[[str], str | None] | None = None
+        if settings.reads_answers:
+            self.answer = answer_function(settings.answer_func, f"{settings.prefix}answer_func")
+        if settings.embeds_texts:
             self.encoder = SentenceEncoder(settings.encoder, device)
 
     def __call__(self, texts: Sequence[str], group_ids: Tensor) -> dict[str, Any]:
@@ -172,12 +210,14 @@ class TextReader:
         return self.arguments(answers, embeddings, group_ids)
 
     def read(self, texts: Sequence[str]) -> tuple[list[str | None], Tensor | None]:
-        """The answer in each of S texts or None, and for evol_rl their embeddings [S, e]."""
-        if self.answer is None:
-            answers = answers_of(MathJudge(), texts)
-        else:
-            answers = [(self.answer(text) or "").strip() or None for text in texts]
-        if self.settings.algorithm != "evol_rl":
+        """The answer in each of S texts or None, and their embeddings [S, e], each where it is needed."""
+        answers: list[str | None] = [None] * len(texts)
+        if self.settings.reads_answers:
+            if self.answer is None:
+                answers = answers_of(MathJudge(), texts)
+            else:
+                answers = [(self.answer(text) or "").strip() or None for text in texts]
+        if not self.settings.embeds_texts:
             return answers, None
         compared = [compared_text(text) for text in texts]
         return answers, self.encoder(compared) if compared else torch.zeros(0, 1)
@@ -194,7 +234,7 @@ class TextReader:
         for row, group in enumerate(group_ids.tolist()):
             if group >= 0:
                 members.setdefault(group, []).append(row)
-        if members and not any(answers):
+        if members and self.settings.reads_answers and not any(answers):
             warnings.warn(
                 f"no response of the batch has an answer: {self.settings.prefix}answer_func names the "
                 "function that finds it",
@@ -209,9 +249,10 @@ class TextReader:
                 for row, answer in zip(rows, same):
                     votes[row] = answer
             found["votes"] = votes
-        if embeddings is not None:
+        if embeddings is not None and self.settings.algorithm == "evol_rl":
             answered = [answer is not None for answer in answers]
             found["answered"] = torch.tensor(answered, dtype=torch.bool, device=group_ids.device)
+        if embeddings is not None:
             found["embeddings"] = embeddings.to(group_ids.device)
         return found
 

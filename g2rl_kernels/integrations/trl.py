@@ -20,7 +20,8 @@ this order:
                                             and majority labels read answers from the texts
 
 TRL then computes metrics, completions table and advantages from the raw rewards. At the end `_shape` replaces
-the advantages alone: TRL's formula, applied to shaped rewards. The entropy bonus is TRL's.
+the advantages alone: TRL's formula, applied to shaped rewards, or those that a method gives. The entropy
+bonus is TRL's.
 
 TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` replaces the answer:
 `linear_logprobs` gives it, or `head_features` in the measured forward, which is the first one after
@@ -28,6 +29,7 @@ TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` r
 where FSDP has gathered the head's weight.
 
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it. trl_seams.py: what TRL must have.
+trl_methods.py: what dirl and gar need.
 systems.py, shared with other trainers: shaping by the settings, answers and embeddings of texts.
 """
 
@@ -60,7 +62,7 @@ from .trl_config import (
     G2RLConfig,
     TRLSettings,
     check_prompts,
-    correctness_column,
+    check_rewards,
     reward_names,
     warn_save_steps,
 )
@@ -80,6 +82,7 @@ from .trl_head import (
     settle_positions,
     without_autocast,
 )
+from .trl_methods import MethodInputs
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 
 
@@ -103,6 +106,7 @@ class _Measurement:
     seconds: float = 0.0  # for features, on this rank
     rewards: Tensor | None = None  # [S, reward functions], raw
     texts: list[str] = field(default_factory=list)  # S / R completions
+    alignment: dict[str, Tensor] = field(default_factory=dict)  # of `MethodInputs`, of all ranks
 
 
 class G2RLTrainer(GRPOTrainer):
@@ -158,7 +162,7 @@ class G2RLTrainer(GRPOTrainer):
             self._name, self._paper = GRPOTrainer._name, GRPOTrainer._paper
             self._tag_names = GRPOTrainer._tag_names
         elif reward_funcs and not keywords.get("environment_factory"):  # which may bring a reward of its own
-            correctness_column(reward_names(reward_funcs), args.g2rl_correctness_reward)
+            check_rewards(reward_names(reward_funcs), args)
         without_autocast(model)
         wants = self._shapes if args.g2rl_fused_logprobs is None else args.g2rl_fused_logprobs
         with adapters_on_the_head(wants and not args.cast_lm_head_to_fp32):
@@ -168,7 +172,7 @@ class G2RLTrainer(GRPOTrainer):
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         self._alarm = settings.alarm()
         if self._shapes:
-            self._correctness = correctness_column(self.reward_func_names, args.g2rl_correctness_reward)
+            self._correctness = check_rewards(self.reward_func_names, args)
         fused, self._scoring = self._may_fuse(args.g2rl_fused_logprobs), Scoring()
         self._check_head_adapter(fused)
         if fused or self._shapes:
@@ -177,6 +181,7 @@ class G2RLTrainer(GRPOTrainer):
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
+        self._inputs = MethodInputs(self)
         warn_save_steps(args, self.num_iterations)
         warn_unmoved(
             self.model.parameters(),
@@ -288,10 +293,15 @@ class G2RLTrainer(GRPOTrainer):
             rows = slice(done, done + len(mask))
             options = head.options(self.temperature)
             counts = mask
+            own = None
             if measurement.tool_mask is not None:
                 ours = pad_like(mask, measurement.tool_mask[rows], columns)
                 counts = mask & (ours > 0)
-                options["token_weights"] = ours[mask]
+                own = ours[mask]
+            self._inputs.add(packed, weight, tokens, cu_seqlens, own, bias=bias, **options)
+            weights = self._inputs.token_weights(packed, own)
+            if weights is not None:
+                options["token_weights"] = weights
             known = None
             if measurement.known_logprobs is not None:
                 known = pad_like(mask, measurement.known_logprobs[rows], columns)[mask]
@@ -333,6 +343,7 @@ class G2RLTrainer(GRPOTrainer):
             del batch["old_per_token_logps"]
         if measurement.states:
             self._measure_states(measurement, batch)
+        measurement.alignment = self._inputs.alignment(inputs, batch)
         batch["advantages"] = self._shape(measurement, len(inputs))
         return batch
 
@@ -430,13 +441,18 @@ class G2RLTrainer(GRPOTrainer):
             gather(torch.cat(measurement.features)),
             rewards[:, self._correctness],
             f"rewards of {self.reward_func_names[self._correctness]}",
+            self.scale_rewards,
             group_size=self.num_generations,  # a prompt's responses are consecutive, and may straddle ranks
             keys=gather(torch.cat(measurement.keys)),
             has_tokens=gather(torch.cat(measurement.has_tokens)),
             **self._read(measurement.texts),
+            **measurement.alignment,
         )
         rewards[:, self._correctness] = shaped.scores
-        advantages = self._advantages(rewards)
+        if shaped.advantages is None:
+            advantages = self._advantages(rewards)
+        else:
+            advantages = shaped.advantages.nan_to_num(nan=0.0)
         seconds = measurement.seconds + clock(self.accelerator.device) - start
         found = {**shaped.metrics, "feature_seconds": seconds}
         if self.accelerator.is_main_process:

@@ -31,10 +31,16 @@ class G2RLConfig(GRPOConfig):
 
     g2rl_algorithm: str = option(
         "g2rl",
-        "'g2rl', or a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
-        "entropy_coef), 'evol_rl' (arXiv 2509.15194). All of them log g2rl/*.",
+        "'g2rl', a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
+        "entropy_coef), 'evol_rl' (arXiv 2509.15194), or a method of another paper: 'repexp' (2510.11686), "
+        "'dqo' (2509.04784), 'setpo' (2602.01062), 'dra' (2505.09655), 'passk' (2508.10751), 'dirl' "
+        "(2606.10346), 'gar' (2609.03342; the data set needs a column 'solution'). All of them log g2rl/*.",
         ALGORITHMS,
     )
+    g2rl_similarity: str = option_field("similarity")
+    g2rl_strength: float | None = option_field("strength")
+    g2rl_ridge: float = option_field("ridge")
+    g2rl_pass_k: int = option_field("pass_k")
     g2rl_lam: float = option_field("lam", help="Exploration strength of g2rl; 0 is GRPOTrainer, to the bit.")
     g2rl_clip: float = option_field("clip")
     g2rl_shaping: str = option_field("shaping")
@@ -74,8 +80,8 @@ class G2RLConfig(GRPOConfig):
     )
     g2rl_encoder: str = option(
         DEFAULT_ENCODER,
-        "evol_rl: the sentence-transformers model that measures novelty: a hub name, a local directory or "
-        "pypi:<package>.",
+        "evol_rl and g2rl_similarity=text: the sentence-transformers model that embeds completions: a hub "
+        "name, a local directory or pypi:<package>.",
     )
     entropy_coef: float | None = option(
         None,
@@ -113,6 +119,7 @@ class G2RLConfig(GRPOConfig):
 class TRLSettings(SystemSettings):
     """The settings of a G2RLConfig, as verl and SkyRL have them."""
 
+    aligns = True
     prefix = "g2rl_"
 
     @classmethod
@@ -157,6 +164,16 @@ def reward_names(reward_funcs: Any) -> list[str]:
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     names = [get_config_model_id(one.config) if isinstance(one, nn.Module) else one for one in functions]
     return [n.split("/")[-1] if isinstance(n, str) else get_callable_name(n) for n in names]
+
+
+def check_rewards(names: list[str], args: G2RLConfig) -> int:
+    """`correctness_column` of these settings; raises ValueError where other rewards would have no effect."""
+    if len(names) > 1 and TRLSettings.of(args).gives_advantages:
+        raise ValueError(
+            f"reward_funcs: got {', '.join(names)}, but g2rl_algorithm={args.g2rl_algorithm} gives "
+            "advantages of one reward: give the function that says whether an answer is right"
+        )
+    return correctness_column(names, args.g2rl_correctness_reward)
 
 
 def correctness_column(names: list[str], asked: str | int | None) -> int:

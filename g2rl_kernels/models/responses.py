@@ -8,18 +8,21 @@ values: the same function of the parameters, with the same gradients, from fewer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import out_of_memory
 from ..head.features import pack_responses
 from .lm_head import LMHead, base_model, evaluation_mode, some_tokens
 
 PAYS = 0.9  # prompts are run alone if that leaves at most this share of the tokens
+FEW = 2048  # scores of a row in one head
 
 
 def response_hidden(
@@ -53,25 +56,36 @@ def _of_distinct_rows(head: LMHead, ids: Tensor, attention: Tensor, length: int)
     width = ids.shape[1] - length
     (prompts, seen), prompt = torch.stack([ids, attention])[..., :width].unique(dim=1, return_inverse=True)
     ids, attention = ids[:, :-1], attention[:, :-1]  # no token follows the last one
-    positions = _positions(attention)
     if prompts.numel() + ids[:, width:].numel() > PAYS * ids.numel():
-        out = head.backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-        return out.last_hidden_state[row, -length:]
-    out = head.backbone(input_ids=prompts, attention_mask=seen, position_ids=_positions(seen), use_cache=True)
+        return _forward(head, ids, attention, use_cache=False).last_hidden_state[row, -length:]
+    out = _forward(head, prompts, seen, use_cache=True)
     hidden = out.last_hidden_state[prompt, -1:]
     if length > 1:
         cache = out.past_key_values
         for layer in cache.layers:
             layer.update = partial(_repeated, layer, prompt)
-        out = head.backbone(
-            input_ids=ids[:, width:],
-            attention_mask=attention,
-            position_ids=positions[:, width:],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        out = _forward(head, ids[:, width:], attention, past_key_values=cache, use_cache=True)
         hidden = torch.cat([hidden, out.last_hidden_state], 1)
     return hidden[row]
+
+
+def _forward(head: LMHead, ids: Tensor, attention: Tensor, **cache: Any) -> Any:
+    """The output for the newest tokens `ids` [R, n] of rows; attention: [R, P + n], of all their tokens."""
+    positions = _positions(attention)[:, -ids.shape[1] :]
+    given = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+    if ids.shape[1] == 1:  # while sampling there is no backward pass
+        return head.backbone(**given, **cache)
+    with _attention(ids.device.type, head.output.weight.dtype, ids.shape[1] * attention.shape[1]):
+        return head.backbone(**given, **cache)
+
+
+def _attention(device: str, dtype: torch.dtype, scores: int) -> AbstractContextManager[Any]:
+    """The backend of torch's attention: on CPUs the fused one's backward pass is slow for few bf16 scores."""
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and dtype == torch.bfloat16 and scores <= FEW:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _repeated(
@@ -106,21 +120,17 @@ def continuations(
     stops, cache = torch.tensor(ends, device=ids.device), None
     chosen: list[Tensor] = []
     while True:
-        out = head.backbone(
-            input_ids=new,
-            attention_mask=seen,
-            position_ids=_positions(seen)[:, -new.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        tokens = choose(head.logits(out.last_hidden_state[:, -1]), row).masked_fill(done, pad)
+        out = _forward(head, new, seen, past_key_values=cache, use_cache=True)
+        logits = head.logits(out.last_hidden_state[:, -1])
+        tokens = choose(logits, row).masked_fill(done, pad)
         chosen.append(tokens)
         done = done | torch.isin(tokens, stops)
         if len(chosen) == limit or bool(done.all()):
             return torch.stack(chosen, 1)
-        going = torch.stack([row, tokens])[:, ~done]
-        (parent, new), inverse = going.unique(dim=1, return_inverse=True)
+        size = logits.shape[-1]
+        longer, inverse = (row * size + tokens)[~done].unique(return_inverse=True)
         row = torch.zeros_like(row).masked_scatter(~done, inverse)
+        parent, new = longer // size, longer % size
         cache = out.past_key_values
         if len(parent) != len(seen) or not torch.equal(parent, torch.arange(len(seen), device=ids.device)):
             for layer in cache.layers:

@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, need
-from ..group.options import EXPLORATION_SCORES, SCALES, SCORE_GATE, SHAPINGS, UNIFORM_GROUPS, ShapingOptions
-from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_group_size
+from ..group.options import (
+    EXPLORATION_SCORES,
+    SCALES,
+    SCORE_GATE,
+    SHAPINGS,
+    SIMILARITIES,
+    UNIFORM_GROUPS,
+    MethodOptions,
+    ShapingOptions,
+)
+from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_group_size, check_method
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
@@ -73,10 +82,14 @@ class TrainerConfig:
     verify_memory_gb: float = Limits.memory_gb  # of each process that verifies
     verify_workers: int = Limits.workers  # processes that verify; 0: one a core
     labels: str = "truth"  # right: truth: by the task's score | majority: the group's commonest answer
-    # the system (docs/baselines.md); the geometry is measured for all of them
-    algorithm: str = "g2rl"  # g2rl | grpo | entropy_bonus | evol_rl
+    # the system (docs/baselines.md, docs/methods.md); the geometry is measured for all of them
+    algorithm: str = "g2rl"  # grpo, entropy_bonus, evol_rl, g2rl; repexp, dqo, setpo, dra, passk, dirl, gar
     entropy_coef: float | None = None  # of the mean entropy; None: 0.003 for entropy_bonus, evol_rl; else 0
-    encoder: str = DEFAULT_ENCODER  # of evol_rl: hub name | local directory | pypi:<package>
+    encoder: str = DEFAULT_ENCODER  # of evol_rl and texts: hub name | local directory | pypi:<package>
+    similarity: str = MethodOptions.similarity  # that repexp, dqo, setpo and dra use: gradient | text
+    strength: float | None = MethodOptions.strength  # of methods but g2rl; None: the method's own
+    ridge: float = MethodOptions.ridge  # of repexp
+    pass_k: int = MethodOptions.pass_k  # of passk; below group_size
     # exploration by g2rl (arXiv 2512.15687, equations 9 to 13)
     lam: float = ShapingOptions.lam  # strength; 0 is GRPO
     clip: float = ShapingOptions.clip  # bound of the shaped reward
@@ -176,6 +189,7 @@ class TrainerConfig:
             "shaping": SHAPINGS,
             "exploration_score": EXPLORATION_SCORES,
             "scale": SCALES,
+            "similarity": SIMILARITIES,
             "uniform_groups": UNIFORM_GROUPS,
             "ratio": ("token", "sequence", "sequence_mean"),
             "loss_mean": ("response", "token"),
@@ -212,6 +226,11 @@ class TrainerConfig:
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
         self.limits().check()
+        try:
+            check_method(vars(self), "")
+            check_group_size(self.group_size, "group_size", vars(self), "")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be in [0, 1)")
@@ -235,7 +254,6 @@ class TrainerConfig:
             if b % a:
                 near = max(a, b - b % a)
                 raise ConfigError(f"{small}={a} does not divide {large}={b}; e.g. {large}={near} would do")
-        check_group_size(self.group_size, "group_size", vars(self), "")
 
     def limits(self) -> Limits:
         """The limits of verification."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,8 +101,9 @@ class Sampler:
         inside = torch.arange(response.shape[1], device=device) < sampled[:, None]
         ends = torch.isin(response, torch.tensor(self.end_tokens, device=device)) & inside
         mask = inside & (ends.cumsum(1) - ends.long() == 0)  # up to and including the first end token
-        texts = (r[m].tolist() for r, m in zip(response, mask))
-        completions = [response_text(tokens, self.tokenizer, self.end_tokens) for tokens in texts]
+        text = cache(lambda tokens: response_text(tokens, self.tokenizer, self.end_tokens))  # equal ones once
+        lengths = mask.sum(1).tolist()
+        completions = [text(tuple(tokens[:length])) for tokens, length in zip(response.tolist(), lengths)]
         truncated = ~ends.any(1)
         if config.truncated == "drop":
             mask = mask & ~truncated[:, None]

@@ -13,10 +13,12 @@ They agree but for rounding, or training would move another policy than the one 
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ from torch import Tensor, nn
 
 import g2rl_kernels as g2
 
-from ..errors import TrainerError, one_line, out_of_memory
+from ..errors import ConfigError, TrainerError, one_line, out_of_memory
 from ..models.lm_head import LMHead, base_model, evaluation_mode
 from ..models.responses import response_hidden
+from .checkpoint import state_tensors
+from .config import TrainerConfig
 from .sampling import Rollout, autocast
 
 PROMPT, RESPONSES = 9, (3, 6)  # tokens of the probe; its second prompt is half as long
@@ -58,6 +62,28 @@ def check_trainer(trainer: Any) -> None:
     )
     remedy = "set dtype=float32 (with autocast=bfloat16 for bf16's speed), or raise lr"
     warn_unmoved(trainer.trained, config.lr, remedy)
+
+
+def check_disk(model: nn.Module, config: TrainerConfig, output_dir: Path) -> None:
+    """Raises ConfigError if output_dir cannot be written, or has no room for the checkpoints."""
+    where = f"output_dir={config.output_dir}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".write-test"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot write there ({error.strerror})") from None
+    policy = sum(t.numel() * t.element_size() for t in state_tensors(model).values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    held = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+    needed = (config.keep_checkpoints + 1) * (policy + moments) + policy - held
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"{where}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some, "
+            "choose another output_dir, or lower keep_checkpoints"
+        )
 
 
 def check_policy(

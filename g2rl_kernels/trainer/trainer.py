@@ -24,8 +24,8 @@ from ..errors import ConfigError, TrainerError, check_packages
 from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text, majority_labels
 from ..group.metrics import describe
-from ..group.options import ShapingOptions
-from ..group.shaping import response_keys, shape_rewards
+from ..group.options import MethodOptions, ShapingOptions
+from ..group.shaping import compares_texts, response_keys, shape_rewards
 from ..head.backend import choose_backend
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
@@ -35,10 +35,11 @@ from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
 from .config import TrainerConfig
+from .method_inputs import MethodInputs
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text, shown
 from .sampling import Rollout, Sampler, autocast
-from .startup import check_adapter, check_trainer
+from .startup import check_adapter, check_disk, check_trainer
 
 
 @dataclass
@@ -61,6 +62,7 @@ class MeasuredRollout:
     entropy: float  # nats, mean over tokens
     geometry: g2.GroupGeometry  # exploration scores, shaped rewards, advantages
     feature_seconds: float  # spent in head_features and group_geometry
+    states: tuple[Tensor, Tensor, Tensor] | None = None  # hidden, tokens, mask: for the first update
 
 
 class Trainer:
@@ -94,9 +96,10 @@ class Trainer:
         if config.autocast == "bfloat16":
             self.ops_dtype = torch.bfloat16
         self._check_tasks()
-        self._check_disk()
-        if config.algorithm == "evol_rl":
+        check_disk(model, config, self.output_dir)
+        if compares_texts(config.algorithm, config.similarity):
             self.encoder = SentenceEncoder(config.encoder, self.device)
+        self.inputs = MethodInputs(config, self.head, self.sampler, tokenizer, self.ops_dtype)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the updated policy must be the one that sampled
         if config.gradient_checkpointing:
@@ -130,7 +133,7 @@ class Trainer:
         times.append(clock(self.device))
         verified = self.verify(rollout)
         times.append(clock(self.device))
-        measured = self.measure(rollout, verified)
+        measured = self.measure(rollout, verified, updates=True)
         times.append(clock(self.device))
         update = self.update(rollout, measured)
         times.append(clock(self.device))
@@ -168,10 +171,11 @@ class Trainer:
         return Verified(scores, answers, sum(one.failure is not None for one in verdicts))
 
     @torch.no_grad()
-    def measure(self, rollout: Rollout, verified: Verified) -> MeasuredRollout:
+    def measure(self, rollout: Rollout, verified: Verified, updates: bool = False) -> MeasuredRollout:
         """Log-probs, entropy and features from one forward pass; rewards and advantages from those.
 
-        verified: from `verify`.
+        verified: from `verify`. updates: `update` follows; if it is one micro-batch, it takes this forward's
+        graph instead of a second forward.
         """
         config, scores = self.config, verified.scores
         self.model.eval()
@@ -179,13 +183,20 @@ class Trainer:
         reference = torch.zeros_like(logprobs) if self.reference else None
         features, keys, entropy, seconds = [], [], 0.0, 0.0
         weight, bias = self.head.weights(self.ops_dtype)
+        self.inputs.begin(rollout)
+        keeps = updates and config.micro_batch_size == len(scores) and not config.gradient_checkpointing
+        states: tuple[Tensor, Tensor, Tensor] | None = None
         for rows in _slices(len(scores), config.micro_batch_size):
-            hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
+            with torch.set_grad_enabled(keeps):
+                hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
+            if keeps:
+                states = hidden, tokens, mask
+            hidden = hidden.detach()
             start = clock(self.device)
-            options = self.head.options(config.temperature)
-            out = g2.head_features(
-                hidden, weight, tokens, cu_seqlens, bias=bias, backend=config.backend, **options
-            )
+            options = {**self.head.options(config.temperature), "bias": bias, "backend": config.backend}
+            weights = self.inputs.token_weights(hidden)
+            out = g2.head_features(hidden, weight, tokens, cu_seqlens, **options, **weights)
+            self.inputs.add(hidden, weight, tokens, cu_seqlens, **options)
             seconds += clock(self.device) - start
             features.append(out.features)
             keys.append(response_keys(tokens, cu_seqlens))
@@ -201,7 +212,7 @@ class Trainer:
         start = clock(self.device)
         rewards, geometry = self._shape(torch.cat(features), torch.cat(keys), verified, groups, rollout)
         seconds += clock(self.device) - start
-        return MeasuredRollout(scores, rewards, logprobs, reference, entropy, geometry, seconds)
+        return MeasuredRollout(scores, rewards, logprobs, reference, entropy, geometry, seconds, states)
 
     def _shape(
         self, features: Tensor, keys: Tensor, verified: Verified, groups: Tensor, rollout: Rollout
@@ -213,9 +224,10 @@ class Trainer:
         if config.labels == "majority":
             assert answers is not None
             right = majority_labels(answers, groups).to(self.device)
+        if compares_texts(config.algorithm, config.similarity):
+            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
         if config.algorithm == "evol_rl":
             assert answers is not None
-            novelty["embeddings"] = self.encoder([compared_text(text) for text in rollout.completions])
             novelty["answered"] = torch.tensor([a is not None for a in answers], device=self.device)
         rewards = torch.where(right, 1.0, -1.0)
         grouping: dict[str, Any] = {"group_size": config.group_size}  # group_ids would make a GPU wait
@@ -228,6 +240,8 @@ class Trainer:
             **grouping,
             keys=keys,
             algorithm=config.algorithm,
+            alignment=self.inputs.alignment(),
+            method_options=MethodOptions.of(config),
             **novelty,
         )
 
@@ -248,7 +262,8 @@ class Trainer:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
             for micro in _slices(config.mini_batch_size, config.micro_batch_size):
                 rows = slice(mini.start + micro.start, mini.start + micro.stop)
-                logprobs, entropy = self._logprobs(self.head, rollout, rows)
+                logprobs, entropy = self._logprobs(self.head, rollout, rows, measured.states)
+                measured.states = None  # of the policy before the first update
                 length = logprobs.shape[1]
                 loss, stats = policy_loss(
                     logprobs,
@@ -297,9 +312,21 @@ class Trainer:
             hidden, tokens, cu_seqlens = response_hidden(head, ids, attention, mask)
         return hidden.to(self.ops_dtype), tokens, cu_seqlens, mask
 
-    def _logprobs(self, head: LMHead, rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model."""
-        hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
+    def _logprobs(
+        self,
+        head: LMHead,
+        rollout: Rollout,
+        rows: slice,
+        states: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the response tokens, [B, L]; differentiable in the head's model.
+
+        states: hidden, tokens and mask of these rows, where they are known.
+        """
+        if states is None:
+            hidden, tokens, _, mask = self._response_hidden(head, rollout, rows)
+        else:
+            hidden, tokens, mask = states
         weight, bias = head.weights(self.ops_dtype)
         options = {**head.options(self.config.temperature), "logits_memory": self.config.logits_memory}
         out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options)
@@ -456,26 +483,6 @@ class Trainer:
         self.data = [fingerprint(task) for task in self.tasks]
         self.sampler.draw(1)  # fail early if every prompt is too long
         self.sampler.position = 0
-
-    def _check_disk(self) -> None:
-        where, config = f"output_dir={self.config.output_dir}", self.config
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            probe = self.output_dir / ".write-test"
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"{where}: cannot write there ({error.strerror})") from None
-        policy = sum(t.numel() * t.element_size() for t in checkpoint.state_tensors(self.model).values())
-        moments = 2 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        held = sum(file.stat().st_size for file in self.output_dir.rglob("*") if file.is_file())
-        needed = (config.keep_checkpoints + 1) * (policy + moments) + policy - held
-        free = shutil.disk_usage(self.output_dir).free
-        if free < needed:
-            raise ConfigError(
-                f"{where}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some, "
-                "choose another output_dir, or lower keep_checkpoints"
-            )
 
 
 def _padded(packed: Tensor, mask: Tensor) -> Tensor:

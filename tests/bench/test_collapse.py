@@ -80,8 +80,8 @@ def test_a_seed_that_grpo_lacks_is_compared_with_its_mean() -> None:
 
 
 def test_the_recorded_collapse_on_gcd() -> None:
-    rows = document.load(document.RESULTS / "smollm2-gcd.json")
-    assert 0 in collapse.collapses(rows, "G2RL intent, shape, 0.5")
+    one = json.loads((document.ROOT / "tests" / "group" / "collapsed.json").read_text())
+    assert collapse.collapses([one], one["system"]) == {0: "pass@1 0.000, at the start 0.203"}
 
 
 def test_tables_count_collapses_and_tell_the_start() -> None:
@@ -244,7 +244,8 @@ def test_following_a_seed(tmp_path, small) -> None:
     assert {len(group[name]) for name in ("texts", "answers", "rewards", "nubar", "advantages")} == {16}
     assert 0 <= min(group["nubar"]) <= max(group["nubar"]) <= 1
     assert sum(group["advantages"]) == pytest.approx(0, abs=1e-2)
-    follow.draw({"GRPO": steps, "G2RL intent, skip, 0.5": steps}, "made", tmp_path / "follow.png")
+    found = [follow.summary(step) for step in steps]
+    follow.draw({"GRPO": found, "G2RL intent, skip, 0.5": found}, "made", tmp_path / "follow.png")
     assert (tmp_path / "follow.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol geometry-ddp fsdp2 geometry-fsdp2 ...
 
-...-evol trains by EVOL-RL on majority labels; geometry-... runs geometry_ddp.py. The model is FOLDER/model.
+...-evol trains by EVOL-RL on majority labels, ...-setpo, ...-dirl and ...-gar by these methods; geometry-...
+runs geometry_ddp.py. The model is FOLDER/model.
 For ...-head it is FOLDER/model-head: its head is not tied to the embedding, and FSDP shards it on its own.
 Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from tiny_trl import Letters, config, logged, parity, prompts
 from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 
-from g2rl_kernels.integrations import systems
+from g2rl_kernels.integrations import systems, trl_methods
 from g2rl_kernels.integrations.trl import G2RLTrainer
 
 EVOL = {
@@ -32,11 +33,23 @@ EVOL = {
     "g2rl_answer_func": "trl_ddp_script.parity_of_length",
     "entropy_coef": 0.0,  # TRL averages over each process's tokens, not over all
 }
+OWN = {
+    "evol": EVOL,
+    "setpo": {"g2rl_algorithm": "setpo", "g2rl_strength": 3.0},
+    "dirl": {"g2rl_algorithm": "dirl"},
+    "gar": {"g2rl_algorithm": "gar", "g2rl_strength": 3.0},
+}
 RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both
 
 
 def parity_of_length(text: str) -> str:
     return "even" if len(text) % 2 == 0 else "odd"
+
+
+def direction(*_: Any) -> torch.Tensor:
+    """In place of dirl's own: a random model has all responses on one side of that."""
+    k = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(k, dim=0)
 
 
 def rollout(batch: list[str], trainer: Any) -> dict[str, Any]:
@@ -69,14 +82,17 @@ def ask_for_fsdp(version: int, head: bool) -> None:
 def run(folder: Path, way: str) -> None:
     out, head = folder / way, way.endswith("-head")
     share = RESPONSES // int(os.environ.get("WORLD_SIZE", 1))
-    own = EVOL if way.endswith("-evol") else {}
+    own = OWN.get(way.split("-")[-1], {})
     systems.SentenceEncoder = Letters
+    trl_methods.reasoning_direction = direction
     # SGD, because Adam would magnify rounding
     args = config(out, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share, **own)
     if way.startswith("fsdp"):
         ask_for_fsdp(int(way[4]), head)
     model = folder / ("model-head" if head else "model")
-    trainer = G2RLTrainer(str(model), parity, args, prompts(), rollout_func=rollout)
+    rows = prompts()
+    rows = rows.add_column("solution", [f"{i % 3}+1=a" for i in range(len(rows))])
+    trainer = G2RLTrainer(str(model), parity, args, rows, rollout_func=rollout)
     trainer.train()
     rank = trainer.accelerator.process_index
     whole = FullyShardedDataParallel.summon_full_params if way == "fsdp1" else nullcontext

@@ -16,7 +16,9 @@ from transformers import Qwen3ForCausalLM
 from g2rl_kernels import versions
 from g2rl_kernels.errors import TrainerError
 from g2rl_kernels.group import reference, shaping
-from g2rl_kernels.group.options import ShapingOptions
+from g2rl_kernels.group.methods import METHODS
+from g2rl_kernels.group.options import MethodOptions, ShapingOptions
+from g2rl_kernels.group.shaping import shape_rewards
 from g2rl_kernels.integrations import skyrl
 from g2rl_kernels.integrations.skyrl import REQUEST, G2RLConfig, G2RLSettings, G2RLTrainer, group_ids
 
@@ -183,6 +185,43 @@ def test_majority_labels_and_answers(make, model, monkeypatch):
     check(batch, shaped_scores(expected_features(model, output), output, ShapingOptions(), labels.tolist()))
 
 
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if "alignment" not in one.needs])
+@pytest.mark.parametrize("ranks", [2, 3], ids=["2 ranks", "3 ranks, padded"])
+def test_methods_of_other_papers(make, model, name, ranks):
+    """The advantages are SkyRL's of a method's rewards, or the method's own."""
+    prefix = "trainer.algorithm.g2rl."
+    trainer = make(f"{prefix}algorithm={name}", f"{prefix}strength=0.7", f"{prefix}pass_k=2", ranks=ranks)
+    batch, output = step(trainer)
+    features = expected_features(model, output).float()
+    scores = torch.tensor(output["rewards"])
+    kept = torch.tensor([any(mask) for mask in output["loss_masks"]])
+    found = shape_rewards(
+        features,
+        2 * scores - 1,
+        ShapingOptions(),
+        group_ids=torch.where(kept, torch.arange(8) // 4, -1),
+        algorithm=name,
+        method_options=MethodOptions(strength=0.7, pass_k=2),
+    )
+    if METHODS[name].gives == "rewards":
+        shaped = torch.where(kept, (found.shaped_rewards + 1) / 2, scores)
+        assert (shaped - scores).abs().max() > 1e-2
+        check(batch, shaped.double())
+    else:
+        expected = found.advantages[:, None] * batch["response_mask"][:8]
+        torch.testing.assert_close(batch["advantages"][:8], expected, rtol=0, atol=2e-4)
+        assert torch.equal(batch["returns"], batch["advantages"])
+        assert not batch["advantages"][8:].any()
+
+
+def test_a_methods_advantages_reach_all_steps_of_a_trajectory():
+    metadata = {"uids": ["a", "a", "b", "c"], "is_last_step": [False, True, True, True], "pad_size": 1}
+    values, groups = torch.tensor([0.0, 0.5, -1.0, 9.0]), torch.tensor([-1, 0, 1, -1])
+    assert skyrl.trajectory_values(values, groups, metadata).tolist() == [0.5, 0.5, -1.0, 0.0]
+    del metadata["is_last_step"]
+    assert skyrl.trajectory_values(values, groups, metadata).tolist() == [0.0, 0.5, -1.0, 0.0]
+
+
 def test_only_the_policys_forward_is_measured(make):
     trainer = make()
     batch, _ = batch_of(trainer)
@@ -287,6 +326,14 @@ def test_small_groups_are_told(monkeypatch):
             "trainer.algorithm.advantage_estimator: got gae, G2RLTrainer",
         ),
         ("trainer.strategy=megatron", "trainer.strategy: got megatron, G2RLTrainer needs fsdp"),
+        (
+            f"{PREFIX}g2rl.algorithm=gar",
+            "g2rl.algorithm: got 'gar', whose inputs this trainer does not",
+        ),
+        (
+            f"{PREFIX}g2rl.similarity=text",
+            f"{PREFIX}g2rl.similarity: got 'text' with {PREFIX}g2rl.algorithm=",
+        ),
         ("trainer.policy.sequence_parallel_size=2", "sequence_parallel_size: got 2, G2RLTrainer needs 1"),
     ],
 )

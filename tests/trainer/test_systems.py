@@ -1,4 +1,4 @@
-"""The four systems of the paper in one trainer: what they share, and how each changes rewards or loss."""
+"""All algorithms in one trainer: what they share, and how each changes rewards or loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from tiny import Letters, LetterTask, make_trainer
 
 from g2rl_kernels.group.evol import evol_rewards, majority_labels
+from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.group.shaping import ALGORITHMS
 from g2rl_kernels.trainer import trainer as trainer_module
 
@@ -33,7 +34,8 @@ def measured(trainer: Any) -> tuple[Any, Any]:
 
 
 def test_all_start_from_the_same_rollout_and_report_the_same_names(tmp_path: Path) -> None:
-    runs = {name: make_trainer(tmp_path / name, algorithm=name, steps=2) for name in ALGORITHMS}
+    keys = {"steps": 2, "pass_k": 2}
+    runs = {name: make_trainer(tmp_path / name, algorithm=name, **keys) for name in ALGORITHMS}
     steps = {name: run.train() for name, run in runs.items()}
     first = {name: metrics[0] for name, metrics in steps.items()}
     shared = (
@@ -48,14 +50,15 @@ def test_all_start_from_the_same_rollout_and_report_the_same_names(tmp_path: Pat
     for name in ALGORITHMS:
         assert [*first[name]] == [*first["grpo"]]
         for key in shared:
-            assert first[name][key] == first["grpo"][key], (name, key)
+            if not (name == "dirl" and key in shared[4:]):  # its features are weighted
+                assert first[name][key] == first["grpo"][key], (name, key)
     assert (
         first["entropy_bonus"]["shaped_reward"] == first["grpo"]["reward"] == first["grpo"]["shaped_reward"]
     )
-    outcomes = [metrics[0]["loss"] for metrics in steps.values()] + [
-        m[0]["grad_norm"] for m in steps.values()
-    ]
-    assert len(set(outcomes)) == len(outcomes)  # each trains in its own way
+    # Each of the paper's systems trains in its own way; some methods leave groups of wrong answers alone.
+    own = [metrics for name, metrics in first.items() if name not in METHODS]
+    outcomes = [metrics[key] for metrics in own for key in ("loss", "grad_norm")]
+    assert len(set(outcomes)) == len(outcomes)
     positions = {run.sampler.position for run in runs.values()}
     assert len(positions) == 1  # and on the same prompts
 

@@ -110,6 +110,55 @@ def test_copies_of_a_response_are_not_told_apart_by_rounding(
     assert advantages[4:].abs().max() > 0.5
 
 
+def test_sharing_changes_a_step_by_rounding_alone(tmp_path: Path) -> None:
+    """Groups that micro-batches cut, a reference and an entropy bonus; the samples are the same."""
+    keys: dict[str, Any] = {
+        "algorithm": "entropy_bonus",
+        "beta": 0.1,
+        "batch_size": 24,
+        "micro_batch_size": 6,
+    }
+    keys.update(group_size=8, mini_batch_size=12, epochs=2)
+    runs = []
+    for shares in (False, True):
+        trainer = make_trainer(tmp_path / str(shares), **keys)
+        assert trainer.head.shares
+        for head in (trainer.head, trainer.sampler.head, trainer.reference):
+            head.shares = shares
+        torch.manual_seed(3)
+        runs.append([without_times(trainer.step()) for _ in range(3)])
+    assert runs[0] != runs[1]
+    for plain, shared in zip(*runs):
+        assert shared == pytest.approx(plain, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"epochs": 2}, {"micro_batch_size": 4}, {"gradient_checkpointing": True}]
+)
+def test_the_update_of_one_micro_batch_takes_the_forward_of_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    """The same bits as from a forward of its own, and nothing is kept afterwards."""
+    monkeypatch.setattr("g2rl_kernels.models.responses.PAYS", 0.0)  # one forward a micro-batch
+    runs, forwards = [], [0, 0]
+    for kept in (False, True):
+        trainer = make_trainer(tmp_path / str(kept), **keys)
+        torch.manual_seed(1)
+        rollout = trainer.sampler.sample()
+
+        def count(*_: Any, kept: bool = kept) -> None:
+            forwards[kept] += 1
+
+        trainer.model.model.register_forward_hook(count)
+        measured = trainer.measure(rollout, trainer.verify(rollout), updates=kept)
+        assert (measured.states is not None) == (kept and keys in ({}, {"epochs": 2}))
+        runs.append((trainer.update(rollout, measured), [*trainer.model.parameters()]))
+        assert measured.states is None
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert forwards[0] - forwards[1] == (keys in ({}, {"epochs": 2}))
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     plain = gradients_of_a_step(make_trainer(tmp_path / "a", max_grad_norm=1e9))
     again = gradients_of_a_step(make_trainer(tmp_path / "b", max_grad_norm=1e9, gradient_checkpointing=True))

@@ -96,6 +96,20 @@ def test_a_step_of_evol_rl_by_majority(run):
     assert step["actor/entropy_loss"] > 0  # verl computes it where its coefficient is not 0
 
 
+@pytest.mark.parametrize("name", ["setpo", "dqo"])
+def test_two_steps_of_other_methods(run, name):
+    """setpo's advantages replace verl's in the TransferQueue; dqo's rewards are normalised by verl."""
+    done, steps = run(name, f"+algorithm.g2rl.algorithm={name}", "+algorithm.g2rl.strength=2")
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    assert len(steps) == 2
+    for step in steps:
+        assert step["critic/score/mean"] == pytest.approx(step["g2rl/accuracy"])
+        moved = step["g2rl/shaped_reward_mean"] != pytest.approx(2 * step["g2rl/accuracy"] - 1, abs=1e-4)
+        assert moved == (name == "dqo")
+        assert step["critic/advantages/max"] > 0
+        assert step["actor/grad_norm"] > 0
+
+
 def test_a_worker_without_the_package_stops_the_run_before_the_first_rollout(run):
     done, steps = run("without", WITHOUT_G2RL="workers")
     assert done.returncode != 0

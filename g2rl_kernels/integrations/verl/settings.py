@@ -50,6 +50,11 @@ class G2RLSettings(SystemSettings):
                 f"actor_rollout_ref.actor.strategy: got {actor.strategy}, g2rl_sync needs "
                 f"{' or '.join(STRATEGIES)}"
             )
+        if settings.gives_advantages and algorithm.use_kl_in_reward:
+            raise ValueError(
+                f"algorithm.use_kl_in_reward: got True with algorithm.g2rl.algorithm={settings.algorithm}, "
+                "whose advantages leave the KL out: use actor_rollout_ref.actor.use_kl_loss instead"
+            )
         settings.of_loss(actor)
         return settings
 

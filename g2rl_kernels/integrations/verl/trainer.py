@@ -6,8 +6,9 @@ settings.py: its options.
 
     _balance_batch           verl's own: reorders rows, and adds padding rows
     _compute_old_log_prob    the workers return features too, from the same forward pass (engine.py)
-    _compute_advantage       shapes the rewards, has verl compute advantages from them, and restores the raw
-                             rewards: critic/score/* and dumped rollouts show those
+    _compute_advantage       shapes the rewards, has verl compute advantages from them (or replaces those by a
+                             method's), and restores the raw rewards: critic/score/* and dumped rollouts show
+                             those
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class G2RLTrainerSync(PPOTrainerSync):
             group_ids=groups,
             keys=keys[:, 0],
             has_tokens=_row_sums(data["response_mask"]) > 0,
+            scale="group" if self.config.algorithm.get("norm_adv_by_std_in_grpo", True) else "none",
             **(self.g2rl_reader(self._texts(data), groups) if self.g2rl_reader else {}),
         )
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
@@ -123,9 +125,28 @@ class G2RLTrainerSync(PPOTrainerSync):
         change = (shaped.scores - scores).masked_fill(groups < 0, 0.0)  # majority labels replace scores too
         self._put_scores(batch, _with_bonus(raw, change))
         try:
-            return super()._compute_advantage(batch, metrics)
+            result = super()._compute_advantage(batch, metrics)
         finally:
             self._put_scores(batch, raw)
+        if shaped.advantages is not None:
+            self._put_advantages(batch, shaped.advantages, groups)
+        return result
+
+    def _put_advantages(self, batch: KVBatchMeta, advantages: Tensor, groups: Tensor) -> None:
+        """Replaces advantages and returns; all outputs of a session have its last one's, as in GRPO."""
+        names = [key.rsplit("_", 1)[0] for key in batch.keys]
+        parts = zip(names, advantages.tolist(), groups.tolist())
+        known = {name: value for name, value, group in parts if group >= 0}
+        of_row = torch.tensor([known.get(name, 0.0) for name in names])
+        # Rollout correction may have masked more tokens by now.
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"]
+        )
+        mask = data["response_mask"]
+        values = mask.values() * of_row.repeat_interleave(mask.offsets().diff().cpu()).to(mask.device)
+        replaced = torch.nested.nested_tensor_from_jagged(values.float(), mask.offsets())
+        fields = TensorDict({"advantages": replaced, "returns": replaced}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _texts(self, data: TensorDict) -> list[str]:
         """The text of each response, without the tokens that its mask leaves out."""

@@ -1,0 +1,149 @@
+"""What dirl and gar need beside features (group/methods.py), from hidden states: a direction, and vectors.
+
+Both work on packed rows as `head_features` takes them: hidden [N, d], cu_seqlens [S + 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, TrainerError
+from ..head.logprobs import linear_logprobs
+from .lm_head import LMHead
+from .responses import response_hidden
+
+# Two small sets for dirl's direction: prompts that take steps to answer, and prompts that take a known fact.
+REASONING_PROMPTS = (
+    "A train leaves at 9:40 and arrives at 13:15 with a stop of 25 minutes. How long does it move?",
+    "If 3 machines make 18 parts in 2 hours, how many parts do 5 machines make in 4 hours?",
+    "Tom is twice as old as Ann. In 6 years they are 42 together. How old is Ann now?",
+    "A number is tripled, then 7 is subtracted, and the result is 29. What is the number?",
+    "All glims are torps, and no torp is a wick. Can a glim be a wick? Explain.",
+    "Which is larger, 5/8 or 7/11? Show the steps.",
+    "Five people shake hands with each other once. How many handshakes are there?",
+    "Prices rise by 20 percent and then fall by 20 percent. By how much did they change?",
+    "Write 84 as a product of primes, then count its divisors.",
+    "A rectangle has a perimeter of 34 and an area of 60. Find its sides.",
+    "Today is Wednesday. What day of the week is it in 100 days?",
+    "Two dice are thrown. What is the chance that their sum is at least 10?",
+)
+MEMORY_PROMPTS = (
+    "What is the capital of Australia?",
+    "Who wrote the novel Don Quixote?",
+    "In which year did the Berlin Wall fall?",
+    "What is the chemical symbol of potassium?",
+    "Which planet is the largest in the solar system?",
+    "Who painted the Mona Lisa?",
+    "What is the longest river in South America?",
+    "Which language is spoken in Brazil?",
+    "What is the currency of Japan?",
+    "Who was the first person to walk on the Moon?",
+    "Which ocean lies between Africa and Australia?",
+    "What is the name of the largest desert in Africa?",
+)
+
+
+@torch.no_grad()
+def reasoning_direction(head: LMHead, encode: Callable[[str], Sequence[int]]) -> Tensor:
+    """dirl's k [d], float32 of norm 1: mean hidden states of reasoning prompts less those of memory prompts.
+
+    The hidden state is the LM head's input at a prompt's last token. encode: a prompt's token ids.
+    """
+    means = []
+    for prompts in (REASONING_PROMPTS, MEMORY_PROMPTS):
+        last = []
+        for text in prompts:
+            ids = torch.tensor([[*encode(text), 0]], device=head.output.weight.device)
+            mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
+            hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
+            last.append(hidden[0].float())
+        means.append(torch.stack(last).mean(0))
+    direction = means[0] - means[1]
+    if not direction.norm() > 0:
+        raise TrainerError("dirl: reasoning and memory prompts have the same hidden states, so no direction")
+    return direction / direction.norm()
+
+
+def direction_weights(hidden: Tensor, direction: Tensor) -> Tensor:
+    """dirl's token weights sigmoid(h_t . k), [N]."""
+    return torch.sigmoid(hidden.float() @ direction)
+
+
+def direction_alignment(
+    hidden: Tensor, cu_seqlens: Tensor, direction: Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """dirl's alignment [S]: the mean of h_t . k over a response's tokens; 0 without tokens.
+
+    counts: [N], 0 for tokens that the model did not write, else 1; None: all count.
+    """
+    return response_means(hidden.float() @ direction, cu_seqlens, counts)
+
+
+def response_means(values: Tensor, cu_seqlens: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Means of each response's rows that count: [N] or [N, d] -> [S] or [S, d]; 0 where none does."""
+    weights = values.new_ones(len(values)) if counts is None else counts.to(values.dtype)
+    shape, lengths = (-1, *[1] * (values.dim() - 1)), cu_seqlens.diff().long()
+
+    def sums(rows: Tensor) -> Tensor:
+        return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, initial=0)
+
+    return sums(values * weights.view(shape)) / sums(weights).clamp(min=1).view(shape)
+
+
+def activation_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """gar's vectors v [S, d], float32: mean_t (dL/dh_t * h_t), up to a factor of each response.
+
+    L is the sum of -log p(tokens[t]); its gradient comes from the backward pass of `linear_logprobs` with a
+    frozen head, without logits. counts: as in `direction_alignment`; options: of `linear_logprobs`.
+    """
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(True)
+        logprobs = linear_logprobs(leaf, weight.detach(), tokens, **options).logprobs
+        (gradient,) = torch.autograd.grad(-logprobs.sum(), leaf)
+    return response_means(gradient.float() * hidden.detach().float(), cu_seqlens, counts)
+
+
+@torch.no_grad()
+def solution_vector(
+    head: LMHead, prompt: Sequence[int], solution: Sequence[int], dtype: torch.dtype, temperature: float
+) -> Tensor:
+    """gar's v [d] of an expert solution, given as token ids after those of its prompt."""
+    config = getattr(head.backbone, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and len(prompt) + len(solution) > limit:
+        raise ConfigError(
+            f"solution: it has {len(solution)} tokens after a prompt of {len(prompt)}, but the model has "
+            f"{limit} positions: shorten it"
+        )
+    ids = torch.tensor([[*prompt, *solution]], device=head.output.weight.device)
+    mask = torch.ones(1, len(solution), dtype=torch.bool, device=ids.device)
+    hidden, tokens, cu_seqlens = response_hidden(head, ids, torch.ones_like(ids), mask)
+    arguments = head.arguments(temperature, dtype)
+    return activation_gradients(hidden.to(dtype), tokens=tokens, cu_seqlens=cu_seqlens, **arguments)[0]
+
+
+def cosine_to(vectors: Tensor, anchors: Tensor) -> Tensor:
+    """gar's alignment [S]: cosines of [S, d] and [S, d]; 0 where a vector is 0."""
+    return torch.nn.functional.cosine_similarity(vectors, anchors, dim=-1, eps=1e-12)
+
+
+def solution_of(item: Any, where: str) -> str:
+    """The text of an item's `solution`; raises ConfigError, which begins with `where`, without one."""
+    found = item.get("solution") if isinstance(item, dict) else None
+    if not isinstance(found, str) or not found.strip():
+        raise ConfigError(
+            f"{where} has no text 'solution', with which gar compares right answers: add it, or choose "
+            "another algorithm"
+        )
+    return found
