@@ -176,7 +176,7 @@ def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> d
     """What a tuning stage chose. Raises CommandError if it is not complete."""
     tuning = Stage(out / f"{stage}.json")
     if not all(tuning.has(this) for this in plan(stage, {})):
-        raise CommandError(f"{needed_by} needs all of {tuning.path}: run --only {stage} first")
+        raise CommandError(f"{needed_by} needs the whole tuning in {tuning.path}: run --only {stage} first")
     return document.best(tuning.rows, grids)
 
 

@@ -1,0 +1,97 @@
+"""The comparison of docs/methods.md: its plan, its intervals, its page."""
+# ruff: noqa: E402 (what may be missing is looked for before it is imported)
+
+import json
+import math
+
+import pytest
+
+for package in ("transformers", "tqdm", "matplotlib", "scipy"):
+    pytest.importorskip(package, reason=f"the experiments need {package}: make evidence sets it up")
+
+from benchmarks.learning import comparison, document, evidence, experiment, settings
+from g2rl_kernels.group.methods import METHODS
+from g2rl_kernels.trainer import TrainerConfig
+
+
+def row(system: str, seed: int, score: float, seconds: float = 1.0) -> dict:
+    return {
+        "setting": "fluent",
+        "system": system,
+        "seed": seed,
+        "keys": {},
+        "curves": {key: [0.1, 0.2] for key in experiment.CURVES},
+        "problems": {key: [score, score + 0.2] for key in ("pass@1", "maj@16", "pass@16", "distinct right")},
+        "geometry": {"entropy": 0.5, "cos_mean": 0.0, "negative_pairs": 0.2},
+        "seconds": 1.0,
+        "step_cpu_seconds": seconds,
+    }
+
+
+def test_every_method_is_tuned_as_much_as_g2rl_on_other_seeds() -> None:
+    runs = evidence.plan("methods-tuning", {})
+    each = {name: len([r for r in runs if r.system.rpartition(" ")[0] == name]) for name in settings.METHODS}
+    assert set(each.values()) == {len(settings.GRIDS["g2rl"]) * len(settings.TUNING_SEEDS)}
+    assert {r.seed for r in runs}.isdisjoint(settings.SEEDS)
+
+
+def test_all_methods_but_dirl_are_compared_and_those_of_texts_both_ways() -> None:
+    compared = {keys["algorithm"] for keys in settings.METHODS.values()}
+    assert compared == METHODS.keys() - {"dirl"}
+    texts = {k["algorithm"] for k in settings.METHODS.values() if k.get("similarity") == "text"}
+    assert texts == {name for name, method in METHODS.items() if method.texts}
+
+
+@pytest.mark.parametrize("stage", [f"methods-{level}" for level in settings.LEVELS])
+def test_the_plan_takes_the_tuned_keys_and_every_run_is_a_configuration(stage) -> None:
+    tuned = {name: grid[3] for name, grid in settings.METHOD_GRIDS.items()} | {"grpo": {"lr": 1e-4}}
+    runs = evidence.plan(stage, tuned)
+    assert len(runs) == 8 * len(settings.COMPARED)
+    assert {r.setting for r in runs} == {stage.removeprefix("methods-")}
+    keys = {run.system: dict(run.keys) for run in runs}
+    assert keys["GRPO"]["lr"] == 1e-4
+    assert keys["DRA, text"] == {"lr": 6e-5, "strength": 0.1, "algorithm": "dra", "similarity": "text"}
+    for name, given in keys.items():
+        base = settings.SETTINGS[stage.removeprefix("methods-")].base
+        TrainerConfig.from_dict({**base, **given, "model": "x", "tasks": [{"kind": "python"}]}), name
+
+
+def test_intervals_hold_together() -> None:
+    values = [1.0, 2.0, 3.0, 4.0]
+    mean, alone = document.interval(values)
+    assert document.interval(values, 1) == (mean, alone)
+    _, ten = document.interval(values, 10)
+    assert ten / alone == pytest.approx(7.4533 / 3.1824, rel=1e-4)  # Student's t, 3 d.f.
+
+
+def test_the_table_and_the_page(tmp_path) -> None:
+    scores = {"GRPO": 0.4, "DQO": 0.6, "DRA": 0.4}
+    noise = [0.0, 0.01, 0.02, 0.015]
+    rows = [
+        row(name, seed, score + noise[seed] * (1 + (name == "DRA")), 1.0 + 0.5 * (name == "DQO"))
+        for name, score in scores.items()
+        for seed in range(4)
+    ]
+    text = comparison.methods_table(rows)
+    lines = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [line[0] for line in lines[2:]] == ["| GRPO", "| DQO", "| DRA"]
+    assert "2 differences together" in text
+    dqo, dra = lines[3], lines[4]
+    assert dqo[2] == "**+0.200 ± 0.000**"
+    mean, half = document.difference(rows, "DRA", "pass@1", comparisons=2)
+    assert dra[2] == f"{mean:+.3f} ± {half:.3f}"  # not bold: zero is inside
+    assert mean < half
+    assert dqo[-1] == "1.50 |"
+    assert lines[2][2] == ""
+    assert not math.isnan(half)
+    (tmp_path / "methods-fluent.json").write_text(json.dumps({"rows": rows}))
+    page = comparison.filled(comparison.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert text in page
+    assert page.count("Not run yet.") == 3
+    assert comparison.draw(tmp_path, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    page = comparison.PAGE.read_text(encoding="utf-8")
+    assert comparison.filled(page) == page, "python -m benchmarks.learning.comparison writes it anew"
