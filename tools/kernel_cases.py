@@ -419,21 +419,16 @@ def product_cases(arch: int | str, scope: str) -> Iterator[Case]:
     from g2rl_kernels.head.triton.tile import HeadOperands
     from g2rl_kernels.head.triton.tuning import family_of
 
-    family = family_of(arch // 10) if isinstance(arch, int) else "hip"
+    family, tma = (family_of(arch // 10), arch >= 90) if isinstance(arch, int) else ("hip", False)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    kinds = [
-        ("bf16", "ieee", True),
-        ("bf16", "ieee", False),
-        ("fp32", "ieee", True),
-        ("fp32", "tf32x3", True),
-    ]
+    kinds = [("bf16", "ieee", True), ("bf16", "ieee", False)]
+    kinds += [("fp32", precision, True) for precision in ("ieee", "tf32x3")]
     for dtype, precision, aligned in kinds[:1] if scope == "quick" else kinds:
         if is_amd(arch) and precision == "tf32x3":
             continue
         weight = torch.empty(256, 2048 if aligned else 2050, device="meta", dtype=dtypes[dtype])
         head = HeadOperands.of(HeadSpec(weight))._replace(precision=precision)
         config = product.tile(dtypes[dtype].itemsize, head, family)
-        tma = isinstance(arch, int) and arch >= 90
         blocks = {"gradient": (config.BM, config.BK)} if tma else {}
         blocks |= {"weight": (config.BK, config.BN)} if tma and aligned else {}
         constants: dict[str, Any] = {"BM": config.BM, "BD": config.BN, "BK": config.BK, "UPCAST": False}
