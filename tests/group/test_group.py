@@ -270,7 +270,7 @@ def test_a_group_of_one():
     rewards = torch.tensor([1.0, -1])
     out = g2.group_geometry(torch.randn(2, 4), rewards, group_size=1, uniform_groups="shape")
     assert out.exploration_score.tolist() == [1, 1]
-    assert torch.equal(out.shaped_rewards, rewards)  # nubar = 0.5
+    assert out.shaped_rewards.tolist() == [1.25, -0.75]  # nubar = 0.5
     assert not out.advantages.any()
 
 
@@ -280,7 +280,7 @@ def test_uniform_groups():
     assert torch.equal(skipped.shaped_rewards, rewards)
     assert not skipped.advantages.any()
     shaped = g2.group_geometry(features, rewards, group_size=3, uniform_groups="shape")
-    torch.testing.assert_close(shaped.shaped_rewards, torch.tensor([0.5, 0.5, 1.5]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(shaped.shaped_rewards, torch.tensor([1.0, 1.0, 1.5]), rtol=0, atol=1e-5)
     assert torch.equal(skipped.exploration_score, shaped.exploration_score)
     # Skipped rewards are raw: not even clipped.
     large = g2.group_geometry(features, 5 * rewards, group_size=3, uniform_groups="skip")
@@ -322,7 +322,8 @@ def test_eps_of_the_advantages():
 
 
 def test_clip():
-    out = g2.group_geometry(plane((0, 0, 90)), torch.tensor([1.0, 2, -2.9]), group_size=3, lam=0.5, clip=3.0)
+    rewards = torch.tensor([1.0, 2, -2.9])
+    out = g2.group_geometry(plane((0, 0, 90)), rewards, group_size=3, lam=0.5, clip=3.0, shaping="intent")
     assert out.shaped_rewards[2].item() == -3
     assert out.shaped_rewards.abs().max().item() <= 3
 
@@ -416,7 +417,7 @@ def test_reference_keeps_to_the_same_rules():
     features, rewards = torch.randn(9, 4), torch.tensor([1.0, -1, 1] * 3)
     features[8] = torch.nan
     members = torch.tensor([[0, 2, 4], [1, 3, -1]])
-    ours = torch.ops.g2rl.group_geometry(features, rewards, members, 0.5, 3.0, 1, 0, 1, True, 1e-6)
+    ours = torch.ops.g2rl.group_geometry(features, rewards, members, *ShapingOptions().flat())
     theirs = reference.group_geometry(features, rewards, members)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

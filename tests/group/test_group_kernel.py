@@ -22,9 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = ("similarity", "exploration_score", "shaped_rewards", "advantages")
 
 
-def launch(features, rewards, members, *, uniform_groups="skip", **options):
+def launch(features, rewards, members, **options):
     tensors = (tensor.to(DEVICE) for tensor in (features, rewards, members))
-    out = kernel.launch(*tensors, *ShapingOptions(uniform_groups=uniform_groups, **options).flat())
+    out = kernel.launch(*tensors, *ShapingOptions(**options).flat())
     return [tensor.cpu() for tensor in out]
 
 
@@ -169,7 +169,7 @@ def test_a_flat_score(step, is_flat):
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     members = torch.tensor([[0, 1, 2]])
     *_, shaped, _ = assert_right(features, torch.ones(3), members, uniform_groups="shape")
-    assert shaped.tolist() == pytest.approx([1.0, 1, 1] if is_flat else [1.5, 0.5, 1.5], abs=1e-2)
+    assert shaped.tolist() == pytest.approx([1.25, 1.25, 1.25] if is_flat else [1.5, 1.0, 1.5], abs=1e-2)
 
 
 def test_zero_features_and_no_features():

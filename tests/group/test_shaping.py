@@ -86,15 +86,16 @@ def test_rounding_makes_no_difference_between_the_same_tokens() -> None:
     noise = 0.1 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     features, scores = torch.cat([torch.ones(4, 2) + noise] * 2), torch.ones(8)
     keys = torch.tensor([3, 3, 3, 3, 0, 1, 2, 3])
-    shaped = shape_scores(features, scores, ShapingOptions(), group_size=4, keys=keys)
+    options = ShapingOptions(shaping="intent")  # adds nothing where all are alike
+    shaped = shape_scores(features, scores, options, group_size=4, keys=keys)
     assert (shaped.bonus[:4] == 0).all()
-    without = shape_scores(features, scores, ShapingOptions(), group_size=4)
+    without = shape_scores(features, scores, options, group_size=4)
     assert without.bonus[:4].abs().max() == 0.25
     assert torch.equal(shaped.bonus[4:], without.bonus[4:])
     # ids in any order; the feature is the first's in the group, not another group's
     order = torch.tensor([7, 2, 5, 0, 6, 1, 3, 4])
     ids = (torch.arange(8) // 4)[order]
-    mixed = shape_scores(features[order], scores, ShapingOptions(), group_ids=ids, keys=keys[order])
+    mixed = shape_scores(features[order], scores, options, group_ids=ids, keys=keys[order])
     assert torch.equal(mixed.bonus, shaped.bonus[order])
 
 
@@ -124,7 +125,8 @@ def test_rows_that_take_no_part_touch_nobody(why: str) -> None:
 def test_metrics_of_a_group_worked_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 0.0]])
     rewards = torch.tensor([1.0, -1.0, NAN, 1.0])
-    geometry = g2.group_geometry(features, rewards, group_ids=torch.tensor([0, 0, -1, 0]), lam=3.0, clip=5.0)
+    ids = torch.tensor([0, 0, -1, 0])
+    geometry = g2.group_geometry(features, rewards, group_ids=ids, lam=3.0, clip=5.0, shaping="intent")
     found = describe(geometry, rewards)
     # cosines 0, 1, 0. w = e^r: nu = 1 - e / (e + 1/e) for both right ones, 1 for the wrong one
     nu = 1 - 1 / (1 + torch.tensor(-2.0).exp().item())
@@ -251,9 +253,10 @@ def test_an_infinite_score_reaches_its_own_group_only(bad: float) -> None:
     assert found.bonus[ids == 1].isnan().all()
 
 
-def test_novelty_helps_the_better_half_and_harms_the_worse() -> None:
+def test_novelty_by_intent_helps_the_better_half_and_harms_the_worse() -> None:
     features, scores, ids = graded_batch()
-    shaped = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True)
+    options = ShapingOptions(shaping="intent")
+    shaped = shape_scores(features, scores, options, group_ids=ids, graded=True)
     for group in range(3):
         rows = ids == group
         nu = shaped.geometry.exploration_score[rows]
