@@ -33,8 +33,8 @@ class ShapingOptions:
     clip: float = option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
     shaping: str = option(
         "equation",
-        "'equation': eq. 12 of the paper as printed, where a novel answer gains, right or wrong; 'intent': as "
-        "the paper's text says, where a novel right answer gains and a novel wrong one loses; 'right': as "
+        "'equation': eq. 12 of the paper as printed, where a novel answer gains, right or wrong; 'intent': "
+        "as the paper's text says, where a novel right answer gains and a novel wrong one loses; 'right': as "
         "'intent' among right answers, wrong ones stay as they are; 'none': rewards stay as they are.",
         SHAPINGS,
     )
