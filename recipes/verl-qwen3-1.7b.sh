@@ -17,7 +17,7 @@ options=(
   algorithm.adv_estimator=grpo
   +algorithm.g2rl.lam=0.5                     # not given in the paper; 0 is GRPO to the bit
   +algorithm.g2rl.clip=3.0
-  +algorithm.g2rl.shaping=equation            # eq. 12 as printed; intent: as the text after equation 13 describes
+  +algorithm.g2rl.shaping=right               # right answers alone; the paper: equation, eq. 12 as printed; intent, as the text after it
 
   data.train_files="$DATA/train.parquet"
   data.val_files="$DATA/test.parquet"

@@ -128,5 +128,5 @@ def remedy(options: ShapingOptions, algorithm: str = "g2rl", prefix: str = "") -
     if shapes and options.uniform_groups == "shape":
         changes.append(f"{prefix}uniform_groups=skip")
     if shapes and options.shaping == "intent":
-        changes.append(f"{prefix}shaping=equation")
+        changes.append(f"{prefix}shaping=right")
     return f"try {' with '.join(changes) or 'a lower learning rate or easier prompts'}"

@@ -43,7 +43,7 @@ def group_geometry(
         Phi^_i = Phi_i / (||Phi_i|| + eps),  S_ij = <Phi^_i, Phi^_j>                              (9)
         w_ij   = exp(r_j) / (sum_{k != i} exp(r_k) + eps),  j != i                                (10)
         nu_i   = max(1 - sum_{j != i} w_ij S_ij^2, 0)                                             (11)
-        r~_i   = r_i (1 + lam r_i nubar_i), clipped to [-clip, clip]                              (12-13)
+        r~_i   = r_i (1 + lam (2 nubar_i - 1)) where r_i > 0, else r_i; clipped to [-clip, clip]  (12-13)
         A_i    = (r~_i - mean r~) / sqrt(mean (r~ - mean r~)^2 + eps)                             (2)
 
     Phi are the features, r the rewards, nu the exploration score: how little a response resembles its group.
@@ -51,11 +51,11 @@ def group_geometry(
     The paper's eq. 12 as printed contradicts the text around it: `shaping` offers both, a form that leaves
     wrong answers as they are, and "none". Shaped rewards with lam = 0.5:
 
-        reward  nubar         "equation"  "intent"  "right"
-          +1      0  (alike)       1.0        0.5      0.5
-          +1      1  (novel)       1.5        1.5      1.5
-          -1      0  (alike)      -1.0       -0.5     -1.0
-          -1      1  (novel)      -0.5       -1.5     -1.0
+        reward  nubar           "right"  "equation"  "intent"
+          +1      0  (alike)      0.5        1.0        0.5
+          +1      1  (novel)      1.5        1.5        1.5
+          -1      0  (alike)     -1.0       -1.0       -0.5
+          -1      1  (novel)     -1.0       -0.5       -1.5
 
     Args:
         features: [S, d], of `head_features`, any float dtype; converted to float32.
@@ -65,12 +65,12 @@ def group_geometry(
             ids are padding rows. Ids on a GPU make the call wait for the device.
         lam: exploration strength, >= 0 (0.5). 0 leaves every reward as it is, unclipped.
         clip: bound of the shaped rewards, positive (3).
-        shaping: how nubar moves rewards ("equation").
-            "equation": as above, eq. 12 as printed; a novel wrong answer is punished less.
+        shaping: how nubar moves rewards ("right").
+            "right": as above, with nubar between the extremes of rewards above 0 alone; other rewards are
+            only clipped.
+            "equation": r (1 + lam r nubar), eq. 12 as printed; a novel wrong answer is punished less.
             "intent": r (1 + lam (2 nubar - 1)), as the paper's text says; a novel right answer gains, a novel
             wrong one loses. It collapsed where almost all answers are wrong (docs/evidence.md).
-            "right": as "intent" for rewards above 0, with nubar between the extremes of these alone; other
-            rewards are only clipped.
             "none": rewards as they are, unclipped.
         exploration_score: "linear" (default): nu as above; "sqrt": its square root.
         scale: the divisor of advantages; the group's mean is always subtracted. "group" (default): the

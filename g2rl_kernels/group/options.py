@@ -32,10 +32,11 @@ class ShapingOptions:
     lam: float = option(0.5, "Exploration strength, 0 or more; 0 leaves every reward as it is.")
     clip: float = option(3.0, "Bound of the shaped reward, where right is +1 and wrong is -1.")
     shaping: str = option(
-        "equation",
-        "'equation': eq. 12 of the paper as printed, where a novel answer gains, right or wrong; 'intent': "
-        "as the paper's text says, where a novel right answer gains and a novel wrong one loses; 'right': as "
-        "'intent' among right answers, wrong ones stay as they are; 'none': rewards stay as they are.",
+        "right",
+        "'right': a novel right answer gains and a redundant one loses, wrong ones stay as they are; "
+        "'equation': eq. 12 of the paper as printed, where a novel answer gains, right or wrong; "
+        "'intent': as the paper's text says, where a novel right answer gains and a novel wrong one loses; "
+        "'none': rewards stay as they are.",
         SHAPINGS,
     )
     exploration_score: str = option(

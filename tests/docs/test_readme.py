@@ -92,7 +92,7 @@ def test_the_evidence_is_that_of_the_page():
         for number, table in enumerate(fluent.split("<!-- end -->"))
         for line in table.splitlines()
     }
-    ours, difference = rows[0, "| G2RL equation, shape, 0.5"], rows[1, "| G2RL equation, shape, 0.5"]
+    ours, difference = rows[0, "| G2RL right, shape, 0.5"], rows[1, "| G2RL right, shape, 0.5"]
     grpo = rows[0, "| GRPO"]
     found = re.search(
         r"rises from (\S+) \(GRPO\) to (\S+) \(G2RL\), (\S+ ± \S+) \(95 %, 8 paired seeds\), and\s"

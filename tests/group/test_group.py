@@ -270,7 +270,7 @@ def test_a_group_of_one():
     rewards = torch.tensor([1.0, -1])
     out = g2.group_geometry(torch.randn(2, 4), rewards, group_size=1, uniform_groups="shape")
     assert out.exploration_score.tolist() == [1, 1]
-    assert out.shaped_rewards.tolist() == [1.25, -0.75]  # nubar = 0.5
+    assert torch.equal(out.shaped_rewards, rewards)  # nubar = 0.5
     assert not out.advantages.any()
 
 
@@ -280,7 +280,7 @@ def test_uniform_groups():
     assert torch.equal(skipped.shaped_rewards, rewards)
     assert not skipped.advantages.any()
     shaped = g2.group_geometry(features, rewards, group_size=3, uniform_groups="shape")
-    torch.testing.assert_close(shaped.shaped_rewards, torch.tensor([1.0, 1.0, 1.5]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(shaped.shaped_rewards, torch.tensor([0.5, 0.5, 1.5]), rtol=0, atol=1e-5)
     assert torch.equal(skipped.exploration_score, shaped.exploration_score)
     # Skipped rewards are raw: not even clipped.
     large = g2.group_geometry(features, 5 * rewards, group_size=3, uniform_groups="skip")

@@ -169,7 +169,7 @@ def test_a_flat_score(step, is_flat):
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     members = torch.tensor([[0, 1, 2]])
     *_, shaped, _ = assert_right(features, torch.ones(3), members, uniform_groups="shape")
-    assert shaped.tolist() == pytest.approx([1.25, 1.25, 1.25] if is_flat else [1.5, 1.0, 1.5], abs=1e-2)
+    assert shaped.tolist() == pytest.approx([1.0, 1, 1] if is_flat else [1.5, 0.5, 1.5], abs=1e-2)
 
 
 def test_zero_features_and_no_features():

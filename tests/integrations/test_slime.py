@@ -65,7 +65,7 @@ def test_features_are_those_of_each_sample_alone(found, name):
 
 
 def settings(way: Way) -> dict[str, Any]:
-    given = {"lam": 0.5, "clip": 3.0, "shaping": "equation", **way.args.get("g2rl", {})}
+    given = {"lam": 0.5, "clip": 3.0, "shaping": "right", **way.args.get("g2rl", {})}
     return {name: value for name, value in given.items() if name != "rewards"}
 
 
