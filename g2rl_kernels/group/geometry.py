@@ -91,7 +91,8 @@ def group_geometry(
           out.
         - Equal responses should have one feature: rounding between them would rank them (`response_keys`).
         - NaN in a feature or a reward makes exploration scores, shaped rewards and advantages of its own
-          group NaN. Other groups do not change, except that with scale="batch" all advantages are NaN.
+          group NaN, but "right" leaves the shaped rewards of wrong answers as they are. Other groups do not
+          change, except that with scale="batch" all advantages are NaN.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -342,9 +342,9 @@ def test_lam_zero_is_grpo_to_the_bit():
 
 def test_nan_stays_in_its_group():
     features, rewards = torch.randn(9, 4), torch.tensor([1.0, -1, 1] * 3)
-    clean = g2.group_geometry(features, rewards, group_size=3)
+    clean = g2.group_geometry(features, rewards, group_size=3, shaping="equation")
     features[4, 1] = torch.nan
-    out = g2.group_geometry(features, rewards, group_size=3)
+    out = g2.group_geometry(features, rewards, group_size=3, shaping="equation")
     nan = torch.isnan(out.similarity)
     assert nan[1, 1].all()
     assert nan[1, :, 1].all()

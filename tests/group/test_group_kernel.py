@@ -101,9 +101,9 @@ def test_as_many_places_as_rows_and_yet_a_row_of_no_group():
 def test_nan_stays_in_its_group():
     features, rewards = torch.randn(9, 4), torch.tensor([1.0, -1, 1] * 3)
     members = torch.arange(9).view(3, 3)
-    clean = launch(features, rewards, members)
+    clean = launch(features, rewards, members, shaping="equation")
     features[4, 1] = torch.nan
-    out = launch(features, rewards, members)
+    out = launch(features, rewards, members, shaping="equation")
     nan = torch.isnan(out[0])
     assert nan[1, 1].all()
     assert nan[1, :, 1].all()

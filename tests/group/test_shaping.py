@@ -215,8 +215,9 @@ def test_graded_is_intent_where_scores_are_right_and_wrong(right: int, low: floa
     features, _, ids = graded_batch()
     scores = torch.where(torch.arange(18) // 3 < right, high, low)
     units = {"threshold": (low + high) / 2, "gap": high - low}
-    binary = shape_scores(features, scores, ShapingOptions(), group_ids=ids, **units)
-    graded = shape_scores(features, scores, ShapingOptions(), group_ids=ids, graded=True, **units)
+    options = ShapingOptions(shaping="intent")
+    binary = shape_scores(features, scores, options, group_ids=ids, **units)
+    graded = shape_scores(features, scores, options, group_ids=ids, graded=True, **units)
     assert binary.bonus.abs().max() > 0.05
     torch.testing.assert_close(graded.bonus, binary.bonus, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(graded.geometry.advantages, binary.geometry.advantages, rtol=1e-4, atol=1e-5)

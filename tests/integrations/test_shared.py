@@ -144,8 +144,9 @@ def test_a_batch_without_answers_is_said_and_one_of_padding_is_not(monkeypatch, 
 def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
     features, scores = torch.randn(4, 8), torch.tensor([0.1, 0.2, 0.4, torch.nan])
     rows = {"group_ids": torch.tensor([0, 0, 0, -1]), "has_tokens": torch.tensor([True, True, True, False])}
-    settings = SystemSettings(lam=0.9, rewards="graded", correctness_threshold=0.3)
-    expected = shape_scores(features, scores, ShapingOptions(lam=0.9), threshold=0.3, graded=True, **rows)
+    options = ShapingOptions(lam=0.9, shaping="intent")
+    settings = SystemSettings(lam=0.9, shaping="intent", rewards="graded", correctness_threshold=0.3)
+    expected = shape_scores(features, scores, options, threshold=0.3, graded=True, **rows)
     assert torch.equal(settings.shape(features, scores, **rows).bonus, expected.bonus)
     assert expected.bonus.any()
     with pytest.warns(UserWarning, match=r"g2rl\.correctness_threshold=0\.999999, .*rewards='graded'"):
