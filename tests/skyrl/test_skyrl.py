@@ -114,6 +114,8 @@ def test_old_log_probs_are_skyrls_to_the_bit(make, packed):
     assert found[0].any()
 
 
+# Shapes wrong answers too, which most are here.
+INTENT = ("trainer.algorithm.g2rl.lam=0.8", "trainer.algorithm.g2rl.shaping=intent")
 OPTIONS = {
     "whole batch": ["trainer.recompute_old_logprobs_per_minibatch=false"],
     "by mini-batch": [],
@@ -124,11 +126,11 @@ OPTIONS = {
 @pytest.mark.parametrize("ranks", [2, 3], ids=["2 ranks", "3 ranks, padded"])
 @pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS)
 def test_advantages_are_those_of_grpo_on_shaped_rewards(make, model, overrides, ranks):
-    trainer = make("trainer.algorithm.g2rl.lam=0.8", *overrides, ranks=ranks)
+    trainer = make(*INTENT, *overrides, ranks=ranks)
     batch, output = step(trainer)
     assert len(batch["advantages"]) == (9 if ranks == 3 else 8)
     features = expected_features(model, output)
-    scores = shaped_scores(features, output, ShapingOptions(lam=0.8))
+    scores = shaped_scores(features, output, ShapingOptions(lam=0.8, shaping="intent"))
     assert (scores - torch.tensor(output["rewards"])).abs().max() > 0.1
     check(batch, scores)
     metrics = trainer.all_metrics
@@ -149,9 +151,10 @@ def test_lam_0_is_skyrls_grpo_to_the_bit(make):
 
 def test_kl_in_the_reward_is_taken_off_the_shaped_one(make, model):
     kl = ("trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.kl_loss_coef=0.1")
-    trainer = make("trainer.algorithm.g2rl.lam=0.8", *kl)
+    trainer = make(*INTENT, *kl)
     batch, output = step(trainer)
-    scores = shaped_scores(expected_features(model, output), output, ShapingOptions(lam=0.8))
+    options = ShapingOptions(lam=0.8, shaping="intent")
+    scores = shaped_scores(expected_features(model, output), output, options)
     penalty = batch["rewards"].sum(1).double() - torch.tensor(output["rewards"])
     assert penalty.abs().max() > 0.01
     check(batch, scores + penalty)

@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 
 
 def test_two_steps(run):
-    done, steps = run("steps", "+algorithm.g2rl.lam=1")
+    done, steps = run("steps", "+algorithm.g2rl.lam=1", "+algorithm.g2rl.shaping=intent")
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
     version = importlib.metadata.version("verl")
     assert f"plugin loaded into verl {version}; trainer.v1.trainer_mode=g2rl_sync selects it" in done.stderr
