@@ -172,4 +172,4 @@ def test_the_alarm_sees_what_is_logged(make: Callable[..., Any]) -> None:
     for place, key in enumerate(("g2rl/accuracy", "g2rl/cos_mean", "entropy"), 1):
         assert [one[place] for one in seen] == pytest.approx(logged(trainer, key), rel=1e-4, abs=1e-6)
     assert logged(trainer, "g2rl/alarm") == [1.0, 1.0]
-    assert "g2rl_shaping" in trainer._alarm.remedy
+    assert "g2rl_uniform_groups" in trainer._alarm.remedy
