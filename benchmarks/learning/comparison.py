@@ -19,7 +19,7 @@ from g2rl_kernels._files import write_whole
 from .collapse import BASELINE, collapses
 from .document import RESULTS, ROOT, difference, interval, load, names, of_seeds, table, tuning_table
 from .experiment import Row
-from .settings import BY_TEXT, COMPARED, FEW, LEVELS, METHOD_GRIDS, SETTINGS
+from .settings import BY_TEXT, COMPARED, COMPARISON, FEW, LEVELS, METHOD_GRIDS, SETTINGS
 
 PAGE = ROOT / "docs" / "methods.md"
 FIGURE = "methods.png"
@@ -81,7 +81,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path, path: Path) -> bool:
     """Accuracy against distinct right answers, a point a system with both intervals, a panel a level."""
-    files = {level: results / f"methods-{level}.json" for level in LEVELS}
+    files = {level: results / f"{COMPARISON}{level}.json" for level in LEVELS}
     files = {level: file for level, file in files.items() if file.exists()}
     if not files:
         return False

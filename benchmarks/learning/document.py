@@ -17,7 +17,7 @@ from g2rl_kernels._files import write_whole
 
 from .collapse import BASELINE, collapses
 from .experiment import Evaluation, Row
-from .settings import COMPARED, GRIDS, METHOD_GRIDS, PAIRS, SETTINGS, systems
+from .settings import COMPARED, COMPARISON, GRIDS, METHOD_GRIDS, PAIRS, SETTINGS, systems
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -288,7 +288,7 @@ def write() -> None:
     """Writes docs/evidence.md and its figures, from the committed results."""
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
-        if "tuning" not in path.stem and not path.stem.startswith("methods-"):
+        if "tuning" not in path.stem and not path.stem.startswith(COMPARISON):
             draw(load(path), PAGE.with_name(f"evidence-{path.stem}.png"))
 
 

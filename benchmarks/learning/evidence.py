@@ -30,6 +30,7 @@ from benchmarks.learning import comparison, document  # noqa: E402
 from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
 from benchmarks.learning.settings import (  # noqa: E402
     COMPARED,
+    COMPARISON,
     GRIDS,
     LEVELS,
     METHOD_GRIDS,
@@ -43,7 +44,6 @@ from g2rl_kernels._files import write_whole  # noqa: E402
 from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
-COMPARISON = "methods-"  # stages of docs/methods.md begin so
 STAGES: tuple[str, ...] = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
 STAGES += (f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
 TUNED_ON = "fluent"

@@ -188,6 +188,7 @@ def _method_grid(algorithm: str) -> list[dict[str, Any]]:
 METHOD_GRIDS = {name: _method_grid(keys["algorithm"]) for name, keys in METHODS.items()}
 COMPARED = BASELINES | {name: VARIANTS[name] for name in FEW} | METHODS
 LEVELS = ("fluent", "halting", "scarce")
+COMPARISON = "methods-"  # stages and files of docs/methods.md begin so
 
 
 def systems(setting: str) -> dict[str, dict[str, Any]]:
