@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 
 try:
@@ -22,3 +24,26 @@ os.environ |= {
     "PYTHONPATH": os.pathsep.join(PATHS),
 }
 sys.path[:0] = PATHS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from engines import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make_step(monkeypatch, model):
+    """make_step(trainer's mode, *overrides) with scripted libraries in place of those that load texts."""
+    from steps import Step
+    from tiny import make_tokenizer
+
+    monkeypatch.syspath_prepend(HERE / "stand_in")
+
+    def make(mode, *overrides, **options):
+        step = Step(monkeypatch, model, mode, *overrides, **options)
+        step.trainer.tokenizer = make_tokenizer()
+        return step
+
+    return make

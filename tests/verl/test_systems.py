@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from engines import Rows, save_model
+from engines import Rows
 from scripted import answer
-from steps import PROMPTS, SCORES, Step, compose_config
+from steps import PROMPTS, SCORES, compose_config
 from tiny import make_tokenizer
 
 from g2rl_kernels.group import reference
@@ -18,23 +17,6 @@ from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync
 
 READ = ("+algorithm.g2rl.answer_func=scripted.answer", "+algorithm.g2rl.encoder=letters")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def make_step(monkeypatch, model):
-    monkeypatch.syspath_prepend(Path(__file__).with_name("stand_in"))
-
-    def make(mode, *overrides, **options):
-        step = Step(monkeypatch, model, mode, *overrides, **options)
-        step.trainer.tokenizer = make_tokenizer()
-        return step
-
-    return make
 
 
 def responses(p: int) -> list[str]:

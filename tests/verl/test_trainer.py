@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import Rows, save_model
+from engines import Rows
 from steps import PROMPTS, SCORES, Step, compose_config
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -13,11 +13,6 @@ from g2rl_kernels.group import reference, shaping
 from g2rl_kernels.group.options import ShapingOptions
 from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, is_patched
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync, _with_bonus, group_ids
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

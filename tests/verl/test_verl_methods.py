@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from engines import Rows, save_model
-from steps import PROMPTS, SCORES, Step, compose_config
+from engines import Rows
+from steps import PROMPTS, SCORES, compose_config
 from test_systems import GRPO, check, responses
-from tiny import make_tokenizer
 
 from g2rl_kernels.group.options import MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import shape_rewards
@@ -18,19 +15,10 @@ from g2rl_kernels.integrations.verl.trainer import G2RLSettings
 PREFIX = "+algorithm.g2rl."
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def make_step(monkeypatch, model):
-    monkeypatch.syspath_prepend(Path(__file__).with_name("stand_in"))
-
+def make_step(make_step):
     def make(*overrides, **options):
-        step = Step(monkeypatch, model, "g2rl_sync", *(PREFIX + one for one in overrides), **options)
-        step.trainer.tokenizer = make_tokenizer()
-        return step
+        return make_step("g2rl_sync", *(PREFIX + one for one in overrides), **options)
 
     return make
 
