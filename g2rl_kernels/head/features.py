@@ -30,6 +30,8 @@ from .spec import (
     check_per_token,
     check_statistics,
 )
+from .support import mixed
+from .support.spec import Support, SupportArgument, support_of
 
 
 class HeadFeatures(NamedTuple):
@@ -70,6 +72,7 @@ def head_features(  # type: ignore[overload-overlap]
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
     lora: Lora | None = ...,
+    support: SupportArgument = ...,
     token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: tuple[()] = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> HeadFeatures: ...  # fmt: skip
@@ -79,6 +82,7 @@ def head_features(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
     lora: Lora | None = ...,
+    support: SupportArgument = ...,
     token_weights: Tensor | None = ..., known_logprobs: Tensor | None = ..., statistics: Sequence[str],
     process_group: Any = ..., backend: str | None = ...,
 ) -> HeadFeaturesWithStatistics: ...  # fmt: skip
@@ -87,6 +91,7 @@ def head_features(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     lora: Lora | None = None,
+    support: SupportArgument = None,
     token_weights: Tensor | None = None, known_logprobs: Tensor | None = None, statistics: Sequence[str] = (),
     process_group: Any = None, backend: str | None = None,
 ) -> HeadFeatures | HeadFeaturesWithStatistics:  # fmt: skip
@@ -119,6 +124,11 @@ def head_features(
             A and B of any dtype that hidden may have; scaling any finite number. For a 16-bit hidden, B and
             scaling A h are rounded to its dtype, as the weight is (beyond 65504 in float16: NaN); A is not.
             Extra memory: 2 bytes for each number of a float32 B.
+        support: (ids [K], offsets [N + 1]), int32 or int64: token t is one of ids[offsets[t]:offsets[t + 1]],
+            and p is the softmax over those alone (K logits in place of N V). A list holds its realised token
+            and no id twice, in any order; it may be as long as V. Or what `sampling_support` gives: tokens
+            that it calls `whole` have the full softmax. known_logprobs is ignored. "reference" and a float64
+            hidden read the offsets, which on a GPU waits for the device; so does `whole`.
         token_weights: [N] alpha_t >= 0, any float dtype; None for all 1. Weights that sum to 0 give zeros.
         known_logprobs: [N] log p(tokens[t]) at this temperature, as the sampler reported it; any float dtype.
             It saves backend "triton" one of two passes over the logits, and "cpu" a second look at the
@@ -152,14 +162,16 @@ def head_features(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
-            [0, V), a token weight is negative or NaN, a scalar or temperature is out of range, a statistic is
+            [0, V), a list of support lacks its token or holds an id twice or outside [0, V), a token weight is
+            negative or NaN, a scalar or temperature is out of range, a statistic is
             unknown, or the backend does not run on this device.
         ImportError: backend="triton" without the package triton.
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set
     G2RL_CHECK=1 in the environment to ask for it. Unchecked wrong values read nothing out of bounds: "triton"
     gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks tokens and
-    cu_seqlens at run time even where it is compiled.
+    cu_seqlens at run time even where it is compiled. With support all give NaN for a token that is not in its
+    own list; ids outside [0, V) count as not there, and ids that stand twice count twice.
 
     With a process_group, where values are checked, all ranks raise if one has an error, or if ranks differ in
     anything but their rows (values of hidden are not compared). Where values are not checked, a rank that
@@ -170,7 +182,7 @@ def head_features(
     responses = Responses(cu_seqlens, token_weights)
     hints = Hints(known_logprobs)
     out = _call(
-        "head_features", hidden, tokens, head, lora, responses, hints, statistics, process_group, backend
+        "head_features", hidden, tokens, head, lora, responses, hints, statistics, process_group, backend, support
     )
     features, logprobs, logsumexp, entropy, _, _, *found = out
     if not statistics:
@@ -239,17 +251,27 @@ def _call(
     statistics: Sequence[str],
     process_group: Any,
     backend: str | None,
+    given_support: SupportArgument = None,
 ) -> tuple[Tensor, ...]:
     """Checks everything, on all ranks of a group together, and calls the operator."""
     known, max_skipped = hints
-    check = partial(_check, hidden, tokens, head, lora, responses, known, statistics, backend)
+    support = support_of(given_support)
+    check = partial(_check, hidden, tokens, head, lora, responses, known, statistics, backend, support)
     facts = {
         "function": function, "backend": backend, "statistics": statistics, "lora": lora,
         **responses._asdict(),
     }  # fmt: skip
+    facts |= {} if support is None else {f"support: {k}": v for k, v in support._asdict().items()}
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
-    head, responses, backend = checked
+    head, responses, backend, support = checked
     known = None if known is None else known.detach()
+    if support is not None:
+        support = support.local(head.weight.shape[0], group)
+        features, *others = mixed.features(
+            hidden.detach(), tokens, head.detached(), support, responses, backend, group, bool(statistics)
+        )
+        none = features.new_zeros(features.shape[0])
+        return folded(features, lora), *others[:3], none, none.long(), *others[3:]
     operands = hidden.detach(), tokens, *head.detached(), *responses
     features, *others = ops.features(*operands, known, max_skipped, backend, group, bool(statistics))
     return folded(features, lora), *others
@@ -264,9 +286,10 @@ def _check(
     known_logprobs: Tensor | None,
     statistics: Sequence[str],
     backend: str | None,
+    support: Support | None,
     whole: bool = False,
-) -> tuple[HeadSpec, Responses, str]:
-    """Head and responses in the form that backends take, and the backend's name.
+) -> tuple[HeadSpec, Responses, str, Support | None]:
+    """Head, responses and support in the form that backends take, and the backend's name.
 
     whole: weight holds the whole vocabulary, so that tokens must lie in it.
     """
@@ -275,7 +298,9 @@ def _check(
     check_statistics(statistics)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
-    return head, responses.checked(hidden), choose_backend(backend, hidden.device)
+    if support is not None:
+        support = support.checked(hidden, tokens, head.weight.shape[0] if whole else None)
+    return head, responses.checked(hidden), choose_backend(backend, hidden.device), support
 
 
 def pack_responses(hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,10 +29,13 @@ from torch import Tensor
 from .._ops import qualified
 from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
+from .autograd import NEEDED, backward_through, setup_context
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend, empty_statistics
 from .backend import backend as implementation
 from .lora import Lora, with_lora
 from .spec import DTYPES, FIELDS, HEAD_SCHEMA, STATISTICS_SCHEMA, HeadSpec, asked_for, check_statistics
+from .support import mixed
+from .support.spec import Support, SupportArgument, support_of
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
@@ -67,6 +70,7 @@ def linear_logprobs(  # type: ignore[overload-overlap]
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
     lora: Lora | None = ...,
+    support: SupportArgument = ...,
     statistics: tuple[()] = ..., logits_memory: int = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> LinearLogprobs: ...  # fmt: skip
@@ -76,6 +80,7 @@ def linear_logprobs(
     bias: Tensor | None = ...,
     temperature: float | Tensor = ..., logit_scale: float = ..., logit_softcap: float | None = ...,
     lora: Lora | None = ...,
+    support: SupportArgument = ...,
     statistics: Sequence[str], logits_memory: int = ...,
     process_group: Any = ..., backend: str | None = ...,
 ) -> LinearLogprobsWithStatistics: ...  # fmt: skip
@@ -84,6 +89,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None,
     lora: Lora | None = None,
+    support: SupportArgument = None,
     statistics: Sequence[str] = (), logits_memory: int = LOGITS_MEMORY,
     process_group: Any = None, backend: str | None = None,
 ) -> LinearLogprobs | LinearLogprobsWithStatistics:  # fmt: skip
@@ -104,6 +110,8 @@ def linear_logprobs(
         lora: (A [r, d], B [V, r], scaling), see `head_features`. B's gradient is summed in float32, beside it
             unless B is float32; A's in float64. hidden's is the sum of two, through W and through A, each
             rounded to its dtype.
+        support: see `head_features`. The K logits are kept until the backward pass, 4 bytes each, whatever
+            logits_memory is. The weight's gradient is zero but for the kept ids' rows.
         logits_memory: bytes of logits that this call may keep until its backward pass (64 MiB). What fits is
             not multiplied again: with all of them, gradients take three products of N x V x d in place of
             four. A logit takes 2 bytes for bfloat16, 4 otherwise. 0: none are kept. "reference" keeps none.
@@ -121,16 +129,22 @@ def linear_logprobs(
         TypeError, ValueError, ImportError: as for `head_features`.
     """
     head = HeadSpec(weight, bias, temperature, logit_scale, logit_softcap)
-    check = partial(_check, hidden, tokens, head, lora, statistics, logits_memory, backend)
+    lists = support_of(support)
+    check = partial(_check, hidden, tokens, head, lora, statistics, logits_memory, backend, lists)
     facts = {"function": "linear_logprobs", "statistics": statistics, "logits_memory": logits_memory}
     facts |= {"backend": backend, "lora": lora}
-    (head, backend), tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
+    facts |= {} if lists is None else {f"support: {k}": v for k, v in lists._asdict().items()}
+    checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
+    head, backend, lists = checked
     trained = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias, head.low_hidden, head.low_weight)
     )
-    logprobs, entropy, _, _, *asked = _logprobs_op(
-        hidden, tokens, *head, backend, group, logits_memory if trained else 0, bool(statistics)
-    )
+    options = backend, group, logits_memory if trained else 0, bool(statistics)
+    if lists is None:
+        logprobs, entropy, _, _, *asked = _logprobs_op(hidden, tokens, *head, *options)
+    else:
+        lists = lists.local(head.weight.shape[0], group)
+        logprobs, entropy, *asked = mixed.logprobs(hidden, tokens, head, lists, *options)
     if not statistics:
         return LinearLogprobs(logprobs, entropy)
     return LinearLogprobsWithStatistics(logprobs, entropy, *asked_for(statistics, *asked))
@@ -144,19 +158,22 @@ def _check(
     statistics: Sequence[str],
     logits_memory: int,
     backend: str | None,
+    support: Support | None,
     whole: bool = False,
-) -> tuple[HeadSpec, str]:
-    """The head in the form that backends take, and the backend's name; whole: as in features.py."""
+) -> tuple[HeadSpec, str, Support | None]:
+    """Head and support in the form that backends take, and the backend's name; whole: as in features.py."""
     head = with_lora(head.checked(hidden, tokens, (*DTYPES, torch.float64)), hidden, lora)
     check_statistics(statistics)
     check_bytes("logits_memory", logits_memory)
     if whole and may_read_values(hidden):
         check_token_values(tokens, head.weight.shape[0])
+    if support is not None:
+        support = support.checked(hidden, tokens, head.weight.shape[0] if whole else None)
     if hidden.dtype != torch.float64:
-        return head, choose_backend(backend, hidden.device)
+        return head, choose_backend(backend, hidden.device), support
     if backend not in (None, "reference"):
         raise TypeError(f"hidden: got torch.float64, which backend {backend!r} does not take; use None")
-    return head, "reference"
+    return head, "reference", support
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -227,11 +244,6 @@ def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
 
 
 # --- backward -----------------------------------------------------------------------------------------------
-
-_PLACES = ("hidden", "tokens", *HeadSpec._fields)
-# Where the inputs that can have gradients stand among the operator's.
-NEEDED = [_PLACES.index(name) for name in ("hidden", "weight", "bias", "low_hidden", "low_weight")]
-
 
 @torch.library.custom_op(
     qualified("linear_logprobs_backward"),
@@ -351,26 +363,4 @@ def _gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, _, _ = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
-    tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-    ctx.save_for_backward(*tensors, *output[:4])
-    ctx.options = [None if isinstance(value, Tensor) else value for value in arguments]
-
-
-def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: checkpointing allows no more
-    tensors, outputs = saved[: len(ctx.options)], saved[len(ctx.options) :]
-    arguments = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options)]
-    incoming = [torch.zeros_like(outputs[0]) if g is None else g for g in (grad_logprobs, grad_entropy)]
-    needs = [ctx.needs_input_grad[i] for i in NEEDED]
-    grads = _backward_op(*incoming, *arguments, *outputs, *needs)
-    found = dict(zip(NEEDED, (grad if need else None for grad, need in zip(grads, needs))))
-    return tuple(found.get(i) for i in range(len(ctx.options) + 2))
-
-
-_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+_logprobs_op.register_autograd(backward_through(_backward_op), setup_context=setup_context)

@@ -1,0 +1,1 @@
+"""Heads restricted to some ids a token: p is the softmax over `support`'s ids alone (head/README.md)."""
