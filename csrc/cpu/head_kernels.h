@@ -92,6 +92,12 @@ struct HeadKernels {
   void (*product)(const HeadChunk&, const char* rows, int64_t row_bytes, int64_t count, const float* packed, int64_t width, int64_t units,
                   float* out, int64_t out_stride, int64_t columns, bool accumulate);
   void (*round_to)(DType, const float* x, int64_t n, void* out);
+  // elements [begin, begin + n) of a row as floats
+  void (*unpack)(DType, const Matrix&, int64_t row, int64_t begin, int64_t n, float* out);
+  // out[k] = m[index[k], :] . x, for n columns; indices outside [0, M) count as rows of zeros
+  void (*gather_dot)(DType, const Matrix& m, int64_t M, const int64_t* index, int64_t count, const float* x, int64_t n, float* out);
+  // sums[j] += sum of c[k] m[index[k], j] over k, in order
+  void (*gather_add)(DType, const Matrix& m, int64_t M, const int64_t* index, int64_t count, const float* c, int64_t n, float* sums);
 };
 
 constexpr int64_t kProductRows = 6;  // product() reads whole tiles of this many rows

@@ -182,7 +182,17 @@ def head_features(
     responses = Responses(cu_seqlens, token_weights)
     hints = Hints(known_logprobs)
     out = _call(
-        "head_features", hidden, tokens, head, lora, responses, hints, statistics, process_group, backend, support
+        "head_features",
+        hidden,
+        tokens,
+        head,
+        lora,
+        responses,
+        hints,
+        statistics,
+        process_group,
+        backend,
+        support,
     )
     features, logprobs, logsumexp, entropy, _, _, *found = out
     if not statistics:

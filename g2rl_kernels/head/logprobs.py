@@ -245,6 +245,7 @@ def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
 
 # --- backward -----------------------------------------------------------------------------------------------
 
+
 @torch.library.custom_op(
     qualified("linear_logprobs_backward"),
     mutates_args=(),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from ..backend import FeatureOutputs, Incoming
+from ..backend import FeatureOutputs, Incoming, TokenLogprobs
 from ..spec import HeadSpec, Responses
 from .spec import Support
 
@@ -29,8 +30,22 @@ class SupportBackend(Protocol):
         """partial [1, 3 or 4, N], target [N] and top [1, N or 0] of `Backend.statistics` over the kept ids; and
         x. A token within the weight's rows that is not in its own list has NaN for its target."""
 
+    def finish(
+        self, partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, dtype: torch.dtype
+    ) -> TokenLogprobs:
+        """`Backend.finish`; outputs of x's dtype."""
+
+    def token_terms(self, g: Tensor, e: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """`Backend.terms`."""
+
     def features(
-        self, hidden: Tensor, tokens: Tensor, head: HeadSpec, support: Support, responses: Responses, more: bool
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: HeadSpec,
+        support: Support,
+        responses: Responses,
+        more: bool,
     ) -> FeatureOutputs:
         """Everything `head_features` returns; the weight holds the whole vocabulary."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,9 +25,7 @@ def features(
     """features [S, d + r], logprobs, logsumexp, entropy and the statistics of `head_features`."""
     ids, offsets, whole = support
     if whole is None or not bool(whole.any()):
-        return ops.support_features(
-            hidden, tokens, *head, ids, offsets, *responses, backend, group, more
-        )
+        return ops.support_features(hidden, tokens, *head, ids, offsets, *responses, backend, group, more)
     N = hidden.shape[0]
     cu_seqlens, alpha = responses.cu_seqlens.long(), responses.token_weights
     alpha = hidden.new_ones(N, dtype=torch.float32) if alpha is None else alpha

@@ -23,7 +23,6 @@ from ..autograd import NEEDED, backward_through, setup_context
 from ..backend import Incoming, TokenLogprobs, empty_statistics
 from ..spec import FIELDS, HEAD_SCHEMA, RESPONSES_SCHEMA, STATISTICS_SCHEMA, HeadSpec, Responses
 from ..tiled import slices
-from ..tiled import terms as token_terms
 from . import tiled
 from .backend import backend as implementation
 from .spec import SUPPORT_SCHEMA, Support
@@ -50,8 +49,7 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
             out = implementation(name).features(hidden, tokens, head, support, responses, more)
             return *out[:4], *out[6:]
         found, x = _forward(name, group, hidden, tokens, head, support, more)
-        by = implementation(name)
-        features = tiled.features_of_part(tokens, head, support, responses, x, found, by)
+        features = tiled.features_of_part(tokens, head, support, responses, x, found, implementation(name))
         vocab_parallel.all_reduce(features, group)
         lse = found.normaliser.double().sum(0).to(x.dtype)
         return features, found.logprobs, lse, found.entropy, *found[4:]
@@ -73,13 +71,14 @@ def _forward(
 ) -> tuple[TokenLogprobs, Tensor]:
     """What is known of each token, over the vocabulary of all ranks; and x [K] (backend.py) of this one's."""
     V = head.weight.shape[0]
-    partial, target, top, x = implementation(name).statistics(hidden, tokens, head, support, more)
+    by = implementation(name)
+    partial, target, top, x = by.statistics(hidden, tokens, head, support, more)
     if not group:
         target = tiled.known_targets(target, tokens, V)
-        return tiled.found_tokens(partial, target, tokens, top, x.dtype), x
+        return by.finish(partial, target, tokens, top, x.dtype), x
     strips = vocab_parallel.over_ranks(partial, target, tokens, top, V, group)
-    parts = [tiled.found_tokens(sums, z, y, v, x.dtype) for sums, z, y, v in strips]
-    parts = parts or [tiled.found_tokens(partial, target, tokens, top, x.dtype)]
+    parts = [by.finish(sums, z, y, v, x.dtype) for sums, z, y, v in strips]
+    parts = parts or [by.finish(partial, target, tokens, top, x.dtype)]
     return TokenLogprobs(*(torch.cat(part, dim=-1) for part in zip(*parts))), x
 
 
@@ -122,7 +121,7 @@ def _backward_op(
     head, support, by = given.rounded(), Support(ids, offsets), implementation(name)
     logprobs, entropy, normaliser, x = outputs
     incoming = Incoming(
-        normaliser, token_terms(grad_logprobs.to(x.dtype), grad_entropy.to(x.dtype), logprobs, entropy)
+        normaliser, by.token_terms(grad_logprobs.to(x.dtype), grad_entropy.to(x.dtype), logprobs, entropy)
     )
     dz = by.terms(tokens, head, support, x, incoming)
     inputs = (hidden, given.weight, given.bias, given.low_hidden, given.low_weight)
@@ -147,9 +146,7 @@ def _backward_op(
     return tuple(found)
 
 
-def _of_tokens(
-    by: Any, dz: Tensor, support: Support, matrix: Tensor, out: Tensor, group: str
-) -> None:
+def _of_tokens(by: Any, dz: Tensor, support: Support, matrix: Tensor, out: Tensor, group: str) -> None:
     """out[t] = sum of dz[k] matrix[ids[k]] over token t's list and over ranks, rounded once."""
     if not group:
         by.gather_sum(dz, support.ids, support.offsets, matrix, out)

@@ -33,9 +33,7 @@ def gather_dot(left: Tensor, rows: Tensor, right: Tensor, index: Tensor) -> Tens
     return found
 
 
-def gather_sum(
-    coefficients: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, out: Tensor
-) -> None:
+def gather_sum(coefficients: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, out: Tensor) -> None:
     """out[i] = sum of coefficients[k] matrix[index[k]] over k in offsets[i]:offsets[i + 1], in order of k, in
     the dtype of the coefficients, rounded once. out [n, d]; offsets [n + 1] may begin behind 0. Reads the
     offsets."""

@@ -83,7 +83,9 @@ def support_of(value: Any) -> Support | None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) < 2:
         got = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
-        raise TypeError(f"support: got {got}, needs (ids [K], offsets [N + 1]) or what sampling_support gives")
+        raise TypeError(
+            f"support: got {got}, needs (ids [K], offsets [N + 1]) or what sampling_support gives"
+        )
     return Support(*value[:3])
 
 

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from .. import reference, tiled
-from ..backend import FeatureOutputs, Incoming, TokenLogprobs, empty_statistics
+from ..backend import FeatureOutputs, Incoming, TokenLogprobs
 from ..spec import HeadSpec, Responses
-from . import products
-from .products import gather_sum
+from ..tiled import terms as token_terms
+from .backend import backend as implementation
+from .products import gather_dot, gather_sum
 from .spec import Support
 
-__all__ = ["features", "gather_sum", "statistics", "terms"]
+__all__ = ["features", "finish", "gather_dot", "gather_sum", "statistics", "terms", "token_terms"]
 
 CHUNK = 4096  # tokens whose features are held at a time
 
 
 def statistics(
-    hidden: Tensor, tokens: Tensor, head: HeadSpec, support: Support, more: bool, by: Any = products
+    hidden: Tensor, tokens: Tensor, head: HeadSpec, support: Support, more: bool, by: Any = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `SupportBackend.statistics`. by: the module of the two products."""
+    """See `SupportBackend.statistics`. by: the module of the two products; None for this one."""
+    by = by or implementation("reference")
     support = support.within()
     ids, offsets, _ = support
     rows = support.rows()
@@ -54,10 +56,8 @@ def known_targets(target: Tensor, tokens: Tensor, V: int) -> Tensor:
     return target.masked_fill((tokens < 0) | (tokens >= V), torch.nan)
 
 
-def found_tokens(
-    partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, dtype: torch.dtype
-) -> TokenLogprobs:
-    """`Backend.finish` in float64, then rounded to dtype; the normaliser stays a sum of two."""
+def finish(partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, dtype: torch.dtype) -> TokenLogprobs:
+    """See `SupportBackend.finish`. In float64, then rounded to dtype; the normaliser stays a sum of two."""
     logprobs, entropy, normaliser, rest, squares, top_token, top_logprob = tiled.finish(
         partial, target, tokens, top
     )
@@ -77,12 +77,13 @@ def features(
     support: Support,
     responses: Responses,
     more: bool,
-    by: Any = products,
+    by: Any = None,
 ) -> FeatureOutputs:
     """See `SupportBackend.features`."""
+    by = by or implementation("reference")
     partial, target, top, x = statistics(hidden, tokens, head, support, more, by)
     target = known_targets(target, tokens, head.weight.shape[0])
-    found = found_tokens(partial, target, tokens, top, x.dtype)
+    found = finish(partial, target, tokens, top, x.dtype)
     phi = features_of_part(tokens, head, support, responses, x, found, by)
     skipped = phi.new_zeros(phi.shape[0])
     asked = found.sum_p_squared, found.top_token, found.top_logprob
@@ -97,7 +98,7 @@ def features_of_part(
     responses: Responses,
     x: Tensor,
     found: TokenLogprobs,
-    by: Any = products,
+    by: Any,
 ) -> Tensor:
     """Eq. 8 with the sums of eq. 7 over the ids among the weight's rows, [S, d + r] in x's dtype."""
     dtype, N = x.dtype, tokens.shape[0]
@@ -105,7 +106,7 @@ def features_of_part(
     alpha = x.new_ones(N) if token_weights is None else token_weights.to(dtype)
     one, zero = torch.ones_like(found.rest), torch.zeros_like(found.rest)
     incoming = Incoming(found.normaliser, torch.stack([one, zero, found.rest]))
-    dz = terms(tokens, head, support, x, incoming)  # of log p
+    dz = by.terms(tokens, head, support, x, incoming)  # of log p
     temperature = head.temperature_of_tokens(dtype)
     weights = [weight for weight in (head.weight, head.low_weight) if weight is not None]
     sums = x.new_zeros(cu_seqlens.shape[0] - 1, sum(weight.shape[1] for weight in weights))
