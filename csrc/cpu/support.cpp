@@ -2,7 +2,8 @@
 //
 //   logits     x_k = logit_scale (W[ids_k] . h + b), one token after the other
 //   finish     its sums over the ids other than the realised token, in double; finish.h puts the token back
-//   features   while the rows are still in cache: alpha (1 - p_y) W[y] - sum of alpha p_k W[ids_k]
+//   features   block by block, while its rows are still in cache: sum of exp(z_k - m) W[ids_k] relative to the largest m so
+//              far; then alpha (1 - p_y) W[y] less alpha exp(m - lse) times that sum
 //
 // Features are summed over pieces of a response, which begin with its first token, and pieces in order: the same bits
 // for any number of threads and in any batch.  What is computed of a kept logit is in double, as there are few.
@@ -19,6 +20,7 @@
 namespace g2rl {
 namespace {
 
+constexpr int64_t kBlockBytes = 512 << 10;  // rows that are dotted and then added, from the second level of cache
 constexpr int64_t kPiece = 4;            // tokens of a response that are summed together
 constexpr int64_t kSumBytes = 4 << 20;   // pieces' sums that are held at a time
 
@@ -52,18 +54,35 @@ double slope(const HeadArgs& a, double x) {
   return 4 * e / ((1 + e) * (1 + e));
 }
 
-// x of token t's ids; h: room for d + r floats
-void logits(const SupportArgs& s, const HeadKernels& k, int64_t t, float* h, float* low, float* x) {
+// A token's list, and a thread's memory for it.
+struct Token {
+  int64_t t, count, y;   // y: the realised token
+  const int64_t* ids;
+  double temperature;
+  float *hidden, *low_hidden;  // [d], [r], as floats
+  float *x, *low;              // [count]: SupportArgs::x; the low-rank part
+  float *coefficients, *sums;  // [count], [d + r]
+};
+
+int64_t floats_of(const HeadArgs& a, int64_t longest) { return 2 * (a.d + a.r) + 3 * longest; }
+
+Token token_at(const SupportArgs& s, int64_t t, int64_t longest, float* memory) {
   const HeadArgs& a = s.head;
-  const int64_t *ids = s.ids + s.offsets[t], count = s.offsets[t + 1] - s.offsets[t];
-  k.unpack(a.dtype, a.hidden, t, 0, a.d, h);
-  k.gather_dot(a.dtype, a.weight, a.V, ids, count, h, a.d, x);
+  const int64_t first = s.offsets[t];
+  float *sums = memory + a.d + a.r, *x = sums + a.d + a.r;
+  return {t, s.offsets[t + 1] - first, a.tokens[t], s.ids + first, a.temperature_of(t), memory, memory + a.d, x, x + longest, x + 2 * longest, sums};
+}
+
+// x of the ids [begin, end) of the list
+void logits(const HeadArgs& a, const HeadKernels& k, const Token& token, int64_t begin, int64_t end) {
+  const int64_t* ids = token.ids + begin;
+  float* x = token.x + begin;
+  k.gather_dot(a.dtype, a.weight, a.V, ids, end - begin, token.hidden, a.d, x);
   if (a.r) {
-    k.unpack(a.dtype, a.low_hidden, t, 0, a.r, h);
-    k.gather_dot(a.dtype, a.low_weight, a.V, ids, count, h, a.r, low);
-    for (int64_t i = 0; i < count; i++) x[i] += low[i];
+    k.gather_dot(a.dtype, a.low_weight, a.V, ids, end - begin, token.low_hidden, a.r, token.low);
+    for (int64_t i = 0; i < end - begin; i++) x[i] += token.low[i];
   }
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i = 0; i < end - begin; i++) {
     const float bias = inside(a, ids[i]) ? bias_of(a, ids[i]) : -INFINITY;
     x[i] = bias == -INFINITY ? bias : (x[i] + bias) * a.logit_scale;
   }
@@ -109,30 +128,56 @@ FinishedToken write_token(const HeadArgs& a, int64_t t, const Statistics& found)
   return {};
 }
 
-// Adds alpha phi of token t to sums [d + r]; its rows are in cache. x is overwritten.
-void add_feature(const SupportArgs& s, const HeadKernels& k, int64_t t, const FinishedToken& token, float* x, float* sums) {
-  const HeadArgs& a = s.head;
-  const int64_t *ids = s.ids + s.offsets[t], count = s.offsets[t + 1] - s.offsets[t];
-  const double temperature = a.temperature_of(t), alpha = a.token_weights ? a.token_weights[t] : 1.0;
-  for (int64_t i = 0; i < count; i++) {
-    const double p = std::exp(tempered(a, x[i], temperature) - token.top - token.log_total);
-    x[i] = float(alpha * a.logit_scale * slope(a, x[i]) * (ids[i] == a.tokens[t] ? token.rest : -p));
+// Adds the block's exp(z - max) W[id] of the ids other than y to the token's sums; max is that of the blocks so far.
+void add_block(const HeadArgs& a, const HeadKernels& k, const Token& token, int64_t begin, int64_t end, double& max) {
+  const double before = max;
+  for (int64_t i = begin; i < end; i++)
+    if (token.ids[i] != token.y) max = larger(tempered(a, token.x[i], token.temperature), max);
+  if (max == -INFINITY) return;
+  if (before != -INFINITY && before != max) {
+    const float lift = float(std::exp(before - max));
+    for (int64_t j = 0; j < a.d + a.r; j++) token.sums[j] *= lift;
   }
-  k.gather_add(a.dtype, a.weight, a.V, ids, count, x, a.d, sums);
-  if (a.r) k.gather_add(a.dtype, a.low_weight, a.V, ids, count, x, a.r, sums + a.d);
+  for (int64_t i = begin; i < end; i++)
+    token.coefficients[i] =
+        token.ids[i] == token.y ? 0.0f : float(std::exp(tempered(a, token.x[i], token.temperature) - max) * slope(a, token.x[i]));
+  k.gather_add(a.dtype, a.weight, a.V, token.ids + begin, end - begin, token.coefficients + begin, a.d, token.sums);
+  if (a.r) k.gather_add(a.dtype, a.low_weight, a.V, token.ids + begin, end - begin, token.coefficients + begin, a.r, token.sums + a.d);
+}
+
+// Adds alpha phi to sums [d + r], from the token's own sums relative to max
+void add_feature(const HeadArgs& a, const HeadKernels& k, const Token& token, const FinishedToken& found, double max, float* sums) {
+  const double alpha = (a.token_weights ? a.token_weights[token.t] : 1.0) * a.logit_scale;
+  const float others = max == -INFINITY ? 0.0f : float(-alpha * std::exp(max - found.top - found.log_total));
+  for (int64_t j = 0; j < a.d + a.r; j++) sums[j] += others * token.sums[j];
+  int64_t at = 0;
+  while (at < token.count && token.ids[at] != token.y) at++;
+  const float own = at < token.count ? float(alpha * found.rest * slope(a, token.x[at])) : NAN;
+  k.gather_add(a.dtype, a.weight, a.V, &token.y, 1, &own, a.d, sums);
+  if (a.r) k.gather_add(a.dtype, a.low_weight, a.V, &token.y, 1, &own, a.r, sums + a.d);
 }
 
 struct Piece {
   int64_t begin, end, response;  // tokens
 };
 
-// All of it of one token. kept: SupportArgs::x, or null.
-FinishedToken one_token(const SupportArgs& s, const HeadKernels& k, int64_t t, float* h, float* low, float* x) {
+// All of it of one token; its alpha phi is added to sums [d + r], unless that is null.
+void one_token(const SupportArgs& s, const HeadKernels& k, const Token& token, float* sums) {
   const HeadArgs& a = s.head;
-  const int64_t *ids = s.ids + s.offsets[t], count = s.offsets[t + 1] - s.offsets[t];
-  logits(s, k, t, h, low, x);
-  if (s.x) std::memcpy(s.x + s.offsets[t], x, sizeof(float) * count);
-  return write_token(a, t, statistics(a, ids, x, count, a.tokens[t], a.temperature_of(t)));
+  k.unpack(a.dtype, a.hidden, token.t, 0, a.d, token.hidden);
+  if (a.r) k.unpack(a.dtype, a.low_hidden, token.t, 0, a.r, token.low_hidden);
+  const int64_t bytes = (a.d + a.r) * (a.dtype == DType::f32 ? 4 : 2), block = std::max<int64_t>(kBlockBytes / bytes, 1);
+  double max = -INFINITY;
+  if (sums) std::memset(token.sums, 0, sizeof(float) * (a.d + a.r));
+  for (int64_t begin = 0; begin < token.count; begin += block) {
+    const int64_t end = std::min(begin + block, token.count);
+    logits(a, k, token, begin, end);
+    if (sums) add_block(a, k, token, begin, end, max);
+  }
+  if (s.x) std::memcpy(s.x + s.offsets[token.t], token.x, sizeof(float) * token.count);
+  const FinishedToken found =
+      write_token(a, token.t, statistics(a, token.ids, token.x, token.count, token.y, token.temperature));
+  if (sums) add_feature(a, k, token, found, max, sums);
 }
 
 int64_t longest_list(const SupportArgs& s) {
@@ -146,12 +191,9 @@ int64_t longest_list(const SupportArgs& s) {
 void support_features(const SupportArgs& s, Isa isa, Parallel parallel) {
   const HeadArgs& a = s.head;
   const HeadKernels& k = kernels_for(isa);
-  const int64_t width = a.d + a.r, most = longest_list(s), floats = width + 2 * most;
+  const int64_t width = a.d + a.r, longest = longest_list(s), floats = floats_of(a, longest);
   if (!a.features) {
-    run(parallel, a.N, [&](int64_t t) {
-      float* memory = scratch(floats);
-      one_token(s, k, t, memory, memory + width, memory + width + most);
-    });
+    run(parallel, a.N, [&](int64_t t) { one_token(s, k, token_at(s, t, longest, scratch(floats)), nullptr); });
     return;
   }
   std::vector<Piece> pieces;
@@ -170,10 +212,10 @@ void support_features(const SupportArgs& s, Isa isa, Parallel parallel) {
   for (size_t first = 0; first < pieces.size(); first += held) {
     const int64_t count = std::min<int64_t>(held, pieces.size() - first);
     run(parallel, count, [&](int64_t i) {
-      float *memory = scratch(floats), *low = memory + width, *x = low + most, *own = sums.data() + i * width;
+      float *memory = scratch(floats), *own = sums.data() + i * width;
       std::memset(own, 0, sizeof(float) * width);
       const Piece& piece = pieces[first + i];
-      for (int64_t t = piece.begin; t < piece.end; t++) add_feature(s, k, t, one_token(s, k, t, memory, low, x), x, own);
+      for (int64_t t = piece.begin; t < piece.end; t++) one_token(s, k, token_at(s, t, longest, memory), own);
     });
     for (int64_t i = 0; i < count; i++) {
       close(pieces[first + i].response);
