@@ -22,6 +22,7 @@ from g2rl_kernels import _C, arguments
 from g2rl_kernels.head import logprobs
 from g2rl_kernels.head.lora import with_lora
 from g2rl_kernels.head.spec import HeadSpec, Responses
+from g2rl_kernels.head.support import ops as support_ops
 
 # (backend, instruction set): all that this machine can run
 CPU_BACKENDS = [("cpu", name) for name in _C.isa_names[: _C.isa_names.index(_C.best_isa()) + 1]]
@@ -67,6 +68,7 @@ class Case:
     logit_softcap: float | None = None
     token_weights: Tensor | None = None
     lora: tuple[Tensor, Tensor, float] | None = None
+    support: tuple[Tensor, Tensor] | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -77,7 +79,18 @@ class Case:
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
             "lora": self.lora,
+            **({} if self.support is None else {"support": self.support}),
         }
+
+    @property
+    def kept(self) -> Tensor:
+        """[N, V] bool, the ids that each token is one of."""
+        found = torch.zeros(len(self.tokens), len(self.weight), dtype=torch.bool)
+        if self.support is None:
+            return ~found
+        ids, offsets = self.support
+        found[torch.repeat_interleave(torch.arange(len(found)), offsets.long().diff()), ids.long()] = True
+        return found
 
     @property
     def spec(self) -> HeadSpec:
@@ -213,6 +226,8 @@ def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> T
         x = case.logit_softcap * torch.tanh(x / case.logit_softcap)
         if bias is not None:
             x = x.masked_fill(bias == -torch.inf, -torch.inf)  # masked entries stay so
+    if case.support is not None:
+        x = x.masked_fill(~case.kept, -torch.inf)
     return x / case.T
 
 
@@ -353,7 +368,7 @@ def allowed_errors(case: Case, backend: tuple[str, str | None], multiple: float 
         multiple * (error.nan_to_num(0.0).max() if error.numel() else 0) + floor
         for error, floor in zip(torchs, rounding(case))
     )
-    if backend[0] == "cpu":
+    if backend[0] == "cpu" and case.support is None:
         features = features + stored_exponentials(case)
     return g2.HeadFeatures(features, *others)
 
@@ -378,6 +393,8 @@ class Sizes(TorchDispatchMode):
         self.inside = {
             torch.ops.g2rl.linear_logprobs.default: logprobs._logprobs_op._init_fn,
             torch.ops.g2rl.linear_logprobs_backward.default: logprobs._backward_op._init_fn,
+            torch.ops.g2rl.support_logprobs.default: support_ops.support_logprobs._init_fn,
+            torch.ops.g2rl.support_logprobs_backward.default: support_ops._backward_op._init_fn,
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

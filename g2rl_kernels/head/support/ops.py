@@ -124,11 +124,7 @@ def _backward_op(
         normaliser, by.token_terms(grad_logprobs.to(x.dtype), grad_entropy.to(x.dtype), logprobs, entropy)
     )
     dz = by.terms(tokens, head, support, x, incoming)
-    inputs = (hidden, given.weight, given.bias, given.low_hidden, given.low_weight)
-    found = [
-        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
-        for t, need in zip(inputs, flat[-len(NEEDED) :])
-    ]
+    found = _empty_gradients(hidden, given, flat[-len(NEEDED) :])
     of_hidden, of_weight, of_bias, of_low_hidden, of_low_weight = found
     with torch.autocast(hidden.device.type, enabled=False):
         for out, matrix in ((of_hidden, head.weight), (of_low_hidden, head.low_weight)):
@@ -144,6 +140,19 @@ def _backward_op(
         if of_bias.numel():
             of_bias.copy_(_sums_of_ids(dz, ends))
     return tuple(found)
+
+
+@_backward_op.register_fake
+def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(hidden, HeadSpec(*flat[1 : 1 + FIELDS]), flat[-len(NEEDED) :]))
+
+
+def _empty_gradients(hidden: Tensor, head: HeadSpec, needs: tuple[bool, ...]) -> list[Tensor]:
+    inputs = (hidden, head.weight, head.bias, head.low_hidden, head.low_weight)
+    return [
+        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
+        for t, need in zip(inputs, needs)
+    ]
 
 
 def _of_tokens(by: Any, dz: Tensor, support: Support, matrix: Tensor, out: Tensor, group: str) -> None:
