@@ -46,6 +46,27 @@ def low_rank(
     return A.to(dtype), B.to(dtype), scaling
 
 
+def random_support(case: Case, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lists of those lengths [N] in no order, the realised token at any place; entries of bias -inf too."""
+    V, lists = len(case.weight), []
+    for token, length in zip(case.tokens.tolist(), lengths.tolist()):
+        others = torch.randperm(V, generator=generator)
+        others = others[others != token][: length - 1]
+        ids = torch.cat([others, torch.tensor([token])])
+        lists.append(ids[torch.randperm(len(ids), generator=generator)])
+    ids = torch.cat(lists) if lists else torch.empty(0, dtype=torch.int64)
+    return ids, torch.tensor([0, *map(len, lists)]).cumsum(0)
+
+
+def restricted(case: Case, seed: int = 0, most: int | None = None) -> Case:
+    """With lists of every length from 1 to `most` (V)."""
+    g = torch.Generator().manual_seed(seed)
+    V, N = len(case.weight), len(case.tokens)
+    lengths = torch.randint(1, (most or V) + 1, (N,), generator=g).clamp_(max=V)
+    lengths[: N // 8] = 1
+    return case.replace(support=random_support(case, lengths, g))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     V = draw(st.sampled_from(SIZES) | st.integers(1, 700))

@@ -31,7 +31,7 @@ from .spec import (
     check_statistics,
 )
 from .support import mixed
-from .support.spec import Support, SupportArgument, support_of
+from .support.spec import Support, SupportArgument, facts_of, support_of
 
 
 class HeadFeatures(NamedTuple):
@@ -271,7 +271,7 @@ def _call(
         "function": function, "backend": backend, "statistics": statistics, "lora": lora,
         **responses._asdict(),
     }  # fmt: skip
-    facts |= {} if support is None else {f"support: {k}": v for k, v in support._asdict().items()}
+    facts |= facts_of(support)
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     head, responses, backend, support = checked
     known = None if known is None else known.detach()

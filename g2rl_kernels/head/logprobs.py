@@ -35,7 +35,7 @@ from .backend import backend as implementation
 from .lora import Lora, with_lora
 from .spec import DTYPES, FIELDS, HEAD_SCHEMA, STATISTICS_SCHEMA, HeadSpec, asked_for, check_statistics
 from .support import mixed
-from .support.spec import Support, SupportArgument, support_of
+from .support.spec import Support, SupportArgument, facts_of, support_of
 
 # Bytes of float32 sums for the gradient of a 16-bit hidden; larger sums borrow the weight's gradient.
 SUMS = 16 << 20
@@ -133,7 +133,7 @@ def linear_logprobs(
     check = partial(_check, hidden, tokens, head, lora, statistics, logits_memory, backend, lists)
     facts = {"function": "linear_logprobs", "statistics": statistics, "logits_memory": logits_memory}
     facts |= {"backend": backend, "lora": lora}
-    facts |= {} if lists is None else {f"support: {k}": v for k, v in lists._asdict().items()}
+    facts |= facts_of(lists)
     checked, tokens, group = vocab_parallel.checked(check, process_group, hidden, tokens, head, facts)
     head, backend, lists = checked
     trained = torch.is_grad_enabled() and any(

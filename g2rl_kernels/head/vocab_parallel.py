@@ -112,8 +112,19 @@ def agree(
                     f"{name}: rank {rank} of process_group has {other.get(name)}, rank 0 has {value}; all "
                     "ranks need the same"
                 )
-    check_token_values(tokens, sum(other["rows"] for other in messages))
+    V = sum(other["rows"] for other in messages)
+    check_token_values(tokens, V)
+    if facts.get("support: ids") is not None:
+        check_ids(facts["support: ids"], V)
     return result
+
+
+def check_ids(ids: Tensor, V: int) -> None:
+    """Raises ValueError unless all ids of `support` lie in the vocabulary."""
+    outside = (ids < 0) | (ids >= V)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"support: ids: entry {at} is {int(ids[at])}, needs to be in [0, {V})")
 
 
 def _fact(name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from oracle import Case, make_case
-from strategies import low_rank
+from strategies import low_rank, restricted
 
 import g2rl_kernels as g2
 from g2rl_kernels import arguments
@@ -59,6 +59,8 @@ def cases(world: int) -> dict[str, Case]:
     for name in ("all options", "bf16", "several blocks"):
         case = found[name]
         found[f"{name}, low rank"] = case.replace(lora=low_rank(case, 5, torch.float32))
+    for name in ("all options", "bf16", "fp16"):
+        found[f"{name}, support"] = restricted(found[name])
     for name, shard in (("first", shards[0]), ("last", shards[-1])):
         case = make_case([9, 8], V, 16, bias=bias)
         found[f"tokens on the {name} rank only"] = case.replace(
@@ -134,6 +136,8 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
     cu = case.cu_seqlens.clone()
     cu[1] -= int(bad)
     n, d = len(case.weight[mine]), case.hidden.shape[1]
+    ends = torch.arange(len(case.tokens) + 1)
+    beyond = torch.stack([case.tokens, torch.full_like(case.tokens, len(case.weight))], 1).flatten()
     return {
         "temperature is negative": linear(temperature=-1.0 if bad else 1.0),
         "hidden is missing": features(hidden=None if bad else case.hidden),
@@ -155,6 +159,11 @@ def wrong_arguments(case: Case, rank: int, group: Any) -> dict[str, Callable[[],
         "B has too few rows": linear(lora=(torch.ones(2, d), torch.ones(n - bad, 2), 1.0)),
         "temperatures differ": linear(temperature=torch.full(case.tokens.shape, 1.0 + bad)),
         "statistics differ": linear(statistics=STATISTICS if bad else STATISTICS[:1]),
+        "support differs": linear(support=(case.tokens if bad else case.tokens.int(), ends)),
+        "support is missing": features(support=None if bad else (case.tokens, ends)),
+        "support on rank 1 alone": features(support=(case.tokens, ends) if bad else None),
+        "support lacks a token": linear(support=(case.tokens + bad, ends)),
+        "support beyond all rows": linear(support=(beyond, ends * 2)),
         "backend differs": linear(backend="reference" if bad else None),
         "function differs": features() if bad else linear(),
     }

@@ -5,13 +5,12 @@ import torch
 from examples import given, st
 from marks import dtypes
 from oracle import CPU_BACKENDS, Case, Sizes, environment, make_case, run_head
-from strategies import LAYOUTS, cases, low_rank, restride
+from strategies import LAYOUTS, cases, low_rank, random_support, restricted, restride
 from test_head import KINDS, hostile
 from test_head import check as check_features
 from test_linear_logprobs import check as check_logprobs
 from test_linear_logprobs import ours, plain
 from test_statistics import ALL, assert_exact, run_features, run_logprobs
-from torch import Tensor
 
 import g2rl_kernels as g2
 from g2rl_kernels._ops import ops
@@ -19,27 +18,6 @@ from g2rl_kernels.head.support.spec import Support
 
 NOT_TRITON = [("reference", None), *CPU_BACKENDS]
 backends = pytest.mark.parametrize("backend", NOT_TRITON, ids=lambda backend: backend[1] or backend[0])
-
-
-def random_support(case: Case, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lists of those lengths [N] in no order, the realised token at any place; entries of bias -inf too."""
-    V, lists = len(case.weight), []
-    for token, length in zip(case.tokens.tolist(), lengths.tolist()):
-        others = torch.randperm(V, generator=generator)
-        others = others[others != token][: length - 1]
-        ids = torch.cat([others, torch.tensor([token])])
-        lists.append(ids[torch.randperm(len(ids), generator=generator)])
-    ids = torch.cat(lists) if lists else torch.empty(0, dtype=torch.int64)
-    return ids, torch.tensor([0, *map(len, lists)]).cumsum(0)
-
-
-def restricted(case: Case, seed: int = 0, most: int | None = None) -> Case:
-    """With lists of every length from 1 to `most` (V)."""
-    g = torch.Generator().manual_seed(seed)
-    V, N = len(case.weight), len(case.tokens)
-    lengths = torch.randint(1, (most or V) + 1, (N,), generator=g).clamp_(max=V)
-    lengths[: N // 8] = 1
-    return case.replace(support=random_support(case, lengths, g))
 
 
 def check(case: Case, backend: tuple[str, str | None]) -> g2.HeadFeatures:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import check_shape, check_tensor, may_read_values, sizes
-from ..vocab_parallel import local_tokens
+from ..vocab_parallel import check_ids, local_tokens
 
 SUPPORT_SCHEMA = "Tensor ids, Tensor offsets"
 
@@ -45,7 +45,7 @@ class Support(NamedTuple):
             _check_offsets(found.offsets, ids.shape[0])
             _check_lists(found, tokens)
             if V is not None:
-                _check_ids(found.ids, V)
+                check_ids(found.ids, V)
         return found
 
     def rows(self) -> Tensor:
@@ -89,11 +89,11 @@ def support_of(value: Any) -> Support | None:
     return Support(*value[:3])
 
 
-def _check_ids(ids: Tensor, V: int) -> None:
-    outside = (ids < 0) | (ids >= V)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
-        raise ValueError(f"support: ids: entry {at} is {int(ids[at])}, needs to be in [0, {V})")
+def facts_of(support: Support | None) -> dict[str, Tensor | None]:
+    """What has to be the same on all ranks of a group (vocab_parallel.agree)."""
+    return {
+        f"support: {name}": None if support is None else getattr(support, name) for name in Support._fields
+    }
 
 
 def _check_offsets(offsets: Tensor, K: int) -> None:
