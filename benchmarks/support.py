@@ -3,10 +3,10 @@
     python -m benchmarks.support                        qwen3-1.7b's head in bf16, 256 tokens; a minute or two
     python -m benchmarks.support --out benchmarks/results/support.json
 
-Every token has a list of its own, drawn at random: no two tokens share more rows than chance gives, which is the
-hardest case (tokens of a language model share most). The limit of a call is the bytes that it gathers over the
-machine's copy rate (read and written), measured in the same run: the kept rows once in `head_features` and in a
-forward pass, once more for the gradient of hidden.
+Every token has a list of its own, drawn at random: no two tokens share more rows than chance gives, which is
+the hardest case (tokens of a language model share most). The limit of a call is the bytes that it gathers
+over the machine's copy rate (read and written), measured in the same run: the kept rows once in
+`head_features` and in a forward pass, once more for the gradient of hidden.
 """
 
 from __future__ import annotations
@@ -59,17 +59,19 @@ def calls(shape: str, dtype: str, N: int, kept: Sequence[int], device: str) -> d
     for ids in (None, *kept):
         options: dict[str, Any] = {"logit_softcap": head.softcap}
         support = None if ids is None else random_lists(tokens, head.V, ids, generator)
-        support = None if support is None else tuple(t.to(device) for t in support)
+        support = None if support is None else (support[0].to(device), support[1].to(device))
         name = "all ids" if ids is None else f"{ids} ids"
-        features = partial(g2.head_features, hidden, weight, tokens.to(device), cu_seqlens, support=support, **options)
-        found[f"{FORWARD}: {name}"] = features
+        operands = hidden, weight, tokens.to(device), cu_seqlens
+        found[f"{FORWARD}: {name}"] = partial(g2.head_features, *operands, support=support, **options)
         found[f"{BOTH}: {name}"] = partial(both, support=support)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.support", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.support",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", default="qwen3-1.7b", choices=SHAPES, help="whose head (%(default)s)")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="(%(default)s)")
@@ -89,15 +91,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in times.items():
         what, ids = name.rsplit(": ", 1)
         low, median, high = quantiles(values)
-        row = {"what": what, "ids": ids, "seconds": [low, median, high]}
+        row: dict[str, Any] = {"what": what, "ids": ids, "seconds": [low, median, high]}
         if ids != "all ids":
             passes = 1 if what == FORWARD else 2
             gathered = passes * args.tokens * int(ids.split()[0]) * head.d * size
             full = quantiles(times[f"{what}: all ids"])[1]
-            row |= {"times_faster": full / median, "gathered_bytes": gathered, "of_copy": median * rate * 1e9 / gathered}
+            row |= {"times_faster": full / median, "gathered_bytes": gathered}
+            row["of_copy"] = median * rate * 1e9 / gathered
         rows.append(row)
-        extra = f"{row['times_faster']:7.1f} x faster {row['of_copy']:6.2f} of its bytes at copy rate" if "of_copy" in row else ""
-        print(f"{name:64} {1e3 * median:9.2f} ms {extra}")
+        print(f"{name:64} {1e3 * median:9.2f} ms", end="")
+        if "of_copy" in row:
+            print(
+                f" {row['times_faster']:7.1f} x faster {row['of_copy']:6.2f} of its bytes at copy rate",
+                end="",
+            )
+        print()
     if args.out:
         options = {"shape": args.shape, "dtype": args.dtype, "tokens": args.tokens, "rounds": args.rounds}
         content = {"machine": machine(device), "copy_gb_s": rates, **options, "rows": rows}

@@ -1,4 +1,4 @@
-"""How the operators of log-probabilities have gradients: by a second operator, which torch.compile can keep."""
+"""Gradients of the log-probability operators: a second operator each, which torch.compile can keep."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward_through(operator: Any) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward pass of an operator that ends with (int logits_memory, bool statistics): by another one,
-    which takes the incoming gradients, the arguments but these two, the first four outputs and NEEDED's flags.
+    """The backward pass, by `operator`, of an operator that ends with (int logits_memory, bool statistics).
+
+    `operator` takes the incoming gradients, the arguments but these two, the first four outputs and the flags
+    of NEEDED.
     """
 
     def backward(

@@ -162,9 +162,9 @@ def head_features(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes or devices do not fit, cu_seqlens does not rise from 0 to N, a token lies outside
-            [0, V), a list of support lacks its token or holds an id twice or outside [0, V), a token weight is
-            negative or NaN, a scalar or temperature is out of range, a statistic is
-            unknown, or the backend does not run on this device.
+            [0, V), a list of support lacks its token or holds an id twice or outside [0, V), a token weight
+            is negative or NaN, a scalar or temperature is out of range, a statistic is unknown, or the
+            backend does not run on this device.
         ImportError: backend="triton" without the package triton.
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set

@@ -116,8 +116,8 @@ class HeadSpec(NamedTuple):
         rounded = dtype == torch.bfloat16 and (self.bias is None or self.bias.dtype != torch.float32)
         return 2 if rounded and not self.logit_softcap else 4
 
-    def at(self, rows: slice) -> HeadSpec:
-        """The same for some of the tokens."""
+    def at(self, rows: slice | Tensor) -> HeadSpec:
+        """The same for some of the tokens; rows: a slice or indices."""
         temperatures, low_hidden = (
             None if t is None else t[rows] for t in (self.temperatures, self.low_hidden)
         )

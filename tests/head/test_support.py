@@ -1,4 +1,6 @@
-"""`support=`: heads restricted to some ids a token, against the same softmax masked in float64 (oracle.logits)."""
+"""`support=`: heads restricted to some ids a token, against the masked softmax in float64 (oracle.logits)."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_any_case(backend, case):
 @dtypes
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_rows(backend, dtype, kind):
-    """Peaked, flat, all negative, masked: within a list of which the realised token is one of few or of many."""
+    """Peaked, flat, all negative, masked: the realised token is one of few or of many."""
     case = hostile(kind, dtype)
     lengths = torch.tensor([30, 2, 1, 5, 67, 12, 67, 3])  # of token 0, which may be masked, more than itself
     case = case.replace(support=random_support(case, lengths, torch.Generator().manual_seed(0)))
@@ -252,7 +254,7 @@ def test_only_what_is_trained_gets_a_gradient(trained):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_compiled(backend):
-    """The same bits; a token that is not in its own list, which is not checked then, is NaN and nothing else."""
+    """The same bits; a token that is not in its own list, which is not checked then, is NaN, and no other."""
     torch._dynamo.reset()
     case = restricted(make_case([9, 4], V=70, d=16, bias=torch.randn(70)), most=20)
 
@@ -373,7 +375,7 @@ def test_unchecked_ids_read_nothing_out_of_bounds(backend):
     case = restricted(make_case([5], V=20, d=6), most=6)
     ids, offsets = case.support
     more = torch.tensor([-1, 20, 2**40, -(2**40), 10**12])
-    spread = torch.cat([torch.cat([ids[a:b], more]) for a, b in zip(offsets[:-1], offsets[1:])])
+    spread = torch.cat([torch.cat([ids[a:b], more]) for a, b in pairwise(offsets)])
     arguments = case.hidden, case.tokens, *case.spec
     expected = ops.support_logprobs(*arguments, ids, offsets, backend, "", 0, True)
     found = ops.support_logprobs(*arguments, spread, offsets + 5 * torch.arange(6), backend, "", 0, True)

@@ -21,14 +21,17 @@ BACKENDS = {
 
 
 class SupportBackend(Protocol):
-    """Ids and tokens outside the weight's rows belong to other ranks. x: logits before softcap and temperature,
-    [K] float32 (float64 for float64), -inf where the bias is, or where the id lies outside."""
+    """Ids and tokens outside the weight's rows belong to other ranks.
+
+    x [K]: logits before softcap and temperature, float32 (float64 for float64); -inf where the bias is, or
+    where the id lies outside.
+    """
 
     def statistics(
         self, hidden: Tensor, tokens: Tensor, head: HeadSpec, support: Support, more: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """partial [1, 3 or 4, N], target [N] and top [1, N or 0] of `Backend.statistics` over the kept ids; and
-        x. A token within the weight's rows that is not in its own list has NaN for its target."""
+        """partial [1, 3 or 4, N], target [N] and top [1, N or 0] of `Backend.statistics` over the kept ids;
+        and x. A token within the weight's rows that is not in its own list has NaN for its target."""
 
     def finish(
         self, partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, dtype: torch.dtype
@@ -52,8 +55,8 @@ class SupportBackend(Protocol):
     def terms(
         self, tokens: Tensor, head: HeadSpec, support: Support, x: Tensor, incoming: Incoming
     ) -> Tensor:
-        """The loss's gradient by scale-free logits W h + b, [K] in x's dtype: dz of logprobs.py times slope and
-        logit_scale / temperature."""
+        """The loss's gradient by W h + b, [K] in x's dtype: dz of logprobs.py times slope and logit_scale /
+        temperature."""
 
     def gather_sum(
         self, coefficients: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, out: Tensor

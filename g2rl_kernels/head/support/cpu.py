@@ -1,4 +1,4 @@
-"""Backend "cpu" of the restricted head: the C++ of csrc/cpu/support.cpp. backend.py says what each returns."""
+"""Backend "cpu" of the restricted head: csrc/cpu/support.cpp. backend.py says what each function returns."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ def features(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, support: Support, responses: Responses, more: bool
 ) -> FeatureOutputs:
     """See `SupportBackend.features`. Each token's rows are gathered once, for both products."""
-    out = ops.support_head_features(hidden, tokens, *head, *support[:2], *responses, more)
-    skipped = out[0].new_zeros(out[0].shape[0])
-    return FeatureOutputs(*out[:4], skipped, skipped.long(), *out[4:])
+    phi, logprobs, logsumexp, entropy, *asked = ops.support_head_features(
+        hidden, tokens, *head, *support[:2], *responses, more
+    )
+    skipped = phi.new_zeros(phi.shape[0])
+    return FeatureOutputs(phi, logprobs, logsumexp, entropy, skipped, skipped.long(), *asked)
 
 
 def terms(tokens: Tensor, head: HeadSpec, support: Support, x: Tensor, incoming: Incoming) -> Tensor:

@@ -30,7 +30,8 @@ def features(
     cu_seqlens, alpha = responses.cu_seqlens.long(), responses.token_weights
     alpha = hidden.new_ones(N, dtype=torch.float32) if alpha is None else alpha
     outputs: list[Tensor] = []
-    total, sums = 0.0, 0.0
+    total = hidden.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64)
+    sums = hidden.new_zeros(total.shape[0], hidden.shape[1] + head.rank, dtype=torch.float64)
     for all_ids, chosen in ((True, whole), (False, ~whole)):
         rows = chosen.nonzero().squeeze(1)
         ends = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[cu_seqlens]
@@ -73,7 +74,7 @@ def logprobs(
     first, second = ((hidden[r], tokens[r], *head.at(r)) for r in rows)
     mine = support.of(rows[1])
     found = ops.linear_logprobs(*first, *rest), support_logprobs(*second, mine.ids, mine.offsets, *rest)
-    outputs = []
+    outputs: list[Tensor] = []
     for a, b in zip(*((*out[:2], *out[4:]) for out in found)):
         both = a.new_empty(hidden.shape[0] if more or len(outputs) < 2 else 0)
         outputs.append(both.index_copy(0, rows[0], a).index_copy(0, rows[1], b) if both.numel() else both)

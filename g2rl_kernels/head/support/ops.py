@@ -108,8 +108,9 @@ def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     qualified("support_logprobs_backward"),
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
-    f"{SUPPORT_SCHEMA}, str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor x, "
-    "bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, bool need_low_weight) "
+    f"{SUPPORT_SCHEMA}, str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "
+    "Tensor x, bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, "
+    "bool need_low_weight) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_hidden, "
     "Tensor grad_low_weight)",
 )

@@ -16,8 +16,8 @@ SUPPORT_SCHEMA = "Tensor ids, Tensor offsets"
 class Support(NamedTuple):
     """Token t is one of ids[offsets[t]:offsets[t+1]], in any order; K = len(ids).
 
-    Before `checked`, `whole` marks tokens whose list is empty and whose softmax is that of the whole vocabulary
-    (`sampling_support` gives it); `split` takes them out, and operators get the rest.
+    `whole` marks tokens whose list is empty and whose softmax is that of the whole vocabulary
+    (`sampling_support` gives it). mixed.py takes them out; operators get the rest.
     """
 
     ids: Tensor  # [K]; outside [0, V): of other ranks
@@ -99,7 +99,8 @@ def facts_of(support: Support | None) -> dict[str, Tensor | None]:
 def _check_offsets(offsets: Tensor, K: int) -> None:
     if int(offsets[0]) != 0 or int(offsets[-1]) != K:
         raise ValueError(
-            f"support: offsets: got {int(offsets[0])} to {int(offsets[-1])}, needs 0 to {K}, the length of ids"
+            f"support: offsets: got {int(offsets[0])} to {int(offsets[-1])}, needs 0 to {K}, the length of "
+            "ids"
         )
     if bool((offsets.diff() < 0).any()):
         at = int((offsets.diff() < 0).nonzero()[0])
@@ -115,21 +116,21 @@ def _check_lists(support: Support, tokens: Tensor) -> None:
         if bool((empty != whole).any()):
             at = int((empty != whole).nonzero()[0])
             raise ValueError(
-                f"support: whole: entry {at} is {bool(whole[at])}, but its list has {int(lengths[at])} ids; needs an "
-                "empty list exactly where whole is True"
+                f"support: whole: entry {at} is {bool(whole[at])}, but its list has {int(lengths[at])} ids; "
+                "needs an empty list exactly where whole is True"
             )
     elif bool(empty.any()):
         raise ValueError(
-            f"support: token {int(empty.nonzero()[0])} has an empty list; needs its realised token at least, or "
-            "`whole` as sampling_support gives it"
+            f"support: token {int(empty.nonzero()[0])} has an empty list; needs its realised token at least, "
+            "or `whole` as sampling_support gives it"
         )
     rows = support.rows()
     held = torch.zeros_like(empty).index_fill_(0, rows[ids == tokens[rows]], True)
     if not bool((held | empty).all()):
         at = int((~(held | empty)).nonzero()[0])
         raise ValueError(
-            f"support: the list of token {at} lacks the realised token, {int(tokens[at])}; add it (a sampler that "
-            "drew it had it)"
+            f"support: the list of token {at} lacks the realised token, {int(tokens[at])}; add it (a sampler "
+            "that drew it had it)"
         )
     # Ascending lists, as samplers' usually are, need no sorting.
     same_list = rows[1:] == rows[:-1]

@@ -64,10 +64,8 @@ def finish(partial: Tensor, target: Tensor, tokens: Tensor, top: Tensor, dtype: 
     lse = normaliser.sum(0)
     rough = normaliser[0].to(dtype)
     two = torch.stack([rough, (lse - rough).to(dtype)])
-    rounded = (t.to(dtype) for t in (rest, squares))
-    return TokenLogprobs(
-        logprobs.to(dtype), entropy.to(dtype), two, *rounded, top_token, top_logprob.to(dtype)
-    )
+    rest, squares, top_logprob = (t.to(dtype) for t in (rest, squares, top_logprob))
+    return TokenLogprobs(logprobs.to(dtype), entropy.to(dtype), two, rest, squares, top_token, top_logprob)
 
 
 def features(
