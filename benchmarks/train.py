@@ -19,11 +19,12 @@ from torch import Tensor
 import g2rl_kernels as g2
 from g2rl_kernels.group import reference
 from g2rl_kernels.head.spec import HeadSpec
+from g2rl_kernels.head.tiled import slices
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer.method_inputs import MethodInputs
 from g2rl_kernels.trainer.sampling import Rollout
-from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, Verified, _padded, _slices
+from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, Verified, _padded
 
 from .measure import Turns, markdown, progress, quantiles, spread, synchronize
 from .rows import TrainRow
@@ -118,7 +119,7 @@ class Step(Trainer):
         self.model.eval()
         logprobs = torch.zeros(rollout.mask.shape, device=self.device)
         weight, bias = self.head.weights(self.ops_dtype)
-        for rows in _slices(len(scores), self.config.micro_batch_size):
+        for rows in slices(0, len(scores), self.config.micro_batch_size):
             hidden, tokens, _, mask = self._response_hidden(self.head, rollout, rows)
             packed = logprobs_alone(hidden, weight, tokens, bias, self.head.options(self.config.temperature))
             logprobs[rows, : mask.shape[1]] = _padded(packed, mask)

@@ -75,6 +75,10 @@ class TrainerConfig:
     group_size: int = 8  # responses a prompt
     max_new_tokens: int = 256
     temperature: float = 1.0
+    top_k: int = 0  # samples from the top_k likeliest tokens; 0: from all
+    top_p: float = 1.0  # samples from the fewest likeliest tokens whose probabilities add up to it; 1: all
+    min_p: float = 0.0  # leaves out tokens below this share of the likeliest one's probability; 0: none
+    keep_sampling_mask: bool = True  # log-probs, KL and entropy over the tokens so kept; false: over all
     generate_batch_size: int = 0  # responses generated at once; 0: batch_size
     truncated: str = "keep"  # responses cut off at max_new_tokens: keep: scored as they are | drop: ignored
     score_gate: float = SCORE_GATE  # reward: +1 if the task's score is at least this, else -1
@@ -214,6 +218,7 @@ class TrainerConfig:
             ),
             **dict.fromkeys(("logits_memory", "checkpoint_every", "report_every", "samples_shown"), 0),
             **dict.fromkeys(("keep_checkpoints",), 1),
+            "top_k": 0,
             **dict.fromkeys(
                 ("lam", "entropy_coef", "beta", "lr", "weight_decay", "ratio_clip", "ratio_clip_high"), 0.0
             ),
@@ -225,6 +230,10 @@ class TrainerConfig:
         for key in ("temperature", "clip", "max_grad_norm", "adam_eps"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1; 1 keeps all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p}: must be from 0 to 1; 0 keeps all tokens")
         self.limits().check()
         try:
             check_method(vars(self), "")

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, TrainerError, one_line
+from ..head.support.spec import Support
 from ..models.lm_head import LMHead
 from ..models.responses import continuations
 from ..tasks.base import Item, Question, Task, item_of
 from .config import TrainerConfig
+from .truncation import KeptIds, Truncation, joined, recorder
 
 
 @dataclass
@@ -28,6 +30,22 @@ class Rollout:
     truncated: Tensor  # [S] bool, True for a response without an end token
     items: list[tuple[Task, Item]]
     completions: list[str]
+    kept: Support | None = None  # ids that sampling kept, of the S x L positions row by row; None: all
+
+    def support(self, rows: slice) -> Support | None:
+        """`support` of the ops for the response tokens of some responses, packed; None: all ids."""
+        if self.kept is None:
+            return None
+        return self.kept.of(self.mask[rows].flatten().nonzero()[:, 0] + rows.start * self.mask.shape[1])
+
+    def truncation(self) -> dict[str, float]:
+        """Metrics of truncated sampling: ids that a token was drawn from, mean over tokens with a list; and
+        the share of tokens that count as drawn from all."""
+        support = self.support(slice(0, len(self.ids)))
+        if support is None or support.whole is None:
+            return {}
+        listed, tokens = int((~support.whole).sum()), max(len(support.whole), 1)
+        return {"kept_ids": len(support.ids) / max(listed, 1), "whole_tokens": 1 - listed / tokens}
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """ids, attention and mask of some responses, without columns of padding alone."""
@@ -67,9 +85,10 @@ class Sampler:
 
         tokens = {"eos_token_id": self.end_tokens, "pad_token_id": tokenizer.pad_token_id}
         model.generation_config = GenerationConfig(**tokens)
+        self.truncation = Truncation(config)
         self.generation = GenerationConfig(
             do_sample=True,
-            temperature=config.temperature,
+            temperature=1.0 if self.truncation else config.temperature,  # the recorder divides
             top_k=0,
             top_p=1.0,
             max_new_tokens=config.max_new_tokens,
@@ -91,10 +110,13 @@ class Sampler:
         ids = torch.tensor([[pad] * (width - len(p)) + p for _, _, p in drawn], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, _, p in drawn], device=device)
         responses: list[Tensor] = []
+        kept: list[KeptIds] = []
         size = config.generate_batch_size
         for batch, seen in zip(ids.split(size), attention.split(size)):
+            if self.truncation and config.keep_sampling_mask:
+                kept.append(KeptIds())
             with autocast(config, device):
-                responses += self._continue(batch, seen)
+                responses += self._continue(batch, seen, kept[-1] if kept else None)
 
         response = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=pad)
         sampled = torch.tensor([len(r) for r in responses], device=device)  # batches differ in width
@@ -114,19 +136,24 @@ class Sampler:
             truncated=truncated,
             items=[(task, item) for task, item, _ in drawn],
             completions=completions,
+            kept=joined(kept, response.shape[1]) if kept else None,
         )
 
-    def _continue(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """Sampled responses [B, L] to prompts [B, P]; both ways draw the same random numbers."""
+    def _continue(self, ids: Tensor, attention: Tensor, kept: KeptIds | None) -> Tensor:
+        """Sampled responses [B, L] to prompts [B, P]; both ways draw the same random numbers. Fills kept."""
         settings = self.generation
         if self.head is None or not self.head.shares:
-            given = {"input_ids": ids, "attention_mask": attention}
+            given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention}
+            if self.truncation:
+                given["logits_processor"] = recorder(self.truncation, kept)
             out: Tensor = self.model.generate(**given, generation_config=settings)
             return out[:, ids.shape[1] :]
 
         def choose(logits: Tensor, row: Tensor) -> Tensor:
-            shares = (logits / settings.temperature).softmax(-1)
-            return torch.multinomial(shares[row], 1)[:, 0]
+            logits = self.truncation(logits)
+            if kept is not None:
+                kept.add(logits[row])
+            return torch.multinomial(logits.softmax(-1)[row], 1)[:, 0]
 
         ends, pad = settings.eos_token_id, settings.pad_token_id
         return continuations(self.head, ids, attention, choose, ends, pad, settings.max_new_tokens)

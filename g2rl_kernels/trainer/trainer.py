@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..group.metrics import describe
 from ..group.options import MethodOptions, ShapingOptions
 from ..group.shaping import compares_texts, response_keys, shape_rewards
 from ..head.backend import choose_backend
+from ..head.tiled import slices
 from ..models.checkpointing import checkpointing, enable_checkpointing
 from ..models.encoder import SentenceEncoder
 from ..models.lm_head import LMHead, find_head, frozen_copy
@@ -164,7 +165,7 @@ class Trainer:
         if votes:
             groups = [
                 (getattr(asked[rows.start][0], "judge", None), [one.answer for one in verdicts[rows]])
-                for rows in _slices(len(asked), config.group_size)
+                for rows in slices(0, len(asked), config.group_size)
             ]
             answers = [answer for group in unify(groups, self.limits) for answer in group]
         scores = torch.tensor([one.score for one in verdicts], dtype=torch.float32, device=self.device)
@@ -186,7 +187,7 @@ class Trainer:
         self.inputs.begin(rollout)
         keeps = updates and config.micro_batch_size == len(scores) and not config.gradient_checkpointing
         states: tuple[Tensor, Tensor, Tensor] | None = None
-        for rows in _slices(len(scores), config.micro_batch_size):
+        for rows in slices(0, len(scores), config.micro_batch_size):
             with torch.set_grad_enabled(keeps):
                 hidden, tokens, cu_seqlens, mask = self._response_hidden(self.head, rollout, rows)
             if keeps:
@@ -194,6 +195,7 @@ class Trainer:
             hidden = hidden.detach()
             start = clock(self.device)
             options = {**self.head.options(config.temperature), "bias": bias, "backend": config.backend}
+            options["support"] = rollout.support(rows)
             weights = self.inputs.token_weights(hidden)
             out = g2.head_features(hidden, weight, tokens, cu_seqlens, **options, **weights)
             self.inputs.add(hidden, weight, tokens, cu_seqlens, **options)
@@ -258,9 +260,9 @@ class Trainer:
         coef, high = config.entropy_coef, config.ratio_clip_high
         assert coef is not None  # self.config is resolved
         assert high is not None
-        for mini in config.epochs * [*_slices(config.batch_size, config.mini_batch_size)]:
+        for mini in config.epochs * [*slices(0, config.batch_size, config.mini_batch_size)]:
             weights = token_weights(rollout.mask[mini], config.loss_mean)
-            for micro in _slices(config.mini_batch_size, config.micro_batch_size):
+            for micro in slices(0, config.mini_batch_size, config.micro_batch_size):
                 rows = slice(mini.start + micro.start, mini.start + micro.stop)
                 logprobs, entropy = self._logprobs(self.head, rollout, rows, measured.states)
                 measured.states = None  # of the policy before the first update
@@ -329,7 +331,8 @@ class Trainer:
             hidden, tokens, mask = states
         weight, bias = head.weights(self.ops_dtype)
         options = {**head.options(self.config.temperature), "logits_memory": self.config.logits_memory}
-        out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, **options)
+        support = rollout.support(rows)
+        out = g2.linear_logprobs(hidden, weight, tokens, bias=bias, support=support, **options)
         return _padded(out.logprobs, mask), _padded(out.entropy, mask)
 
     def _describe(self, rollout: Rollout, measured: MeasuredRollout) -> dict[str, float]:
@@ -342,6 +345,7 @@ class Trainer:
             "length": rollout.mask.sum().item() / max(int(rollout.mask.any(1).sum()), 1),
             "truncated": rollout.truncated.float().mean().item(),
             "entropy": measured.entropy,
+            **rollout.truncation(),
             **{
                 key: shaping[key]
                 for key in ("cos_mean", "negative_pairs", "exploration_score_mean", "sign_flips")
@@ -490,7 +494,3 @@ def _padded(packed: Tensor, mask: Tensor) -> Tensor:
     out = torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device)
     out[mask] = packed
     return out
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -66,11 +66,12 @@ class Support(NamedTuple):
         return self._replace(ids=local_tokens(self.ids, V, group)) if group else self
 
     def of(self, tokens: Tensor) -> Support:
-        """The lists of some tokens, given by their rows [n] int64."""
+        """The lists of some tokens, given by their rows [n] int64, with `whole` where it is known."""
         first, lengths = self.offsets[tokens], self.offsets.diff()[tokens]
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         shift = torch.repeat_interleave(first - offsets[:-1], lengths)
-        return Support(self.ids[torch.arange(len(shift), device=shift.device) + shift], offsets)
+        ids = self.ids[torch.arange(len(shift), device=shift.device) + shift]
+        return Support(ids, offsets, None if self.whole is None else self.whole[tokens])
 
 
 # What public functions take.
