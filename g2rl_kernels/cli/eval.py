@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="the K likeliest tokens (0: all tokens)"
     )
+    how.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="tokens with at least P of the likeliest one's probability (0.0: all tokens)",
+    )
     parser.set_defaults(n=16, temperature=1.0)
     results = parser.add_argument_group("results")
     results.add_argument("--out", metavar="DIR", help="folder for samples and results (runs/eval)")
@@ -92,7 +99,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if not args.model or ("=" in args.model and not Path(args.model).exists()):
         raise ConfigError("no model: g2rl eval MODEL --data math500, or --help")
-    decoding = Decoding(args.n, args.temperature, args.top_p, args.top_k)
+    decoding = Decoding(args.n, args.temperature, args.top_p, args.top_k, args.min_p)
     decoding.check()
     check_ks(_ks(args), args.n)
     config = sampling.make_config(args, args.model)

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +29,13 @@ from ..trainer.startup import check_policy
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are drawn: from softmax(logits / temperature), cut by top_k, then by top_p."""
+    """How tokens are drawn: from softmax(logits / temperature), cut by top_k, then by top_p and min_p."""
 
     n: int = 8  # responses for each prompt
     temperature: float = 1.0  # 0: greedy, always the likeliest token
     top_p: float = 1.0  # keeps the fewest likeliest tokens whose probabilities add up to top_p; 1.0: all
     top_k: int = 0  # keeps the top_k likeliest tokens; 0: all
+    min_p: float = 0.0  # keeps tokens with at least this share of the likeliest one's probability; 0: all
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot work."""
@@ -52,6 +53,8 @@ class Decoding:
             raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: must be at least 0; 0 is all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p}: must be from 0 to 1; 0 is all tokens")
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,17 @@ class TransformersEngine:
 
     def __init__(self, model: Any, tokenizer: Any, config: TrainerConfig, decoding: Decoding):
         self.model, self.tokenizer, self.n = model.eval(), tokenizer, decoding.n
+        config = replace(
+            config,
+            temperature=decoding.temperature or 1.0,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            min_p=decoding.min_p,
+            keep_sampling_mask=False,  # nothing is trained
+        )
         self.sampler = Sampler(model, tokenizer, [], config)
-        generation = self.sampler.generation  # the trainer samples from the whole softmax
-        generation.top_p, generation.top_k = decoding.top_p, decoding.top_k
         if decoding.temperature == 0:
+            generation = self.sampler.generation
             generation.do_sample, generation.temperature, generation.top_p = False, None, None
             generation.top_k = None
         check_policy(
@@ -147,6 +157,7 @@ class VllmEngine:
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
             "top_k": decoding.top_k or -1,  # -1 means all tokens in every version of vLLM
+            "min_p": decoding.min_p,
             "max_tokens": config.max_new_tokens,
             "stop_token_ids": self.end_tokens,
             "detokenize": False,  # `_response` decodes, as for the other engine

@@ -234,7 +234,12 @@ def test_greedy_and_top_p_and_top_k():
     model = make_model()
     with torch.no_grad():
         first = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    for decoding in (Decoding(n=1, temperature=0), Decoding(n=8, top_k=1), Decoding(n=8, top_p=1e-4)):
+    for decoding in (
+        Decoding(n=1, temperature=0),
+        Decoding(n=8, top_k=1),
+        Decoding(n=8, top_p=1e-4),
+        Decoding(n=8, min_p=1.0),
+    ):
         responses = engine(Settings(CONFIG, decoding)).sample([ids], [3])[0]
         assert len(responses) == decoding.n
         assert {tuple(response.tokens) for response in responses} == {tuple(responses[0].tokens)}
@@ -251,6 +256,7 @@ def test_greedy_and_top_p_and_top_k():
         (Decoding(temperature=math.inf), "temperature=inf"),
         (Decoding(top_p=0), "top_p=0"),
         (Decoding(top_k=-1), "top_k=-1"),
+        (Decoding(min_p=1.1), "min_p=1.1: must be from 0 to 1"),
         (Decoding(top_k=2.5), "top_k=2.5: must be a whole number"),
         (Decoding(n=True), "n=True: must be a whole number"),
     ],
@@ -323,7 +329,7 @@ def save_tiny(path: Path) -> str:
 
 def test_vllm(tmp_path, vllm):
     config = TrainerConfig.from_dict({**CONFIG.to_dict(), "model": save_tiny(tmp_path / "model")})
-    settings = Settings(config, Decoding(n=3, temperature=0.7, top_p=0.9), "vllm", batch_size=6)
+    settings = Settings(config, Decoding(n=3, temperature=0.7, top_p=0.9, min_p=0.1), "vllm", batch_size=6)
     rows = sample([letters(3)], settings, tmp_path / "out")
     (made,) = vllm.made
     assert made["model"] == config.model
@@ -336,6 +342,7 @@ def test_vllm(tmp_path, vllm):
     assert len({one.seed for one in params}) == 3
     for one in params:
         assert (one.n, one.temperature, one.top_p, one.top_k, one.max_tokens) == (3, 0.7, 0.9, -1, 6)
+        assert one.min_p == 0.1
         assert one.stop_token_ids == [1]
     assert [row["completion"] for row in rows[:3]] == ["abc=ab", "ab", "ab"]
     assert [row["truncated"] for row in rows[:3]] == [True, False, False]
