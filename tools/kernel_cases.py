@@ -90,9 +90,11 @@ def made(
     descriptors: Mapping[str, str] | None = None,
     types: Mapping[str, str] | None = None,
     strided: tuple[str, ...] = (),
+    even: tuple[str, ...] = (),
     **launch: Any,
 ) -> Case:
-    """A case of one of the head's kernels. `strided` operands have strides of no known divisor."""
+    """A case of one of the head's kernels. `strided` operands have strides of no known divisor; `even` numbers
+    are multiples of 16 beside those that always are."""
     constants, signature, multiples = dict(constants), {}, []
     descriptors = {**(descriptors or {}), **(types or {})}
     for name in function(kernel).arg_names:
@@ -106,7 +108,7 @@ def made(
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = TYPE.get(name, "i32")
-        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN) and name not in strided):
+        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN, *even) and name not in strided):
             multiples.append(name)
     launch = {"tiles": ""} | launch
     return Case(
@@ -472,6 +474,7 @@ def support_cases(arch: int | str, scope: str) -> Iterator[Case]:
                     dtype=dtype,
                     types={"out": f"*{out}"},
                     strided=strided,
+                    even=() if strided else ("D", "stride_on"),
                     num_warps=num_warps,
                     tiles=" x ".join(str(constants[key]) for key in ("BT", "BK", "BD") if key in constants),
                 )

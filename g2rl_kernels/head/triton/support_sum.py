@@ -19,10 +19,11 @@ from .tile import weight_arguments
 
 STRIP = 256  # entries
 # Entries at a time x columns. Most lists of the weight's gradient are empty or short: few programs a list.
-WIDE, NARROW = (4, 1024), (16, 256)
+WIDE, NARROW = (2, 1024), (8, 256)
 
 
-@triton.jit(do_not_specialize=["V", "D"])
+# D is specialized: with a mask that ends at a multiple of 16, loads take 16 bytes.
+@triton.jit(do_not_specialize=["V"])
 def head_support_sum_kernel(
     coefficient, index, offsets, weight, out,
     V,

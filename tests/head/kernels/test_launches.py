@@ -48,6 +48,8 @@ def run(self, *args, grid, warmup, **options):
     assert not AMD or not any(tma), self.__name__
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel is not None, self.__name__
+    if sys.argv[5] == "support" and not AMD:  # rows are gathered 16 bytes at a time
+        assert "ld.global.v4" in kernel.asm["ptx"], self.__name__
     compiled[id(kernel)] = (self.__name__, kernel)  # kept alive: ids are not used again
 
 

@@ -28,7 +28,7 @@ from g2rl_kernels.head.triton import support_sum
 
 HAS_GPU = GPU.type == "cuda"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-Lists = tuple[Tensor, Tensor]
+Lists = tuple[Tensor, ...]  # as `support` takes them
 
 STATISTICS = ("sum_p_squared", "top_token")
 
@@ -351,6 +351,20 @@ def test_lists_of_the_whole_vocabulary_are_the_full_head():
     )
     for name, value in full._asdict().items():
         assert_close(name, actual[name], value, 1e-5)
+
+
+def test_some_tokens_take_the_full_head():
+    case = case_of("bias", torch.float32)
+    ids, offsets = lists_for(case, 25)
+    whole = torch.arange(13) % 4 == 1
+    kept = ~torch.repeat_interleave(whole, offsets.diff())
+    lengths = offsets.diff().masked_fill(whole, 0)
+    some = ids[kept], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), whole
+    grads = torch.randn(13), torch.randn(13)
+    for run in (features, lambda *arguments: ours(*arguments[:2], grads, *arguments[2:])):
+        found, expected = run(case, some, "triton"), run(case, some, "reference")
+        for name, value in found.items():
+            assert_close(name, value, expected[name], 1e-5 * (1 + expected[name].abs().max()))
 
 
 def test_a_token_that_its_list_lacks_has_nan_alone():
