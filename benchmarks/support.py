@@ -41,13 +41,15 @@ def likeliest(p: Problem, k: int) -> tuple[Tensor, Tensor]:
 
 
 def methods(support: tuple[Tensor, Tensor] | None, backend: str | None) -> dict[str, Method]:
+    options: dict[str, Any] = {"support": support, "backend": backend}
+
     def features(p: Problem) -> Outputs:
-        options = {"logit_softcap": p.softcap, "support": support, "backend": backend}
-        return Outputs(*g2.head_features(p.hidden, p.weight, p.tokens, p.cu_seqlens, **options))
+        inputs = p.hidden, p.weight, p.tokens, p.cu_seqlens
+        return Outputs(*g2.head_features(*inputs, logit_softcap=p.softcap, **options))
 
     def logprobs(p: Problem) -> Outputs:
-        options = {"logit_softcap": p.softcap, "support": support, "backend": backend}
-        return Outputs(logprobs=g2.linear_logprobs(p.hidden, p.weight, p.tokens, **options).logprobs)
+        out = g2.linear_logprobs(p.hidden, p.weight, p.tokens, logit_softcap=p.softcap, **options)
+        return Outputs(logprobs=out.logprobs)
 
     trained, frozen = Method("logprobs", logprobs), Method("logprobs", logprobs, frozen=True)
     return {"features": Method("features", features), "logprobs": trained, "frozen weight": frozen}

@@ -93,8 +93,8 @@ def made(
     even: tuple[str, ...] = (),
     **launch: Any,
 ) -> Case:
-    """A case of one of the head's kernels. `strided` operands have strides of no known divisor; `even` numbers
-    are multiples of 16 beside those that always are."""
+    """A case of one of the head's kernels. `strided` operands have strides of no known divisor; `even`
+    numbers are multiples of 16, as some always are."""
     constants, signature, multiples = dict(constants), {}, []
     descriptors = {**(descriptors or {}), **(types or {})}
     for name in function(kernel).arg_names:

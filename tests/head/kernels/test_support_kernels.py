@@ -45,7 +45,11 @@ def fenced(tensor: Tensor) -> Tensor:
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
     values = torch.randn(rows, columns).to(dtype)
-    return fenced(values) if layout == "contiguous" else restride(values, layout).to(GPU)
+    if layout == "contiguous":
+        return fenced(values)
+    values = restride(values, layout)
+    assert values._base is not None
+    return values._base.to(GPU).as_strided(values.shape, values.stride(), values.storage_offset())
 
 
 def stored(sums: Tensor, dtype: torch.dtype) -> Tensor:
