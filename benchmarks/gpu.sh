@@ -3,7 +3,7 @@
 # compiler; no network, no virtual environment. Installs nothing.
 #
 #     benchmarks/gpu.sh                                  tests and benchmarks, into benchmarks/results/gpu
-#     PARTS="build sanitizers tune head" benchmarks/gpu.sh    the other parts, in a second run
+#     PARTS="build sanitizers tune support head" benchmarks/gpu.sh    the other parts, in a second run
 #     PARTS="build kernels head" benchmarks/gpu.sh       only these, where GPU time is scarce
 #     OUT=elsewhere PYTHON=python3.12 benchmarks/gpu.sh
 #     PYTHONPATH=$PWD/carried benchmarks/gpu.sh          with packages installed before, for this Python, by
@@ -16,6 +16,7 @@
 #   suite       all other tests that depend on the device   } (those whose imports are installed)
 #   memcheck, racecheck   compute-sanitizer on the kernels' small tests; only if named    } sanitizers
 #   tune        g2rl tune for the first case, two minutes; only if named
+#   support     both ops with 64 and 512 ids a token, beside all ids; only if named
 #   head, logprobs, group, train    g2rl bench, JSON named after the GPU }
 #   profile     time by kernel of one call in each mode        } bench
 #   plots       pictures from the JSON                         }
@@ -36,8 +37,8 @@ PARTS=${PARTS// bench / head logprobs group train profile plots }
 # Time limits in seconds. The parts of a default run add up to less than ten minutes; LIMITS+= lists the others.
 declare -A LIMITS=([build]=50 [info]=15 [kernels]=170 [suite]=60 [head]=110 [logprobs]=65 [group]=25 [train]=35 [profile]=25
   [plots]=15)
-LIMITS+=([memcheck]=150 [racecheck]=150 [tune]=120 [ncu]=120 [nsys]=60)
-ALL="build info kernels suite memcheck racecheck tune head logprobs group train profile plots"
+LIMITS+=([memcheck]=150 [racecheck]=150 [tune]=120 [support]=60 [ncu]=120 [nsys]=60)
+ALL="build info kernels suite memcheck racecheck tune support head logprobs group train profile plots"
 for part in $PARTS; do
   [[ " $ALL " == *" $part "* ]] || { echo "gpu.sh: no part '$part'; they are: $ALL (or tests, sanitizers, bench)" >&2; exit 2; }
 done
@@ -190,6 +191,13 @@ if wanted tune; then
     skip tune "$NO_GPU"
   else
     run tune "${G2RL[@]}" tune --vocab 151936 --hidden 2048
+  fi
+fi
+if wanted support; then
+  if [[ -z $GPU ]]; then
+    skip support "$NO_GPU"
+  else
+    run support "$PYTHON" -m benchmarks.support  # the table is in its log
   fi
 fi
 ! wanted head || bench head HEAD_ARGS "" "${head[@]}"

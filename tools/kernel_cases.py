@@ -22,7 +22,7 @@ TYPES = {
     "*fp32": "alpha coefficient entropy factors features kappa largest logprobs logsumexp lse2 mass numbers "
     "out partial rest seed shift skipped_mass slope slots sum_p_squared sums target top_logprob",
     "*fp64": "totals",
-    "*i64": "cu_seqlens first index skipped_tokens tokens top_token",
+    "*i64": "cu_seqlens first index offsets rows skipped_tokens tokens top_token",
     "*i32": "gate response top",
     "*i8": "keep",
     "fp32": "factor most outside scale sign",
@@ -90,9 +90,11 @@ def made(
     descriptors: Mapping[str, str] | None = None,
     types: Mapping[str, str] | None = None,
     strided: tuple[str, ...] = (),
+    even: tuple[str, ...] = (),
     **launch: Any,
 ) -> Case:
-    """A case of one of the head's kernels. `strided` operands have strides of no known divisor."""
+    """A case of one of the head's kernels. `strided` operands have strides of no known divisor; `even`
+    numbers are multiples of 16, as some always are."""
     constants, signature, multiples = dict(constants), {}, []
     descriptors = {**(descriptors or {}), **(types or {})}
     for name in function(kernel).arg_names:
@@ -106,7 +108,7 @@ def made(
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = TYPE.get(name, "i32")
-        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN) and name not in strided):
+        if signature[name][0] == "*" or (name in (*ROW_STRIDES, *OWN, *even) and name not in strided):
             multiples.append(name)
     launch = {"tiles": ""} | launch
     return Case(
@@ -365,6 +367,7 @@ def small_cases(arch: int | str, scope: str) -> Iterator[Case]:
         yield made(f"{name}.head_{name}_kernel", arch, constants, variant=variant, num_warps=num_warps)
     yield from project_cases(arch, scope, project)
     yield from product_cases(arch, scope)
+    yield from support_cases(arch, scope)
 
 
 class Recorder:
@@ -447,6 +450,34 @@ def product_cases(arch: int | str, scope: str) -> Iterator[Case]:
             num_stages=config.num_stages,
             tiles=f"{config.BM} x {config.BN} x {config.BK}",
         )
+
+
+def support_cases(arch: int | str, scope: str) -> Iterator[Case]:
+    """The products of a restricted head. A wide matrix's tile is for hidden and weight, a narrow one's for a
+    low-rank part; sums are stored in float32 or in the dtype of the matrix."""
+    from g2rl_kernels.head.triton import support_dot, support_sum
+
+    dot = {"BT": support_dot.BT, "BD": support_dot.BD}
+    for dtype in ("bf16", "fp32") if scope != "quick" else ("bf16",):
+        found = [("dot", "", "fp32", dot, 8)]
+        for tile, (BK, BD) in (("wide", support_sum.WIDE), ("narrow", support_sum.NARROW)):
+            constants = {"BK": BK, "BD": BD, "STRIP": support_sum.STRIP}
+            found += [("sum", f"{tile}, ", out, constants, 4) for out in dict.fromkeys(("fp32", dtype))]
+        for name, tile, out, constants, num_warps in found:
+            for strided in ((), STRIDED) if scope != "quick" else ((),):
+                yield made(
+                    f"support_{name}.head_support_{name}_kernel",
+                    arch,
+                    constants,
+                    variant=f"{tile}into {out}" + ", any strides" * bool(strided),
+                    operands=dtype,
+                    dtype=dtype,
+                    types={"out": f"*{out}"},
+                    strided=strided,
+                    even=() if strided else ("D", "stride_on"),
+                    num_warps=num_warps,
+                    tiles=" x ".join(str(constants[key]) for key in ("BT", "BK", "BD") if key in constants),
+                )
 
 
 def launched_project(

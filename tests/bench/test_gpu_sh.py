@@ -31,11 +31,11 @@ def statuses(out: Path) -> dict[str, str]:
 
 def test_gpu_sh_runs_to_its_end_without_a_gpu(tmp_path):
     done = gpu_sh(
-        tmp_path, PARTS="info tests sanitizers bench"
+        tmp_path, PARTS="info tests sanitizers support bench"
     )  # no build: it would pull the rug from others
     assert done.returncode == 0, done.stdout
     found = statuses(tmp_path)
-    for part in ("kernels", "suite", "memcheck", "racecheck"):
+    for part in ("kernels", "suite", "memcheck", "racecheck", "support"):
         assert found[part].startswith("skipped: torch sees no GPU")
     for part in ("info", "head", "logprobs", "group"):
         assert found[part] == "ok"

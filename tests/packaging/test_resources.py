@@ -102,6 +102,7 @@ def test_the_committed_table_shows_clean_kernels(section, targets):
         assert kernels >= {
             *("group", "batch_scale", "head_stats", "head_residual", "head_collect"),
             *("head_project", "head_gather", "head_gradient", "head_target", "head_skip"),
+            *("head_support_dot", "head_support_sum"),
         }
 
 

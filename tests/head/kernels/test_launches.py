@@ -48,6 +48,8 @@ def run(self, *args, grid, warmup, **options):
     assert not AMD or not any(tma), self.__name__
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel is not None, self.__name__
+    if sys.argv[5] == "support" and not AMD:  # rows are gathered 16 bytes at a time
+        assert "ld.global.v4" in kernel.asm["ptx"], self.__name__
     compiled[id(kernel)] = (self.__name__, kernel)  # kept alive: ids are not used again
 
 
@@ -55,6 +57,8 @@ JITFunction.run = run
 from g2rl_kernels.group import triton as group
 from g2rl_kernels.head.backend import Hints, Incoming, Kept, Sums
 from g2rl_kernels.head.spec import HeadSpec, Responses
+from g2rl_kernels.head.support import triton as restricted
+from g2rl_kernels.head.support.spec import Support
 from g2rl_kernels.head.triton import driver, logprobs, tile, tuning
 
 logprobs._add_product = lambda *_, **__: None
@@ -80,6 +84,15 @@ def gradients(N, V, d, S, dtype, mode):
         driver.sweep(hidden, tokens, head, Incoming(numbers[:2], numbers[2:]), slice(0, V), sums, kept)
 
 
+def support(N, V, d, S, dtype, mode):
+    hidden, tokens, head = inputs(N, V, d, dtype, mode)
+    lists = Support(tokens.repeat(3), 3 * torch.arange(N + 1))
+    responses = Responses(torch.tensor([0] * S + [N]), None)
+    more = mode == "temperatures and statistics"
+    restricted.features(hidden, tokens, head, lists, responses, more)
+    restricted.gather_sum(torch.zeros(3 * N), lists.ids, lists.offsets, head.weight, torch.empty_like(hidden))
+
+
 def features(N, V, d, S, dtype, mode):
     hidden, tokens, head = inputs(N, V, d, dtype, mode)
     alpha = torch.ones(N) if mode == "every option" else None
@@ -98,6 +111,8 @@ def groups(S, d, B, M):
 
 if sys.argv[2] == "groups":
     features, gradients = (lambda S, d, B, M, *_: groups(S, d, B, M)), lambda *_: None
+if sys.argv[5] == "support":
+    features, gradients = support, lambda *_: None
 
 counts = []
 for size in json.loads(sys.argv[1]):
@@ -110,12 +125,17 @@ print(json.dumps([counts, sorted({name for name, _ in compiled.values()})]))
 
 
 def launches(
-    sizes: list[tuple[int, int, int, int]], what: str, gpu: str = "Hopper", precision: str = "ieee"
+    sizes: list[tuple[int, int, int, int]],
+    what: str,
+    gpu: str = "Hopper",
+    precision: str = "ieee",
+    head: str = "",
 ) -> tuple[list[int], list[str]]:
     """Kernels that were compiled after each size, and their names. `what` is a dtype, and sizes are (N, V, d,
-    S) of heads; or it is "groups", and sizes are (S, d, B, M). `precision` is torch's of float32 products."""
+    S) of heads; or it is "groups", and sizes are (S, d, B, M). `precision` is torch's of float32 products.
+    `head` is "support" for one that is restricted to some ids a token."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what, gpu, precision]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(sizes), what, gpu, precision, head]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     counts, names = json.loads(done.stdout.splitlines()[-1])
@@ -141,6 +161,17 @@ def test_every_mode_compiles_for_amd(dtype):
     """Where torch would multiply float32 as TF32, too: AMD has no 3xTF32."""
     _, names = launches([(500, 7001, 192, 3)], dtype, "MI300", "tf32")
     assert {"head_stats_kernel", "head_residual_kernel", "head_project_kernel"} <= set(names)
+
+
+@pytest.mark.parametrize("gpu", ["Hopper", "MI300"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_restricted_head_compiles_once_for_all_sizes(dtype, gpu):
+    """But for wider tiles of a larger head."""
+    sizes = [(1, 64, 64, 1), (500, 7001, 192, 3), (4099, 1000, 1024, 16), (70, 70_001, 2048, 2)]
+    counts, names = launches(sizes, dtype, gpu, head="support")
+    assert names == ["head_support_dot_kernel", "head_support_sum_kernel"]
+    sums = 1 if dtype == "float32" else 2  # stored in float32, and in the dtype of the weight
+    assert counts == [1 + sums, 1 + sums, 1 + 2 * sums, 1 + 2 * sums]
 
 
 def test_rows_that_tma_cannot_address_compile():
