@@ -151,7 +151,7 @@ def sampling_support(
 def _lists(
     hidden: Tensor, tokens: Tensor, head: HeadSpec, settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The lists of some tokens one behind the other, their lengths, and `whole` and `added`, [n] each."""
+    """The lists of n tokens, one behind the other; their lengths, `whole` and `added`, [n] each."""
     V, token = len(head.weight), tokens[:, None]
     hidden = hidden.to(reference.accumulation_dtype(hidden))
     for size in settings.sizes(V):
@@ -219,9 +219,9 @@ def _flipped(bits: Tensor) -> Tensor:
 
 
 def _kept(z: Tensor, lse: Tensor, hidden: Tensor, head: HeadSpec, settings: _Settings) -> Tensor:
-    """Which of the likeliest entries stay, [n, size] bool: the first of each row, as long as the list is.
+    """Which of the likeliest entries stay, [n, size] bool: the first so many of each row.
 
-    z [n, size] falls; entries beyond it are as likely as its last one, or less.
+    z [n, size] falls. Entries beyond it are as likely as its last one, or less.
     """
     top_k, top_p, min_p, *_ = settings
     more = z.shape[1] < len(head.weight) and not settings.exact_k
@@ -230,9 +230,7 @@ def _kept(z: Tensor, lse: Tensor, hidden: Tensor, head: HeadSpec, settings: _Set
     keep, floor = z > -torch.inf, None
     if settings.rules == "vllm":
         keep &= likely
-        if settings.exact_k:
-            keep[:, top_k:] = False
-        elif min_p:
+        if min_p:
             floor = top + math.log(min_p)
     elif top_k:
         floor = z[:, top_k - 1 : top_k].double()

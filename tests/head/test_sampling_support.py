@@ -316,11 +316,11 @@ def support_of(z: list[list[float]], tokens: list[int], **options: object) -> g2
 
 
 def test_equal_logits_at_the_cut():
-    row = [0.0, 2.0, 3.0, 2.0, 3.0, 2.0, -0.0]
+    row = [0.0, 2.0, 3.0, 2.0, 3.0, 2.0, 0.0]
     cases = [
         ({"top_k": 3}, [1, 2, 3, 4, 5], [1, 2, 4]),  # all of equals; or k, the lowest ids first
         ({"top_k": 1}, [2, 4], [2]),
-        ({"top_k": 6}, [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]),  # 0 and -0 are equal
+        ({"top_k": 6}, [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]),
         ({"top_p": 0.7}, [2, 4, 5], [1, 2, 4]),  # the highest ids, or the lowest
         ({"min_p": 0.36}, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
         ({"top_k": 3, "top_p": 0.85}, [2, 3, 4, 5], [1, 2, 4]),  # 0.85 of five, or of three
@@ -328,6 +328,11 @@ def test_equal_logits_at_the_cut():
     for options, transformers, vllm in cases:
         for rules, expected in (("transformers", transformers), ("vllm", vllm)):
             assert lists(support_of([row], [2], rules=rules, **options)) == [expected], (options, rules)
+
+
+def test_0_and_minus_0_are_equal():
+    found = support_of([[-1e-9, 1e-9, 3.0]], [2], top_k=2, logits_dtype=torch.float16, rules="vllm")
+    assert lists(found) == [[0, 2]]
 
 
 @rules
