@@ -198,9 +198,13 @@ def test_responses_of_generate(dtype):
     del how["do_sample"]
     rounded = None if dtype == torch.float32 else dtype
     found = g2.sampling_support(hidden, model.lm_head.weight, tokens, **how, logits_dtype=rounded)
-    same = sum(ours == row.nonzero().flatten().tolist() for ours, row in zip(lists(found), theirs))
+    # Among rounded logits top_p cuts through equals, of which torch.sort chooses: as many are compared.
+    what = set if rounded is None else len
+    same = sum(
+        what(ours) == what(row.nonzero().flatten().tolist()) for ours, row in zip(lists(found), theirs)
+    )
     assert theirs.sum(1).float().mean() > 3
-    assert same >= 0.9 * len(tokens)
+    assert same >= 0.95 * len(tokens)
     assert found.added.sum() <= 0.01 * len(tokens)
     assert not found.whole.any()
 
