@@ -143,6 +143,24 @@ def test_a_temperature_of_each_token_and_statistics():
     assert agreement == (log_p.argmax(1) == tokens).float().mean()
 
 
+def test_the_support_of_each_token():
+    names: dict = {}
+    exec(compile(code("sampling.md") + code("sampling.md", 1), "sampling.md", "exec"), names)
+    model = tiny_model()
+    with torch.no_grad():
+        hidden = 10 * torch.randn(9, 32)
+        p = (model.lm_head(hidden) / 0.7).softmax(-1)
+        found, metrics = names["supports"](g2.find_head(model), hidden, p.argmax(1))
+    kept = [ids.tolist() for ids in found.ids.split(found.offsets.diff().tolist())]
+    assert 1 < metrics["entries"] == sum(map(len, kept)) / 9 <= 21
+    assert metrics["whole"] == metrics["added"] == 0
+    for row, entries in zip(p, kept):
+        assert row[entries].sum() > 0.94 * row.topk(20).values.sum()
+    ids, offsets = names["as_support"](kept)
+    assert torch.equal(ids, found.ids)
+    assert torch.equal(offsets, found.offsets)
+
+
 def test_trl(tmp_path, monkeypatch):
     """As written, but for a tiny model, local problems and three steps."""
     pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
