@@ -29,6 +29,7 @@ TRL asks a model for log-probs by `model(..., fused_lm_head=True)`. `_add_ops` r
 where FSDP has gathered the head's weight.
 
 trl_config.py: G2RLConfig. trl_head.py: the model's head and what enters it. trl_seams.py: what TRL must have.
+trl_measurement.py: what is kept of a batch. trl_masks.py, trl_support.py: the ids that sampling kept.
 trl_methods.py: what dirl and gar need.
 systems.py, shared with other trainers: shaping by the settings, answers and embeddings of texts.
 """
@@ -38,13 +39,11 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
@@ -80,33 +79,14 @@ from .trl_head import (
     runs_here,
     scoring_of,
     settle_positions,
+    states_of_rows,
     without_autocast,
 )
+from .trl_masks import SamplingMasks
+from .trl_measurement import Measurement
 from .trl_methods import MethodInputs
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
-
-
-@dataclass
-class _Measurement:
-    """What `_generate_and_score_completions` leaves behind for one batch: S responses on R ranks."""
-
-    tool_mask: list[list[int]] | None = None  # S / R lists: 1 for the model's own token, 0 for a tool's
-    known_logprobs: list[list[float | None]] | None = None  # S / R lists, as the sampler reported them
-    known_fit: bool = (
-        False  # whether those of the responses measured last are near enough to save time on a CPU
-    )
-    completion_columns: int = 0  # how many of the padded ids' last columns hold completions
-    states: list[Tensor] = field(default_factory=list)  # hidden states [S / R, d] that sampled each token
-    due: bool = False  # the next forward is the one under the policy that sampled
-    num_iterations: int | None = None  # the trainer's own, if another made TRL run the forward it would skip
-    features: list[Tensor] = field(default_factory=list)  # of this rank's responses, one [.., d] a forward
-    keys: list[Tensor] = field(default_factory=list)  # the same, `response_keys`
-    has_tokens: list[Tensor] = field(default_factory=list)  # the same, bool
-    entropies: list[Tensor] = field(default_factory=list)  # of this rank's tokens
-    seconds: float = 0.0  # for features, on this rank
-    rewards: Tensor | None = None  # [S, reward functions], raw
-    texts: list[str] = field(default_factory=list)  # S / R completions
-    alignment: dict[str, Tensor] = field(default_factory=dict)  # of `MethodInputs`, of all ranks
+from .trl_support import KEPT, KeptRow, support_of
 
 
 class G2RLTrainer(GRPOTrainer):
@@ -167,7 +147,8 @@ class G2RLTrainer(GRPOTrainer):
         wants = self._shapes if args.g2rl_fused_logprobs is None else args.g2rl_fused_logprobs
         with adapters_on_the_head(wants and not args.cast_lm_head_to_fp32):
             super().__init__(model, reward_funcs, args, train_dataset, *others, **keywords)
-        self._measurement: _Measurement | None = None
+        self._measurement: Measurement | None = None
+        self._kept: list[KeptRow] | None = None  # of the rows that a forward of the loss scores
         settings = TRLSettings.of(args)
         self._reader = TextReader(settings, self.accelerator.device) if settings.reads_texts else None
         self._alarm = settings.alarm()
@@ -182,6 +163,7 @@ class G2RLTrainer(GRPOTrainer):
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
         self._inputs = MethodInputs(self)
+        self._masks = SamplingMasks(self, fused) if args.g2rl_keep_sampling_mask else None
         warn_save_steps(args, self.num_iterations)
         warn_unmoved(
             self.model.parameters(),
@@ -281,17 +263,20 @@ class G2RLTrainer(GRPOTrainer):
         return scoring
 
     def _measure(
-        self, measurement: _Measurement, head: LMHead, hidden: Tensor, labels: Tensor
+        self, measurement: Measurement, head: LMHead, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds some responses' features to the measurement; returns log-probs and entropies, [N] each."""
         start = clock(self.accelerator.device)
         with maybe_gather_lm_head_ctx(head.output.weight, head.output.bias):
-            packed, weight, bias, tokens, cu_seqlens, mask = head_inputs(
-                head, hidden, labels, self._scoring.float32
-            )
+            inputs = head_inputs(head, hidden, labels, self._scoring.float32)
+            packed, weight, bias, tokens, cu_seqlens, mask = inputs
             done, columns = sum(map(len, measurement.features)), measurement.completion_columns
             rows = slice(done, done + len(mask))
             options = head.options(self.temperature)
+            if self._masks is not None:
+                if len(measurement.kept) == done:
+                    measurement.kept += self._masks.recomputed(head, inputs)
+                options["support"] = support_of(measurement.kept[rows], mask)
             counts = mask
             own = None
             if measurement.tool_mask is not None:
@@ -320,7 +305,7 @@ class G2RLTrainer(GRPOTrainer):
         measurement.seconds += clock(self.accelerator.device) - start
         return out.logprobs, out.entropy
 
-    def _known_logprobs_pay(self, measurement: _Measurement, device: torch.device) -> bool:
+    def _known_logprobs_pay(self, measurement: Measurement, device: torch.device) -> bool:
         """Whether they save time. On a CPU one wrong token costs more for its response than a right response
         saves: the responses measured before tell, in one generation batch, how it is with this sampler."""
         return device.type != "cpu" or measurement.known_fit
@@ -333,7 +318,7 @@ class G2RLTrainer(GRPOTrainer):
                 nothing = [None] * len(inputs) * self.accelerator.num_processes
                 self._logs["extra"]["g2rl_bonus"].extend(nothing)
             return super()._generate_and_score_completions(inputs)
-        self._measurement = measurement = _Measurement()
+        self._measurement = measurement = Measurement()
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
@@ -345,6 +330,10 @@ class G2RLTrainer(GRPOTrainer):
             self._measure_states(measurement, batch)
         measurement.alignment = self._inputs.alignment(inputs, batch)
         batch["advantages"] = self._shape(measurement, len(inputs))
+        if self._masks is not None:
+            batch[KEPT] = measurement.kept
+            for name, value in self._masks.metrics(measurement).items():
+                self._metrics["train"][f"g2rl/{name}"].append(value)
         return batch
 
     def _generate(self, prompts: list) -> tuple[Any, ...]:
@@ -360,9 +349,14 @@ class G2RLTrainer(GRPOTrainer):
         with watched as states:
             generated: tuple[Any, ...] = super()._generate(prompts)
         ids = generated[1]
+        if self._masks is not None:
+            measurement.kept = self._masks.given(generated[5], ids)
+            measurement.recomputed = not measurement.kept
         # Otherwise a token took several forwards, or a forward gave several tokens
         if states and [len(state) for state in states] == [len(ids)] * max(map(len, ids)):
             measurement.states = states
+            if self._masks is not None:  # the reference's forward needs them, before features are measured
+                measurement.kept = self._masks.of_states(states, ids)
             return generated
         # Only now is the forward due: a rollout_func may call forwards of its own
         measurement.tool_mask, measurement.known_logprobs, measurement.due = generated[2], generated[4], True
@@ -378,19 +372,17 @@ class G2RLTrainer(GRPOTrainer):
         return not (elsewhere or sharded or self.tools or self.args.generation_kwargs)
 
     @torch.no_grad()
-    def _measure_states(self, measurement: _Measurement, batch: dict[str, Any]) -> None:
+    def _measure_states(self, measurement: Measurement, batch: dict[str, Any]) -> None:
         """`_measure` on the hidden states that the sampler left."""
-        ids, model = batch["completion_ids"], innermost(self.model)
-        labels = pad(ids.masked_fill(batch["completion_mask"] == 0, -100), (1, 0), value=-100)
+        labels = batch["completion_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         assert self._scoring.head is not None
-        head, more = current_head(self._scoring.head, model), 1 + ids.shape[1] - len(measurement.states)
-        for first in range(0, len(ids), self.args.per_device_train_batch_size):
-            rows = slice(first, first + self.args.per_device_train_batch_size)
-            hidden = torch.stack([state[rows] for state in measurement.states], 1)
+        head = current_head(self._scoring.head, innermost(self.model))
+        size = self.args.per_device_train_batch_size
+        for hidden, some in states_of_rows(measurement.states, labels, size):
             with self.accelerator.autocast():
-                self._measure(measurement, head, pad(hidden, (0, 0, 0, more)), labels[rows])
+                self._measure(measurement, head, hidden, some)
 
-    def _settle(self, measurement: _Measurement) -> None:
+    def _settle(self, measurement: Measurement) -> None:
         """The forward is not due any more, and num_iterations is the trainer's own again."""
         measurement.due = False
         if measurement.num_iterations is not None:
@@ -407,7 +399,9 @@ class G2RLTrainer(GRPOTrainer):
     ) -> tuple[Any, ...]:
         measurement, given = self._measurement, (model, input_ids, attention_mask, logits_to_keep, *others)
         if measurement is None or not measurement.due:
-            return super()._get_per_token_logps_and_entropies(*given, **keywords)
+            kept = self._kept if measurement is None else measurement.kept
+            with scoring_of(innermost(model)).over(kept) if kept else nullcontext():
+                return super()._get_per_token_logps_and_entropies(*given, **keywords)
         self._settle(measurement)
         measurement.completion_columns = logits_to_keep
         self._scoring.measure = functools.partial(self._measure, measurement)
@@ -415,6 +409,13 @@ class G2RLTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*given, **keywords)
         finally:
             self._scoring.measure = None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._kept = inputs.get(KEPT)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._kept = None
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], *others: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, *others)
@@ -432,7 +433,7 @@ class G2RLTrainer(GRPOTrainer):
         groups = torch.arange(len(answers), device=self.accelerator.device) // self.num_generations
         return self._reader.arguments(answers, None if embeddings is None else gather(embeddings), groups)
 
-    def _shape(self, measurement: _Measurement, count: int) -> Tensor:
+    def _shape(self, measurement: Measurement, count: int) -> Tensor:
         """This rank's advantages [count], from the shaped rewards of all ranks; logs metrics and bonus."""
         start = clock(self.accelerator.device)
         assert measurement.rewards is not None

@@ -15,6 +15,7 @@ from ..group.shaping import ALGORITHMS, ENTROPY_COEF, LABELS, REWARDS
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from .systems import SystemSettings
+from .trl_masks import check_masks
 from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
 
 
@@ -100,6 +101,12 @@ class G2RLConfig(GRPOConfig):
         "on a CPU; more saves time up to all of them, 0 computes them again.",
     )
 
+    g2rl_keep_sampling_mask: bool = option(
+        False,
+        "Where top_p, top_k or min_p truncate: log-probs of policy, old policy and reference, entropies and "
+        "features are those of the softmax over the ids that sampling kept of each token's.",
+    )
+
     def __post_init__(self) -> None:
         settings, algorithm = TRLSettings.of(self), self.g2rl_algorithm
         settings.check(self.num_generations, "num_generations")
@@ -114,6 +121,7 @@ class G2RLConfig(GRPOConfig):
             )
         self.epsilon_high = settings.clip_high(self.epsilon_high, None)  # type: ignore[has-type]
         super().__post_init__()
+        check_masks(self)
 
 
 class TRLSettings(SystemSettings):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import g2rl_kernels as g2
@@ -27,6 +28,7 @@ from ..head.logprobs import LOGITS_MEMORY
 from ..models.lm_head import LMHead, backbone_of, base_model
 from ..trainer.startup import Logprobs, check_policy, runs_exactly
 from .trl_seams import FusedCausalLMOutput, GRPOTrainer
+from .trl_support import KeptRow, next_support
 
 
 class HeadInputs(NamedTuple):
@@ -70,10 +72,20 @@ class Scoring:
     float32: bool = False  # TRL's cast_lm_head_to_fp32
     positions: bool = False  # positions are counted by `count_positions`
     measure: Measure | None = None  # while a forward is measured
+    kept: Iterator[KeptRow] | None = None  # of the rows that are scored next; None: all ids
     copied: bool = False  # a copy of a model that is in a trainer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scoring:
-        return replace(self, measure=None, copied=True)
+        return replace(self, measure=None, kept=None, copied=True)
+
+    @contextmanager
+    def over(self, kept: Sequence[KeptRow]) -> Iterator[None]:
+        """Forwards within score the rows of `kept`, in order, over these ids alone."""
+        self.kept = iter(kept)
+        try:
+            yield
+        finally:
+            self.kept = None
 
     def answer(self, model: Any, theirs: Callable[..., Any], args: tuple[Any, ...], inputs: Any) -> Any:
         """Answers `model(*args, **inputs)`, with fused_lm_head among the inputs; theirs: TRL's forward."""
@@ -93,8 +105,9 @@ class Scoring:
         if self.measure:
             logprobs, entropy = self.measure(head, hidden, labels)
         else:
-            packed, weight, bias, tokens, *_ = head_inputs(head, hidden, labels, self.float32)
+            packed, weight, bias, tokens, _, scored = head_inputs(head, hidden, labels, self.float32)
             options = {**head.options(self.temperature), "logits_memory": self.logits_memory}
+            options["support"] = next_support(self.kept, scored)
             logprobs, entropy = g2.linear_logprobs(packed, weight, tokens, bias=bias, **options)
         mask = labels[:, 1:] != -100
         log_probs, entropies = (
@@ -275,6 +288,17 @@ def last_hidden_state(backbone: Any, newest: bool = False) -> Iterator[list[Tens
         yield seen
     finally:
         hook.remove()
+
+
+def states_of_rows(states: list[Tensor], labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states [b, L + 1, d] and labels [b, L + 1] as a forward has them, of `size` rows at a time.
+
+    states: [B, d] that generate() drew each token from; labels: [B, L], -100 where there is no token.
+    """
+    labels, more = pad(labels, (1, 0), value=-100), 1 + labels.shape[1] - len(states)
+    for first in range(0, len(labels), size):
+        rows = slice(first, first + size)
+        yield pad(torch.stack([state[rows] for state in states], 1), (0, 0, 0, more)), labels[rows]
 
 
 def pad_like(mask: Tensor, rows: list[list[Any]], columns: int) -> Tensor:

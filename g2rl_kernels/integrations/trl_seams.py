@@ -54,8 +54,12 @@ SEAMS = {
         "entropy_coef": "",
         "epsilon_high": "",
         "generation_batch_size": "",
+        "generation_kwargs": "",
+        "min_p": "",
         "num_generations": "",
         "steps_per_generation": "",
+        "top_k": "",
+        "top_p": "",
         "use_adaptive_entropy": "",
     },
 }

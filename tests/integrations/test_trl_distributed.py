@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 import geometry_ddp
 from safetensors.torch import load_file
 from tiny_trl import save_model
-from trl_ddp_script import run
+from trl_ddp_script import LOGGED, run
 
 import g2rl_kernels
 from g2rl_kernels.integrations import systems, trl_methods
@@ -28,8 +28,10 @@ WRAPPED = {
     "ddp-setpo": ("DistributedDataParallel", "Parameter"),
     "ddp-dirl": ("DistributedDataParallel", "Parameter"),
     "ddp-gar": ("DistributedDataParallel", "Parameter"),
+    "ddp-mask": ("DistributedDataParallel", "Parameter"),
     "fsdp2": ("FSDPQwen3ForCausalLM", "DTensor"),
     "fsdp2-head": ("FSDPQwen3ForCausalLM", "DTensor"),
+    "fsdp2-mask": ("FSDPQwen3ForCausalLM", "DTensor"),
     "fsdp1": ("FullyShardedDataParallel", "Parameter"),
 }
 
@@ -40,7 +42,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_model(tmp_path / "model-head", tie_word_embeddings=False)
     monkeypatch.setattr(systems, "SentenceEncoder", None)  # the script sets it; restored at the end
     monkeypatch.setattr(trl_methods, "reasoning_direction", None)
-    for way in ("alone", "alone-evol", "alone-setpo", "alone-dirl", "alone-gar", "alone-head"):
+    for way in ("alone", "alone-evol", "alone-setpo", "alone-dirl", "alone-gar", "alone-mask", "alone-head"):
         run(tmp_path, way)
     geometry_ddp.run(tmp_path, "alone")
     script = str(Path(__file__).with_name("trl_ddp_script.py"))
@@ -68,7 +70,8 @@ def compare(alone: Path, together: Path) -> None:
     assert first["completion"] == one["completion"]
     if not together.name.endswith("setpo"):  # which moves advantages alone
         assert any(bonus != 0 for bonus in one["bonus"][4:8])  # the group that straddles the ranks
-    for key in ("bonus", "advantages", "loss", "entropy", "grad_norm", "g2rl/cos_mean"):
+    assert len(first["g2rl/kept_ids"]) == together.name.endswith("mask")  # one generation for two updates
+    for key in ("bonus", "advantages", *LOGGED):
         assert first[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (together.name, key)
     theirs, ours = (load_file(path / "weights.safetensors") for path in (alone, together))
     assert ours.keys() == theirs.keys()

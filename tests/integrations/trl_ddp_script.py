@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 trl_ddp_script.py FOLDER ddp ddp-evol geometry-ddp fsdp2 geometry-fsdp2 ...
 
-...-evol trains by EVOL-RL on majority labels, ...-setpo, ...-dirl and ...-gar by these methods; geometry-...
-runs geometry_ddp.py. The model is FOLDER/model.
+...-evol trains by EVOL-RL on majority labels, ...-setpo, ...-dirl and ...-gar by these methods, ...-mask over
+the ids that top_p keeps; geometry-... runs geometry_ddp.py. The model is FOLDER/model.
 For ...-head it is FOLDER/model-head: its head is not tied to the embedding, and FSDP shards it on its own.
 Each process writes FOLDER/<way>/rank<i>.json, the first one the weights too.
 """
@@ -38,7 +38,9 @@ OWN = {
     "setpo": {"g2rl_algorithm": "setpo", "g2rl_strength": 3.0},
     "dirl": {"g2rl_algorithm": "dirl"},
     "gar": {"g2rl_algorithm": "gar", "g2rl_strength": 3.0},
+    "mask": {"top_p": 0.6, "g2rl_keep_sampling_mask": True, "num_iterations": 2},
 }
+LOGGED = ("loss", "entropy", "grad_norm", "g2rl/cos_mean", "g2rl/kept_ids", "g2rl/added_tokens")
 RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both
 
 
@@ -109,7 +111,7 @@ def run(folder: Path, way: str) -> None:
         "completion": list(trainer._logs["completion"]),
         "advantages": list(trainer._logs["advantages"]),
         "bonus": list(trainer._logs["extra"]["g2rl_bonus"]),
-        **{key: logged(trainer, key) for key in ("loss", "entropy", "grad_norm", "g2rl/cos_mean")},
+        **{key: logged(trainer, key) for key in LOGGED},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / f"rank{rank}.json").write_text(json.dumps(seen))
