@@ -70,7 +70,7 @@ def compare(alone: Path, together: Path) -> None:
     assert first["completion"] == one["completion"]
     if not together.name.endswith("setpo"):  # which moves advantages alone
         assert any(bonus != 0 for bonus in one["bonus"][4:8])  # the group that straddles the ranks
-    assert len(first["g2rl/kept_ids"]) == together.name.endswith("mask")  # one generation for two updates
+    assert len(first["g2rl/kept_ids"]) == 2 * together.name.endswith("mask")  # generations
     for key in ("bonus", "advantages", *LOGGED):
         assert first[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (together.name, key)
     theirs, ours = (load_file(path / "weights.safetensors") for path in (alone, together))

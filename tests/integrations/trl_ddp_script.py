@@ -38,7 +38,7 @@ OWN = {
     "setpo": {"g2rl_algorithm": "setpo", "g2rl_strength": 3.0},
     "dirl": {"g2rl_algorithm": "dirl"},
     "gar": {"g2rl_algorithm": "gar", "g2rl_strength": 3.0},
-    "mask": {"top_p": 0.6, "g2rl_keep_sampling_mask": True, "num_iterations": 2},
+    "mask": {"top_p": 0.6, "g2rl_keep_sampling_mask": True, "num_iterations": 2, "max_steps": 4},
 }
 LOGGED = ("loss", "entropy", "grad_norm", "g2rl/cos_mean", "g2rl/kept_ids", "g2rl/added_tokens")
 RESPONSES = 12  # a batch: 3 groups of 4, so that with two processes the second group lies on both

@@ -120,8 +120,11 @@ class Rows:
         tu.assign_non_tensor(data, **{**defaults, "calculate_entropy": True, **options})
         return data
 
-    def features(self, path: Path, temperature: float = 1.0) -> Tensor:
-        """[rows, d] float64, by the reference, each row on its own, with all weights in float64."""
+    def features(self, path: Path, temperature: float = 1.0, top_k: int = V) -> Tensor:
+        """[rows, d] float64, by the reference, each row on its own, with all weights in float64.
+
+        top_k: the softmax is over so many ids, and the token's own if it is not among them.
+        """
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         features = []
         for ids, mask in zip(self.ids, self.masks):
@@ -129,11 +132,21 @@ class Rows:
                 hidden = model.model(input_ids=ids[None]).last_hidden_state[0]
             kept = mask.bool()
             start = len(ids) - len(mask)
-            rows = hidden[start - 1 : -1][kept]
+            rows, tokens = hidden[start - 1 : -1][kept], ids[start:][kept]
+            weight = model.lm_head.weight.detach()
+            if top_k < V:
+                z = rows @ weight.T / temperature
+                left_out = z < z.topk(top_k).values[:, -1:]
+                left_out[torch.arange(len(tokens)), tokens] = False
+                p = z.masked_fill(left_out, -torch.inf).softmax(-1)
+                features.append(
+                    ((torch.nn.functional.one_hot(tokens, V) - p) @ weight).sum(0) / max(len(p), 1)
+                )
+                continue
             out = reference.head_features(
                 rows,
-                ids[start:][kept],
-                HeadSpec(model.lm_head.weight.detach(), temperature=temperature),
+                tokens,
+                HeadSpec(weight, temperature=temperature),
                 Responses(torch.tensor([0, len(rows)])),
             )
             features.append(out[0][0])

@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 from g2rl_kernels.errors import TrainerError
 from g2rl_kernels.head import reference
 from g2rl_kernels.head.spec import HeadSpec, Responses
-from g2rl_kernels.integrations.verl.engine import FEATURES, KEYS, REQUEST, SECONDS
+from g2rl_kernels.integrations.verl.engine import FEATURES, KEYS, MASKS, REQUEST, SAMPLING, SECONDS
 
 ROWS = Rows()
 ALL = list(range(len(ROWS.ids)))
@@ -43,6 +43,25 @@ def test_features_are_those_of_the_reference(model, packed, strategy, temperatur
     assert (stacked(out[SECONDS]) > 0).all()
     keys = stacked(out[KEYS])[:, 0].tolist()
     assert len({*keys}) == len(keys) == len(ALL)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_features_over_the_ids_that_sampling_kept(model, packed):
+    engine = make_engine(model, packed=packed)
+    sampling = {"top_k": 4, "top_p": 1.0, "rules": "vllm", "logits_dtype": None}
+    options = {REQUEST: True, SAMPLING: sampling, "use_remove_padding": packed, "temperature": 0.7}
+    out = infer(engine, ROWS.batch(ALL, **options))
+    expected = ROWS.features(model, 0.7, top_k=4)
+    check(stacked(out[FEATURES]), expected)
+    assert (expected - ROWS.features(model, 0.7)).norm(dim=1)[0] > 0.01
+    kept, whole, added, tokens = stacked(out[MASKS]).T
+    assert tokens.tolist() == [int(mask.sum()) for mask in ROWS.masks]
+    assert torch.equal(kept, 4 * tokens + added)  # most of these tokens are random ones
+    assert added.sum() > 0.5 * tokens.sum()
+    assert not whole.any()
+    plain = infer(engine, ROWS.batch(ALL, **{**options, SAMPLING: None}))
+    assert MASKS not in plain
+    assert torch.equal(plain["log_probs"].values(), out["log_probs"].values())  # verl's own head gives them
 
 
 def check(ours: Tensor, expected: Tensor) -> None:

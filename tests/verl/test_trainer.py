@@ -11,7 +11,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from g2rl_kernels.group import reference, shaping
 from g2rl_kernels.group.options import ShapingOptions
-from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, is_patched
+from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST, SAMPLING, is_patched
 from g2rl_kernels.integrations.verl.trainer import G2RLSettings, G2RLTrainerSync, _with_bonus, group_ids
 
 
@@ -71,6 +71,46 @@ def test_reordered_and_padded_batches_give_what_the_plain_one_gives(make_step):
         assert balanced.metrics[name] == pytest.approx(plain.metrics[name], abs=1e-5)
     assert plain.metrics["g2rl/accuracy"] == pytest.approx(5 / 12)
     assert plain.metrics["g2rl/feature_seconds"] > 0
+
+
+def test_features_may_be_over_the_ids_that_sampling_kept(make_step, model):
+    options = "+algorithm.g2rl.keep_sampling_mask=True", "actor_rollout_ref.rollout.top_k=4"
+    step = make_step("g2rl_sync", *options, "actor_rollout_ref.rollout.dtype=float32")
+    step.run()
+    for p, uid in enumerate(PROMPTS):
+        rows = Rows(seed=p)
+        rows.masks = [torch.ones_like(mask) for mask in rows.masks]
+        for r, expected in enumerate(rows.features(model, top_k=4)):
+            found = step.store.rows[f"{uid}_{r}_0"][FEATURES]
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    added = step.metrics["g2rl/added_tokens"]
+    assert 0 < added < 1
+    assert step.metrics["g2rl/kept_ids"] == pytest.approx(4 + added)
+    assert step.metrics["g2rl/whole_tokens"] == 0
+    (request,) = step.workers.requests
+    assert request[SAMPLING] == {"top_k": 4, "top_p": 1.0, "rules": "vllm", "logits_dtype": None}
+    assert SAMPLING not in step.batch.extra_info
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "top_k=-1 and top_p=1 leave nothing out"),
+        (
+            ["actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.top_k=4"],
+            "rollout.name=sglang",
+        ),
+    ],
+)
+def test_a_rollout_whose_mask_is_not_known_is_refused(options, message):
+    base = (
+        "algorithm.adv_estimator=grpo",
+        "actor_rollout_ref.rollout.name=vllm",
+        "actor_rollout_ref.rollout.n=6",
+    )
+    config = compose_config(*base, "+algorithm.g2rl.keep_sampling_mask=True", *options)
+    with pytest.raises(ValueError, match=f"algorithm.g2rl.keep_sampling_mask: got True.*{message}"):
+        G2RLSettings.read(config)
 
 
 def test_scores_in_other_units_are_shaped_alike_once_the_options_say_so(make_step):

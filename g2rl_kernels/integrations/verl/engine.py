@@ -15,7 +15,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_torch_device
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ... import head_features
+from ... import head_features, sampling_support
 from ...group.shaping import response_keys
 from ..measure import Measurement
 from ..seams import check_seams
@@ -28,9 +28,13 @@ check_seams(
     },
 )
 
-REQUEST = "g2rl_measure"  # true in a batch's non-tensor data: its forward returns the next three too
+REQUEST = (
+    "g2rl_measure"  # true in a batch's non-tensor data: its forward returns features, keys and seconds too
+)
 FEATURES = "g2rl_features"  # [B, d] float32
 KEYS = "g2rl_keys"  # [B, 1] int64, response_keys of prompt and response: turns may differ in the prompt
+SAMPLING = "g2rl_sampling"  # in a batch's non-tensor data: `G2RLSettings.sampling`, or None
+MASKS = "g2rl_masks"  # with it, [B, 4] float32: a row's kept ids, whole and added tokens, tokens
 SECONDS = "g2rl_seconds"  # [B, 1] float32, the time for a micro-batch's features divided by its rows
 
 
@@ -86,6 +90,7 @@ class EngineMeasurement(Measurement):
         self.engine, self.micro_batch = engine, micro_batch
         self.packed: bool = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
         self.temperature = float(micro_batch["temperature"])
+        self.sampling: dict[str, Any] | None = tu.get_non_tensor_data(micro_batch, SAMPLING, default=None)
         super().__init__(
             module.module if isinstance(module, FullyShardedDataParallel) else module,
             compare=not getattr(engine, "g2rl_head_compared", False),
@@ -97,7 +102,8 @@ class EngineMeasurement(Measurement):
         seconds = torch.full_like(features[:, :1], self.seconds / len(features))
         ids = self.micro_batch["input_ids"]
         keys = response_keys(ids.values(), ids.offsets())[:, None].to(seconds.device)
-        return {FEATURES: features, KEYS: keys, SECONDS: seconds}
+        masks = {} if self.sampling is None else {MASKS: self.masks}
+        return {FEATURES: features, KEYS: keys, SECONDS: seconds, **masks}
 
     def _clock(self) -> float:
         get_torch_device().synchronize()
@@ -124,6 +130,16 @@ class EngineMeasurement(Measurement):
         counts = owner.bincount(minlength=at.count)
         cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         options = self.head.options(self.temperature)
+        if self.sampling is not None:
+            dtype = self.sampling["logits_dtype"]
+            rules = {**self.sampling, "logits_dtype": None if dtype is None else getattr(torch, dtype)}
+            found = sampling_support(hidden, weight, tokens, bias=bias, **rules, **options)
+            options["support"] = found
+            parts = [found.offsets.diff(), found.whole, found.added, torch.ones_like(tokens)]
+            sums = torch.stack([part.float() for part in parts], 1)
+            self.masks = sums.new_zeros(at.count, len(parts)).index_add_(0, owner, sums)
+            if group is not None:
+                dist.all_reduce(self.masks, group=group)
         features = head_features(hidden, weight, tokens, cu_seqlens, bias=bias, **options).features
         if group is None:
             return features

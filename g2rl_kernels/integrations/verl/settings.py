@@ -19,6 +19,9 @@ CLIP_RATIO_HIGH = 0.2  # verl's default
 class G2RLSettings(SystemSettings):
     """`SystemSettings` read from verl's configuration."""
 
+    # features over the ids that the rollout's top_k and top_p keep; verl's log-probs stay those of all ids
+    keep_sampling_mask: bool = False
+
     @classmethod
     def read(cls, config: DictConfig) -> G2RLSettings:
         """Reads and checks the settings in verl's configuration.
@@ -56,7 +59,31 @@ class G2RLSettings(SystemSettings):
                 "whose advantages leave the KL out: use actor_rollout_ref.actor.use_kl_loss instead"
             )
         settings.of_loss(actor)
+        settings.sampling(config.actor_rollout_ref.rollout)
         return settings
+
+    def sampling(self, rollout: DictConfig) -> dict[str, Any] | None:
+        """Arguments of `g2.sampling_support` for the rollout, None without keep_sampling_mask.
+
+        logits_dtype is a name, as it travels to the workers. Raises ValueError where the rollout leaves
+        nothing out, or its rules are not known.
+        """
+        if not self.keep_sampling_mask:
+            return None
+        option, options = "algorithm.g2rl.keep_sampling_mask", "actor_rollout_ref.rollout"
+        if rollout.name != "vllm":
+            raise ValueError(
+                f"{option}: got True with {options}.name={rollout.name}; vllm's rules of truncation are known"
+            )
+        top_k, top_p = max(int(rollout.top_k or 0), 0), float(rollout.top_p)
+        if top_k == 0 and top_p == 1:
+            raise ValueError(
+                f"{option}: got True, but {options}.top_k={rollout.top_k} and top_p={rollout.top_p} leave "
+                "nothing out: set one of them, or leave it out"
+            )
+        dtype = {"half": "float16"}.get(rollout.dtype, rollout.dtype)
+        rounded = dtype if dtype in ("bfloat16", "float16") else None
+        return {"top_k": top_k, "top_p": top_p, "rules": "vllm", "logits_dtype": rounded}
 
     def of_loss(self, actor: DictConfig) -> dict[str, Any]:
         """The actor's options that the algorithm decides: entropy bonus and upper clip of the ratio."""

@@ -27,7 +27,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from ..seams import check_seams
 from ..systems import TextReader
-from .engine import FEATURES, KEYS, REQUEST, SECONDS, is_patched
+from .engine import FEATURES, KEYS, MASKS, REQUEST, SAMPLING, SECONDS, is_patched
 from .settings import G2RLSettings
 
 check_seams(
@@ -67,6 +67,7 @@ class G2RLTrainerSync(PPOTrainerSync):
         self.g2rl.apply(config)
         self.g2rl_reader = TextReader(self.g2rl) if self.g2rl.reads_texts else None
         self.g2rl_alarm = self.g2rl.alarm()
+        self.g2rl_sampling = self.g2rl.sampling(config.actor_rollout_ref.rollout)
         super().__init__(config)
 
     def _build_replay_buffer(self) -> Any:
@@ -88,12 +89,17 @@ class G2RLTrainerSync(PPOTrainerSync):
             raise RuntimeError(NO_PLUGIN.format(reason=f"ranks {ranks} run verl's own engine"))
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch.extra_info[REQUEST] = True
+        request: dict[str, Any] = {REQUEST: True}
+        if self.g2rl_sampling is not None:
+            request[SAMPLING] = self.g2rl_sampling
+        batch.extra_info.update(request)
         try:
             result = super()._compute_old_log_prob(batch, metrics)
         finally:
-            batch.extra_info.pop(REQUEST, None)  # the reference model's forward is not measured
-        result.extra_info.pop(REQUEST, None)
+            for name in request:
+                batch.extra_info.pop(name, None)  # the reference model's forward is not measured
+        for name in request:
+            result.extra_info.pop(name, None)
         return result
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -101,6 +107,8 @@ class G2RLTrainerSync(PPOTrainerSync):
         fields = ["rm_scores", "response_mask", FEATURES, KEYS, SECONDS]
         if self.g2rl_reader is not None:
             fields.append("responses")
+        if self.g2rl_sampling is not None:
+            fields.append(MASKS)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         if FEATURES not in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             raise RuntimeError(NO_PLUGIN.format(reason="no features came back"))
@@ -119,6 +127,8 @@ class G2RLTrainerSync(PPOTrainerSync):
         ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         seconds = times.sum().item() / ranks + time.perf_counter() - start
         found = {**shaped.metrics, "feature_seconds": seconds}
+        if self.g2rl_sampling is not None:
+            found |= mask_metrics(torch.stack(data[MASKS].unbind())[groups >= 0])
         watched = {**found, "entropy": metrics.get("actor/entropy")}
         found |= self.g2rl_alarm.watch(self.global_steps, watched)
         metrics.update({f"g2rl/{name}": value for name, value in found.items()})
@@ -184,6 +194,16 @@ def group_ids(keys: list[str], tags: list[dict]) -> Tensor:
         uid = session.rsplit("_", 1)[0]
         ids.append(numbers.setdefault(uid, len(numbers)) if takes_part else -1)
     return torch.tensor(ids)
+
+
+def mask_metrics(rows: Tensor) -> dict[str, float]:
+    """kept_ids, the mean of tokens with a list; whole_tokens and added_tokens, shares. rows: see MASKS."""
+    kept, whole, added, tokens = rows.double().sum(0).tolist()
+    return {
+        "kept_ids": kept / max(tokens - whole, 1),
+        "whole_tokens": whole / max(tokens, 1),
+        "added_tokens": added / max(tokens, 1),
+    }
 
 
 def _row_sums(nested: Tensor) -> Tensor:
