@@ -1,5 +1,6 @@
 """docs/: the code runs as written, links lead somewhere, every page is listed, every file named exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -162,11 +163,15 @@ def test_the_support_of_each_token():
 
 
 def test_trl(tmp_path, monkeypatch):
+    run_trl("trl.md", 0, tmp_path, monkeypatch)
+
+
+def run_trl(page, number, tmp_path, monkeypatch):
     """As written, but for a tiny model, local problems and three steps."""
     pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
     from tiny_trl import CHAT, make_tokenizer, prompts, save_model
 
-    source = code("trl.md")
+    source = code(page, number)
     for theirs, ours in (
         ('"Qwen/Qwen3-1.7B-Base"', repr(save_model(tmp_path / "model"))),
         ('load_dataset("trl-lib/DeepMath-103K", split="train")', "problems"),
@@ -182,9 +187,29 @@ def test_trl(tmp_path, monkeypatch):
         lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}], "solution": "$1$"}
     )
     names: dict = {"problems": problems}
-    exec(compile(source, "trl.md", "exec"), names)
+    exec(compile(source, page, "exec"), names)
     assert names["trainer"].state.global_step == 3
     assert any("g2rl/cos_mean" in entry for entry in names["trainer"].state.log_history)
+    return names["trainer"]
+
+
+def test_the_mask_in_trl(tmp_path, monkeypatch):
+    trainer = run_trl("sampling.md", 3, tmp_path, monkeypatch)
+    assert all(1 < row["g2rl/kept_ids"] < 25 for row in trainer.state.log_history if "loss" in row)
+
+
+def test_the_mask_in_our_trainer(tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'g2rl-kernels[train]'")
+    from tiny_trl import save_model
+
+    source, given = code("sampling.md", 2), '["top_p=0.9"]'
+    assert given in source
+    model = save_model(tmp_path / "model", max_position_embeddings=512)
+    tiny = [f"model={model}", f"output_dir={tmp_path / 'run'}", "steps=2", "batch_size=8", "group_size=4"]
+    exec(compile(source.replace(given, repr(["top_p=0.9", *tiny])), "sampling.md", "exec"), {})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(1 < row["kept_ids"] < 25 for row in rows)
 
 
 def test_evaluation(tmp_path, monkeypatch, capsys):

@@ -24,11 +24,13 @@ NOT_RUN = {
 WORDS = {
     "num_generations": "With 2 nothing is shaped: both responses get the same exploration score.",
     "temperature": "Features and log-probabilities are of logits / temperature, as in TRL.",
-    "top_p": "Filters sampling alone: features and log-probabilities are of the whole vocabulary, as in TRL.",
+    "top_p": "Filters sampling alone: features and log-probabilities are of the whole vocabulary, as in TRL; "
+    "with `g2rl_keep_sampling_mask` of what it keeps.",
     "top_k": "As `top_p`.",
     "min_p": "As `top_p`.",
-    "repetition_penalty": "As `top_p`.",
-    "generation_kwargs": "As `top_p`. TRL's log-probabilities, and features, know no temperature set here.",
+    "repetition_penalty": "Acts on sampling alone; refused with `g2rl_keep_sampling_mask`.",
+    "generation_kwargs": "As `repetition_penalty`. TRL's log-probabilities, and features, know no "
+    "temperature set here.",
     "disable_dropout": "With dropout, features carry its noise, as TRL's log-probabilities do.",
     "steps_per_generation": "The forward of TRL's old log-probabilities gives the features; where TRL "
     "would skip it, it is added.",
@@ -44,7 +46,8 @@ WORDS = {
     "entropy_coef": "`g2rl_algorithm` sets it where it is unset.",
     "epsilon_high": "`g2rl_algorithm=evol_rl` sets it where it is unset.",
     "beta": "The reference's forward is not measured.",
-    "vllm_importance_sampling_correction": "vLLM's log-probabilities also spare the op one pass.",
+    "vllm_importance_sampling_correction": "vLLM's log-probabilities also spare the op one pass. "
+    "With `top_p`, `top_k` or `min_p` the ratio is 1 at first with `g2rl_keep_sampling_mask` only.",
     "log_completions": "The table has a column `g2rl_bonus`; its rewards are raw.",
     "log_multimodal": "Tested on text, where it does nothing.",
     "num_generations_eval": "Nothing is shaped in evaluation.",

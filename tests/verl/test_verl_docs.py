@@ -100,6 +100,15 @@ def test_the_commands_options_are_known(command):
     G2RLSettings.read(config)
 
 
+def test_the_command_that_keeps_the_mask():
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    _, _, _, *options = shlex.split(command.replace("\\\n", " "))
+    config = compose_config(*options, "actor_rollout_ref.rollout.n=8")
+    found = G2RLSettings.read(config).sampling(config.actor_rollout_ref.rollout)
+    assert found == {"top_k": 0, "top_p": 0.9, "rules": "vllm", "logits_dtype": "bfloat16"}
+
+
 def test_the_table_of_options_is_complete_and_right():
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| ", TEXT, re.MULTILINE)
     assert rows == [(field.name, str(field.default)) for field in dataclasses.fields(G2RLSettings)]
