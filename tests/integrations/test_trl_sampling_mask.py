@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +15,19 @@ import torch
 pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
 import trl.trainer.grpo_trainer as grpo_trainer
-from tiny_trl import (
-    G2RLConfig,
-    G2RLTrainer,
-    assert_same_run,
-    logged,
-    lora,
-    make_tokenizer,
-    prompts,
-    trained,
-    weights,
+from masked_runs import (
+    Recorded,
+    kept_by_transformers,
+    kept_sets,
+    logits,
+    logits_of,
+    logprobs,
+    run,
+    same_where,
 )
+from tiny_trl import assert_same_run, logged, lora, make_tokenizer, prompts, trained, weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 import g2rl_kernels as g2
@@ -43,83 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 filters = pytest.mark.parametrize("filters", SETTINGS.values(), ids=SETTINGS)
 STALE = {"num_iterations": 2, "max_steps": 4}  # TRL runs the forward of the old log-probs
 ways = pytest.mark.parametrize("way", [{}, STALE], ids=["generate's states", "forward"])
-
-
-class Recorded(G2RLTrainer):
-    """Keeps each generation batch with the policy that sampled it, and each loss with its policy."""
-
-    def __init__(self, *args: Any, **keywords: Any):
-        super().__init__(*args, **keywords)
-        self.batches: list[dict[str, Any]] = []
-        self.policies: list[Any] = []
-        self.learners: list[Any] = []
-        self.forwards: list[tuple[dict[str, Any], Tensor]] = []
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self.policies.append(copy.deepcopy(self.model))
-        self.batches.append(super()._generate_and_score_completions(inputs))
-        return self.batches[-1]
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self.inputs = inputs
-        self.learners.append(copy.deepcopy(self.model))
-        return super()._compute_loss(model, inputs)
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **keywords: Any) -> tuple[Any, ...]:
-        found = super()._get_per_token_logps_and_entropies(*args, **keywords)
-        if keywords.get("compute_entropy"):
-            self.forwards.append((self.inputs, found[0].detach()))
-        return found
-
-
-def run(make: Callable[..., Any], **settings: Any) -> Any:
-    return trained(make, Recorded, **{"g2rl_keep_sampling_mask": True, "max_steps": 1, **settings})
-
-
-def logits(model: Any, batch: dict[str, Any]) -> Tensor:
-    """[B, L, V] of the completions' tokens, by the own forward of a copy of the model."""
-    bare = copy.deepcopy(model)
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-    vars(inner).pop("forward", None)
-    return logits_of(bare, batch).float()
-
-
-def logits_of(model: Any, batch: dict[str, Any]) -> Tensor:
-    """The same, with gradients for the model's own weights."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    z: Tensor = model(input_ids=ids, attention_mask=attention).logits
-    return z[:, -batch["completion_ids"].shape[1] - 1 : -1]
-
-
-def kept_by_transformers(model: Any, batch: dict[str, Any], args: G2RLConfig) -> Tensor:
-    """[B, L, V] bool: what transformers' own processors leave of the model's logits."""
-    settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    config = GenerationConfig(do_sample=True, **settings)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    z = logits(model, batch)
-    truncate = inner._get_logits_processor(config, 1, None, None, [])
-    return truncate(batch["completion_ids"], z.flatten(0, 1)).view(z.shape) != -torch.inf
-
-
-def kept_sets(batch: dict[str, Any], V: int) -> Tensor:
-    """[B, L, V] bool: the lists that travel with the batch."""
-    found = torch.zeros(*batch["completion_ids"].shape, V, dtype=torch.bool)
-    for row, kept in enumerate(batch[KEPT]):
-        for t, (first, last) in enumerate(zip(kept.offsets, kept.offsets[1:])):
-            found[row, t, kept.ids[first:last].long()] = True
-    return found
-
-
-def logprobs(model: Any, batch: dict[str, Any], kept: Tensor | None, temperature: float) -> Tensor:
-    """[B, L], dense, of the softmax over kept [B, L, V]."""
-    z = logits(model, batch) / temperature
-    log_p = (z if kept is None else z.masked_fill(~kept, -torch.inf)).log_softmax(-1)
-    return log_p.gather(2, batch["completion_ids"][..., None])[..., 0]
-
-
-def same_where(mask: Tensor, found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-5)
 
 
 # --- the sets -----------------------------------------------------------------------------------------------
@@ -229,6 +153,32 @@ def test_the_ratio_is_one_before_the_first_update(make: Callable[..., Any], sett
         spread |= {len(row.ids) for row in inputs[KEPT]}
     assert len(spread) > 2
     assert logged(trainer, "clip_ratio/region_mean")[:1] in ([0.0], [])
+
+
+def test_a_batch_without_tokens_moves_nothing(make: Callable[..., Any]) -> None:
+    settings = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 1, "beta": 0.1}
+    for way in ({}, {"num_iterations": 2}):
+        trainer = make(Recorded, g2rl_keep_sampling_mask=True, top_p=0.7, **settings, **way)
+        trainer.eos_token_ids = []  # nothing ends: all are truncated
+        trainer.train()
+        assert logged(trainer, "loss") == logged(trainer, "grad_norm") == [0.0]
+
+
+def test_lists_beyond_the_limit_stand_for_the_whole_vocabulary(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(g2, "sampling_support", partial(g2.sampling_support, limit=5))
+    trainer = run(make, top_p=0.8, num_iterations=2)
+    batch, model = trainer.batches[0], trainer.policies[0]
+    with torch.no_grad():
+        kept = kept_by_transformers(model, batch, trainer.args)
+        kept |= kept.sum(2, keepdim=True) > 5
+        expected = logprobs(model, batch, kept, 1.0)
+    mask = batch["completion_mask"]
+    same_where(mask, batch["old_per_token_logps"], expected)
+    share = float(kept.all(2)[mask > 0].float().mean())
+    assert 0 < share < 1
+    assert logged(trainer, "g2rl/whole_tokens") == [pytest.approx(share)]
 
 
 def test_later_updates_have_the_sets_of_the_policy_that_sampled(make: Callable[..., Any]) -> None:
