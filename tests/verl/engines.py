@@ -134,23 +134,22 @@ class Rows:
             start = len(ids) - len(mask)
             rows, tokens = hidden[start - 1 : -1][kept], ids[start:][kept]
             weight = model.lm_head.weight.detach()
-            if top_k < V:
-                z = rows @ weight.T / temperature
-                left_out = z < z.topk(top_k).values[:, -1:]
-                left_out[torch.arange(len(tokens)), tokens] = False
-                p = z.masked_fill(left_out, -torch.inf).softmax(-1)
-                features.append(
-                    ((torch.nn.functional.one_hot(tokens, V) - p) @ weight).sum(0) / max(len(p), 1)
-                )
-                continue
-            out = reference.head_features(
-                rows,
-                tokens,
-                HeadSpec(weight, temperature=temperature),
-                Responses(torch.tensor([0, len(rows)])),
-            )
-            features.append(out[0][0])
+            features.append(feature(rows, tokens, weight, temperature, top_k))
         return torch.stack(features)
+
+
+def feature(
+    hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float = 1.0, top_k: int = V
+) -> Tensor:
+    """[d] of one response: by the reference, or over the top_k ids and the token's own, from logits."""
+    if top_k == V:
+        head, response = HeadSpec(weight, temperature=temperature), Responses(torch.tensor([0, len(tokens)]))
+        return reference.head_features(hidden, tokens, head, response)[0][0]
+    z = hidden @ weight.T / temperature
+    left_out = z < z.topk(top_k).values[:, -1:]
+    left_out[torch.arange(len(tokens)), tokens] = False
+    p = z.masked_fill(left_out, -torch.inf).softmax(-1)
+    return ((torch.nn.functional.one_hot(tokens, V) - p) @ weight).sum(0) / max(len(tokens), 1)
 
 
 def infer(engine: Any, data: TensorDict) -> dict[str, Tensor]:

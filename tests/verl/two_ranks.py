@@ -10,12 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engines import Rows, infer, make_engine, stacked, start_processes
+from engines import Rows, feature, infer, make_engine, stacked, start_processes
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from g2rl_kernels.head import reference
-from g2rl_kernels.head.spec import HeadSpec, Responses
-from g2rl_kernels.integrations.verl.engine import FEATURES, REQUEST
+from g2rl_kernels.integrations.verl.engine import FEATURES, MASKS, REQUEST, SAMPLING
 
 model, rows = Path(sys.argv[1]), Rows()
 start_processes()
@@ -51,14 +49,22 @@ with torch.no_grad():
         plain.model(input_ids=i[None], position_ids=p[None]).last_hidden_state[0]
         for i, p in zip(ids.chunk(2), positions.chunk(2))
     ]
-hidden, start, expected = torch.cat(halves), 0, []
+hidden, start, expected, truncated = torch.cat(halves), 0, [], []
+weight = plain.lm_head.weight.detach()
 for row in both:
     stop, mask = start + len(rows.ids[row]), rows.masks[row].bool()
     states = hidden[start:stop][-len(mask) - 1 : -1][mask]
     tokens = rows.ids[row][-len(mask) :][mask]
-    cu_seqlens = torch.tensor([0, len(tokens)])
-    head = HeadSpec(plain.lm_head.weight.detach())
-    expected.append(reference.head_features(states, tokens, head, Responses(cu_seqlens))[0][0])
+    expected.append(feature(states, tokens, weight))
+    truncated.append(feature(states, tokens, weight, top_k=4))
     start = stop
 check(features, torch.stack(expected))
+
+# Over the ids that sampling kept: the numbers of both ranks' tokens are added up.
+sampling = {"top_k": 4, "top_p": 1.0, "rules": "vllm", "logits_dtype": None}
+found = infer(engine, rows.batch(both, **{REQUEST: True, SAMPLING: sampling}))
+check(stacked(found[FEATURES]), torch.stack(truncated))
+kept, _, added, tokens = stacked(found[MASKS]).T
+assert tokens.tolist() == [int(rows.masks[row].sum()) for row in both]
+assert torch.equal(kept, 4 * tokens + added)
 dist.destroy_process_group()
