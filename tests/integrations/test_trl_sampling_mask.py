@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from masked_runs import (
     run,
     same_where,
 )
-from tiny_trl import assert_same_run, logged, lora, make_tokenizer, prompts, trained, weights
+from tiny_trl import assert_same_run, logged, lora, make_tokenizer, prompts, save_model, trained, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
@@ -65,6 +66,21 @@ def test_the_sets_are_those_of_transformers(
     assert logged(trainer, "g2rl/kept_ids")[0] == pytest.approx(float(found.sum(1).float().mean()))
     assert logged(trainer, "g2rl/added_tokens")[0] == logged(trainer, "g2rl/whole_tokens")[0] == 0
     assert logged(trainer, "g2rl/masks_recomputed")[0] == 1
+
+
+@ways
+def test_the_sets_of_an_adapted_head(make: Callable[..., Any], tmp_path: Path, way: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    adapter = lora(target_modules=["q_proj", "lm_head"], lora_alpha=3)
+    model = save_model(tmp_path / "untied", tie_word_embeddings=False)
+    trainer = run(make, model=model, peft_config=adapter, top_p=0.7, beta=0.1, **way)
+    batch, policy = trainer.batches[0], trainer.policies[0]
+    mask = batch["completion_mask"] > 0
+    with torch.no_grad():
+        expected = kept_by_transformers(policy, batch, trainer.args)
+        plain = kept_by_transformers(AutoModelForCausalLM.from_pretrained(model), batch, trainer.args)
+    assert torch.equal(kept_sets(batch, expected.shape[2])[mask], expected[mask])
+    assert (plain != expected)[mask].any()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +169,14 @@ def test_the_ratio_is_one_before_the_first_update(make: Callable[..., Any], sett
         spread |= {len(row.ids) for row in inputs[KEPT]}
     assert len(spread) > 2
     assert logged(trainer, "clip_ratio/region_mean")[:1] in ([0.0], [])
+
+
+def test_evaluation_keeps_the_whole_vocabulary(make: Callable[..., Any]) -> None:
+    trainer = run(make, top_p=0.7, eval_dataset=prompts(4), eval_strategy="steps", eval_steps=1)
+    (inputs, found), learner = trainer.forwards[-1], trainer.learners[-1]
+    assert KEPT not in inputs
+    with torch.no_grad():
+        same_where(inputs["completion_mask"], found, logprobs(learner, inputs, None, 1.0))
 
 
 def test_a_batch_without_tokens_moves_nothing(make: Callable[..., Any]) -> None:
