@@ -11,7 +11,8 @@ this order:
 
     _generate                               tool masks and the sampler's log-probs are kept; where TRL skips
                                             the next forward and the model's generate() samples, the hidden
-                                            states too, which give the features
+                                            states too, which give the features (and, with
+                                            g2rl_keep_sampling_mask, always the ids that were kept)
     _get_per_token_logps_and_entropies      the forward under the policy that sampled: the same pass gives the
                                             features (where TRL would skip it, another engine samples or the
                                             weights are sharded, it is made to run)
@@ -344,7 +345,7 @@ class G2RLTrainer(GRPOTrainer):
         every = args.steps_per_generation * self.num_iterations
         skips = args.gradient_accumulation_steps % every == 0 and not corrects  # as TRL decides
         watched: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if skips and self._samples_itself():
+        if (skips or self._masks is not None) and self._samples_itself():
             watched = last_hidden_state(backbone_of(innermost(self.model)), newest=True)
         with watched as states:
             generated: tuple[Any, ...] = super()._generate(prompts)
@@ -354,10 +355,11 @@ class G2RLTrainer(GRPOTrainer):
             measurement.recomputed = not measurement.kept
         # Otherwise a token took several forwards, or a forward gave several tokens
         if states and [len(state) for state in states] == [len(ids)] * max(map(len, ids)):
-            measurement.states = states
-            if self._masks is not None:  # the reference's forward needs them, before features are measured
+            if self._masks is not None:  # rounding decides otherwise in the next forward, for many in 16 bits
                 measurement.kept = self._masks.of_states(states, ids)
-            return generated
+            if skips:
+                measurement.states = states
+                return generated
         # Only now is the forward due: a rollout_func may call forwards of its own
         measurement.tool_mask, measurement.known_logprobs, measurement.due = generated[2], generated[4], True
         if skips:  # TRL is made to run the forward. Until it does, num_iterations has no other use

@@ -42,8 +42,15 @@ class Recorded(G2RLTrainer):
         return found
 
 
-def run(make: Callable[..., Any], **settings: Any) -> Any:
-    return trained(make, Recorded, **{"g2rl_keep_sampling_mask": True, "max_steps": 1, **settings})
+class Measured(Recorded):
+    """The sets come from the forward of the old log-probs, as with another sampler than generate()."""
+
+    def _samples_itself(self) -> bool:
+        return False
+
+
+def run(make: Callable[..., Any], kind: type = Recorded, **settings: Any) -> Any:
+    return trained(make, kind, **{"g2rl_keep_sampling_mask": True, "max_steps": 1, **settings})
 
 
 def logits(model: Any, batch: dict[str, Any]) -> Tensor:

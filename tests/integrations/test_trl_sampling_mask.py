@@ -17,6 +17,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install 'g2rl-kernels[trl]'")
 
 import trl.trainer.grpo_trainer as grpo_trainer
 from masked_runs import (
+    Measured,
     Recorded,
     kept_by_transformers,
     kept_sets,
@@ -28,7 +29,7 @@ from masked_runs import (
 )
 from tiny_trl import assert_same_run, logged, lora, make_tokenizer, prompts, save_model, trained, weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TopKLogitsWarper
 from trl import GRPOTrainer
 
 import g2rl_kernels as g2
@@ -43,8 +44,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all": {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "temperature": 1.7},
 }
 filters = pytest.mark.parametrize("filters", SETTINGS.values(), ids=SETTINGS)
-STALE = {"num_iterations": 2, "max_steps": 4}  # TRL runs the forward of the old log-probs
-ways = pytest.mark.parametrize("way", [{}, STALE], ids=["generate's states", "forward"])
+STALE = {"num_iterations": 2}  # TRL runs the forward of the old log-probs
+WAYS = {"generate's states": {}, "stale": STALE, "forward": {"kind": Measured, **STALE}}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 # --- the sets -----------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def test_the_sets_of_an_adapted_head(make: Callable[..., Any], tmp_path: Path, w
         ({}, ("transformers", None)),
         ({"bf16": True}, ("transformers", torch.bfloat16)),
         ({"bf16": True, "cast_lm_head_to_fp32": True}, ("transformers", None)),
-        ({"bf16": True, **STALE}, ("transformers", torch.bfloat16)),
+        ({"bf16": True, "kind": Measured}, ("transformers", torch.bfloat16)),
     ],
     ids=lambda value: "-".join(map(str, value)) or "plain",
 )
@@ -109,6 +111,32 @@ def test_the_samplers_rounding_is_repeated(
     trainer = run(make, top_k=5, **settings)
     assert asked == {expected}
     assert logged(trainer, "g2rl/added_tokens")[0] < 0.1
+
+
+@pytest.mark.parametrize("way", [{}, STALE], ids=["aligned", "stale"])
+def test_in_16_bits_the_sets_are_those_that_generate_drew_from(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    """Rounded logits are often equal: two lists of five would be others without the rounding."""
+    seen, theirs = [], TopKLogitsWarper.__call__
+
+    def watched(*given: Any) -> Tensor:
+        seen.append(theirs(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(TopKLogitsWarper, "__call__", watched)
+    sizes = {"vocab_size": 5000, "hidden_size": 64, "initializer_range": 0.5, "tie_word_embeddings": False}
+    model = save_model(tmp_path / "large", **sizes)
+    trainer = make(
+        Recorded, model=model, g2rl_keep_sampling_mask=True, top_k=20, bf16=True, max_steps=1, **way
+    )
+    seen.clear()  # of the check before training
+    trainer.train()
+    batch = trainer.batches[0]
+    drawn = torch.stack(seen, 1) != -torch.inf
+    mask = batch["completion_mask"] > 0
+    assert torch.equal(kept_sets(batch, drawn.shape[2])[mask], drawn[mask])
+    assert drawn[mask].sum(1).float().mean() > 20
 
 
 # --- log-probs ----------------------------------------------------------------------------------------------
@@ -228,7 +256,7 @@ def test_an_update_is_that_of_the_truncated_softmax(
     """One step of SGD at learning rate 1 against autograd through the model's own logits."""
     plain = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
     own = {"loss_type": "grpo", "entropy_coef": 0.1, "beta": 0.2}
-    trainer = run(make, **{**plain, **own, **filters, **way, "max_steps": 1})
+    trainer = run(make, **plain, **own, **filters, **way)
     batch, model = trainer.batches[0], copy.deepcopy(trainer.policies[0])
     vars(model).pop("forward")
     mask = batch["completion_mask"].float()
@@ -255,13 +283,12 @@ def test_an_update_is_that_of_the_truncated_softmax(
 
 @ways
 def test_features_are_of_the_truncated_softmax(make: Callable[..., Any], way: dict[str, Any]) -> None:
-    class Features(Recorded):
+    class Features(way.get("kind", Recorded)):  # type: ignore[misc]
         def _shape(self, measurement: Any, count: int) -> Tensor:
             self.features = torch.cat(measurement.features)
             return super()._shape(measurement, count)
 
-    settings = {"g2rl_keep_sampling_mask": True, "top_p": 0.7, **way, "max_steps": 1}
-    trainer = trained(make, Features, **settings)
+    trainer = run(make, **{**way, "kind": Features, "top_p": 0.7})
     batch, model = trainer.batches[0], trainer.policies[0]
     mask, weight = batch["completion_mask"][..., None].float(), model.lm_head.weight.detach()
     with torch.no_grad():
