@@ -102,10 +102,15 @@ class Stage:
             self.rows = kept
             self.save()
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
+    def add(self, *rows: Row) -> None:
+        self.rows += rows
         self.rows.sort(key=lambda row: (row["system"], row["seed"]))
         self.save()
+
+    def adopt(self, runs: Sequence[Run], other: Stage) -> None:
+        """Takes over what another stage of the same machine has of these runs, with the cost of a step."""
+        identities = [this.identity for this in runs if not self.has(this)]
+        self.add(*(row for row in other.rows if _identity(row) in identities and "step_cpu_seconds" in row))
 
     def save(self) -> None:
         from benchmarks.measure import machine
@@ -175,7 +180,7 @@ def _warm_up(pair: tuple[str, int], folder: Path) -> None:
 def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> dict[str, dict[str, Any]]:
     """What a tuning stage chose. Raises CommandError if it is not complete."""
     tuning = Stage(out / f"{stage}.json")
-    if not all(tuning.has(this) for this in plan(stage, {})):
+    if not all(tuning.has(this) for this in plan(stage, {}) if this.system.rsplit(" ", 1)[0] in grids):
         raise CommandError(f"{needed_by} needs the whole tuning in {tuning.path}: run --only {stage} first")
     return document.best(tuning.rows, grids)
 
@@ -234,16 +239,20 @@ def _main(args: argparse.Namespace) -> int:
         if name in TUNED:
             tuned = tuning_of(out, "tuning", GRIDS, name)
             if name.startswith(COMPARISON):
-                tuned |= tuning_of(out, f"{COMPARISON}tuning", METHOD_GRIDS, name)
+                grids = {k: v for k, v in METHOD_GRIDS.items() if not args.systems or k in args.systems}
+                tuned |= tuning_of(out, f"{COMPARISON}tuning", grids, name)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
         if args.systems:
             runs = [this for this in runs if this.system in args.systems]
         stage = Stage(out / f"{name}.json")
-        stage.keep(plan(name, tuned))
+        if not args.systems:  # of others, tuning may not be known
+            stage.keep(plan(name, tuned))
+        if name.startswith(COMPARISON) and name.removeprefix(COMPARISON) in LEVELS:
+            stage.adopt(runs, Stage(out / f"{name.removeprefix(COMPARISON)}.json"))
         warm_starts(runs, out, args.jobs)
         run_all(runs, stage, out, args.jobs)
-        if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
+        if not args.quick and not args.systems and all(stage.has(this) for this in plan(name, tuned, seeds)):
             committed = document.RESULTS / stage.path.name
             if len(Stage(committed).rows) <= len(stage.rows):  # never replaced by fewer seeds
                 committed.parent.mkdir(parents=True, exist_ok=True)
