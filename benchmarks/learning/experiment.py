@@ -87,8 +87,11 @@ def run(this: Run, folder: Path) -> Row:
 
 
 class SharedEncoder:
-    """A `SentenceEncoder` whose vectors serve all runs of this process. A text's vector has the same bits in
-    every run, so results are those of a run alone; `spared` is the processor time that others' texts saved."""
+    """A `SentenceEncoder` whose vectors serve all runs of this process.
+
+    A text's vector has the same bits in every run, so results are those of a run alone. `spared`: the
+    processor time that texts of other runs saved.
+    """
 
     def __init__(self, encoder: Any, vectors: dict[str, Any]):
         self.encoder, self.vectors = encoder, vectors
@@ -118,7 +121,7 @@ def share_encoder(trainer: Trainer) -> SharedEncoder | None:
     if not hasattr(trainer, "encoder"):
         return None
     vectors = _VECTORS.setdefault(str(trainer.config.encoder), {})
-    shared = trainer.encoder = SharedEncoder(trainer.encoder, vectors)  # type: ignore[assignment]
+    shared = trainer.encoder = SharedEncoder(trainer.encoder, vectors)
     return shared
 
 
