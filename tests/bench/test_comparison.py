@@ -159,6 +159,6 @@ def test_runs_share_an_encoder_and_count_its_cost_alone() -> None:
     second.seconds = 2.0  # that it took
     assert second(["bb", "ccc", "a", "bb"]).tolist() == [[2.0], [3.0], [1.0], [2.0]]
     assert asked == [["a", "bb"], ["ccc"]]
-    assert second.spared == 4.0  # two texts that it would have encoded
+    assert second.spared == pytest.approx(4.0, rel=1e-3)  # two texts that it would have encoded
     second(["a", "bb"])
-    assert second.spared == 4.0
+    assert second.spared == pytest.approx(4.0, rel=1e-3)
