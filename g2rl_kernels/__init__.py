@@ -25,6 +25,7 @@ from .head.features import (
     pack_responses,
 )
 from .head.logprobs import LinearLogprobs, LinearLogprobsWithStatistics, linear_logprobs
+from .head.topk import TopkFeatures, topk_features
 
 if _TYPE_CHECKING:
     from .models.lm_head import find_head
@@ -39,6 +40,7 @@ __all__ = [
     "HeadFeaturesWithStatistics",
     "LinearLogprobs",
     "LinearLogprobsWithStatistics",
+    "TopkFeatures",
     "__version__",
     "certified_head_features",
     "find_head",
@@ -46,6 +48,7 @@ __all__ = [
     "head_features",
     "linear_logprobs",
     "pack_responses",
+    "topk_features",
 ]
 
 

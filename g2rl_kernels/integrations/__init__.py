@@ -9,5 +9,6 @@ verl/                   the plugin for verl: how it loads, the trainer g2rl_sync
 skyrl.py                G2RLTrainer and its policy worker, for SkyRL
 measure.py              both of these: features from a worker's forward
 systems.py              both of these: settings, and what is read from the texts of responses
+vllm.py                 log-probabilities of its samples, for topk_features
 seams.py                what an integration needs of another package, checked at import
 """
