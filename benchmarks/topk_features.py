@@ -1,8 +1,8 @@
 """Features from a sampler's top-k log-probabilities, beside the exact ones, on rollouts of SmolLM2-135M.
 
-    g2rl train recipes/demo.yaml                            # writes runs/demo/model
+    g2rl train recipes/demo.yaml                                     # writes runs/demo/model
     python -m benchmarks.topk_features --trained runs/demo/model     # benchmarks/results/topk-features.json
-    python -m benchmarks.topk_features --document           # table and figure of docs/topk.md, from the result
+    python -m benchmarks.topk_features --document                    # docs/topk.md and its figure from it
 
 Groups of responses to sums and open questions, of the model as it is at several temperatures, and of the
 trained one. The log-probabilities are those of the sampled distribution, in float32, as vLLM reports them
@@ -30,13 +30,15 @@ from g2rl_kernels.models.loading import load_model
 from g2rl_kernels.trainer import TrainerConfig
 
 from .measure import machine, progress
-from .vllm_logprobs import MODEL, QUESTIONS
+from .vllm_logprobs import MODEL
+from .vllm_logprobs import QUESTIONS as EIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "topk-features.json"
 PAGE, FIGURE = ROOT / "docs" / "topk.md", ROOT / "docs" / "topk.png"
 BLOCK = re.compile(r"(<!-- table: topk_features -->\n).*?(<!-- end -->)", re.DOTALL)
 
+QUESTIONS = EIGHT[::2]  # two sums, two that are open
 TEMPERATURES = (0.4, 0.7, 1.0, 1.3)
 SAMPLES, NEW_TOKENS = 8, 48
 KS = (5, 10, 20, 64, 128)
@@ -66,9 +68,7 @@ def prompts_of(tokenizer: Any) -> list[list[int]]:
 
 
 @torch.no_grad()
-def roll_out(
-    model: Any, head: LMHead, tokenizer: Any, config: TrainerConfig, temperature: float
-) -> Rollout:
+def roll_out(model: Any, head: LMHead, tokenizer: Any, config: TrainerConfig, temperature: float) -> Rollout:
     prompts = prompts_of(tokenizer)
     config = replace(config, temperature=temperature)
     engine = TransformersEngine(model, tokenizer, config, Decoding(n=SAMPLES, temperature=temperature))
@@ -77,18 +77,19 @@ def roll_out(
         for prompt, group in zip(prompts, engine.sample(prompts, range(len(prompts))))
         for response in group
     ]
-    hidden = torch.cat(
-        [
-            head.backbone(input_ids=torch.tensor([prompt + tokens])).last_hidden_state[0, len(prompt) - 1 : -1]
-            for prompt, tokens in responses
-        ]
-    )
+    hidden = torch.cat([states(head, prompt, tokens) for prompt, tokens in responses])
     tokens = torch.tensor([token for _, ids in responses for token in ids])
     cu_seqlens = torch.tensor([0, *(len(ids) for _, ids in responses)]).cumsum(0)
     tops = [(head.logits(h) / temperature).log_softmax(1).topk(KS[-1]) for h in hidden.split(128)]
     exact = g2.head_features(hidden, tokens=tokens, cu_seqlens=cu_seqlens, **head.arguments(temperature))
     logprobs, ids = (torch.cat(part) for part in zip(*tops))
     return Rollout(tokens, cu_seqlens, ids, logprobs, exact)
+
+
+def states(head: LMHead, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Hidden states that predict the tokens of a response, [n, d]."""
+    out: Tensor = head.backbone(input_ids=torch.tensor([prompt + tokens])).last_hidden_state
+    return out[0, len(prompt) - 1 : -1]
 
 
 def pairwise(features: Tensor) -> Tensor:
@@ -178,7 +179,9 @@ def measure(trained: Path | None) -> Iterator[dict[str, Any]]:
         }
         for k in KS:
             for estimate in ESTIMATES:
-                yield policy | {"k": k, "estimate": estimate} | compare(rollout, weight, k, estimate, constants)
+                yield (
+                    policy | {"k": k, "estimate": estimate} | compare(rollout, weight, k, estimate, constants)
+                )
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -256,7 +259,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [*measure(args.trained)]
         found = machine("cpu")
         where = {key: found[key] for key in ("date", "cpu", "cores", "threads", "isa", "torch", "python")}
-        report = {"machine": where, "model": MODEL, "samples": SAMPLES, "new_tokens": NEW_TOKENS, "rows": rows}
+        report = {
+            "machine": where,
+            "model": MODEL,
+            "samples": SAMPLES,
+            "new_tokens": NEW_TOKENS,
+            "rows": rows,
+        }
         write_whole(args.out, json.dumps(report, indent=1) + "\n")
     rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
     if args.document:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+TOKEN_ID = "token_id:"  # how a server names a token by its id
 
 
 class SampledLogprobs(NamedTuple):
@@ -24,7 +26,7 @@ class SampledLogprobs(NamedTuple):
 
 
 def sampled_logprobs(outputs: Iterable[Any]) -> SampledLogprobs:
-    """The log-probabilities of vLLM's responses.
+    """The log-probabilities of responses that vLLM's offline `LLM` sampled.
 
     For the feature of the distribution that was sampled from, load the model with
     `LLM(logprobs_mode="processed_logprobs")`: vLLM's default reports log-probabilities at temperature 1.
@@ -37,30 +39,67 @@ def sampled_logprobs(outputs: Iterable[Any]) -> SampledLogprobs:
     Raises:
         ValueError: a response has no log-probabilities, or not of each of its tokens.
     """
-    tokens: list[int] = []
-    own: list[float] = []
-    others: list[dict[int, Any]] = []
-    lengths = []
+    responses = []
     for number, output in enumerate(outputs):
-        ids = list(output.token_ids)
         if output.logprobs is None:
             raise ValueError(
-                f"outputs: response {number} has no log-probabilities; sample with SamplingParams(logprobs=20)"
+                f"outputs: response {number} has no log-probabilities; sample with "
+                "SamplingParams(logprobs=20)"
             )
-        steps = [dict(step) for step in output.logprobs]
+        steps = [{token: entry.logprob for token, entry in step.items()} for step in output.logprobs]
+        responses.append((output.token_ids, steps))
+    return _packed("outputs", responses)
+
+
+def served_logprobs(choices: Iterable[Mapping[str, Any]]) -> SampledLogprobs:
+    """The same of responses from vLLM's server, whose `--logprobs-mode` has the same default.
+
+    Args:
+        choices: those in replies of /v1/completions to requests with `"logprobs": k`, `"return_token_ids":
+            true` and `"return_tokens_as_token_ids": true`. (Without the last a server names tokens by their
+            text, which several may share.)
+
+    Raises:
+        ValueError: a response has no log-probabilities or ids, or not of each of its tokens.
+    """
+    responses = []
+    for number, choice in enumerate(choices):
+        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        tops = None if logprobs is None else logprobs.get("top_logprobs")
+        if (
+            ids is None
+            or tops is None
+            or any(not name.startswith(TOKEN_ID) for step in tops for name in step)
+        ):
+            raise ValueError(
+                f"choices: response {number} has no log-probabilities by id; request logprobs, "
+                "return_token_ids and return_tokens_as_token_ids"
+            )
+        steps = [{int(name[len(TOKEN_ID) :]): value for name, value in step.items()} for step in tops]
+        responses.append((ids, steps))
+    return _packed("choices", responses)
+
+
+def _packed(name: str, responses: Sequence[tuple[Sequence[int], list[dict[int, float]]]]) -> SampledLogprobs:
+    """Tensors of the tokens of each response, and of {id: log-probability} for each token."""
+    tokens: list[int] = []
+    own: list[float] = []
+    others: list[dict[int, float]] = []
+    for number, (ids, steps) in enumerate(responses):
         if len(steps) != len(ids) or any(token not in step for token, step in zip(ids, steps)):
-            raise ValueError(f"outputs: response {number} has no log-probability of some of its tokens")
-        own += [step.pop(token).logprob for token, step in zip(ids, steps)]
+            raise ValueError(f"{name}: response {number} has no log-probability of some of its tokens")
+        own += [step.pop(token) for token, step in zip(ids, steps)]
         tokens += ids
         others += steps
-        lengths.append(len(ids))
     width = max(map(len, others), default=0)
     shape = len(tokens), width
-    rows = [([*step], [entry.logprob for entry in step.values()], width - len(step)) for step in others]
+    padded = [([*step], [*step.values()], width - len(step)) for step in others]
+    top_ids = [[*ids, *[-1] * fill] for ids, _, fill in padded]
+    top_logprobs = [[*values, *[-math.inf] * fill] for _, values, fill in padded]
     return SampledLogprobs(
         torch.tensor(tokens, dtype=torch.int64),
-        torch.tensor([[*ids, *[-1] * fill] for ids, _, fill in rows], dtype=torch.int64).view(shape),
-        torch.tensor([[*values, *[-math.inf] * fill] for _, values, fill in rows]).float().view(shape),
+        torch.tensor(top_ids, dtype=torch.int64).view(shape),
+        torch.tensor(top_logprobs, dtype=torch.float32).view(shape),
         torch.tensor(own, dtype=torch.float32),
-        torch.tensor([0, *lengths]).cumsum(0),
+        torch.tensor([0, *(len(ids) for ids, _ in responses)]).cumsum(0),
     )

@@ -1,4 +1,4 @@
-"""sampled_logprobs, on objects with the fields of vLLM's. tests/vllm_engine has it read vLLM's own."""
+"""sampled_logprobs and served_logprobs, on stand-ins; tests/vllm_engine has the first read vLLM's own."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import g2rl_kernels as g2
-from g2rl_kernels.integrations.vllm import sampled_logprobs
+from g2rl_kernels.integrations.vllm import sampled_logprobs, served_logprobs
 
 
 def response(tokens, *steps):
@@ -51,6 +51,26 @@ def test_no_responses_and_no_list():
     alone = sampled_logprobs([response([4, 4], {4: 0.5}, {4: 0.25})])  # SamplingParams(logprobs=0)
     assert list(alone.top_ids.shape) == [2, 0]
     torch.testing.assert_close(alone.token_logprobs.exp(), torch.tensor([0.5, 0.25]))
+
+
+def choice(output):
+    """The same response as vLLM's server gives it, in JSON; it says -9999 for -inf."""
+    tops = [
+        {f"token_id:{token}": max(entry.logprob, -9999.0) for token, entry in step.items()}
+        for step in output.logprobs
+    ]
+    own = [top[f"token_id:{token}"] for token, top in zip(output.token_ids, tops)]
+    return {"token_ids": list(output.token_ids), "logprobs": {"token_logprobs": own, "top_logprobs": tops}}
+
+
+def test_of_a_server():
+    found, expected = served_logprobs(map(choice, RESPONSES)), sampled_logprobs(RESPONSES)
+    assert all(map(torch.equal, found, expected))
+    by_text = choice(RESPONSES[2])
+    by_text["logprobs"]["top_logprobs"][0][" 4"] = -3.0
+    for wrong in (by_text, {**by_text, "logprobs": None}, {"logprobs": by_text["logprobs"]}):
+        with pytest.raises(ValueError, match=r"choices: response 1 has .*return_tokens_as_token_ids"):
+            served_logprobs([choice(RESPONSES[0]), wrong])
 
 
 @pytest.mark.parametrize(

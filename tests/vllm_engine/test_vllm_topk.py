@@ -65,7 +65,7 @@ def test_fewer_tokens_miss_more(twenty, engine, model):
 
 
 def test_of_a_nucleus_everything_is_reported(engine, model):
-    """With top_p vLLM's log-probs are those of the tokens that are left: the feature is of that distribution."""
+    """With top_p vLLM's log-probs, and so the feature, are of the tokens that are left."""
     case = rollout(engine, model, logprobs=20, top_p=0.8)
     assert (case.sampled.top_logprobs == -torch.inf).any()
     out = g2.topk_features(case.weight, *case.sampled)
