@@ -1,6 +1,7 @@
 """G2RL in other trainers. Each module imports its own trainer; this package imports none of them.
 
 trl.py                  G2RLTrainer (and G2RLConfig), for TRL; trl_config.py and trl_head.py belong to it
+trl_async.py            AsyncG2RLTrainer, for TRL's asynchronous trainer (experimental)
 geometry_callback.py    the geometry of responses in any of TRL's trainers
 rewards.py              reward functions of the recipes
 megatron.py             an output processor for Megatron Core's GPTModel
