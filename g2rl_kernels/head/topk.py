@@ -58,7 +58,7 @@ def topk_features(
     constant. What rounding in the sampler moves the probabilities by comes on top.
 
     Sums over a token's entries are in float32, over tokens in float64; results do not depend on the number of
-    threads, nor a response's on others in the batch. Extra memory is bounded: 4 MiB of rows on a CPU.
+    threads. Extra memory: a few times [S, d], and rows of W for a chunk of tokens, 4 MiB on a CPU.
 
     Args:
         weight: [V, d] float32, bfloat16 or float16, need not be contiguous. A bias changes nothing here.
@@ -108,13 +108,14 @@ def topk_features(
     sums = weight.new_zeros((S, sum(table.shape[1] for table in tables)), dtype=torch.float64)
     masses = weight.new_empty(N, dtype=torch.float64)
     step = max(1, elements(weight) // (d * (top_ids.shape[1] + 1)))
-    with torch.autocast(weight.device.type, enabled=False):
-        for rows in slices(0, N, step):
-            index, coefficients, masses[rows] = _coefficients(
-                V, tokens[rows], top_ids[rows], top_logprobs[rows], token_logprobs[rows], renormalise
-            )
-            phi = torch.cat([_weighted_rows(table, index, coefficients) for table in tables], dim=1)
-            sums += segment_sum(alpha[rows, None] * phi, offsets, rows.start, rows.stop)
+    for rows in slices(0, N, step):
+        index, coefficients, masses[rows] = _coefficients(
+            V, tokens[rows], top_ids[rows], top_logprobs[rows], token_logprobs[rows], renormalise
+        )
+        phi = torch.cat([_weighted_rows(table, index, coefficients) for table in tables], dim=1)
+        here = _responses_of(rows, offsets, may_read_values(weight))
+        bounds = offsets[here.start : here.stop + 1]
+        sums[here] += segment_sum(alpha[rows, None] * phi, bounds, rows.start, rows.stop)
     totals = torch.stack([alpha, alpha * masses], dim=1)
     alpha_sum, mass = segment_sum(totals, offsets, 0, N).unbind(1) if N else sums.new_zeros(2, S)
     features = folded((sums / (alpha_sum + WEIGHT_EPS)[:, None]).float(), lora)
@@ -148,6 +149,14 @@ def _coefficients(
     y = y.masked_fill(wrong_y, 0)
     index = torch.cat([y, torch.where(absent | wrong, y, ids)], dim=1)
     return index, torch.cat([rest, -p], dim=1).float(), missing.squeeze(1)
+
+
+def _responses_of(rows: slice, offsets: Tensor, readable: bool) -> slice:
+    """The responses that rows of tokens belong to, where values may be read; else all."""
+    if not readable:
+        return slice(0, offsets.shape[0] - 1)
+    first = int(torch.searchsorted(offsets, rows.start, right=True)) - 1
+    return slice(first, int(torch.searchsorted(offsets, rows.stop)))
 
 
 def _weighted_rows(table: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:

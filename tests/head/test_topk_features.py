@@ -9,7 +9,7 @@ from marks import dtypes
 from oracle import Case, Sizes, autograd_head, logits, make_case
 
 import g2rl_kernels as g2
-from g2rl_kernels.head import topk
+from g2rl_kernels.head import spec, topk
 
 LENGTHS = [5, 0, 1, 17, 9]
 V, D = 60, 24
@@ -213,8 +213,9 @@ def test_padding_counts_for_nothing(renormalise):
     reported = ids, logprobs.masked_fill(ids < 0, -torch.inf), own
     out = estimate(case, reported, renormalise=renormalise)
     assert torch.isfinite(out.features).all()
-    other = ids[:, :6], torch.where(ids < 0, torch.nan, logprobs)[:, :6], own
-    assert torch.equal(estimate(case, other, renormalise=renormalise).features, out.features)
+    for anything in (torch.nan, 7.0):
+        other = ids[:, :6], torch.where(ids < 0, anything, logprobs)[:, :6], own
+        assert torch.equal(estimate(case, other, renormalise=renormalise).features, out.features)
     case.weight[0] = 0.0
     assert_by_definition(case, reported, renormalise)
 
@@ -255,15 +256,15 @@ def test_the_mass_of_a_sampler_that_rounds_up_is_not_negative():
 
 @renormalised
 def test_a_token_that_is_nearly_certain(renormalise):
-    """Its feature is 1e-9 of a row in size, to all digits."""
+    """Its feature is 1e-14 of a row in size, to all digits."""
     case = make_case([1], V, D)
     y, v = int(case.tokens[0]), (int(case.tokens[0]) + 1) % V
-    own, other = torch.tensor([-1e-9]), torch.tensor([[torch.tensor(6e-10).log()]])
+    own, other = torch.tensor([-1e-14]), torch.tensor([[torch.tensor(6e-15).log()]])
     out = estimate(case, (torch.tensor([[v]]), other, own), renormalise=renormalise)
     w = case.weight.double()
-    expected = 6e-10 * (w[y] - w[v]) if renormalise else 1e-9 * w[y] - 6e-10 * w[v]
-    torch.testing.assert_close(out.features[0].double(), expected, rtol=1e-4, atol=1e-15)
-    torch.testing.assert_close(out.missing_mass[0].double().item(), 4e-10, rtol=1e-4, atol=0.0)
+    expected = 6e-15 * (w[y] - w[v]) if renormalise else 1e-14 * w[y] - 6e-15 * w[v]
+    torch.testing.assert_close(out.features[0].double(), expected, rtol=1e-4, atol=1e-20)
+    torch.testing.assert_close(out.missing_mass[0].double().item(), 4e-15, rtol=1e-4, atol=0.0)
 
 
 # --- bits, memory, wrong input ------------------------------------------------------------------------------
@@ -308,6 +309,20 @@ def test_memory_is_bounded(dtype):
     assert max(count for _, count in sizes.made) <= 2**20
 
 
+def test_many_responses_cost_no_more_than_their_tokens(monkeypatch):
+    """A chunk of tokens adds to its own responses: [S, d] is not walked once a chunk."""
+    case = make_case([1, 0] * 150, V, D)
+    reported = reports(case, 9)
+    expected = estimate(case, reported)
+    monkeypatch.setattr(topk, "elements", lambda _: 2 * 10 * D)
+    with Sizes() as sizes:
+        out = estimate(case, reported)
+    assert torch.equal(out.features, expected.features)
+    assert sum(count >= 300 * D for _, count in sizes.made) < 10  # of 75 chunks
+    monkeypatch.setattr(topk, "may_read_values", lambda _: False)
+    assert torch.equal(estimate(case, reported).features, expected.features)
+
+
 def test_nan_stays_in_its_response():
     case = case_of("plain")
     ids, logprobs, own = reports(case, 9)
@@ -332,6 +347,22 @@ def test_unchecked_ids_read_nothing_out_of_bounds(monkeypatch, where, wrong):
     assert out.missing_mass[3].isnan()
     rest = [0, 1, 2, 4]
     assert torch.equal(out.features[rest], expected[rest])
+
+
+@pytest.mark.parametrize("offsets", [[5, 0, 20, 32], [0, 40, 3, 32], [-9, 3, 3, 50], [2**40, 0, -(2**40)]])
+def test_unchecked_offsets_read_nothing_out_of_bounds(monkeypatch, offsets):
+    """Whatever they give, it is made of the tokens there are: every feature is a mean of theirs."""
+    case = case_of("plain")
+    reported = reports(case, 9)
+    bounds = []
+    whole = topk.segment_sum
+    monkeypatch.setattr(topk, "segment_sum", lambda *args: bounds.append(args[1]) or whole(*args))
+    for module in (topk, spec):
+        monkeypatch.setattr(module, "may_read_values", lambda _: False)
+    out = estimate(case.replace(cu_seqlens=torch.tensor(offsets)), reported)
+    assert all((one.diff() >= 0).all() and one[0] >= 0 and one[-1] <= len(case.tokens) for one in bounds)
+    assert bounds
+    assert (out.features.norm(dim=1) <= diameter(case)).all()
 
 
 def test_no_gradients_and_no_autocast():
