@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from serve import PROMPTS, SEEDS, TEMPERATURE, hidden_states
 
 import g2rl_kernels as g2
-from g2rl_kernels.integrations.vllm import SampledLogprobs, sampled_logprobs
+from g2rl_kernels.integrations.vllm import SampledLogprobs, sampled_logprobs, served_logprobs
 
 
 class Rollout(NamedTuple):
@@ -83,3 +84,25 @@ def test_of_a_nucleus_everything_is_reported(engine, model):
     expected = torch.zeros_like(out.features).index_add(0, rows, phi) / lengths[:, None]
     torch.testing.assert_close(out.features, expected, rtol=1e-3, atol=1e-4)
     assert (out.features - case.exact()).norm(dim=1).max() > 0.1
+
+
+def test_what_its_server_replies_reads_the_same(engine, twenty):
+    """vLLM's own code for /v1/completions, given what the engine sampled; -inf is -9999 in its JSON."""
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion as Serving
+
+    params = engine.make_params(seed=SEEDS[0], **{**engine.params, "logprobs": 20, "top_p": 0.8})
+    prompt = engine.tokenizer(PROMPTS[0])["input_ids"]
+    (request,) = engine.llm.generate([{"prompt_token_ids": prompt}], [params], use_tqdm=False)
+    server = SimpleNamespace(return_tokens_as_token_ids=False, _get_decoded_token=Serving._get_decoded_token)
+    choices = []
+    for out in request.outputs:
+        logprobs = Serving._create_completion_logprobs(
+            server, out.token_ids, out.logprobs, 20, None, return_as_token_id=True
+        )
+        choices.append({"token_ids": list(out.token_ids), "logprobs": logprobs.model_dump()})
+    served, sampled = served_logprobs(choices), sampled_logprobs(request.outputs)
+    assert served.top_logprobs.min() == -9999
+    assert torch.equal(served.top_logprobs.exp(), sampled.top_logprobs.exp())
+    assert all(torch.equal(getattr(served, name), getattr(sampled, name)) for name in ("tokens", "top_ids"))
+    features = [g2.topk_features(twenty.weight, *one).features for one in (served, sampled)]
+    assert torch.equal(*features)
