@@ -99,13 +99,15 @@ def pairwise(features: Tensor) -> Tensor:
     return (grouped @ grouped.mT)[:, first, second]
 
 
-def compare(rollout: Rollout, weight: Tensor, k: int, estimate: str, constants: dict[str, float]) -> dict:
+def compare(
+    rollout: Rollout, weight: Tensor, k: int, estimate: str, constants: dict[str, float]
+) -> dict[str, float]:
     """The estimate's features against the exact ones.
 
     cosine, cosine_min: with the exact feature, mean and least over responses; error: |estimate - exact| /
     |exact|, mean. pairs_error, pairs_error_max: by how much the cosine of two responses to a question is off;
     pairs_correlation: of these cosines with the exact ones, over all pairs. missing_mass: mean over
-    responses. bound_over_error: mean; at least 1.
+    responses. bound_over_error, bound_over_error_min: mean and least over responses; at least 1.
     """
     renormalise, centred = ESTIMATES[estimate]
     out = g2.topk_features(
@@ -120,6 +122,7 @@ def compare(rollout: Rollout, weight: Tensor, k: int, estimate: str, constants: 
     exact = rollout.exact.features.double()
     cosine = torch.cosine_similarity(out.features.double(), exact)
     error = (out.features.double() - exact).norm(dim=1)
+    bound = out.missing_mass * constants[estimate]
     pairs, exact_pairs = pairwise(out.features), pairwise(exact)
     off = (pairs - exact_pairs).abs()
     found = {
@@ -130,7 +133,8 @@ def compare(rollout: Rollout, weight: Tensor, k: int, estimate: str, constants: 
         "pairs_error": off.mean(),
         "pairs_error_max": off.max(),
         "pairs_correlation": torch.corrcoef(torch.stack([pairs.flatten(), exact_pairs.flatten()]))[0, 1],
-        "bound_over_error": (out.missing_mass * constants[estimate] / error).mean(),
+        "bound_over_error": (bound / error).mean(),
+        "bound_over_error_min": (bound / error).min(),
     }
     return {name: float(f"{float(value):.4g}") for name, value in found.items()}
 

@@ -23,7 +23,7 @@ from trl.experimental.async_grpo import (
     async_rollout_worker,
 )
 
-import g2rl_kernels as g2
+from g2rl_kernels.integrations import trl_async
 from g2rl_kernels.integrations.trl_async import (
     AsyncG2RLConfig,
     AsyncG2RLTrainer,
@@ -307,7 +307,13 @@ def test_what_cannot_work_is_named(make_async, settings, error, message):
         make_async(**settings)
 
 
+def test_a_softcap_is_refused(make_async, monkeypatch):
+    capped = SimpleNamespace(logit_softcap=30.0)
+    monkeypatch.setattr(trl_async, "find_head", lambda *_, **__: capped)
+    with pytest.raises(ValueError, match=r"^model: its logits have a softcap of 30.0"):
+        make_async()
+
+
 def test_trls_own_trainer_is_as_it_was(make_async):
     trainer = make_async(AsyncGRPOTrainer, AsyncGRPOConfig)
     assert trainer.rollout_worker._loop_cls is async_rollout_worker._AsyncRolloutLoop
-    assert g2.__version__
