@@ -213,6 +213,28 @@ def test_turns_of_a_rollout_are_one_response(server):
     assert seen["group_size"] == 2
 
 
+def test_a_rollout_without_tokens_leaves_its_group_as_trl_has_it(server):
+    loop = make_loop(G2RLRolloutLoop, g2rl=scoring())
+    loop.choices["one"] = []
+    row = async_rollout_worker.TrainingSequence([1, 2], [0, 1], [0.0, -1.0], "one")
+    group = async_rollout_worker.RolloutGroup(
+        prompts=["?", "?"],
+        reward_kwargs={},
+        completions=[[{"content": "a"}], [{"content": "b"}]],  # rewards of 1 and 0
+        completions_ids=[[2], []],
+        completions_sequences=[[row], []],
+        tool_call_counts=[0, 0],
+        tool_failure_counts=[0, 0],
+        model_version=0,
+        group_id=0,
+        env_rewards=[None, None],
+        rollout_rewards=[None, None],
+    )
+    (sample,) = asyncio.run(loop._score_group(group))
+    assert sample.advantage == pytest.approx(1.0)
+    assert not loop.choices
+
+
 def test_group_advantages_without_rewards():
     assert group_advantages(np.full(3, np.nan)).tolist() == [0, 0, 0]
     assert group_advantages(np.array([1.0, np.nan, 1.0])).tolist() == [0, 0, 0]
