@@ -6,7 +6,8 @@
 docs/performance.md has whole tables. One stands between `<!-- table: g2rl bench head -->`, which takes the
 file above, or with a file of benchmarks/results named, `<!-- table: g2rl bench logprobs FILE.json -->`
 (logprobs, group, train) or `<!-- table: builds FILE.json -->` (benchmarks/builds.py; the same for support),
-and `<!-- end -->`. README.md has four rows of them, between `<!-- short table -->` and `<!-- end -->`. tests/docs/test_readme.py compares both pages with the results.
+and `<!-- end -->`. README.md has four rows of them, between `<!-- short table -->` and `<!-- end -->`.
+tests/docs/test_readme.py compares both pages with the results.
 """
 
 from __future__ import annotations
