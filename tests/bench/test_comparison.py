@@ -10,7 +10,7 @@ import torch
 for package in ("transformers", "tqdm", "matplotlib", "scipy"):
     pytest.importorskip(package, reason=f"the experiments need {package}: make evidence sets it up")
 
-from benchmarks.learning import comparison, document, evidence, experiment, sampling, settings
+from benchmarks.learning import comparison, cost, document, evidence, experiment, sampling, settings
 from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.trainer import TrainerConfig
 
@@ -69,11 +69,17 @@ def test_the_table_and_the_page(tmp_path) -> None:
     scores = {"GRPO": 0.4, "DQO": 0.6, "DRA": 0.4}
     noise = [0.0, 0.01, 0.02, 0.015]
     rows = [
-        row(name, seed, score + noise[seed] * (1 + (name == "DRA")), 1.0 + 0.5 * (name == "DQO"))
+        row(name, seed, score + noise[seed] * (1 + (name == "DRA")))
         for name, score in scores.items()
         for seed in range(4)
     ]
-    text = comparison.methods_table(rows)
+    seconds = {"GRPO": [1.0, 2.0, 4.0], "DQO": [1.5, 3.0, 5.0]}
+    measured = [{"system": system, "seconds": spent} for system, spent in seconds.items()]
+    (tmp_path / cost.COST).write_text(json.dumps({"rows": measured}))
+    costs = cost.ratios(tmp_path)
+    assert costs == {"GRPO": 1.0, "DQO": 1.5}  # of each round, not of sums
+    assert cost.ratios(tmp_path / "nowhere") == {}
+    text = comparison.methods_table(rows, costs)
     lines = [line.split(" | ") for line in text.splitlines()[2:]]
     assert [line[0] for line in lines[2:]] == ["| GRPO", "| DQO", "| DRA"]
     assert "2 differences together" in text
@@ -82,7 +88,7 @@ def test_the_table_and_the_page(tmp_path) -> None:
     mean, half = document.difference(rows, "DRA", "pass@1", comparisons=2)
     assert dra[2] == f"{mean:+.3f} ± {half:.3f}"  # not bold: zero is inside
     assert mean < half
-    assert dqo[-1] == "1.50 |"
+    assert (dqo[-1], dra[-1]) == ("1.50 |", " |")
     assert lines[2][2] == ""
     assert not math.isnan(half)
     (tmp_path / "methods-fluent.json").write_text(json.dumps({"rows": rows}))
