@@ -1,6 +1,6 @@
 """What a step of each system of docs/methods.md costs, turn by turn: writes methods-cost.json.
 
-    python -m benchmarks.learning.cost --out runs/evidence      minutes, after a stage that warmed the models up
+    python -m benchmarks.learning.cost --out runs/evidence      minutes; after a stage that warmed models up
 
 One trainer a system, all on the same model and seed; in each round every one makes a step. Runs of the
 stages do not tell: other work on the machine changes the processor time of a step.
