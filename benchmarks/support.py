@@ -67,6 +67,21 @@ def calls(shape: str, dtype: str, N: int, kept: Sequence[int], device: str) -> d
     return found
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a call; milliseconds."""
+    lines = [
+        "| call | ids a token | ms | times faster | times its bytes at copy rate |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratios = [
+            f"{row[key]:.{n}f}" if key in row else "" for key, n in (("times_faster", 0), ("of_copy", 2))
+        ]
+        ids = row["ids"].removesuffix(" ids")
+        lines.append("| " + " | ".join([row["what"], ids, f"{1e3 * row['seconds'][1]:.1f}", *ratios]) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.support",
@@ -108,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print()
     if args.out:
         options = {"shape": args.shape, "dtype": args.dtype, "tokens": args.tokens, "rounds": args.rounds}
-        content = {"machine": machine(device), "copy_gb_s": rates, **options, "rows": rows}
+        content = {"machine": machine(device), "op": "support", "copy_gb_s": rates, **options, "rows": rows}
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from .head.features import (
 )
 from .head.logprobs import LinearLogprobs, LinearLogprobsWithStatistics, linear_logprobs
 from .head.sampling_support import SamplingSupport, sampling_support
+from .head.topk import TopkFeatures, topk_features
 
 if _TYPE_CHECKING:
     from .models.lm_head import find_head
@@ -41,6 +42,7 @@ __all__ = [
     "LinearLogprobs",
     "LinearLogprobsWithStatistics",
     "SamplingSupport",
+    "TopkFeatures",
     "__version__",
     "certified_head_features",
     "find_head",
@@ -49,6 +51,7 @@ __all__ = [
     "linear_logprobs",
     "pack_responses",
     "sampling_support",
+    "topk_features",
 ]
 
 

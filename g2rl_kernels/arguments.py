@@ -97,7 +97,7 @@ def check_token_values(tokens: Tensor, V: int) -> None:
 def check_cu_seqlens_values(cu_seqlens: Tensor, N: int) -> None:
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != N:
-        raise ValueError(f"cu_seqlens: runs from {first} to {last}, needs 0 to N = {N} (rows of hidden)")
+        raise ValueError(f"cu_seqlens: runs from {first} to {last}, needs 0 to N = {N}, the number of tokens")
     falls = (cu_seqlens.diff() < 0).nonzero()
     if falls.numel():
         at = int(falls[0]) + 1

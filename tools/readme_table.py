@@ -5,9 +5,9 @@
 
 docs/performance.md has whole tables. One stands between `<!-- table: g2rl bench head -->`, which takes the
 file above, or with a file of benchmarks/results named, `<!-- table: g2rl bench logprobs FILE.json -->`
-(logprobs, group, train) or `<!-- table: builds FILE.json -->` (benchmarks/builds.py), and `<!-- end -->`.
-README.md has four rows of them, between `<!-- short table -->`
-and `<!-- end -->`. tests/docs/test_readme.py compares both pages with the results.
+(logprobs, group, train) or `<!-- table: builds FILE.json -->` (benchmarks/builds.py; the same for support),
+and `<!-- end -->`. README.md has four rows of them, between `<!-- short table -->` and `<!-- end -->`.
+tests/docs/test_readme.py compares both pages with the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DEFAULT = "cpu-epyc-zen5-2cores.json"
 BLOCK = re.compile(
-    r"(<!-- table: (?:g2rl bench )?(head|logprobs|group|train|builds)(?: (\S+\.json))? -->\n)"
+    r"(<!-- table: (?:g2rl bench )?(head|logprobs|group|train|builds|support)(?: (\S+\.json))? -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -55,7 +55,7 @@ def written(found: re.Match[str]) -> str:
 def block(op: str, file: str) -> str:
     """The text between the markers: the machine, the table as `g2rl bench` prints it, and its summary."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks import builds
+    from benchmarks import builds, support
     from benchmarks.measure import header
     from benchmarks.rows import Result
     from benchmarks.run import OPS, render
@@ -63,6 +63,8 @@ def block(op: str, file: str) -> str:
     result = read(file)
     if (measured := result.get("op", "head")) != op:
         sys.exit(f"{PERFORMANCE.name}: the table of {op} names {file}, a result of g2rl bench {measured}")
+    if op == "support":
+        return f"{header(result['machine'])}; {result['rounds']} rounds:\n\n{support.table(result['rows'])}\n"
     if op == "builds":
         rounds = result["rows"][0]["rounds"]
         return f"{header(result['machine'])}; {rounds} rounds:\n\n{builds.table(result['rows'])}\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 from g2rl_kernels._files import write_whole
 
 from .collapse import BASELINE, collapses
+from .cost import ratios
 from .document import RESULTS, ROOT, difference, interval, load, names, of_seeds, table, tuning_table
 from .experiment import Row
 from .settings import BY_TEXT, COMPARED, COMPARISON, FEW, LEVELS, METHOD_GRIDS, SETTINGS
@@ -32,14 +33,11 @@ def shown(mean: float, half: float, digits: int, sign: str = "") -> str:
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def cost(rows: Sequence[Row], system: str) -> float:
-    """Processor time of a step, mean over seeds."""
-    spent = [row["step_cpu_seconds"] for row in rows if row["system"] == system]
-    return sum(spent) / len(spent)
+def methods_table(rows: Sequence[Row], costs: dict[str, float]) -> str:
+    """A line a system, with the differences from GRPO; bold where an interval excludes zero.
 
-
-def methods_table(rows: Sequence[Row]) -> str:
-    """A line a system, with the differences from GRPO; bold where an interval excludes zero."""
+    costs: of a step, in GRPO's (cost.py).
+    """
     found, lines = names(rows), []
     others = len(found) - 1
     for name in found:
@@ -55,7 +53,7 @@ def methods_table(rows: Sequence[Row]) -> str:
             cells.append(shown(*interval(list(of_seeds(rows, name, measure).values())), 3))
         seeds = len(of_seeds(rows, name, "pass@1"))
         cells.append(f"{len(collapses(rows, name))} of {seeds}")
-        cells.append(f"{cost(rows, name) / cost(rows, BASELINE):.2f}")
+        cells.append(f"{costs[name]:.2f}" if name in costs else "")
         lines.append([name, *cells])
     heads = ["system", "pass@1", "less GRPO", "distinct right", "less GRPO", "maj@16", "pass@16"]
     problems = len(rows[0]["problems"]["pass@1"])
@@ -73,7 +71,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
         made = "Not run yet.\n"
         if path.exists():
             rows = load(path)
-            made = methods_table(rows) if kind == "methods" else tuning_table(rows, METHOD_GRIDS)
+            if kind == "methods":
+                made = methods_table(rows, ratios(results))
+            else:
+                made = tuning_table(rows, METHOD_GRIDS)
         return found[1] + made + found[4]
 
     return BLOCK.sub(block, text)

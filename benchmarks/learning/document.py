@@ -17,7 +17,7 @@ from g2rl_kernels._files import write_whole
 
 from .collapse import BASELINE, collapses
 from .experiment import Evaluation, Row
-from .settings import COMPARED, COMPARISON, GRIDS, METHOD_GRIDS, PAIRS, SETTINGS, systems
+from .settings import COMPARED, COMPARISON, GRIDS, METHOD_GRIDS, PAIRS, SAMPLED, SAMPLING, SETTINGS, systems
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -101,7 +101,7 @@ def best(rows: Sequence[Row], grids: Grids = GRIDS) -> dict[str, dict[str, Any]]
 def names(rows: Sequence[Row]) -> list[str]:
     """The systems in rows, in the order of the registry."""
     found = {row["system"] for row in rows}
-    return [name for name in systems(rows[0]["setting"]) | COMPARED if name in found]
+    return [name for name in systems(rows[0]["setting"]) | COMPARED | SAMPLED if name in found]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def write() -> None:
     """Writes docs/evidence.md and its figures, from the committed results."""
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
-        if "tuning" not in path.stem and not path.stem.startswith(COMPARISON):
+        if "tuning" not in path.stem and path.stem != SAMPLING and not path.stem.startswith(COMPARISON):
             draw(load(path), PAGE.with_name(f"evidence-{path.stem}.png"))
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.learning import comparison, document  # noqa: E402
+from benchmarks.learning import comparison, document, sampling  # noqa: E402
 from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
 from benchmarks.learning.settings import (  # noqa: E402
     COMPARED,
@@ -35,6 +35,9 @@ from benchmarks.learning.settings import (  # noqa: E402
     LEVELS,
     METHOD_GRIDS,
     METHODS,
+    SAMPLED,
+    SAMPLED_ON,
+    SAMPLING,
     SEEDS,
     SETTINGS,
     TUNING_SEEDS,
@@ -45,9 +48,9 @@ from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
 STAGES: tuple[str, ...] = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
-STAGES += (f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
+STAGES += (SAMPLING, f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
 TUNED_ON = "fluent"
-TUNED = (*LEVELS, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
+TUNED = (*LEVELS, SAMPLING, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
 
 
 def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
@@ -71,7 +74,10 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
             for seed in TUNING_SEEDS
         ]
     runs, setting = [], stage.removeprefix(COMPARISON)
-    for system, keys in (systems(stage) if setting == stage else COMPARED).items():
+    compared = systems(stage) if setting == stage else COMPARED
+    if stage == SAMPLING:
+        setting, compared = SAMPLED_ON, SAMPLED
+    for system, keys in compared.items():
         chosen = tuned.get(system, tuned.get(keys["algorithm"], {}))
         if stage.startswith("smollm2"):
             chosen = {}
@@ -80,6 +86,10 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
 
 
 SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
+
+
+def _setting_of(stage: str) -> str:
+    return {SAMPLING: SAMPLED_ON}.get(stage, stage.removeprefix(COMPARISON))
 
 
 class Stage:
@@ -102,10 +112,15 @@ class Stage:
             self.rows = kept
             self.save()
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
+    def add(self, *rows: Row) -> None:
+        self.rows += rows
         self.rows.sort(key=lambda row: (row["system"], row["seed"]))
         self.save()
+
+    def adopt(self, runs: Sequence[Run], other: Stage) -> None:
+        """Takes over what another stage of the same machine has of these runs, with the cost of a step."""
+        identities = [this.identity for this in runs if not self.has(this)]
+        self.add(*(row for row in other.rows if _identity(row) in identities and "step_cpu_seconds" in row))
 
     def save(self) -> None:
         from benchmarks.measure import machine
@@ -175,7 +190,7 @@ def _warm_up(pair: tuple[str, int], folder: Path) -> None:
 def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> dict[str, dict[str, Any]]:
     """What a tuning stage chose. Raises CommandError if it is not complete."""
     tuning = Stage(out / f"{stage}.json")
-    if not all(tuning.has(this) for this in plan(stage, {})):
+    if not all(tuning.has(this) for this in plan(stage, {}) if this.system.rsplit(" ", 1)[0] in grids):
         raise CommandError(f"{needed_by} needs the whole tuning in {tuning.path}: run --only {stage} first")
     return document.best(tuning.rows, grids)
 
@@ -218,6 +233,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.document:
         document.write()
         comparison.write()
+        sampling.write()
         return 0
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     # The workers import this package by it.
@@ -234,16 +250,21 @@ def _main(args: argparse.Namespace) -> int:
         if name in TUNED:
             tuned = tuning_of(out, "tuning", GRIDS, name)
             if name.startswith(COMPARISON):
-                tuned |= tuning_of(out, f"{COMPARISON}tuning", METHOD_GRIDS, name)
+                grids = {k: v for k, v in METHOD_GRIDS.items() if not args.systems or k in args.systems}
+                tuned |= tuning_of(out, f"{COMPARISON}tuning", grids, name)
         seeds = range(2) if args.quick else SEEDS[: args.seeds]
         runs = plan(name, tuned, seeds)
         if args.systems:
             runs = [this for this in runs if this.system in args.systems]
         stage = Stage(out / f"{name}.json")
-        stage.keep(plan(name, tuned))
+        if not args.systems:  # of others, tuning may not be known
+            stage.keep(plan(name, tuned))
+        for other in STAGES:  # the same run may be part of several
+            if other != name and {this.setting for this in runs} == {_setting_of(other)}:
+                stage.adopt(runs, Stage(out / f"{other}.json"))
         warm_starts(runs, out, args.jobs)
         run_all(runs, stage, out, args.jobs)
-        if not args.quick and all(stage.has(this) for this in plan(name, tuned, seeds)):
+        if not args.quick and not args.systems and all(stage.has(this) for this in plan(name, tuned, seeds)):
             committed = document.RESULTS / stage.path.name
             if len(Stage(committed).rows) <= len(stage.rows):  # never replaced by fewer seeds
                 committed.parent.mkdir(parents=True, exist_ok=True)
@@ -252,6 +273,7 @@ def _main(args: argparse.Namespace) -> int:
     if not args.quick:
         document.write()
         comparison.write()
+        sampling.write()
     return 0
 
 

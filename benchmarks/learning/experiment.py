@@ -64,11 +64,15 @@ def run(this: Run, folder: Path) -> Row:
     start, setting = time.perf_counter(), SETTINGS[this.setting]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_of(this, folder, scratch)
+        shared = share_encoder(trainer)
         before = evaluate_start(trainer, setting, setting.place(folder, this.seed))
         trainer.begin()  # seeds the generators that the evaluation used
-        began = time.process_time()
+        began, spared = time.process_time(), shared.spared if shared else 0.0
         steps = [trainer.step() for _ in range(trainer.config.steps)]
-        spent = (time.process_time() - began) / len(steps)
+        spent = time.process_time() - began
+        if shared:
+            spent += shared.spared - spared
+        spent /= len(steps)
         return {
             "setting": this.setting,
             "system": this.system,
@@ -80,6 +84,45 @@ def run(this: Run, folder: Path) -> Row:
             "seconds": round(time.perf_counter() - start, 1),
             "step_cpu_seconds": round(spent, 4),
         }
+
+
+class SharedEncoder:
+    """A `SentenceEncoder` whose vectors serve all runs of this process.
+
+    A text's vector has the same bits in every run, so results are those of a run alone. `spared`: the
+    processor time that texts of other runs saved.
+    """
+
+    def __init__(self, encoder: Any, vectors: dict[str, Any]):
+        self.encoder, self.vectors = encoder, vectors
+        self.mine: set[str] = set()  # texts that this run alone would have encoded
+        self.spared, self.seconds, self.encoded = 0.0, 0.0, 0
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        import torch
+
+        new = [text for text in dict.fromkeys(texts) if text not in self.vectors]
+        others = {text for text in texts if text not in self.mine} - {*new}
+        began = time.process_time()
+        if new:
+            self.vectors.update(zip(new, self.encoder(new)))
+        self.seconds += time.process_time() - began
+        self.encoded += len(new)
+        self.spared += len(others) * self.seconds / max(self.encoded, 1)
+        self.mine.update(texts)
+        return torch.stack([self.vectors[text] for text in texts])
+
+
+_VECTORS: dict[str, dict[str, Any]] = {}  # of each encoder, text -> vector
+
+
+def share_encoder(trainer: Trainer) -> SharedEncoder | None:
+    """Gives the trainer an encoder that knows what other runs have encoded; None where it needs none."""
+    if not hasattr(trainer, "encoder"):
+        return None
+    vectors = _VECTORS.setdefault(str(trainer.config.encoder), {})
+    shared = trainer.encoder = SharedEncoder(trainer.encoder, vectors)
+    return shared
 
 
 def trainer_of(this: Run, folder: Path, output_dir: str) -> Trainer:
@@ -127,6 +170,7 @@ def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:
     config = dataclasses.replace(
         trainer.config,
         algorithm="grpo",  # rewards without shaping
+        similarity="gradient",
         entropy_coef=0.0,
         labels="truth",
         shuffle=False,

@@ -188,6 +188,18 @@ def _method_grid(algorithm: str) -> list[dict[str, Any]]:
 METHOD_GRIDS = {name: _method_grid(keys["algorithm"]) for name, keys in METHODS.items()}
 COMPARED = BASELINES | {name: VARIANTS[name] for name in FEW} | METHODS
 LEVELS = ("fluent", "halting", "scarce")
+
+# What the sampler's mask changes (docs/sampling.md): log-probs over the tokens that top_p kept, or over all.
+SAMPLING = "sampling"  # the stage
+SAMPLED_ON = "fluent"
+DEFAULT = "G2RL right, shape, 0.5"
+SAMPLED = {"GRPO": BASELINES["GRPO"], DEFAULT: VARIANTS[DEFAULT]}
+KEPT, WHOLE = "top_p 0.9, mask kept", "top_p 0.9, whole softmax"
+SAMPLED |= {
+    f"{name}, {how}": {**keys, "top_p": 0.9, "keep_sampling_mask": how == KEPT}
+    for name, keys in tuple(SAMPLED.items())
+    for how in (KEPT, WHOLE)
+}
 COMPARISON = "methods-"  # stages and files of docs/methods.md begin so
 
 

@@ -121,9 +121,9 @@ def agree(
 
 def check_ids(ids: Tensor, V: int) -> None:
     """Raises ValueError unless all ids of `support` lie in the vocabulary."""
-    outside = (ids < 0) | (ids >= V)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
+    low, high = (int(t) for t in torch.aminmax(ids)) if ids.numel() else (0, 0)
+    if low < 0 or high >= V:
+        at = int(((ids < 0) | (ids >= V)).nonzero()[0])
         raise ValueError(f"support: ids: entry {at} is {int(ids[at])}, needs to be in [0, {V})")
 
 

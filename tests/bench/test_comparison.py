@@ -5,11 +5,12 @@ import json
 import math
 
 import pytest
+import torch
 
 for package in ("transformers", "tqdm", "matplotlib", "scipy"):
     pytest.importorskip(package, reason=f"the experiments need {package}: make evidence sets it up")
 
-from benchmarks.learning import comparison, document, evidence, experiment, settings
+from benchmarks.learning import comparison, cost, document, evidence, experiment, sampling, settings
 from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.trainer import TrainerConfig
 
@@ -68,11 +69,17 @@ def test_the_table_and_the_page(tmp_path) -> None:
     scores = {"GRPO": 0.4, "DQO": 0.6, "DRA": 0.4}
     noise = [0.0, 0.01, 0.02, 0.015]
     rows = [
-        row(name, seed, score + noise[seed] * (1 + (name == "DRA")), 1.0 + 0.5 * (name == "DQO"))
+        row(name, seed, score + noise[seed] * (1 + (name == "DRA")))
         for name, score in scores.items()
         for seed in range(4)
     ]
-    text = comparison.methods_table(rows)
+    seconds = {"GRPO": [1.0, 2.0, 4.0], "DQO": [1.5, 3.0, 5.0]}
+    measured = [{"system": system, "seconds": spent} for system, spent in seconds.items()]
+    (tmp_path / cost.COST).write_text(json.dumps({"rows": measured}))
+    costs = cost.ratios(tmp_path)
+    assert costs == {"GRPO": 1.0, "DQO": 1.5}  # of each round, not of sums
+    assert cost.ratios(tmp_path / "nowhere") == {}
+    text = comparison.methods_table(rows, costs)
     lines = [line.split(" | ") for line in text.splitlines()[2:]]
     assert [line[0] for line in lines[2:]] == ["| GRPO", "| DQO", "| DRA"]
     assert "2 differences together" in text
@@ -81,7 +88,7 @@ def test_the_table_and_the_page(tmp_path) -> None:
     mean, half = document.difference(rows, "DRA", "pass@1", comparisons=2)
     assert dra[2] == f"{mean:+.3f} ± {half:.3f}"  # not bold: zero is inside
     assert mean < half
-    assert dqo[-1] == "1.50 |"
+    assert (dqo[-1], dra[-1]) == ("1.50 |", " |")
     assert lines[2][2] == ""
     assert not math.isnan(half)
     (tmp_path / "methods-fluent.json").write_text(json.dumps({"rows": rows}))
@@ -95,3 +102,69 @@ def test_the_table_and_the_page(tmp_path) -> None:
 def test_the_page_is_that_of_the_results() -> None:
     page = comparison.PAGE.read_text(encoding="utf-8")
     assert comparison.filled(page) == page, "python -m benchmarks.learning.comparison writes it anew"
+
+
+# --- what the sampler's mask changes ------------------------------------------------------------------------
+
+
+def test_the_mask_is_all_that_differs() -> None:
+    runs = evidence.plan("sampling", {"grpo": {"lr": 1e-4}, "g2rl": {"lr": 3e-5, "lam": 1.0}})
+    keys = {run.system: dict(run.keys) for run in runs}
+    assert len(runs) == 8 * len(keys) == 48
+    for algorithm in ("GRPO", settings.DEFAULT):
+        kept, whole = keys[f"{algorithm}, {settings.KEPT}"], keys[f"{algorithm}, {settings.WHOLE}"]
+        assert kept["top_p"] == whole["top_p"] == 0.9
+        assert (kept.pop("keep_sampling_mask"), whole.pop("keep_sampling_mask")) == (True, False)
+        assert kept == whole == {**keys[algorithm], "top_p": 0.9}
+        base = settings.SETTINGS["fluent"].base
+        TrainerConfig.from_dict({**base, **kept, "model": "x", "tasks": [{"kind": "python"}]})
+
+
+def test_the_page_has_paired_differences(tmp_path) -> None:
+    page = "<!-- what the mask changes -->\nold\n<!-- end -->\n"
+    assert "Not run yet." in sampling.filled(page, tmp_path)
+    scores = {settings.KEPT: (0.5, 0.6, 0.7), settings.WHOLE: (0.4, 0.5, 0.6)}
+    rows = [
+        row(system if how is None else f"{system}, {how}", seed, scores.get(how, (0.3, 0.4, 0.5))[seed])
+        for system in ("GRPO", settings.DEFAULT)
+        for how in (None, *scores)
+        for seed in range(3)
+    ]
+    (tmp_path / "sampling.json").write_text(json.dumps({"rows": rows}))
+    made = sampling.filled(page, tmp_path)
+    assert "| GRPO, top_p 0.9, mask kept | " in made
+    assert "**+0.100 ± 0.000**" in made
+    assert "old" not in made
+
+
+def test_a_stage_takes_over_runs_that_another_has(tmp_path) -> None:
+    runs = evidence.plan("sampling", {"grpo": {"lr": 1e-4}})
+    mine = {**row("GRPO", 3, 0.5), "keys": {"lr": 1e-4, "algorithm": "grpo"}}
+    other, without_cost = {**mine, "keys": {"algorithm": "grpo"}}, {**mine, "seed": 4}
+    del without_cost["step_cpu_seconds"]
+    known = evidence.Stage(tmp_path / "methods-fluent.json")
+    known.add(mine, other, without_cost)
+    stage = evidence.Stage(tmp_path / "sampling.json")
+    stage.adopt(runs, known)
+    stage.adopt(runs, known)
+    assert stage.rows == [mine]
+
+
+def test_runs_share_an_encoder_and_count_its_cost_alone() -> None:
+    asked = []
+
+    def encoder(texts):
+        asked.append(texts)
+        return torch.tensor([[float(len(text))] for text in texts])
+
+    vectors: dict = {}
+    first, second = (experiment.SharedEncoder(encoder, vectors) for _ in range(2))
+    assert first(["a", "bb", "a"]).tolist() == [[1.0], [2.0], [1.0]]
+    assert first.spared == 0
+    second(["ccc"])
+    second.seconds = 2.0  # that it took
+    assert second(["bb", "ccc", "a", "bb"]).tolist() == [[2.0], [3.0], [1.0], [2.0]]
+    assert asked == [["a", "bb"], ["ccc"]]
+    assert second.spared == pytest.approx(4.0, rel=1e-3)  # two texts that it would have encoded
+    second(["a", "bb"])
+    assert second.spared == pytest.approx(4.0, rel=1e-3)

@@ -78,5 +78,6 @@ void test_head();                // test_head.cpp
 void test_gradients();           // test_gradients.cpp
 void test_large_vocabularies();  // test_head.cpp
 void test_options();             // test_options.cpp
+void test_support();             // test_support.cpp
 
 }  // namespace tests

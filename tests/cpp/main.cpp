@@ -9,6 +9,7 @@ int main() {
   tests::test_gradients();
   tests::test_large_vocabularies();
   tests::test_options();
+  tests::test_support();
   std::printf("%d comparisons on", tests::comparisons);
   for (g2rl::Isa isa : tests::instruction_sets()) std::printf(" %s", g2rl::isa_name(isa));
   std::printf(": %d failures\n", tests::failures);

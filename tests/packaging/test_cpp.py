@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # test_head.cpp includes head.cpp
 SOURCES = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if path.name != "head.cpp"]
-TESTS = ("main", "test_head", "test_gradients", "test_options", "test_group")
+TESTS = ("main", "test_head", "test_gradients", "test_options", "test_support", "test_group")
 SOURCES += [ROOT / f"tests/cpp/{name}.cpp" for name in TESTS]
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 OPTIMIZE = "-O3 -ffp-contract=fast"  # as in setup.py

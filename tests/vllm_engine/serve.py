@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny import make_model, make_tokenizer
 
 from g2rl_kernels.evaluation.engines import Decoding, VllmEngine
-from g2rl_kernels.models.loading import load_tokenizer
+from g2rl_kernels.models.loading import load_model, load_tokenizer
 from g2rl_kernels.trainer import TrainerConfig
 
 PROMPTS = ["abc=", "abc+1=", "2+2=4 a", "hgfedcba 0123456789 abc=", "1"]
@@ -43,6 +45,19 @@ def make_engine(model: str, decoding: Decoding | None = None, **keys: Any) -> Vl
     config = make_config(model, **keys)
     decoding = decoding or Decoding(n=4, temperature=TEMPERATURE)
     return VllmEngine(load_tokenizer(config), config, decoding, **OPTIONS)
+
+
+@torch.no_grad()
+def hidden_states(
+    path: str, prompts: Sequence[list[int]], responses: Sequence[list[int]], **keys: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of transformers that predict the responses' tokens [N, d], and the head's weight."""
+    model, _ = load_model(make_config(path, **keys))
+    found = []
+    for prompt, tokens in zip(prompts, responses):
+        states = model.model(torch.tensor([prompt + tokens])).last_hidden_state[0]
+        found.append(states[len(prompt) - 1 : -1])  # a state predicts the token after it
+    return torch.cat(found), model.lm_head.weight.detach()
 
 
 def tokens_of(engine: VllmEngine) -> list[list[list[int]]]:

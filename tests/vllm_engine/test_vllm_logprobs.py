@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from serve import OPTIONS, PROMPTS, SEEDS, TEMPERATURE, make_config
+from serve import OPTIONS, PROMPTS, SEEDS, TEMPERATURE, hidden_states
 
 import g2rl_kernels as g2
 from g2rl_kernels.head.triton import driver
-from g2rl_kernels.models.loading import load_model
 
 
 class Sampled(NamedTuple):
@@ -36,20 +35,15 @@ def logprobs_of(engine: Any, prompts: list[list[int]]) -> tuple[list[list[int]],
     return tokens, [[step[token].logprob for token, step in zip(out.token_ids, out.logprobs)] for out in outs]
 
 
-@torch.no_grad()
 def sampled(engine: Any, path: str, dtype: str) -> Sampled:
     prompts = [engine.tokenizer(text)["input_ids"] for text in PROMPTS]
     responses, theirs = logprobs_of(engine, prompts)
     asked = [prompt for prompt in prompts for _ in range(engine.params["n"])]
-    model, _ = load_model(make_config(path, dtype=dtype))
-    hidden = []
-    for prompt, tokens in zip(asked, responses):
-        states = model.model(torch.tensor([prompt + tokens])).last_hidden_state[0]
-        hidden.append(states[len(prompt) - 1 : -1])  # a state predicts the token after it
+    hidden, weight = hidden_states(path, asked, responses, dtype=dtype)
     lengths = torch.tensor([0, *map(len, responses)])
     return Sampled(
-        torch.cat(hidden),
-        model.lm_head.weight.detach(),
+        hidden,
+        weight,
         torch.tensor([token for tokens in responses for token in tokens]),
         lengths.cumsum(0),
         torch.tensor([value for values in theirs for value in values]),
