@@ -7,9 +7,9 @@
                                                  pip install --no-deps --target DIR triton==3.9.0
     ... --write                                  into benchmarks/results/triton-resources.md
 
-kernel_cases.py lists the kernels, kernel_table.py makes the table. Registers and spills come from Triton's
-ptxas, and from its code for AMD. build/kernel-resources keeps results: what has not changed is not compiled
-again.
+kernel_cases.py lists the kernels (kernel_case.py: one), kernel_table.py makes the table. Registers and spills
+come from Triton's ptxas, and from its code for AMD. build/kernel-resources keeps results: what has not changed
+is not compiled again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "build" / "kernel-resources"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the checkout's kernels, installed or not
 
-from kernel_cases import Case, all_cases, function, is_amd  # noqa: E402
+from kernel_case import Case, function, is_amd  # noqa: E402
+from kernel_cases import all_cases  # noqa: E402
 
 NVIDIA: tuple[int, ...] = (80, 86, 89, 90, 100, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1201")  # MI200, MI300, MI350; RDNA 4

@@ -297,6 +297,8 @@ def write_report(results: Path) -> Path:
     sections = ["# Results\n"]
     for path in sorted(results.glob("*.json")):
         rows, stage = load(path), path.stem
+        if not rows:
+            continue
         if "tuning" in stage:
             grids: Grids = GRIDS if stage == "tuning" else METHOD_GRIDS
             tried = {name: grid for name, grid in grids.items() if _is_tuned(rows, name, grid)}

@@ -120,7 +120,9 @@ class Stage:
     def adopt(self, runs: Sequence[Run], other: Stage) -> None:
         """Takes over what another stage of the same machine has of these runs, with the cost of a step."""
         identities = [this.identity for this in runs if not self.has(this)]
-        self.add(*(row for row in other.rows if _identity(row) in identities and "step_cpu_seconds" in row))
+        found = [row for row in other.rows if _identity(row) in identities and "step_cpu_seconds" in row]
+        if found:
+            self.add(*found)
 
     def save(self) -> None:
         from benchmarks.measure import machine

@@ -137,6 +137,12 @@ def test_the_page_has_paired_differences(tmp_path) -> None:
     assert "old" not in made
 
 
+def test_the_page_of_sampling_is_that_of_the_results() -> None:
+    page = sampling.PAGE.read_text(encoding="utf-8")
+    assert sampling.filled(page) == page, "python -m benchmarks.learning.sampling writes it anew"
+    assert sampling.BLOCK.search(page)
+
+
 def test_a_stage_takes_over_runs_that_another_has(tmp_path) -> None:
     runs = evidence.plan("sampling", {"grpo": {"lr": 1e-4}})
     mine = {**row("GRPO", 3, 0.5), "keys": {"lr": 1e-4, "algorithm": "grpo"}}

@@ -1,8 +1,7 @@
 """`sampling_support`: against what transformers keeps, and against vLLM's rule written out with all logits.
 
 Each rule keeps the first n entries of a row sorted by logit, so lists are compared by n and by their logits.
-Where a cut lies within rounding, n may be any number between those for settings a little lower and higher
-(`count` with slack).
+Where a cut lies within rounding, n may lie between those for settings a little lower and higher (slack).
 """
 
 import math
@@ -31,9 +30,8 @@ SETTINGS = [
 ]
 RULES = ("transformers", "vllm")
 KINDS = ("random", "peaked", "flat", "equal", "tied", "masked")
-by_settings = pytest.mark.parametrize(
-    "options", SETTINGS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items())
-)
+NAMES = [" ".join(f"{key}={value}" for key, value in options.items()) for options in SETTINGS]
+by_settings = pytest.mark.parametrize("options", SETTINGS, ids=NAMES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 rules = pytest.mark.parametrize("rules", RULES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

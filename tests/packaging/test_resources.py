@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "kernel_resources.py"
 TESTED_TRITON = {(3, 6), (3, 7), (3, 8), (3, 9)}
-RARE_MAY_SPILL = 64  # bytes, as in tools/kernel_cases.py
+RARE_MAY_SPILL = 64  # bytes, as in tools/kernel_case.py
 COMMITTED = ROOT / "benchmarks" / "results" / "triton-resources.md"
 
 
@@ -193,7 +193,7 @@ def test_types_are_those_that_triton_takes_from_a_call(tool):
 
     dtypes = {"fp32": torch.float32, "fp64": torch.float64}
     dtypes |= {"i64": torch.int64, "i32": torch.int32, "i8": torch.int8}
-    for name, kind in sys.modules["kernel_cases"].TYPE.items():
+    for name, kind in sys.modules["kernel_case"].TYPE.items():
         value = MockTensor(dtypes[kind[1:]]) if kind[0] == "*" else 1.5
         assert read(value) == (kind, "D" if kind[0] == "*" else None), name
     assert read(2048) == ("i32", "D"), "a stride that is a multiple of 16"
