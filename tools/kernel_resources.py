@@ -8,8 +8,8 @@
     ... --write                                  into benchmarks/results/triton-resources.md
 
 kernel_cases.py lists the kernels (kernel_case.py: one), kernel_table.py makes the table. Registers and spills
-come from Triton's ptxas, and from its code for AMD. build/kernel-resources keeps results: what has not changed
-is not compiled again.
+come from Triton's ptxas, and from its code for AMD. build/kernel-resources keeps results: what has not
+changed is not compiled again.
 """
 
 from __future__ import annotations
