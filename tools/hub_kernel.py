@@ -103,6 +103,7 @@ def file_of(module: str) -> Path:
 def modules() -> list[str]:
     """What the public names need, by its imports; backends are imported by name."""
     waiting = [*public(), "head.tiled", "head.cpu", "head.triton.driver"]
+    waiting += ["head.support.cpu", "head.support.triton"]
     found: set[str] = set()
     while waiting:
         module = waiting.pop()

@@ -39,10 +39,15 @@ def results(module: Any, backend: str | None) -> list[torch.Tensor]:
     options = {"bias": given["bias"], "temperature": 0.7, "logit_softcap": 20.0, "backend": backend}
     out = module.head_features(hidden, weight, given["tokens"], given["cu_seqlens"], **options)
     fused = module.linear_logprobs(hidden, weight, given["tokens"], **options)
-    grads = [torch.linspace(-1, 2, 61), torch.linspace(1, -3, 61)]
-    torch.autograd.backward([fused.logprobs, fused.entropy], grads)
+    # One of three ids a token, the realised one among them.
+    ids = torch.stack([given["tokens"] - 8, given["tokens"], given["tokens"] - 1], dim=1).flatten()
+    options["support"] = ids, torch.arange(62) * 3
+    few = module.linear_logprobs(hidden, weight, given["tokens"], **options)
+    some = module.head_features(hidden, weight, given["tokens"], given["cu_seqlens"], **options)
+    grads = [torch.linspace(-1, 2, 61), torch.linspace(1, -3, 61)] * 2
+    torch.autograd.backward([fused.logprobs, fused.entropy, few.logprobs, few.entropy], grads)
     group = module.group_geometry(out.features, torch.tensor([1.0, 0.0, 0.0, 1.0]), group_size=4)
-    found = [*out[:4], fused.logprobs, fused.entropy, hidden.grad, weight.grad, *group]
+    found = [*out[:4], *fused, *some[:4], *few, hidden.grad, weight.grad, *group]
     return [tensor.detach() for tensor in found]
 
 
