@@ -1,24 +1,37 @@
-"""benchmarks/support.py: lists as a top-k sampler makes them, and a row for each length."""
+"""The benchmark of restricted heads: its lists, and a run on a small head."""
 
+import json
+
+import pytest
 import torch
 
-from benchmarks import registry, support
-
-ARGUMENTS = ["--shape", "tiny", "--N", "16", "--ids", "4", "9", "--backend", "reference", "--rounds", "1"]
+from benchmarks import support
 
 
-def test_a_list_holds_the_likeliest_ids_and_its_token():
-    p = registry.problem(registry.case("tiny", "fp32", 40, "flat"))  # most tokens are unlikely
-    ids, offsets = support.likeliest(p, 5)
-    assert torch.equal(offsets, 5 * torch.arange(41))
-    lists, best = ids.view(40, 5), (p.hidden @ p.weight.T).topk(5).indices
-    assert (lists == p.tokens[:, None]).any(1).all()
-    assert torch.equal(lists[:, :4], best[:, :4])
-    assert all(len(set(one)) == 5 for one in lists.tolist())
+@pytest.mark.parametrize(("V", "kept"), [(100, 7), (64, 64), (2048, 512)])
+def test_each_list_has_its_token_and_no_id_twice(V, kept):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.cat([torch.tensor([0, V - 1]), torch.randint(V, (30,), generator=generator)])
+    ids, offsets = support.random_lists(tokens, V, kept, generator)
+    assert torch.equal(offsets, torch.arange(33) * kept)
+    lists = ids.view(32, kept)
+    assert (lists == tokens[:, None]).any(1).all()
+    assert (lists.diff() > 0).all()
+    assert (lists >= 0).all()
+    assert (lists < V).all()
 
 
-def test_a_row_for_each_length(capsys):
-    assert support.main(ARGUMENTS) == 0
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
-    assert [row[0].strip() for row in rows] == ["ids a token", "---", "all", "4", "9"]
-    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:5])
+def test_a_run_writes_its_table(tmp_path, capsys):
+    out = tmp_path / "support.json"
+    arguments = ["--shape", "tiny", "--dtype", "fp32", "--tokens", "16", "--kept", "8", "--rounds", "3"]
+    support.main([*arguments, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["op"] == "support"
+    assert [row["ids"] for row in found["rows"]] == ["all ids", "all ids", "8 ids", "8 ids"]
+    gathered = [row["gathered_bytes"] for row in found["rows"] if "gathered_bytes" in row]
+    assert gathered == [16 * 8 * 64 * 4, 2 * 16 * 8 * 64 * 4]
+    assert "x faster" in capsys.readouterr().out
+    table = support.table(found["rows"]).splitlines()
+    assert len(table) == 6
+    assert table[2].startswith("| head_features | all | ")
+    assert table[4].count("|") == 6
