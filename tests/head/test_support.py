@@ -15,7 +15,10 @@ from test_linear_logprobs import ours, plain
 from test_statistics import ALL, assert_exact, run_features, run_logprobs
 
 import g2rl_kernels as g2
+from g2rl_kernels import arguments
 from g2rl_kernels._ops import ops
+from g2rl_kernels.head.support.backend import BACKENDS, SupportBackend
+from g2rl_kernels.head.support.backend import backend as implementation
 from g2rl_kernels.head.support.spec import Support
 
 NOT_TRITON = [("reference", None), *CPU_BACKENDS]
@@ -322,6 +325,15 @@ def test_whole(backend, which):
             expected = found
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_has_what_the_protocol_asks_for(name):
+    if name == "triton" and not arguments.HAS_TRITON:
+        pytest.skip("needs triton")
+    asked = [key for key in vars(SupportBackend) if not key.startswith("_")]
+    assert len(asked) == 6
+    assert all(callable(getattr(implementation(name), key)) for key in asked)
 
 
 # --- errors -------------------------------------------------------------------------------------------------

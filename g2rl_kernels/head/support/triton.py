@@ -16,9 +16,9 @@ from ..triton.support_dot import head_support_dot
 from ..triton.support_sum import head_support_sum
 from . import tiled
 from .spec import Support
-from .tiled import terms
+from .tiled import finish, terms, token_terms
 
-__all__ = ["features", "gather_dot", "gather_sum", "statistics", "terms"]
+__all__ = ["features", "finish", "gather_dot", "gather_sum", "statistics", "terms", "token_terms"]
 
 PRODUCTS = sys.modules[__name__]
 
