@@ -72,7 +72,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if path.exists():
             rows = load(path)
             if kind == "methods":
-                made = methods_table(rows, ratios(results))
+                made = methods_table(rows, ratios(results.parent))
             else:
                 made = tuning_table(rows, METHOD_GRIDS)
         return found[1] + made + found[4]

@@ -20,27 +20,23 @@ from typing import Any
 
 from g2rl_kernels._files import write_whole
 
-from .document import RESULTS, load
+from .document import RESULTS
 from .settings import COMPARED, COMPARISON
 
 COST = f"{COMPARISON}cost.json"
 LEVEL, SEED, WARM = "scarce", 0, 2  # rounds that are not counted
 
 
-def ratios(results: Path, other: str = "GRPO") -> dict[str, float]:
+def ratios(folder: Path = RESULTS.parent, other: str = "GRPO") -> dict[str, float]:
     """The step of each system over that of another, medians over the rounds; empty where not measured."""
-    if not (results / COST).exists():
+    if not (folder / COST).exists():
         return {}
-    seconds: dict[str, list[float]] = {row["system"]: row["seconds"] for row in _rows(results)}
+    rows = json.loads((folder / COST).read_text(encoding="utf-8"))["rows"]
+    seconds: dict[str, list[float]] = {row["system"]: row["seconds"] for row in rows}
     return {
         system: statistics.median(a / b for a, b in zip(spent, seconds[other]))
         for system, spent in seconds.items()
     }
-
-
-def _rows(results: Path) -> list[Any]:
-    rows: list[Any] = load(results / COST)
-    return rows
 
 
 def measure(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -82,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.measure import machine
 
     lines = ",\n".join(json.dumps(row) for row in measure(args.out, args.rounds))
-    write_whole(RESULTS / COST, f'{{"machine": {json.dumps(machine("cpu"))},\n"rows": [\n{lines}\n]}}\n')
+    write_whole(
+        RESULTS.parent / COST, f'{{"machine": {json.dumps(machine("cpu"))},\n"rows": [\n{lines}\n]}}\n'
+    )
     return 0
 
 

@@ -79,6 +79,8 @@ def test_the_table_and_the_page(tmp_path) -> None:
     costs = cost.ratios(tmp_path)
     assert costs == {"GRPO": 1.0, "DQO": 1.5}  # of each round, not of sums
     assert cost.ratios(tmp_path / "nowhere") == {}
+    results = tmp_path / "learning"
+    results.mkdir()
     text = comparison.methods_table(rows, costs)
     lines = [line.split(" | ") for line in text.splitlines()[2:]]
     assert [line[0] for line in lines[2:]] == ["| GRPO", "| DQO", "| DRA"]
@@ -91,11 +93,11 @@ def test_the_table_and_the_page(tmp_path) -> None:
     assert (dqo[-1], dra[-1]) == ("1.50 |", " |")
     assert lines[2][2] == ""
     assert not math.isnan(half)
-    (tmp_path / "methods-fluent.json").write_text(json.dumps({"rows": rows}))
-    page = comparison.filled(comparison.PAGE.read_text(encoding="utf-8"), tmp_path)
+    (results / "methods-fluent.json").write_text(json.dumps({"rows": rows}))
+    page = comparison.filled(comparison.PAGE.read_text(encoding="utf-8"), results)
     assert text in page
     assert page.count("Not run yet.") == 3
-    assert comparison.draw(tmp_path, tmp_path / "methods.png")
+    assert comparison.draw(results, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 10_000
 
 
