@@ -17,7 +17,18 @@ from g2rl_kernels._files import write_whole
 
 from .collapse import BASELINE, collapses
 from .experiment import Evaluation, Row
-from .settings import COMPARED, COMPARISON, GRIDS, METHOD_GRIDS, PAIRS, SAMPLED, SAMPLING, SETTINGS, systems
+from .settings import (
+    COMPARED,
+    COMPARISON,
+    GRIDS,
+    METHOD_GRIDS,
+    MORE,
+    PAIRS,
+    SAMPLED,
+    SAMPLING,
+    SETTINGS,
+    systems,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -288,7 +299,8 @@ def write() -> None:
     """Writes docs/evidence.md and its figures, from the committed results."""
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("*.json")):
-        if "tuning" not in path.stem and path.stem != SAMPLING and not path.stem.startswith(COMPARISON):
+        elsewhere = path.stem.startswith(COMPARISON) or path.stem in (SAMPLING, MORE)
+        if "tuning" not in path.stem and not elsewhere:
             draw(load(path), PAGE.with_name(f"evidence-{path.stem}.png"))
 
 

@@ -31,10 +31,13 @@ from benchmarks.learning.experiment import Row, Run, run  # noqa: E402
 from benchmarks.learning.settings import (  # noqa: E402
     COMPARED,
     COMPARISON,
+    DEFAULT,
     GRIDS,
     LEVELS,
     METHOD_GRIDS,
     METHODS,
+    MORE,
+    MORE_SEEDS,
     SAMPLED,
     SAMPLED_ON,
     SAMPLING,
@@ -48,9 +51,9 @@ from g2rl_kernels.cli.common import run_command  # noqa: E402
 from g2rl_kernels.errors import CommandError  # noqa: E402
 
 STAGES: tuple[str, ...] = ("tuning", *LEVELS, "smollm2-chain-sum", "smollm2-gcd")
-STAGES += (SAMPLING, f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
+STAGES += (MORE, SAMPLING, f"{COMPARISON}tuning", *(f"{COMPARISON}{level}" for level in LEVELS))
 TUNED_ON = "fluent"
-TUNED = (*LEVELS, SAMPLING, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
+TUNED = (*LEVELS, MORE, SAMPLING, *STAGES[-len(LEVELS) :])  # stages that need what tuning chose
 
 
 def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SEEDS) -> list[Run]:
@@ -75,6 +78,8 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
         ]
     runs, setting = [], stage.removeprefix(COMPARISON)
     compared = systems(stage) if setting == stage else COMPARED
+    if stage == MORE:
+        setting, compared, seeds = LEVELS[-1], {DEFAULT: SAMPLED[DEFAULT]}, MORE_SEEDS
     if stage == SAMPLING:
         setting, compared = SAMPLED_ON, SAMPLED
     for system, keys in compared.items():
@@ -89,7 +94,7 @@ SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
 
 
 def _setting_of(stage: str) -> str:
-    return {SAMPLING: SAMPLED_ON}.get(stage, stage.removeprefix(COMPARISON))
+    return {SAMPLING: SAMPLED_ON, MORE: LEVELS[-1]}.get(stage, stage.removeprefix(COMPARISON))
 
 
 class Stage:

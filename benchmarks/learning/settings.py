@@ -194,6 +194,8 @@ SAMPLING = "sampling"  # the stage
 SAMPLED_ON = "fluent"
 DEFAULT = "G2RL right, shape, 0.5"
 SAMPLED = {"GRPO": BASELINES["GRPO"], DEFAULT: VARIANTS[DEFAULT]}
+MORE = "scarce-more"  # the stage with more seeds of the default, on the level where it might collapse
+MORE_SEEDS = range(8, 16)
 KEPT, WHOLE = "top_p 0.9, mask kept", "top_p 0.9, whole softmax"
 SAMPLED |= {
     f"{name}, {how}": {**keys, "top_p": 0.9, "keep_sampling_mask": how == KEPT}

@@ -285,3 +285,27 @@ def test_the_scarce_level_needs_the_tuning() -> None:
         "lam": 0.5,
         "lr": 2e-4,
     }
+
+
+def test_no_run_of_the_default_collapsed_on_the_two_hard_tasks() -> None:
+    """docs/evidence.md says of how many: scarce with more seeds, and gcd."""
+    scarce, more, gcd = (
+        document.load(document.RESULTS / f"{stage}.json")
+        for stage in ("scarce", settings.MORE, "smollm2-gcd")
+    )
+    runs = 0
+    for rows in (scarce + more, gcd):
+        mine = [row for row in rows if row["system"] == settings.DEFAULT]
+        assert len({row["seed"] for row in mine}) == len(mine)
+        assert collapse.collapses(rows, settings.DEFAULT) == {}
+        runs += len(mine)
+    assert f"none of {runs} runs of the default" in document.PAGE.read_text(encoding="utf-8")
+
+
+def test_more_seeds_of_the_default_are_other_seeds() -> None:
+    tuned = {"g2rl": {"lr": 3e-5, "lam": 1.0}}
+    runs = evidence.plan(settings.MORE, tuned)
+    first = {run.system: dict(run.keys) for run in evidence.plan("scarce", tuned)}
+    assert {run.system for run in runs} == {settings.DEFAULT}
+    assert {run.seed for run in runs} == set(range(8, 16))
+    assert all(dict(run.keys) == first[settings.DEFAULT] for run in runs)
