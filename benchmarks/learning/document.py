@@ -317,6 +317,7 @@ def write_report(results: Path) -> Path:
             sections.append(f"## {stage}\n\n{tuning_table(rows, tried)}")
             continue
         draw(rows, results / f"{stage}.png")
-        sections.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences_table(rows)}")
+        differences = differences_table(rows) if BASELINE in names(rows) else ""
+        sections.append(f"## {stage}\n\n![]({stage}.png)\n\n{results_table(rows)}\n{differences}")
     write_whole(results / "report.md", "\n".join(sections))
     return results / "report.md"

@@ -176,3 +176,13 @@ def test_runs_share_an_encoder_and_count_its_cost_alone() -> None:
     assert second.spared == pytest.approx(4.0, rel=1e-3)  # two texts that it would have encoded
     second(["a", "bb"])
     assert second.spared == pytest.approx(4.0, rel=1e-3)
+
+
+def test_a_report_of_stages_without_rows_or_without_grpo(tmp_path) -> None:
+    evidence.Stage(tmp_path / "methods-fluent.json").save()
+    stage = evidence.Stage(tmp_path / f"{settings.MORE}.json")
+    stage.add(*(row(settings.DEFAULT, seed, 0.5) for seed in range(3)))
+    report = document.write_report(tmp_path).read_text()
+    assert f"## {settings.MORE}" in report
+    assert "methods-fluent" not in report
+    assert "less GRPO" not in report
