@@ -14,6 +14,22 @@ _PLACES = ("hidden", "tokens", *HeadSpec._fields)
 # Where the inputs that can have gradients stand among the operator's.
 NEEDED = [_PLACES.index(name) for name in ("hidden", "weight", "bias", "low_hidden", "low_weight")]
 
+# How the schema of such a second operator ends.
+GRADIENTS_SCHEMA = (
+    "bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, bool need_low_weight) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_hidden, "
+    "Tensor grad_low_weight)"
+)
+
+
+def empty_gradients(hidden: Tensor, head: HeadSpec, needs: tuple[bool, ...]) -> list[Tensor]:
+    """Room for the gradients of the inputs in NEEDED; an empty tensor for each that is not needed."""
+    inputs = (hidden, head.weight, head.bias, head.low_hidden, head.low_weight)
+    return [
+        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
+        for t, need in zip(inputs, needs)
+    ]
+
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *arguments, _, _ = inputs

@@ -29,7 +29,7 @@ from torch import Tensor
 from .._ops import qualified
 from ..arguments import check_bytes, check_token_values, may_read_values
 from . import reference, tiled, vocab_parallel
-from .autograd import NEEDED, backward_through, setup_context
+from .autograd import GRADIENTS_SCHEMA, NEEDED, backward_through, empty_gradients, setup_context
 from .backend import Incoming, Kept, Sums, TokenLogprobs, choose_backend, empty_statistics
 from .backend import backend as implementation
 from .lora import Lora, with_lora
@@ -251,9 +251,7 @@ def _empty_kept(name: str, hidden: Tensor, head: HeadSpec, most: int) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
     "str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, Tensor kept, "
-    "bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, bool need_low_weight) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_hidden, "
-    "Tensor grad_low_weight)",
+    f"{GRADIENTS_SCHEMA}",
 )
 def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
@@ -288,12 +286,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    head = HeadSpec(*flat[1 : 1 + FIELDS])
-    inputs = (hidden, head.weight, head.bias, head.low_hidden, head.low_weight)
-    return tuple(
-        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
-        for t, need in zip(inputs, flat[-len(NEEDED) :])
-    )
+    return tuple(empty_gradients(hidden, HeadSpec(*flat[1 : 1 + FIELDS]), flat[-len(NEEDED) :]))
 
 
 def _gradients(

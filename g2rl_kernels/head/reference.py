@@ -115,6 +115,12 @@ def token_features(
     return logit_scale * phi
 
 
+def in_bounds(offsets: Tensor, most: int) -> Tensor:
+    """Offsets, int64, that rise within [0, most] whatever they are: those that were not checked read nothing
+    out of bounds. A check would wait for the device."""
+    return offsets.long().clamp(0, most).cummax(0).values
+
+
 def segment_sum(values: Tensor, cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     """Sums over each response, [S, ...], of `values`: rows start:stop of a packed [N, ...] tensor."""
     lengths = cu_seqlens.clamp(start, stop).diff()

@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from ..arguments import check_scale, check_shape, check_tensor, check_token_values, may_read_values, sizes
 from .lora import Lora, folded, with_lora
-from .reference import WEIGHT_EPS, segment_sum
+from .reference import WEIGHT_EPS, in_bounds, segment_sum
 from .spec import DTYPES, HeadSpec, Responses
 from .tiled import elements, slices
 
@@ -102,8 +102,7 @@ def topk_features(
     N, (V, d) = tokens.shape[0], weight.shape
     alpha = responses.token_weights
     alpha = weight.new_ones(N, dtype=torch.float64) if alpha is None else alpha.double()
-    # Unchecked offsets stay inside the rows.
-    offsets = responses.cu_seqlens.long().clamp(0, N).cummax(0).values
+    offsets = in_bounds(responses.cu_seqlens, N)
     S = offsets.shape[0] - 1
     sums = weight.new_zeros((S, sum(table.shape[1] for table in tables)), dtype=torch.float64)
     masses = weight.new_empty(N, dtype=torch.float64)

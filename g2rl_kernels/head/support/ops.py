@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._ops import qualified
 from .. import reference, vocab_parallel
-from ..autograd import NEEDED, backward_through, setup_context
+from ..autograd import GRADIENTS_SCHEMA, NEEDED, backward_through, empty_gradients, setup_context
 from ..backend import Incoming, TokenLogprobs, empty_statistics
 from ..spec import FIELDS, HEAD_SCHEMA, RESPONSES_SCHEMA, STATISTICS_SCHEMA, HeadSpec, Responses
 from ..tiled import slices
@@ -109,10 +109,7 @@ def _(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=f"(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor tokens, {HEAD_SCHEMA}, "
     f"{SUPPORT_SCHEMA}, str backend, str group, Tensor logprobs, Tensor entropy, Tensor normaliser, "
-    "Tensor x, bool need_hidden, bool need_weight, bool need_bias, bool need_low_hidden, "
-    "bool need_low_weight) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_low_hidden, "
-    "Tensor grad_low_weight)",
+    f"Tensor x, {GRADIENTS_SCHEMA}",
 )
 def _backward_op(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, tokens: Tensor, *flat: Any
@@ -125,7 +122,7 @@ def _backward_op(
         normaliser, by.token_terms(grad_logprobs.to(x.dtype), grad_entropy.to(x.dtype), logprobs, entropy)
     )
     dz = by.terms(tokens, head, support, x, incoming)
-    found = _empty_gradients(hidden, given, flat[-len(NEEDED) :])
+    found = empty_gradients(hidden, given, flat[-len(NEEDED) :])
     of_hidden, of_weight, of_bias, of_low_hidden, of_low_weight = found
     with torch.autocast(hidden.device.type, enabled=False):
         for out, matrix in ((of_hidden, head.weight), (of_low_hidden, head.low_weight)):
@@ -145,15 +142,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(hidden, HeadSpec(*flat[1 : 1 + FIELDS]), flat[-len(NEEDED) :]))
-
-
-def _empty_gradients(hidden: Tensor, head: HeadSpec, needs: tuple[bool, ...]) -> list[Tensor]:
-    inputs = (hidden, head.weight, head.bias, head.low_hidden, head.low_weight)
-    return [
-        (hidden if t is None else t).new_empty(t.shape if need and t is not None else (0,))
-        for t, need in zip(inputs, needs)
-    ]
+    return tuple(empty_gradients(hidden, HeadSpec(*flat[1 : 1 + FIELDS]), flat[-len(NEEDED) :]))
 
 
 def _of_tokens(by: Any, dz: Tensor, support: Support, matrix: Tensor, out: Tensor, group: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import check_shape, check_tensor, may_read_values, sizes
+from ..reference import in_bounds
 from ..vocab_parallel import check_ids, local_tokens
 
 SUPPORT_SCHEMA = "Tensor ids, Tensor offsets"
@@ -57,7 +58,7 @@ class Support(NamedTuple):
 
     def within(self) -> Support:
         """The same with offsets that stay within ids whatever they are, as they may come unchecked."""
-        offsets = self.offsets.clamp(0, self.ids.shape[0]).cummax(0).values
+        offsets = in_bounds(self.offsets, self.ids.shape[0])
         offsets[:1] = 0
         return self._replace(offsets=offsets)
 

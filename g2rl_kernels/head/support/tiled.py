@@ -100,7 +100,7 @@ def features_of_part(
 ) -> Tensor:
     """Eq. 8 with the sums of eq. 7 over the ids among the weight's rows, [S, d + r] in x's dtype."""
     dtype, N = x.dtype, tokens.shape[0]
-    cu_seqlens, token_weights = responses
+    cu_seqlens, token_weights = reference.in_bounds(responses.cu_seqlens, N), responses.token_weights
     alpha = x.new_ones(N) if token_weights is None else token_weights.to(dtype)
     one, zero = torch.ones_like(found.rest), torch.zeros_like(found.rest)
     incoming = Incoming(found.normaliser, torch.stack([one, zero, found.rest]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import FeatureOutputs
+from ..reference import in_bounds
 from ..spec import HeadSpec, Responses
 from ..triton.support_dot import head_support_dot
 from ..triton.support_sum import head_support_sum
@@ -44,8 +45,7 @@ def gather_dot(left: Tensor, rows: Tensor, right: Tensor, index: Tensor) -> Tens
 
 
 def gather_sum(coefficients: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """See products.gather_sum. A check of the offsets would wait for the GPU: they are clamped instead, such
-    that nothing reads out of bounds."""
-    offsets = offsets.clamp(0, index.shape[0]).cummax(0).values
+    """See products.gather_sum. The offsets are clamped, as they may be unchecked."""
+    offsets = in_bounds(offsets, index.shape[0])
     with torch.cuda.device_of(matrix):
         head_support_sum(coefficients, index, offsets, matrix, out)

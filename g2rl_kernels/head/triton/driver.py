@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from ..backend import KNOWN_TOLERANCE, NO_HINTS, FeatureOutputs, Hints, empty_statistics
-from ..reference import WEIGHT_EPS, segment_sum
+from ..reference import WEIGHT_EPS, in_bounds, segment_sum
 from ..spec import HeadSpec, Responses
 from ..tiled import finish, slices, terms
 from .chunk import CHUNK, Chunk, TokenList, chunks, pick
@@ -125,11 +125,9 @@ def features_of_part(
 
 
 def _in_bounds(responses: Responses, N: int) -> tuple[Tensor, Tensor | None]:
-    """cu_seqlens [S + 1] int64 and alpha [N] float32. A check of cu_seqlens would wait for the GPU: they are
-    clamped instead, such that nothing reads out of bounds."""
+    """cu_seqlens [S + 1] int64, clamped as they may be unchecked, and alpha [N] float32."""
     alpha = responses.token_weights
-    cu_seqlens = responses.cu_seqlens.to(torch.int64).clamp(0, N).cummax(0).values
-    return cu_seqlens, None if alpha is None else alpha.float().contiguous()
+    return in_bounds(responses.cu_seqlens, N), None if alpha is None else alpha.float().contiguous()
 
 
 def _to_means(out: list[Tensor], head: HeadOperands, cu_seqlens: Tensor, alpha: Tensor | None) -> Tensor:
