@@ -22,7 +22,7 @@ from g2rl_kernels.head.spec import HeadSpec
 from g2rl_kernels.head.tiled import slices
 from g2rl_kernels.models.lm_head import find_head
 from g2rl_kernels.trainer import TrainerConfig
-from g2rl_kernels.trainer.method_inputs import MethodInputs
+from g2rl_kernels.trainer.method_inputs import RolloutInputs
 from g2rl_kernels.trainer.sampling import Rollout
 from g2rl_kernels.trainer.trainer import MeasuredRollout, Trainer, Verified, _padded
 
@@ -100,7 +100,7 @@ class Step(Trainer):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         nothing: Any = None
-        self.inputs = MethodInputs(config, self.head, nothing, nothing, self.ops_dtype)
+        self.inputs = RolloutInputs(config, self.head, nothing, nothing, self.ops_dtype)
         self.trained = [*model.parameters()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, fused=True)
         self.feature_seconds: list[float] = []

@@ -85,7 +85,7 @@ from .trl_head import (
 )
 from .trl_masks import SamplingMasks
 from .trl_measurement import Measurement
-from .trl_methods import MethodInputs
+from .trl_methods import BatchInputs
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
 from .trl_support import KEPT, KeptRow, support_of
 
@@ -163,7 +163,7 @@ class G2RLTrainer(GRPOTrainer):
         if fused and self.ref_model is not None:
             self._add_ops(innermost(self.ref_model), fused, compare=False)  # it may be sharded by now
         self._check_policy()
-        self._inputs = MethodInputs(self)
+        self._inputs = BatchInputs(self)
         self._masks = SamplingMasks(self, fused) if args.g2rl_keep_sampling_mask else None
         warn_save_steps(args, self.num_iterations)
         warn_unmoved(

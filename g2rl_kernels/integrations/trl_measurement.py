@@ -31,4 +31,4 @@ class Measurement:
     seconds: float = 0.0  # for features, on this rank
     rewards: Tensor | None = None  # [S, reward functions], raw
     texts: list[str] = field(default_factory=list)  # S / R completions
-    alignment: dict[str, Tensor] = field(default_factory=dict)  # of `MethodInputs`, of all ranks
+    alignment: dict[str, Tensor] = field(default_factory=dict)  # of `BatchInputs`, of all ranks

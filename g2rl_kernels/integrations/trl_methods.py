@@ -1,4 +1,4 @@
-"""What dirl and gar are given in TRL; for other algorithms everything here is empty."""
+"""What dirl and gar are given in TRL."""
 
 from __future__ import annotations
 
@@ -9,30 +9,20 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from ..models.lm_head import LMHead
-from ..models.method_inputs import (
-    activation_gradients,
-    cosine_to,
-    direction_alignment,
-    direction_weights,
-    reasoning_direction,
-    solution_of,
-    solution_vector,
-)
+from ..models.method_inputs import MethodInputs, reasoning_direction, solution_of, solution_vector
 from .trl_head import current_head, innermost
 
 
-class MethodInputs:
-    """Token weights and alignments of one generation batch on this rank.
-
-    dirl's direction is that of the model as it is on construction, before a checkpoint is loaded.
+class BatchInputs(MethodInputs):
+    """`MethodInputs` of one generation batch on this rank.
 
     Raises ValueError where the weights are sharded or prompts have images: the model is run on prompts and
     solutions here, outside TRL's forwards.
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.algorithm = trainer, trainer.args.g2rl_algorithm
-        self.found: list[Tensor] = []
+        super().__init__(trainer.args.g2rl_algorithm)
+        self.trainer = trainer
         if self.algorithm not in ("dirl", "gar"):
             return
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer._is_vlm:
@@ -55,39 +45,14 @@ class MethodInputs:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return list(tokenizer(text)["input_ids"])
 
-    def token_weights(self, hidden: Tensor, counts: Tensor | None) -> Tensor | None:
-        """[N] for `head_features`; hidden: [N, d]; counts: as in `add`."""
-        if self.algorithm != "dirl":
-            return counts
-        weights = direction_weights(hidden, self.direction)
-        return weights if counts is None else weights * counts
-
-    def add(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        cu_seqlens: Tensor,
-        counts: Tensor | None,
-        **options: Any,
-    ) -> None:
-        """Measures the next responses, packed; counts: [N], 0 for a tool's token; options: of the head."""
-        if self.algorithm == "dirl":
-            self.found.append(direction_alignment(hidden, cu_seqlens, self.direction, counts))
-        elif self.algorithm == "gar":
-            self.found.append(activation_gradients(hidden, weight, tokens, cu_seqlens, counts, **options))
-
     def alignment(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Arguments of `shape_scores` from all ranks' responses since the last call.
 
         inputs: this rank's rows of the data set; batch: TRL's, with prompt_ids and prompt_mask [S / R, P].
         """
-        if self.algorithm not in ("dirl", "gar"):
-            return {}
-        found, self.found = torch.cat(self.found), []
-        if self.algorithm == "gar":
-            found = cosine_to(found, self._anchors(inputs, batch))
-        return {"alignment": gather(found)}
+        found = self.aligned(lambda: self._anchors(inputs, batch))
+        self.found = []
+        return {} if found is None else {"alignment": gather(found)}
 
     def _anchors(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> Tensor:
         """The vector of each row's solution, [S / R, d]; equal rows are computed once."""

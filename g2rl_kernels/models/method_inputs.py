@@ -1,6 +1,7 @@
 """What dirl and gar need beside features (group/methods.py), from hidden states: a direction, and vectors.
 
-Both work on packed rows as `head_features` takes them: hidden [N, d], cu_seqlens [S + 1].
+`MethodInputs` collects it; trainers derive theirs from it. All works on packed rows as `head_features` takes
+them: hidden [N, d], cu_seqlens [S + 1].
 """
 
 from __future__ import annotations
@@ -47,6 +48,52 @@ MEMORY_PROMPTS = (
 )
 
 
+class MethodInputs:
+    """Token weights and alignments of a batch's responses: for each forward `token_weights` and `add`.
+
+    For other algorithms than dirl and gar everything here is empty. counts: [N], 0 for tokens that the model
+    did not write, else 1; None: all count.
+    """
+
+    direction: Tensor  # dirl's, [d]: of the model before training, and before a checkpoint is loaded
+
+    def __init__(self, algorithm: str):
+        self.algorithm = algorithm
+        self.found: list[Tensor] = []
+
+    def token_weights(self, hidden: Tensor, counts: Tensor | None = None) -> Tensor | None:
+        """[N] for `head_features`; hidden: [N, d]."""
+        if self.algorithm != "dirl":
+            return counts
+        weights = direction_weights(hidden, self.direction)
+        return weights if counts is None else weights * counts
+
+    def add(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        counts: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        """Measures the next responses; options: of `linear_logprobs`."""
+        if self.algorithm == "dirl":
+            self.found.append(direction_alignment(hidden, cu_seqlens, self.direction, counts))
+        elif self.algorithm == "gar":
+            self.found.append(activation_gradients(hidden, weight, tokens, cu_seqlens, counts, **options))
+
+    def aligned(self, anchors: Callable[[], Tensor]) -> Tensor | None:
+        """The alignment [S] of the responses in `found`; None for other algorithms.
+
+        anchors: gar's vectors of the solutions, [S, d].
+        """
+        if not self.found:
+            return None
+        found = torch.cat(self.found)
+        return cosine_to(found, anchors()) if self.algorithm == "gar" else found
+
+
 @torch.no_grad()
 def reasoning_direction(head: LMHead, encode: Callable[[str], Sequence[int]]) -> Tensor:
     """dirl's k [d], float32 of norm 1: mean hidden states of reasoning prompts less those of memory prompts.
@@ -78,7 +125,7 @@ def direction_alignment(
 ) -> Tensor:
     """dirl's alignment [S]: the mean of h_t . k over a response's tokens; 0 without tokens.
 
-    counts: [N], 0 for tokens that the model did not write, else 1; None: all count.
+    counts: as in `MethodInputs`.
     """
     return response_means(hidden.float() @ direction, cu_seqlens, counts)
 
@@ -105,7 +152,7 @@ def activation_gradients(
     """gar's vectors v [S, d], float32: mean_t (dL/dh_t * h_t), up to a factor of each response.
 
     L is the sum of -log p(tokens[t]); its gradient comes from the backward pass of `linear_logprobs` with a
-    frozen head, without logits. counts: as in `direction_alignment`; options: of `linear_logprobs`.
+    frozen head, without logits. counts: as in `MethodInputs`; options: of `linear_logprobs`.
     """
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)

@@ -12,6 +12,7 @@ import difflib
 import math
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -303,11 +304,26 @@ class TrainerConfig:
 
 
 def fast_autocast(device_type: str) -> str:
-    """Resolves autocast=auto: "bfloat16" on GPUs and CPUs with bf16 dot products, which others emulate."""
+    """Resolves autocast=auto: "bfloat16" on devices with bf16 products, which others emulate, else "none"."""
     from .. import _C
 
-    fast = device_type == "cuda" or (device_type == "cpu" and _C.best_isa() == "avx512bf16")
+    if device_type == "cuda":
+        import torch
+
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device_type == "cpu" and _C.best_isa() == "avx512bf16"
     return "bfloat16" if fast else "none"
+
+
+def warn_emulated(config: TrainerConfig, device_type: str) -> None:
+    """Warns if the device emulates the bf16 products of autocast=bfloat16."""
+    if config.autocast == "bfloat16" and fast_autocast(device_type) == "none":
+        warnings.warn(
+            f"autocast=bfloat16: this {device_type} device has no bf16 products and emulates them, several "
+            "times slower than float32 on most: autocast=auto or none is faster here",
+            stacklevel=3,
+        )
 
 
 def split_override(text: str) -> tuple[str, str]:

@@ -35,8 +35,8 @@ from ..models.responses import may_share, response_hidden
 from ..tasks.base import Task, fingerprint, item_of, stored_messages
 from ..tasks.verify import unify, verify
 from . import checkpoint
-from .config import TrainerConfig
-from .method_inputs import MethodInputs
+from .config import TrainerConfig, warn_emulated
+from .method_inputs import RolloutInputs
 from .objective import policy_loss, token_weights
 from .report import Report, SampleRow, bar_text, shown
 from .sampling import Rollout, Sampler, autocast
@@ -100,7 +100,7 @@ class Trainer:
         check_disk(model, config, self.output_dir)
         if compares_texts(config.algorithm, config.similarity):
             self.encoder = SentenceEncoder(config.encoder, self.device)
-        self.inputs = MethodInputs(config, self.head, self.sampler, tokenizer, self.ops_dtype)
+        self.inputs = RolloutInputs(config, self.head, self.sampler, tokenizer, self.ops_dtype)
         self.reference = frozen_copy(self.head, config.autocast == "bfloat16") if config.beta > 0 else None
         model.eval()  # no dropout: the updated policy must be the one that sampled
         if config.gradient_checkpointing:
@@ -197,7 +197,7 @@ class Trainer:
             options = {**self.head.options(config.temperature), "bias": bias, "backend": config.backend}
             options["support"] = rollout.support(rows)
             weights = self.inputs.token_weights(hidden)
-            out = g2.head_features(hidden, weight, tokens, cu_seqlens, **options, **weights)
+            out = g2.head_features(hidden, weight, tokens, cu_seqlens, token_weights=weights, **options)
             self.inputs.add(hidden, weight, tokens, cu_seqlens, **options)
             seconds += clock(self.device) - start
             features.append(out.features)
@@ -474,6 +474,7 @@ class Trainer:
             with suppress(OSError, ValueError, KeyError):  # resume_point() reports a damaged one
                 saved = json.loads((found[-1] / "state.json").read_text())["config"]
                 used = replace(used, autocast=saved["autocast"])
+        warn_emulated(used, self.device.type)
         return used
 
     def _check_tasks(self) -> None:

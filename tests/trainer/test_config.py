@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from g2rl_kernels.group import shaping
 from g2rl_kernels.group.shaping import ALGORITHMS
 from g2rl_kernels.head.logprobs import LOGITS_MEMORY
 from g2rl_kernels.trainer import ConfigError, TrainerConfig
+from g2rl_kernels.trainer.config import warn_emulated
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 # Those of this trainer: TRL's name their engine, slime's has its own settings alone.
@@ -44,23 +46,47 @@ def test_sizes_left_at_zero_follow() -> None:
     assert (config.mini_batch_size, config.micro_batch_size, config.generate_batch_size) == (16, 16, 32)
 
 
+def has_bf16(monkeypatch: pytest.MonkeyPatch, isa: str, gpu: bool) -> None:
+    """Pretends that the CPU is one of `isa`, and that a GPU has bf16 products, or emulates them."""
+    monkeypatch.setattr("g2rl_kernels._C.best_isa", lambda: isa)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: gpu or including_emulation
+    )
+
+
 @pytest.mark.parametrize(
-    ("isa", "device", "autocast"),
+    ("isa", "gpu", "device", "autocast"),
     [
-        ("avx512bf16", "cpu", "bfloat16"),
-        ("avx512", "cpu", "none"),
-        ("plain", "cpu", "none"),
-        ("avx2", "cuda", "bfloat16"),
-        ("avx512bf16", "mps", "none"),
-        ("avx512bf16", None, "auto"),  # the device is not known yet
+        ("avx512bf16", False, "cpu", "bfloat16"),
+        ("avx512", True, "cpu", "none"),
+        ("plain", True, "cpu", "none"),
+        ("avx2", True, "cuda", "bfloat16"),
+        ("avx512bf16", False, "cuda", "none"),  # V100, T4: torch emulates bf16
+        ("avx512bf16", True, "mps", "none"),
+        ("avx512bf16", True, None, "auto"),  # the device is not known yet
     ],
 )
-def test_autocast_auto(isa: str, device: str | None, autocast: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("g2rl_kernels._C.best_isa", lambda: isa)
+def test_autocast_auto(
+    isa: str, gpu: bool, device: str | None, autocast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_bf16(monkeypatch, isa, gpu)
     config = TrainerConfig.from_dict({"autocast": "auto"})
     assert config.resolved(device).autocast == autocast
     assert TrainerConfig.from_dict({"autocast": "none"}).resolved("cuda").autocast == "none"
     assert TrainerConfig.from_dict({"autocast": "bfloat16"}).resolved("cpu").autocast == "bfloat16"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_emulated_bf16_warns(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainerConfig.from_dict({"autocast": "bfloat16"})
+    has_bf16(monkeypatch, "avx2", False)
+    with pytest.warns(UserWarning, match="^autocast=bfloat16: this .* emulates .*: autocast=auto or none"):
+        warn_emulated(config, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_emulated(dataclasses.replace(config, autocast="none"), device)
+        has_bf16(monkeypatch, "avx512bf16", True)
+        warn_emulated(config, device)
 
 
 @pytest.mark.parametrize(
