@@ -53,7 +53,7 @@ class CollapseAlarm:
         self.message: str | None = None  # of the alarm, once it has rung
         self._latest: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._best: _Window | None = None
-        self._first: _Window | None = None
+        self._first = math.nan  # entropy of the first window that has one
 
     def watch(self, step: int, metrics: Mapping[str, Any], warn: bool = True) -> dict[str, float]:
         """Takes the metrics of a step, and warns if the alarm rings.
@@ -83,8 +83,9 @@ class CollapseAlarm:
         if len(self._latest) < WINDOW:
             return False
         now = _means(step, self._latest)
-        if self._best is None or self._first is None:
-            self._best = self._first = now
+        self._best = self._best or now
+        if math.isnan(self._first):
+            self._first = now.entropy
         found = self._fall(now, self._best) or self._certain(now, self._best, self._first)
         if now.accuracy > self._best.accuracy:
             self._best = now
@@ -105,12 +106,12 @@ class CollapseAlarm:
         )
 
     @staticmethod
-    def _certain(now: _Window, best: _Window, first: _Window) -> str | None:
-        certain = now.entropy < min(ENTROPY, ENTROPY_FALL * first.entropy)
+    def _certain(now: _Window, best: _Window, first: float) -> str | None:
+        certain = now.entropy < min(ENTROPY, ENTROPY_FALL * first)
         if not (certain and now.accuracy <= max(FALL * best.accuracy, RARE)):
             return None
         return (
-            f"the policy is certain of wrong answers: entropy fell from {first.entropy:.2g} to "
+            f"the policy is certain of wrong answers: entropy fell from {first:.2g} to "
             f"{now.entropy:.2g} nats at an accuracy of {now.accuracy:.2g}"
         )
 

@@ -81,9 +81,9 @@ def setpo(
         D(Y) = mean_{i in Y} g(mean_{j in Y} k_ij), g(x) = -log(1 + x), k_ij = max(similarity_ij, 0), k_ii = 1
         A'_i = A_i + strength (D(Y) - D(Y without i))
 
-    A are the group's plain advantages, eq. 2 of G2RL. Form and g are those of readers' notes on the paper;
-    the kernel, and means that include i, are ours. A response unlike the others has a positive change, one
-    that repeats them 0 or a negative one. A group of one keeps its advantage.
+    A are the plain advantages of the group's scores, eq. 2 of G2RL. Form and g are those of readers' notes on
+    the paper; the kernel, and means that include i, are ours. A response unlike the others has a positive
+    change, one that repeats them 0 or a negative one. A group of one keeps its advantage.
     """
     M, others = present.shape[1], _others(present)
     n = present.sum(1)[:, None].to(similarity.dtype)

@@ -14,6 +14,7 @@ EXPLORATION_SCORES = ("linear", "sqrt")
 SCALES = ("none", "group", "batch")
 UNIFORM_GROUPS = ("shape", "skip")
 SIMILARITIES = ("gradient", "text")
+LEAST_RIDGE = 1e-4  # float32 cosines of m responses have eigenvalues down to about -m * 1e-7 in place of 0
 SCORE_GATE = 0.999999  # the least score of a right response: 1, less what a sum of parts loses to rounding
 
 
@@ -104,7 +105,7 @@ class MethodOptions:
         "embeddings of the responses.",
         SIMILARITIES,
     )
-    ridge: float = option(0.01, "repexp: added to the covariance of features of norm 1.")
+    ridge: float = option(0.01, "repexp: added to the covariance of features of norm 1; at least 0.0001.")
     pass_k: int = option(4, "passk: k, at least 1 and fewer than the responses of a prompt.")
 
     @classmethod
@@ -117,6 +118,11 @@ class MethodOptions:
         if self.strength is not None and self.strength != 0:
             check_positive(f"{prefix}strength", self.strength, ", 0, or None for the method's own")
         check_positive(f"{prefix}ridge", self.ridge)
+        if self.ridge < LEAST_RIDGE:
+            raise ValueError(
+                f"{prefix}ridge: got {self.ridge:g}, needs at least {LEAST_RIDGE:g}: below it the bonus is "
+                "rounding of the similarities"
+            )
         if not isinstance(self.pass_k, int) or isinstance(self.pass_k, bool) or self.pass_k < 1:
             raise ValueError(f"{prefix}pass_k: got {self.pass_k!r}, needs a whole number, at least 1")
         _check_choices(self, prefix)

@@ -195,7 +195,7 @@ def check_gap(scores: Tensor, gap: float, name: str, option: str) -> None:
     scored = _scored(scores)
     if scored and max(scored) - min(scored) > 1.01 * gap:
         warnings.warn(
-            f"{name} lie further apart than {option}={gap:g}, so that shaping is weaker than lam says: set "
+            f"{name} lie further apart than {option}={gap:g}, so that shaping is weaker than asked for: set "
             "it to the distance between right and wrong (2 for rewards of -1 and +1)",
             stacklevel=3,
         )
@@ -260,6 +260,7 @@ def shape_rewards(
     answered: Tensor | None = None,
     alignment: Tensor | None = None,
     method_options: MethodOptions = NO_OPTIONS,
+    scores: Tensor | None = None,
 ) -> GroupGeometry:
     """Measures every group, and computes shaped rewards and advantages as an algorithm does.
 
@@ -282,6 +283,7 @@ def shape_rewards(
         answered: [S] bool, for evol_rl: False for a response without an answer. None: all have one.
         alignment: [S], for dirl and gar, as their functions define it.
         method_options: of METHODS.
+        scores: [S], whose advantages a method adds to, where it adds to any; None: those of rewards.
 
     Returns:
         `GroupGeometry` of the features, with this system's shaped_rewards and advantages.
@@ -310,12 +312,15 @@ def shape_rewards(
         if method_options.similarity == "text" and METHODS[algorithm].texts:
             assert embeddings is not None
             similarity = text_similarity(embeddings, geometry.members)
+        plain = geometry.advantages
+        if scores is not None and "advantages" in METHODS[algorithm].needs:
+            plain = group_geometry(features[:, :1], scores, **groups, **vars(options)).advantages
         shaped = shape_groups(
             algorithm,
             rewards,
             geometry.members,
             similarity=similarity,
-            advantages=geometry.advantages,
+            advantages=plain,
             alignment=alignment,
             options=options,
             method_options=method_options,
@@ -391,7 +396,7 @@ def shape_scores(
     half: Tensor | float = gap / 2
     if graded:
         rewards, half = graded_rewards(scores, ids)
-    geometry = shape_rewards(features, rewards, options, group_ids=ids, **system)
+    geometry = shape_rewards(features, rewards, options, group_ids=ids, scores=plain, **system)
     bonus = (geometry.shaped_rewards - rewards).masked_fill(ids < 0, 0.0) * half
     metrics = {**describe(geometry, rewards), "accuracy": accuracy(truth)}
     method = METHODS.get(system.get("algorithm", "g2rl"))

@@ -59,6 +59,11 @@ class ShapingSettings:
         """Whether the threshold decides which answers are right."""
         return self.rewards == "binary"
 
+    @property
+    def by_gap(self) -> bool:
+        """Whether shaping changes the given scores in units of their gap."""
+        return self.rewards == "binary" and self.lam > 0 and self.shaping != "none"
+
     def alarm(self) -> CollapseAlarm:
         """Watches the metrics of a run with these settings, and names them in its remedy."""
         return CollapseAlarm(remedy(ShapingOptions.of(self), getattr(self, "algorithm", "g2rl"), self.prefix))
@@ -73,7 +78,7 @@ class ShapingSettings:
         keys, has_tokens, and what a `TextReader` found.
         """
         graded = self.rewards == "graded"
-        if not graded:
+        if self.by_gap:
             check_gap(scores, self.correctness_gap, name, f"{self.prefix}correctness_gap")
         if self.by_threshold:
             option, remedy = f"{self.prefix}correctness_threshold", f"{self.prefix}rewards='graded'"
@@ -123,6 +128,15 @@ class SystemSettings(ShapingSettings):
     def by_threshold(self) -> bool:
         shapes = self.algorithm not in ("grpo", "entropy_bonus")
         return super().by_threshold and self.labels == "truth" and shapes
+
+    @property
+    def by_gap(self) -> bool:
+        if self.labels != "truth":  # scores are replaced by some that have the gap
+            return False
+        if self.algorithm == "g2rl":
+            return super().by_gap
+        plain = self.algorithm in ("grpo", "entropy_bonus") or self.gives_advantages
+        return self.rewards == "binary" and not plain
 
     def shape(
         self, features: Tensor, scores: Tensor, name: str = "scores", scale: str = "group", **rows: Any

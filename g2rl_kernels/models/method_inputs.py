@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, TrainerError
 from ..head.logprobs import linear_logprobs
-from .lm_head import LMHead
+from .lm_head import LMHead, evaluation_mode
 from .responses import response_hidden
 
 # Two small sets for dirl's direction: prompts that take steps to answer, and prompts that take a known fact.
@@ -106,7 +106,8 @@ def reasoning_direction(head: LMHead, encode: Callable[[str], Sequence[int]]) ->
         for text in prompts:
             ids = torch.tensor([[*encode(text), 0]], device=head.output.weight.device)
             mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
-            hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
+            with evaluation_mode(head.backbone):  # no dropout: a resumed run finds the same direction
+                hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
             last.append(hidden[0].float())
         means.append(torch.stack(last).mean(0))
     direction = means[0] - means[1]
@@ -175,7 +176,8 @@ def solution_vector(
         )
     ids = torch.tensor([[*prompt, *solution]], device=head.output.weight.device)
     mask = torch.ones(1, len(solution), dtype=torch.bool, device=ids.device)
-    hidden, tokens, cu_seqlens = response_hidden(head, ids, torch.ones_like(ids), mask)
+    with evaluation_mode(head.backbone):
+        hidden, tokens, cu_seqlens = response_hidden(head, ids, torch.ones_like(ids), mask)
     arguments = head.arguments(temperature, dtype)
     return activation_gradients(hidden.to(dtype), tokens=tokens, cu_seqlens=cu_seqlens, **arguments)[0]
 

@@ -150,6 +150,14 @@ def test_steps_without_numbers_are_left_out() -> None:
     assert alarm.message is None
 
 
+def test_entropy_missing_at_the_start_keeps_the_quarter() -> None:
+    """A policy that has little entropy from the start has not lost it, with or without one number."""
+    for missing in (None, 3):
+        alarm = CollapseAlarm("")
+        for step in range(1, 40):
+            assert not alarm.feed(step, 0.04, 0.3, math.nan if step == missing else 0.015)
+
+
 def _arguments(row: dict) -> dict:
     return {"accuracy": row["accuracy"], "cosine": row["cos_mean"], "entropy": row["entropy"]}
 

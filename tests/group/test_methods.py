@@ -14,7 +14,7 @@ from torch import Tensor
 
 import g2rl_kernels as g2
 from g2rl_kernels.group.methods import METHODS, dirl, dqo, dra, gar, passk, repexp, setpo, text_similarity
-from g2rl_kernels.group.options import MethodOptions, ShapingOptions
+from g2rl_kernels.group.options import LEAST_RIDGE, MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import check_group_size, check_options, shape_rewards, shape_scores
 
 NAN = torch.nan
@@ -322,6 +322,42 @@ def test_scores_in_a_trainers_units(features: Tensor) -> None:
     assert given.advantages is given.geometry.advantages
 
 
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("graded", [True, False])
+def test_setpo_adds_to_the_advantages_of_the_scores(graded: bool, scale: str, features: Tensor) -> None:
+    """Not to those of right and wrong: with strength 0 they are GRPO's of graded scores, in their units."""
+    scores = torch.tensor([0.0, 0.1, 0.2, 1.0, 0.0, 0.3, 0.6, 0.7]).double()
+    found = shape_scores(
+        features[:8],
+        scores,
+        ShapingOptions(scale=scale),
+        group_size=4,
+        algorithm="setpo",
+        method_options=MethodOptions(strength=0),
+        graded=graded,
+    ).advantages
+    grouped = scores.view(2, 4)
+    expected = grouped - grouped.mean(1, keepdim=True)
+    if scale == "group":
+        expected /= (grouped.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected.flatten(), rtol=1e-6, atol=1e-6)
+
+
+def test_repexp_at_the_least_ridge_of_few_dimensions() -> None:
+    """16 responses in 3 dimensions: the similarities' rounding must not show."""
+    unit = torch.nn.functional.normalize(
+        torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    x = unit.double() - unit.double().mean(0)
+    inverse = torch.linalg.inv(LEAST_RIDGE * torch.eye(3).double() + x.T @ x)
+    expected = 1 + 2 * torch.einsum("id,de,ie->i", x, inverse, x)
+    found = repexp(
+        rewards(*[1] * 16), full(16), (unit @ unit.T).double()[None], strength=1.0, ridge=LEAST_RIDGE
+    )
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0.01)
+
+
 # --- texts in place of gradients ----------------------------------------------------------------------------
 
 
@@ -375,6 +411,7 @@ def test_the_page_has_each_method_with_its_source_and_default(name: str) -> None
     [
         ({"strength": -1.0}, r"p\.strength: got -1\.0, needs a positive finite number, 0, or None"),
         ({"ridge": 0.0}, r"p\.ridge: got 0\.0, needs a positive finite number"),
+        ({"ridge": 1e-5}, r"p\.ridge: got 1e-05, needs at least 0\.0001: below it the bonus is rounding"),
         ({"pass_k": 0}, r"p\.pass_k: got 0, needs a whole number, at least 1"),
         ({"pass_k": 1.5}, r"p\.pass_k: got 1\.5, needs a whole number"),
         ({"similarity": "words"}, r"p\.similarity: got 'words', needs one of 'gradient', 'text'"),

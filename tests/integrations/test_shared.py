@@ -155,6 +155,29 @@ def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
         SystemSettings(correctness_gap=0.1, correctness_threshold=0.3).shape(features, scores, **rows)
 
 
+@pytest.mark.parametrize(
+    ("settings", "matters"),
+    [
+        ({}, True),
+        ({"algorithm": "dra"}, True),
+        ({"lam": 0}, False),
+        ({"algorithm": "grpo"}, False),
+        ({"algorithm": "passk", "pass_k": 2}, False),
+        ({"algorithm": "setpo"}, False),
+        ({"labels": "majority"}, False),
+    ],
+)
+def test_a_gap_that_changes_nothing_is_not_warned_of(settings, matters):
+    rows = {"group_ids": torch.tensor([0, 0, 0, 0])}
+    if "labels" in settings:
+        rows["votes"] = ["a", "a", "b", None]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings = SystemSettings(correctness_threshold=0.0, **settings)
+        settings.shape(torch.randn(4, 8), torch.tensor([1.0, 1.0, -1.0, -1.0]), **rows)
+    assert any("further apart" in str(one.message) for one in said) == matters
+
+
 def test_settings_are_checked_and_small_groups_are_told(monkeypatch):
     monkeypatch.setattr(shaping, "_told", set())
     with pytest.warns(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_systems import measured
-from tiny import Letters, LetterTask, make_trainer
+from tiny import Letters, LetterTask, make_model, make_trainer
 
 import g2rl_kernels as g2
 from g2rl_kernels.errors import ConfigError
@@ -105,6 +105,16 @@ def whole_responses(trainer: Any, rollout: Any) -> list[tuple[torch.Tensor, torc
         assert torch.equal(kept[-count:], ids[-width:][mask])
         found.append((hidden[-count - 1 : -1], kept[-count:]))
     return found
+
+
+def test_dropout_does_not_move_dirls_direction(tmp_path: Path) -> None:
+    """A model that comes in training mode, as a resumed one may, has the direction of evaluation mode."""
+    model = make_model(attention_dropout=0.5)
+    found = [
+        make_trainer(tmp_path / str(at), model=model.train(training), algorithm="dirl").inputs.direction
+        for at, training in enumerate((True, False))
+    ]
+    assert torch.equal(*found)
 
 
 def test_dirl_weighs_tokens_by_its_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
