@@ -58,15 +58,61 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def truncation(args: Any) -> dict[str, Any]:
-    """top_k, top_p and min_p of a GRPOConfig, as `g2.sampling_support` takes them."""
-    return {"top_k": max(args.top_k or 0, 0), "top_p": float(args.top_p), "min_p": float(args.min_p or 0)}
+# Settings of a GenerationConfig that do so, and the values that do not. None does not either.
+NEUTRAL_OF_MODEL: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": (),
+    "bad_words_ids": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "repetition_penalty": (1.0,),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "watermarking_config": (),
+}
+
+
+def truncation(settings: Any) -> dict[str, Any]:
+    """top_k, top_p and min_p of a GRPOConfig or GenerationConfig, as `g2.sampling_support` takes them."""
+    top_p = 1.0 if settings.top_p is None else float(settings.top_p)
+    return {"top_k": max(settings.top_k or 0, 0), "top_p": top_p, "min_p": float(settings.min_p or 0)}
+
+
+def truncation_of_generate(trainer: Any) -> dict[str, Any]:
+    """`truncation` as the model's own generate() does it: what TRL leaves unset is from the model's
+    generation_config.
+
+    Raises ValueError where that changes otherwise which ids sampling can draw.
+    """
+    settings = trainer.generation_config
+    if not trainer.use_transformers_continuous_batching:  # which takes TRL's alone
+        settings, _ = innermost(trainer.model)._prepare_generation_config(settings)
+    for name, neutral in NEUTRAL_OF_MODEL.items():
+        value = getattr(settings, name, None)
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"{OPTION}=True: {name}={value!r} of the model's generation_config changes which ids "
+                f"sampling can draw, and is not computed again: set model.generation_config.{name} = None, "
+                "or leave the option False"
+            )
+    return truncation(settings)
 
 
 class SamplingMasks:
     """Finds which ids the tokens of a generation batch were drawn from, for a `G2RLTrainer`.
 
-    Raises ValueError where log-probs are not those of `g2.linear_logprobs`.
+    Raises ValueError where log-probs are not those of `g2.linear_logprobs`, and as `truncation_of_generate`.
     """
 
     def __init__(self, trainer: Any, fused: bool) -> None:
@@ -76,7 +122,11 @@ class SamplingMasks:
                 "load-balancing loss of a mixture of experts)"
             )
         self.trainer = trainer
-        self.settings = {**truncation(trainer.args), "rules": "vllm" if trainer.use_vllm else "transformers"}
+        if trainer.use_vllm or trainer.rollout_func:
+            self.settings = truncation(trainer.args)
+        else:
+            self.settings = truncation_of_generate(trainer)
+        self.settings["rules"] = "vllm" if trainer.use_vllm else "transformers"
 
     def recomputed(self, head: LMHead, inputs: HeadInputs) -> list[KeptRow]:
         """The rows of B responses, from their hidden states under the policy that sampled."""
