@@ -344,8 +344,11 @@ def span(values: Iterable[float], form: str) -> str:
 # --- the machine --------------------------------------------------------------------------------------------
 
 
-def machine(device: str) -> dict[str, Any]:
-    """The machine and versions that a figure depends on: the header of every result."""
+def machine(device: str, rates: bool = True) -> dict[str, Any]:
+    """The machine and versions that a figure depends on: the header of every result.
+
+    rates: with the `ceilings`, which take seconds on a slow CPU.
+    """
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -378,6 +381,8 @@ def machine(device: str) -> dict[str, Any]:
             },
             **settle_clocks(device),
         }
+    if not rates:
+        return found
     with released(device):
         return found | {"ceilings": ceilings(device)}
 

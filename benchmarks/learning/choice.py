@@ -24,7 +24,7 @@ from pathlib import Path
 from . import document
 from .collapse import BASELINE, collapses
 from .experiment import Row
-from .settings import VARIANTS, g2rl
+from .settings import LEVELS, VARIANTS, g2rl
 
 STAGES = ("fluent", "halting", "scarce", "smollm2-gcd")
 CANDIDATES = tuple(
@@ -150,9 +150,15 @@ def stored(folder: Path = document.RESULTS) -> dict[str, list[Row]]:
     return {stage: document.load(path) for stage, path in paths.items() if path.exists()}
 
 
+def said(results: Results) -> str:
+    """The steps, a line each, and what the small levels alone choose."""
+    lines = [f"{number}. {line}" for number, line in enumerate(choose(results).why, 1)]
+    small = choose({stage: rows for stage, rows in results.items() if stage in LEVELS})
+    return "\n".join([*lines, "", f"From the three small levels alone: {small.system}.", ""])
+
+
 def main() -> int:
-    choice = choose(stored())
-    print("\n".join(f"{number}. {line}" for number, line in enumerate(choice.why, 1)))
+    print(said(stored()), end="")
     return 0
 
 

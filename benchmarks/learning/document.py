@@ -198,12 +198,12 @@ def _what(rows: Sequence[Row]) -> str:
 
 def choice_text(results: Path) -> str:
     """The steps by which the rule of choice.py chooses the default, from the results in a folder."""
-    from .choice import STAGES, choose, stored
+    from .choice import STAGES, said, stored
 
     found = stored(results)
     if missing := [stage for stage in STAGES if stage not in found]:
         return f"Not run yet: {', '.join(missing)}.\n"
-    return "".join(f"{number}. {line}\n" for number, line in enumerate(choose(found).why, 1))
+    return said(found)
 
 
 TABLES = {

@@ -12,6 +12,7 @@ committed file in benchmarks/results/learning/, from which the document is made,
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -79,7 +80,8 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
     runs, setting = [], stage.removeprefix(COMPARISON)
     compared = systems(stage) if setting == stage else COMPARED
     if stage == MORE:
-        setting, compared, seeds = LEVELS[-1], {DEFAULT: SAMPLED[DEFAULT]}, MORE_SEEDS
+        more = MORE_SEEDS[: len([*seeds])]
+        setting, compared, seeds = LEVELS[-1], {DEFAULT: SAMPLED[DEFAULT]}, more
     if stage == SAMPLING:
         setting, compared = SAMPLED_ON, SAMPLED
     for system, keys in compared.items():
@@ -130,11 +132,17 @@ class Stage:
             self.add(*found)
 
     def save(self) -> None:
-        from benchmarks.measure import machine
-
         lines = ",\n".join(json.dumps(row) for row in self.rows)
-        head = json.dumps(machine("cpu"))
+        head = json.dumps(_machine())
         write_whole(self.path, f'{{"machine": {head},\n"rows": [\n{lines}\n]}}\n')
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    """What the runs are on, without the rates that benchmarks measure: these runs keep the machine busy."""
+    from benchmarks.measure import machine
+
+    return machine("cpu", rates=False)
 
 
 def _identity(row: Row) -> dict[str, Any]:

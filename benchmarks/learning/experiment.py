@@ -148,8 +148,8 @@ def trainer_of(this: Run, folder: Path, output_dir: str) -> Trainer:
 
 
 def evaluate_start(trainer: Trainer, setting: Setting, place: Path) -> Evaluation:
-    """`evaluate` before training, once for each model to start from: the result is kept in its folder."""
-    path = place / "start.json"
+    """`evaluate` before training, once for each model to start from and each sampler; kept in `place`."""
+    path = place / start_name(trainer.config)
     if not path.exists():
         found = evaluate(trainer, setting)
         found["problems"] = {"pass@1": found["problems"]["pass@1"]}
@@ -157,6 +157,15 @@ def evaluate_start(trainer: Trainer, setting: Setting, place: Path) -> Evaluatio
         write_whole(path, json.dumps(found))
     kept: Evaluation = json.loads(path.read_text(encoding="utf-8"))
     return kept
+
+
+def start_name(config: TrainerConfig) -> str:
+    """The file of a start model's evaluation: start.json, or with what the sampler truncates."""
+    cuts = {name: getattr(config, name) for name in ("top_k", "top_p", "min_p", "keep_sampling_mask")}
+    plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    if all(cuts[name] == value for name, value in plain.items()):
+        return "start.json"
+    return f"start-{'-'.join(f'{name}={value}' for name, value in cuts.items())}.json"
 
 
 def evaluate(trainer: Trainer, setting: Setting) -> Evaluation:

@@ -151,6 +151,8 @@ PAIRS = (
     ("G2RL right, shape, 0.5", "G2RL right, skip, 0.5"),
     ("G2RL intent, shape, 0.5", "G2RL intent, shape, 0.25"),
     ("G2RL intent, shape, 1", "G2RL intent, shape, 0.5"),
+    ("G2RL right, shape, 0.5", "G2RL right, shape, 0.25"),
+    ("G2RL right, shape, 1", "G2RL right, shape, 0.5"),
     ("G2RL intent, shape, 0.5", "G2RL equation, shape, 0.5"),
     ("G2RL right, shape, 0.5", "G2RL intent, shape, 0.5"),
     ("G2RL intent, shape, 0.5", "entropy bonus"),

@@ -43,7 +43,7 @@ def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Te
     """EVOL-RL's rewards r, by the equations on top of this file.
 
     Args:
-        embeddings: [S, e], rows of unit norm.
+        embeddings: [S, e], finite rows of unit norm.
         right: [S] bool, from the verifier or from `majority_labels`.
         group_ids: [S] int64, the group of each row; negative for a padding row.
         valid: [S] bool, False for a response without an answer; None: all have one.

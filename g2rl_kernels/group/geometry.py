@@ -90,9 +90,10 @@ def group_geometry(
         - A response without tokens (feature zero) has exploration score 1: give it a negative id to leave it
           out.
         - Equal responses should have one feature: rounding between them would rank them (`response_keys`).
-        - NaN in a feature or a reward makes exploration scores, shaped rewards and advantages of its own
-          group NaN, but "right" leaves the shaped rewards of wrong answers as they are. Other groups do not
-          change, except that with scale="batch" all advantages are NaN.
+        - NaN in a feature or a reward makes those exploration scores, shaped rewards and advantages of its
+          own group NaN that depend on it: "right" leaves the shaped rewards of wrong answers as they are, and
+          "skip" all of a uniform group. Other groups do not change, except that with scale="batch" all
+          advantages are NaN.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

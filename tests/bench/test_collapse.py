@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -201,7 +202,7 @@ def test_the_command_prints_a_line_for_each_step(tmp_path, capsys, monkeypatch) 
     monkeypatch.setattr(choice.stored, "__defaults__", (tmp_path,))
     assert choice.main() == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"Choice: {BEST}.\n")
+    assert said.endswith(f"Choice: {BEST}.\n\nFrom the three small levels alone: {BEST}.\n")
     assert document.choice_text(tmp_path) == said
 
 
@@ -234,6 +235,20 @@ def test_evaluating_the_start_changes_no_number_of_the_run(tmp_path, small, monk
     assert len(asked) == 1
     times = dict.fromkeys(("seconds", "step_cpu_seconds"), 0)
     assert {**second, **times} == {**first, **times}
+
+
+def test_the_start_is_sampled_as_the_run_is(tmp_path, small) -> None:
+    """A start with top_p is another policy's: it is kept beside the one without."""
+    cut = dataclasses.replace(small, keys=(*small.keys, ("top_p", 0.5), ("keep_sampling_mask", True)))
+    for this in (small, cut):
+        trainer = experiment.trainer_of(this, tmp_path, str(tmp_path / this.system))
+        experiment.evaluate_start(trainer, settings.SETTINGS["quick"], tmp_path)
+    plain, other = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("start*.json"), key=len_of))
+    assert plain["geometry"]["entropy"] > other["geometry"]["entropy"]
+
+
+def len_of(path: Path) -> int:
+    return len(path.name)
 
 
 def test_following_a_seed(tmp_path, small) -> None:
@@ -309,3 +324,4 @@ def test_more_seeds_of_the_default_are_other_seeds() -> None:
     assert {run.system for run in runs} == {settings.DEFAULT}
     assert {run.seed for run in runs} == set(range(8, 16))
     assert all(dict(run.keys) == first[settings.DEFAULT] for run in runs)
+    assert [run.seed for run in evidence.plan(settings.MORE, tuned, range(2))] == [8, 9]
