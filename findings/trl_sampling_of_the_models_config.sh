@@ -19,7 +19,9 @@ venv/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 trl==1.16.0
 
 HF_HUB_OFFLINE=1 venv/bin/python - <<'PROGRAM'
 import warnings
+from contextlib import redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 
 import torch
 import transformers
@@ -69,6 +71,7 @@ def kept(own, **arguments):
             max_completion_length=6,
             report_to=[],
             save_strategy="no",
+            disable_tqdm=True,
             **arguments,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["w3 w4", "w5 w6 w7"] * 4}),
@@ -81,10 +84,9 @@ def kept(own, **arguments):
         return theirs(p, *others, **keywords)
 
     torch.multinomial = watched
-    try:
+    with redirect_stdout(StringIO()):  # TRL's own lines
         trainer.train()
-    finally:
-        torch.multinomial = theirs
+    torch.multinomial = theirs
     mean = float(torch.stack(counts).mean())
     print(f"model.generation_config: {own}; GRPOConfig: {arguments}: {mean:.1f} of {len(words)} ids")
     return mean

@@ -83,7 +83,7 @@ from .trl_head import (
     states_of_rows,
     without_autocast,
 )
-from .trl_masks import SamplingMasks
+from .trl_masks import SamplingMasks, warn_of_models_settings
 from .trl_measurement import Measurement
 from .trl_methods import BatchInputs
 from .trl_seams import GRPOTrainer, get_config_model_id, maybe_gather_lm_head_ctx, nanstd
@@ -165,6 +165,8 @@ class G2RLTrainer(GRPOTrainer):
         self._check_policy()
         self._inputs = BatchInputs(self)
         self._masks = SamplingMasks(self, fused) if args.g2rl_keep_sampling_mask else None
+        if self._masks is None:
+            warn_of_models_settings(self)
         warn_save_steps(args, self.num_iterations)
         warn_unmoved(
             self.model.parameters(),

@@ -6,6 +6,7 @@ rollout_func returns them, else computed again from hidden states.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -89,24 +90,48 @@ def truncation(settings: Any) -> dict[str, Any]:
     return {"top_k": max(settings.top_k or 0, 0), "top_p": top_p, "min_p": float(settings.min_p or 0)}
 
 
-def truncation_of_generate(trainer: Any) -> dict[str, Any]:
-    """`truncation` as the model's own generate() does it: what TRL leaves unset is from the model's
-    generation_config.
-
-    Raises ValueError where that changes otherwise which ids sampling can draw.
-    """
+def generation_settings(trainer: Any) -> Any:
+    """The GenerationConfig that the trainer's model samples by: what TRL leaves unset is the model's own."""
     settings = trainer.generation_config
     if not trainer.use_transformers_continuous_batching:  # which takes TRL's alone
         settings, _ = innermost(trainer.model)._prepare_generation_config(settings)
-    for name, neutral in NEUTRAL_OF_MODEL.items():
-        value = getattr(settings, name, None)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{OPTION}=True: {name}={value!r} of the model's generation_config changes which ids "
-                f"sampling can draw, and is not computed again: set model.generation_config.{name} = None, "
-                "or leave the option False"
-            )
+    return settings
+
+
+def moving(settings: Any) -> dict[str, Any]:
+    """The settings of a GenerationConfig that change which ids sampling can draw, but for its truncation."""
+    found = {name: getattr(settings, name, None) for name in NEUTRAL_OF_MODEL}
+    return {k: v for k, v in found.items() if v is not None and v not in NEUTRAL_OF_MODEL[k]}
+
+
+def truncation_of_generate(trainer: Any) -> dict[str, Any]:
+    """`truncation` as the model's own generate() does it.
+
+    Raises ValueError where its settings change otherwise which ids sampling can draw.
+    """
+    settings = generation_settings(trainer)
+    for name, value in moving(settings).items():
+        raise ValueError(
+            f"{OPTION}=True: generate() samples with {name}={value!r}, which changes which ids it can draw "
+            f"and is not computed again: set model.generation_config.{name} = None (TRL sets suppress_tokens "
+            "itself for models with images), or leave the option False"
+        )
     return truncation(settings)
+
+
+def warn_of_models_settings(trainer: Any) -> None:
+    """Warns where the model samples by settings of its own generation_config that GRPOConfig leaves unset."""
+    if trainer.use_vllm or trainer.rollout_func:
+        return
+    settings, mine = generation_settings(trainer), trainer.generation_config
+    names = [*moving(settings), *(k for k, v in truncation(settings).items() if v != truncation(mine)[k])]
+    found = ", ".join(f"{k}={getattr(settings, k)!r}" for k in names if getattr(mine, k, None) is None)
+    if found:
+        warnings.warn(
+            f"model.generation_config has {found}, by which generate() samples where GRPOConfig sets nothing,"
+            " while the loss takes log-probs of the whole softmax: set it to None there, or in GRPOConfig",
+            stacklevel=3,
+        )
 
 
 class SamplingMasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,19 @@ def test_settings_of_the_model_that_move_logits_are_named(
 ) -> None:
     model = with_generation(tmp_path / "model", **settings)
     (name,) = settings
-    with pytest.raises(
-        ValueError, match=rf"^g2rl_keep_sampling_mask=True: {name}=.*model\.generation_config\.{name} = None"
-    ):
+    said = rf"generate\(\) samples with {name}=.*: set model\.generation_config\.{name} = None"
+    with pytest.raises(ValueError, match=f"^g2rl_keep_sampling_mask=True: {said}"):
         make(model=model, g2rl_keep_sampling_mask=True, top_p=0.9)
-    make(model=model, top_p=0.9)
+    with pytest.warns(UserWarning, match=f"^model.generation_config has {name}=.*by which generate"):
+        make(model=model, top_p=0.9)
+
+
+def test_truncation_of_the_model_is_warned_of(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Where GRPOConfig leaves it unset, and generate() takes it."""
+    model = with_generation(tmp_path / "model", min_p=0.3, top_k=3, top_p=0.5, temperature=0.6)
+    with pytest.warns(UserWarning, match="^model.generation_config has min_p=0.3, by which"):
+        make(model=model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="model.generation_config has")
+        make(model=model, min_p=0.0)
+        make(model=model, use_transformers_continuous_batching=True)
