@@ -5,6 +5,7 @@ bfloat16; `stored` allows for it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -385,6 +386,25 @@ def test_a_token_that_its_list_lacks_has_nan_alone():
         "reference", "", case.hidden, case.tokens, case.spec, kernels.tiled.Support(ids, offsets), False
     )
     assert_close("logprobs", found.logprobs[~without], expected.logprobs[~without], 1e-5)
+
+
+def test_a_realised_token_that_stands_twice_counts_once():
+    """Where values are not checked; as backend "reference", which test_support.py holds to the formula."""
+    case = case_of("plain", torch.float32).to(GPU)
+    ids, offsets = lists_for(case.to(torch.device("cpu")), 25)
+    twice = (
+        torch.cat([ids[a:b].repeat(2) for a, b in pairwise(offsets.tolist())]).to(GPU),
+        (2 * offsets).to(GPU),
+    )
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight)]
+        head = case.spec._replace(weight=leaves[1])
+        out = ops.support_logprobs(leaves[0], case.tokens, *head, *twice, backend, "", 0, False)
+        (out[0] + out[1]).sum().backward()
+        results.append([out[0], out[1], *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results):
+        assert_close(backend, found, expected, 1e-5 * (1 + expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
