@@ -1,12 +1,10 @@
 """`support=`: heads restricted to some ids a token, against the masked softmax in float64 (oracle.logits)."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from examples import given, st
 from marks import dtypes
-from oracle import CPU_BACKENDS, Case, Sizes, environment, make_case, run_head
+from oracle import CPU_BACKENDS, Case, Sizes, make_case, run_head
 from strategies import LAYOUTS, cases, low_rank, random_support, restricted, restride
 from test_head import KINDS, hostile
 from test_head import check as check_features
@@ -419,61 +417,3 @@ def test_errors_name_support(name):
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_unchecked_ids_read_nothing_out_of_bounds(backend):
-    """Ids outside the vocabulary count as not there."""
-    case = restricted(make_case([5], V=20, d=6), most=6)
-    ids, offsets = case.support
-    more = torch.tensor([-1, 20, 2**40, -(2**40), 10**12])
-    spread = torch.cat([torch.cat([ids[a:b], more]) for a, b in pairwise(offsets)])
-    arguments = case.hidden, case.tokens, *case.spec
-    expected = ops.support_logprobs(*arguments, ids, offsets, backend, "", 0, True)
-    found = ops.support_logprobs(*arguments, spread, offsets + 5 * torch.arange(6), backend, "", 0, True)
-    for place in (0, 1, 2, 4, 5, 6):
-        torch.testing.assert_close(found[place], expected[place])
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_unchecked_ids_that_stand_twice(backend):
-    """Others count twice, in gradients as in p; the realised token counts once."""
-    case = restricted(make_case([3, 2], V=20, d=6, lora=None), most=6)
-    ids, offsets = case.support
-    pairs = [(ids[a:b], y) for (a, b), y in zip(pairwise(offsets), case.tokens)]
-    twice = [torch.cat([mine, mine]) for mine, _ in pairs]
-    once = [torch.cat([mine, mine[mine != y]]) for mine, y in pairs]
-    results = []
-    for lists in (once, twice):
-        lengths = torch.tensor([0, *map(len, lists)]).cumsum(0)
-        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight)]
-        head = leaves[0], case.tokens, *case.spec._replace(weight=leaves[1]), torch.cat(lists), lengths
-        logprobs, entropy, *_ = ops.support_logprobs(*head, backend, "", 0, False)
-        (logprobs + entropy).sum().backward()
-        head = [t.detach() if isinstance(t, torch.Tensor) else t for t in head]
-        features = ops.support_features(*head, case.cu_seqlens, None, backend, "", False)
-        results.append([logprobs, entropy, *(leaf.grad for leaf in leaves), *features[:4]])
-    assert all(map(torch.allclose, *results))
-    # The gradient is that of log p: the weight's rows of p twice, less the realised token once.
-    z = case.hidden.double() @ case.weight.double().T
-    for t, mine in enumerate(once):
-        expected = z[t, case.tokens[t]] - z[t, mine].logsumexp(0)
-        torch.testing.assert_close(results[1][0][t].double(), expected, rtol=1e-5, atol=1e-5)
-    leaves = [t.double().requires_grad_() for t in (case.hidden, case.weight)]
-    z = leaves[0] @ leaves[1].T
-    log_p = [z[t, mine] - z[t, mine].logsumexp(0) for t, mine in enumerate(once)]
-    own = sum((one * (mine == y))[: len(mine)].sum() for one, mine, y in zip(log_p, once, case.tokens))
-    (own - sum((one.exp() * one).sum() for one in log_p)).backward()
-    for found, leaf in zip(results[1][2:4], leaves):
-        torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_cpu_refuses_offsets_at_run_time():
-    case = restricted(make_case([5], V=20, d=6), most=6)
-    ids, offsets = case.support
-    with pytest.raises(ValueError, match="offsets"):
-        ops.support_logprobs(case.hidden, case.tokens, *case.spec, ids, offsets + 1, "cpu", "", 0, False)
-    with environment("G2RL_CPU_ISA", None):
-        falling = offsets.flip(0)
-        with pytest.raises(ValueError, match="offsets"):
-            ops.support_logprobs(case.hidden, case.tokens, *case.spec, ids, falling, "cpu", "", 0, False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..._ops import ops, qualified
+from ...arguments import check_cu_seqlens_values
 from .. import logprobs as full
 from .. import reference
 from ..autograd import GRADIENTS_SCHEMA, NEEDED, backward_through, empty_gradients, setup_context
@@ -93,8 +94,11 @@ def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     head, (ids, offsets, whole, *rest) = HeadSpec(*flat[:FIELDS]), flat[FIELDS:]
     if not whole.any():
         return ops.support_features(hidden, tokens, *head, ids, offsets, *rest)
-    support, (cu_seqlens, alpha, *options) = Support(ids, offsets), rest
-    N, cu_seqlens = hidden.shape[0], cu_seqlens.long()
+    (cu_seqlens, alpha, *options), N = rest, hidden.shape[0]
+    if options[0] == "cpu":
+        check_cu_seqlens_values(cu_seqlens, N)
+    cu_seqlens = reference.in_bounds(cu_seqlens, N)
+    support = Support(ids, offsets).for_backend(options[0])
     alpha = hidden.new_ones(N, dtype=torch.float32) if alpha is None else alpha
     outputs: list[Tensor] = []
     total = hidden.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64)
@@ -143,7 +147,7 @@ def mixed_logprobs(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, 
     """
     head, (ids, offsets, whole, *options) = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     name, group, most, logits_memory, more = options
-    support, outputs = Support(ids, offsets), _outputs(hidden, more)
+    support, outputs = Support(ids, offsets).for_backend(name), _outputs(hidden, more)
     data, x = _empty_kept(name, hidden, head, most, logits_memory), outputs[0].new_zeros(ids.shape[0])
     for all_ids, _, rows in _parts(whole):
         h, y, here = hidden[rows], tokens[rows], head.at(rows)
@@ -184,7 +188,8 @@ def _backward_op(
     ids, offsets, whole, name, group, _, *outputs = flat[FIELDS : -len(NEEDED)]
     log_p, entropy, normaliser, data, x = outputs
     per_token = grad_logprobs, grad_entropy, hidden, tokens, log_p, entropy
-    support, grads = Support(ids, offsets), empty_gradients(hidden, head, needs)
+    support = Support(ids, offsets).for_backend(name)
+    grads = empty_gradients(hidden, head, needs)
     for out in grads:
         out.zero_()
     for all_ids, _, rows in _parts(whole):
