@@ -64,7 +64,7 @@ def rows_of_lists(
             )
         for place, (ids, token) in enumerate(zip(kept, tokens)):
             _check_list(ids, token, V, f"{GIVEN}: list {place} of response {number}")
-        counts = torch.tensor([len(ids) for ids in kept], device=device)
+        counts = torch.tensor([len(ids) for ids in kept], dtype=torch.int64, device=device)
         entries = torch.tensor([one for ids in kept for one in ids], dtype=torch.int32, device=device)
         offsets = pad(counts.cumsum(0), (1, 0))
         rows.append(KeptRow(entries, offsets, counts == 0, torch.zeros_like(counts, dtype=torch.bool)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from g2rl_kernels.integrations.trl_support import rows_of_lists
+from g2rl_kernels.integrations.trl_support import rows_of_lists, support_of
 
 CPU = torch.device("cpu")
 
@@ -32,3 +32,13 @@ def test_rows():
     assert second.offsets.tolist() == [0, 0, 2]
     assert second.whole.tolist() == [True, False]
     assert not second.added.any()
+
+
+def test_rows_of_an_empty_completion_have_the_same_types():
+    full, empty = rows_of_lists([[[4, 9]], []], [[4], []], 10, CPU)
+    for name, value in empty._asdict().items():
+        assert value.dtype == getattr(full, name).dtype, name
+    assert empty.offsets.tolist() == [0]
+    joined = support_of([full, empty], torch.tensor([[True], [False]]))
+    assert joined.offsets.dtype == torch.int64
+    assert joined.offsets.tolist() == [0, 2]
