@@ -230,6 +230,7 @@ void support_terms(const SupportArgs& s, const float* normaliser, const float* t
   run(parallel, a.N, [&](int64_t t) {
     const double lse = double(normaliser[t]) + normaliser[a.N + t], g = terms[t], e = terms[a.N + t], own = terms[2 * a.N + t];
     const double temperature = a.temperature_of(t), factor = a.logit_scale / temperature;
+    bool counted = false;  // the realised token: once, where values are not checked and it stands twice
     for (int64_t i = s.offsets[t]; i < s.offsets[t + 1]; i++) {
       // A token without its own id, where values are not checked, has NaN; nothing comes back where nothing comes in.
       if (g == 0 && e == 0 && own == 0) {
@@ -237,7 +238,8 @@ void support_terms(const SupportArgs& s, const float* normaliser, const float* t
         continue;
       }
       const double x = s.x[i], log_p = tempered(a, x, temperature) - lse, p = std::exp(log_p);
-      const double mine = s.ids[i] == a.tokens[t] ? own : p == 0 ? 0.0 : -p * (g + e * log_p);
+      double mine = p == 0 ? 0.0 : -p * (g + e * log_p);
+      if (s.ids[i] == a.tokens[t]) mine = counted ? 0.0 : own, counted = true;
       dz[i] = float(mine * slope(a, x) * factor);
     }
   });

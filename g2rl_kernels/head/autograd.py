@@ -36,15 +36,15 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # zeros as large as the kept logits, otherwise
     tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-    ctx.save_for_backward(*tensors, *output[:4])
+    ctx.save_for_backward(*tensors, *output[:-3])  # the last are the statistics
     ctx.options = [None if isinstance(value, Tensor) else value for value in arguments]
 
 
 def backward_through(operator: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward pass, by `operator`, of an operator that ends with (int logits_memory, bool statistics).
 
-    `operator` takes the incoming gradients, the arguments but these two, the first four outputs and the flags
-    of NEEDED.
+    `operator` takes the incoming gradients, the arguments but these two, the outputs but the statistics, and
+    the flags of NEEDED.
     """
 
     def backward(

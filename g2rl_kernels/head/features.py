@@ -169,9 +169,10 @@ def head_features(
 
     Values of tensors are checked on the CPU. On other devices that would wait for the device: set
     G2RL_CHECK=1 in the environment to ask for it. Unchecked wrong values read nothing out of bounds: "triton"
-    gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks tokens and
-    cu_seqlens at run time even where it is compiled. With support all give NaN for a token that is not in its
-    own list; ids outside [0, V) count as not there, and ids that stand twice count twice.
+    gives NaN for a token outside [0, V), "reference" fails at the lookup, and "cpu" checks tokens, cu_seqlens
+    and the offsets of support at run time even where it is compiled; the other two clamp these. With support
+    all give NaN for a token that is not in its own list; ids outside [0, V) count as not there, ids that
+    stand twice count twice, and the realised token counts once.
 
     With a process_group, where values are checked, all ranks raise if one has an error, or if ranks differ in
     anything but their rows (values of hidden are not compared). Where values are not checked, a rank that

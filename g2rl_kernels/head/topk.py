@@ -204,8 +204,10 @@ def _check(
         check_token_values(tokens, V)
         _check_logprobs("token_logprobs", token_logprobs)
         for rows in slices(0, N, max(1, elements(weight) // max(1, top_ids.shape[1]))):
-            _check_ids(top_ids[rows], V, rows.start)
-            _check_logprobs("top_logprobs", top_logprobs[rows].masked_fill(top_ids[rows] == PADDING, 0.0))
+            ids = top_ids[rows]
+            _check_ids(ids, V, rows.start)
+            ignored = (ids == PADDING) | (ids == tokens[rows, None])
+            _check_logprobs("top_logprobs", top_logprobs[rows].masked_fill(ignored, 0.0))
     B = with_lora(HeadSpec(weight), weight[:0], lora).low_weight
     return responses, [weight] if B is None else [weight, B]
 
@@ -229,5 +231,8 @@ def _check_ids(ids: Tensor, V: int, start: int) -> None:
 
 
 def _check_logprobs(name: str, logprobs: Tensor) -> None:
-    if logprobs.numel() and (largest := logprobs.max()) > LARGEST_LOGPROB:
-        raise ValueError(f"{name}: got {float(largest):g}, needs log-probabilities: at most 0")
+    """Raises ValueError for a value above LARGEST_LOGPROB; NaN beside it hides nothing."""
+    above = logprobs > LARGEST_LOGPROB
+    if above.any():
+        largest = float(logprobs[above].max())
+        raise ValueError(f"{name}: got {largest:g}, needs log-probabilities: at most 0")

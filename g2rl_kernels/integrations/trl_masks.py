@@ -191,7 +191,9 @@ class SamplingMasks:
         lists = fields.pop(GIVEN, None)
         if lists is None or any(row is None for row in lists):
             return []
-        return rows_of_lists(lists, completions, self.trainer.accelerator.device)
+        head = self.trainer._scoring.head
+        V = head.rows or head.output.out_features
+        return rows_of_lists(lists, completions, V, self.trainer.accelerator.device)
 
     def metrics(self, measurement: Measurement) -> dict[str, float]:
         """Of all ranks' tokens but a tool's: kept_ids, the mean of those with a list; whole_tokens and

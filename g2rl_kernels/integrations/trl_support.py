@@ -46,12 +46,13 @@ def rows_of(found: SamplingSupport, lengths: Sequence[int]) -> list[KeptRow]:
 
 
 def rows_of_lists(
-    lists: list[list[list[int]]], completions: list[list[int]], device: torch.device
+    lists: list[list[list[int]]], completions: list[list[int]], V: int, device: torch.device
 ) -> list[KeptRow]:
     """Rows of a sampler's own lists: for each response, for each of its tokens, the ids it is one of.
 
     This is the form of vLLM's `CompletionOutput.sampling_mask.token_ids`. An empty list stands for the whole
-    vocabulary. Raises ValueError where lists do not fit the completions' token ids.
+    vocabulary, which has V entries. Raises ValueError where lists do not fit the completions' token ids, or
+    hold an id twice or outside of the vocabulary.
     """
     if len(lists) != len(completions):
         raise ValueError(f"{GIVEN}: got {len(lists)} responses, needs {len(completions)}, one for each")
@@ -62,16 +63,29 @@ def rows_of_lists(
                 f"{GIVEN}: response {number} has {len(kept)} lists, needs {len(tokens)}, one for each token"
             )
         for place, (ids, token) in enumerate(zip(kept, tokens)):
-            if len(ids) > 0 and token not in ids:
-                raise ValueError(
-                    f"{GIVEN}: list {place} of response {number} lacks its token, {token}: a sampler that "
-                    "drew it had it; an empty list stands for the whole vocabulary"
-                )
-        counts = torch.tensor([len(ids) for ids in kept], device=device)
+            _check_list(ids, token, V, f"{GIVEN}: list {place} of response {number}")
+        counts = torch.tensor([len(ids) for ids in kept], dtype=torch.int64, device=device)
         entries = torch.tensor([one for ids in kept for one in ids], dtype=torch.int32, device=device)
         offsets = pad(counts.cumsum(0), (1, 0))
         rows.append(KeptRow(entries, offsets, counts == 0, torch.zeros_like(counts, dtype=torch.bool)))
     return rows
+
+
+def _check_list(ids: list[int], token: int, V: int, name: str) -> None:
+    """Checks what a sampler gives: on a GPU the ops check no values."""
+    if len(ids) == 0:
+        return
+    if min(ids) < 0 or max(ids) >= V:
+        wrong = next(one for one in ids if not 0 <= one < V)
+        raise ValueError(f"{name} has id {wrong}, needs 0 to V - 1 = {V - 1}")
+    if token not in ids:
+        raise ValueError(
+            f"{name} lacks its token, {token}: a sampler that drew it had it; an empty list stands for the "
+            "whole vocabulary"
+        )
+    if len(set(ids)) < len(ids):
+        wrong = next(one for place, one in enumerate(ids) if one in ids[:place])
+        raise ValueError(f"{name} has id {wrong} twice, needs each id once")
 
 
 def support_of(rows: Sequence[KeptRow], mask: Tensor) -> Support:

@@ -46,7 +46,7 @@ def sampled_logprobs(outputs: Iterable[Any]) -> SampledLogprobs:
                 f"outputs: response {number} has no log-probabilities; sample with "
                 "SamplingParams(logprobs=20)"
             )
-        steps = [{token: entry.logprob for token, entry in step.items()} for step in output.logprobs]
+        steps = [{token: entry.logprob for token, entry in (step or {}).items()} for step in output.logprobs]
         responses.append((output.token_ids, steps))
     return _packed("outputs", responses)
 
@@ -69,13 +69,13 @@ def served_logprobs(choices: Iterable[Mapping[str, Any]]) -> SampledLogprobs:
         if (
             ids is None
             or tops is None
-            or any(not name.startswith(TOKEN_ID) for step in tops for name in step)
+            or any(not name.startswith(TOKEN_ID) for step in tops for name in step or ())
         ):
             raise ValueError(
                 f"choices: response {number} has no log-probabilities by id; request logprobs, "
                 "return_token_ids and return_tokens_as_token_ids"
             )
-        steps = [{int(name[len(TOKEN_ID) :]): value for name, value in step.items()} for step in tops]
+        steps = [{int(name[len(TOKEN_ID) :]): value for name, value in (step or {}).items()} for step in tops]
         responses.append((ids, steps))
     return _packed("choices", responses)
 

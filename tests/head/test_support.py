@@ -1,12 +1,10 @@
 """`support=`: heads restricted to some ids a token, against the masked softmax in float64 (oracle.logits)."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from examples import given, st
 from marks import dtypes
-from oracle import CPU_BACKENDS, Case, Sizes, environment, make_case, run_head
+from oracle import CPU_BACKENDS, Case, Sizes, make_case, run_head
 from strategies import LAYOUTS, cases, low_rank, random_support, restricted, restride
 from test_head import KINDS, hostile
 from test_head import check as check_features
@@ -327,6 +325,46 @@ def test_whole(backend, which):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+WHOLE = {"none": lambda t: t < 0, "all": lambda t: t >= 0, "some": lambda t: t % 3 == 1}
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32), ("cpu", torch.bfloat16)])
+def test_whole_compiled(backend, dtype):
+    """One graph, whatever values say; the same bits, forward and backward, with the logits that are kept."""
+    torch._dynamo.reset()
+    case = make_case([9, 4], V=700, d=16, dtype=dtype, bias=torch.randn(700).to(dtype))
+    case.temperature = 0.5 + torch.rand(13)
+    kept = Support(*restricted(case, most=20).support)
+    A, B = torch.randn(3, 16), torch.randn(700, 3)
+
+    def step(leaves, support):
+        hidden, weight, bias, A, B = leaves
+        options = {"temperature": case.temperature, "bias": bias, "lora": (A, B, 0.5), "backend": backend}
+        options |= {"support": support, "statistics": ALL}
+        out = g2.linear_logprobs(hidden, weight, case.tokens, logits_memory=20_000, **options)
+        features = g2.head_features(hidden, weight, case.tokens, case.cu_seqlens, **options)
+        return out, features, (out.logprobs + 2 * out.entropy).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for which in WHOLE.values():
+        whole = which(torch.arange(13))
+        listed = kept.of((~whole).nonzero().squeeze(1))
+        lengths = kept.offsets.diff().masked_fill(whole, 0)
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        support = g2.SamplingSupport(listed.ids, offsets, whole, torch.zeros(13).bool())
+        results = []
+        for function in (step, compiled):
+            leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias, A, B)]
+            out, features, loss = function(leaves, support)
+            loss.backward()
+            results.append([*out, *features, *(leaf.grad for leaf in leaves)])
+        assert all(map(torch.equal, *results))
+    arguments = case.hidden, case.tokens, *case.spec, *support[:3]
+    torch.library.opcheck(ops.mixed_features.default, (*arguments, case.cu_seqlens, None, backend, "", True))
+    # Room for logits that no token needs has no value to compare: 0 bytes.
+    torch.library.opcheck(ops.mixed_logprobs.default, (*arguments, backend, "", 13, 0, False))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_has_what_the_protocol_asks_for(name):
     if name == "triton" and not arguments.HAS_TRITON:
@@ -379,28 +417,3 @@ def test_errors_name_support(name):
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_unchecked_ids_read_nothing_out_of_bounds(backend):
-    """Ids outside the vocabulary count as not there."""
-    case = restricted(make_case([5], V=20, d=6), most=6)
-    ids, offsets = case.support
-    more = torch.tensor([-1, 20, 2**40, -(2**40), 10**12])
-    spread = torch.cat([torch.cat([ids[a:b], more]) for a, b in pairwise(offsets)])
-    arguments = case.hidden, case.tokens, *case.spec
-    expected = ops.support_logprobs(*arguments, ids, offsets, backend, "", 0, True)
-    found = ops.support_logprobs(*arguments, spread, offsets + 5 * torch.arange(6), backend, "", 0, True)
-    for place in (0, 1, 2, 4, 5, 6):
-        torch.testing.assert_close(found[place], expected[place])
-
-
-def test_cpu_refuses_offsets_at_run_time():
-    case = restricted(make_case([5], V=20, d=6), most=6)
-    ids, offsets = case.support
-    with pytest.raises(ValueError, match="offsets"):
-        ops.support_logprobs(case.hidden, case.tokens, *case.spec, ids, offsets + 1, "cpu", "", 0, False)
-    with environment("G2RL_CPU_ISA", None):
-        falling = offsets.flip(0)
-        with pytest.raises(ValueError, match="offsets"):
-            ops.support_logprobs(case.hidden, case.tokens, *case.spec, ids, falling, "cpu", "", 0, False)

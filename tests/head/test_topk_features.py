@@ -196,7 +196,7 @@ def test_the_realised_token_counts_once(renormalise):
     here = inside == case.tokens[:, None]
     removed = torch.where(here, -1, inside)
     expected = estimate(case, (removed, logprobs, own), renormalise=renormalise)
-    for value in (own[:, None], -20.0, -torch.inf, torch.nan):
+    for value in (own[:, None], -20.0, -torch.inf, torch.nan, 7.0):
         listed = torch.where(here, torch.as_tensor(value), logprobs)
         out = estimate(case, (inside, listed, own), renormalise=renormalise)
         assert all(map(torch.equal, out, expected))
@@ -407,6 +407,8 @@ RIGHT = {
         ("top_logprobs", torch.ones(3, 2).long(), TypeError, "floating-point"),
         ("top_logprobs", -torch.ones(3, 1), ValueError, "[N, k]"),
         ("top_logprobs", torch.full((3, 2), 0.5), ValueError, "got 0.5"),
+        ("top_logprobs", torch.tensor([[torch.nan, 5.0], [-1, -1], [0, 0]]), ValueError, "got 5"),
+        ("token_logprobs", torch.tensor([torch.nan, 0.25, -1.0]), ValueError, "got 0.25"),
         ("token_logprobs", -torch.ones(2), ValueError, "[N], one for each token"),
         ("token_logprobs", torch.tensor([-1.0, 0.25, -1.0]), ValueError, "got 0.25"),
         ("cu_seqlens", torch.tensor([0, 4]), ValueError, "the number of tokens"),

@@ -409,6 +409,7 @@ def test_tokens_that_the_rules_leave_out_are_added_and_counted(make: Callable[..
     [
         (lambda ids: [[one] for one in ids[1:]], r"sampling_mask: response 0 has 2 lists, needs 3"),
         (lambda ids: [[one + 1] for one in ids], r"sampling_mask: list 0 of response 0 lacks its token"),
+        (lambda ids: [[one, 25] for one in ids], r"sampling_mask: list 0 of response 0 has id 25, .* 24"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(

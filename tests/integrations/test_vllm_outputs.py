@@ -79,8 +79,16 @@ def test_of_a_server():
         (SimpleNamespace(token_ids=[1], logprobs=None), r"response 1 has no .*SamplingParams\(logprobs=20\)"),
         (response([1, 2], {1: 0.5}), "response 1 has no log-probability of some"),
         (response([1], {2: 0.5}), "response 1 has no log-probability of some"),
+        (SimpleNamespace(token_ids=[1], logprobs=[None]), "response 1 has no log-probability of some"),
     ],
 )
 def test_what_vllm_did_not_report(wrong, message):
     with pytest.raises(ValueError, match=message):
         sampled_logprobs([RESPONSES[0], wrong])
+
+
+def test_a_step_that_the_server_leaves_out():
+    wrong = choice(RESPONSES[0])
+    wrong["logprobs"]["top_logprobs"][1] = None
+    with pytest.raises(ValueError, match="choices: response 0 has no log-probability of some of its tokens"):
+        served_logprobs([wrong])

@@ -56,7 +56,7 @@ class SupportBackend(Protocol):
         self, tokens: Tensor, head: HeadSpec, support: Support, x: Tensor, incoming: Incoming
     ) -> Tensor:
         """The loss's gradient by W h + b, [K] in x's dtype: dz of logprobs.py times slope and logit_scale /
-        temperature."""
+        temperature. Of a realised token that stands twice, unchecked, the later entries have 0."""
 
     def gather_sum(
         self, coefficients: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, out: Tensor

@@ -43,7 +43,8 @@ torch.library.define(
 @torch.library.impl(qualified("support_features"), "CompositeExplicitAutograd")
 def _features(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     head, rest = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
-    support, responses, (name, group, more) = Support(*rest[:2]), Responses(*rest[2:4]), rest[4:]
+    responses, (name, group, more) = Responses(*rest[2:4]), rest[4:]
+    support = Support(*rest[:2]).for_backend(name)
     with torch.autocast(hidden.device.type, enabled=False):
         if not group:
             out = implementation(name).features(hidden, tokens, head, support, responses, more)
@@ -93,7 +94,8 @@ def support_logprobs(hidden: Tensor, tokens: Tensor, *flat: Any) -> tuple[Tensor
     """As linear_logprobs' operator; logits_memory is not read, as x is kept in any case."""
     head, (ids, offsets, name, group, _, more) = HeadSpec(*flat[:FIELDS]).rounded(), flat[FIELDS:]
     with torch.autocast(hidden.device.type, enabled=False):
-        found, x = _forward(name, group, hidden, tokens, head, Support(ids, offsets), more)
+        support = Support(ids, offsets).for_backend(name)
+        found, x = _forward(name, group, hidden, tokens, head, support, more)
     return found.logprobs, found.entropy, found.normaliser, x, *found[4:]
 
 
@@ -116,7 +118,8 @@ def _backward_op(
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs in NEEDED; an empty tensor for each that is not needed."""
     given, (ids, offsets, name, group, *outputs) = HeadSpec(*flat[:FIELDS]), flat[FIELDS : -len(NEEDED)]
-    head, support, by = given.rounded(), Support(ids, offsets), implementation(name)
+    head, by = given.rounded(), implementation(name)
+    support = Support(ids, offsets).for_backend(name)
     logprobs, entropy, normaliser, x = outputs
     incoming = Incoming(
         normaliser, by.token_terms(grad_logprobs.to(x.dtype), grad_entropy.to(x.dtype), logprobs, entropy)

@@ -56,6 +56,16 @@ class Support(NamedTuple):
         entries = torch.arange(self.ids.shape[0], device=self.ids.device)
         return torch.searchsorted(self.offsets, entries, right=True).sub_(1).clamp_(0, max(N - 1, 0))
 
+    def for_backend(self, name: str) -> Support:
+        """What an operator gives its backend, as values may be unchecked: `within`, or for "cpu" the same.
+
+        Raises ValueError for "cpu" whose offsets are wrong; its C++ has the same checks.
+        """
+        if name == "cpu":
+            _check_offsets(self.offsets, self.ids.shape[0])
+            return self
+        return self.within()
+
     def within(self) -> Support:
         """The same with offsets that stay within ids whatever they are, as they may come unchecked."""
         offsets = in_bounds(self.offsets, self.ids.shape[0])

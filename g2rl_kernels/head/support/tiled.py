@@ -121,6 +121,7 @@ def features_of_part(
 
 def terms(tokens: Tensor, head: HeadSpec, support: Support, x: Tensor, incoming: Incoming) -> Tensor:
     """See `SupportBackend.terms`."""
+    support = support.within()
     rows = support.rows()
     z, slope = _tempered(x, head, rows)
     top, log_total = incoming.normaliser.double()
@@ -128,7 +129,11 @@ def terms(tokens: Tensor, head: HeadSpec, support: Support, x: Tensor, incoming:
     log_p = z - (top + log_total)[rows]
     p = log_p.exp()
     dz = -p * (a[rows] + e[rows] * log_p.masked_fill(p == 0, 0.0))
-    dz = torch.where(support.ids == tokens[rows], own[rows], dz)
+    mine = support.ids == tokens[rows]
+    counts = torch.nn.functional.pad(mine.cumsum(0), (1, 0))
+    first = mine & (counts[:-1] == counts[support.offsets[rows]])
+    # The realised token counts once, as in `statistics`, even where unchecked lists hold it twice.
+    dz = torch.where(first, own[rows], dz.masked_fill_(mine, 0.0))
     # A token without its own id, where values are not checked, has NaN; none where nothing comes in.
     dz.masked_fill_(((a == 0) & (e == 0) & (own == 0))[rows], 0.0)
     if slope is not None:

@@ -5,6 +5,7 @@ bfloat16; `stored` allows for it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -385,6 +386,47 @@ def test_a_token_that_its_list_lacks_has_nan_alone():
         "reference", "", case.hidden, case.tokens, case.spec, kernels.tiled.Support(ids, offsets), False
     )
     assert_close("logprobs", found.logprobs[~without], expected.logprobs[~without], 1e-5)
+
+
+def test_a_realised_token_that_stands_twice_counts_once():
+    """Where values are not checked; test_support_unchecked.py holds "reference" to the formula."""
+    case = case_of("plain", torch.float32).to(GPU)
+    ids, offsets = lists_for(case.to(torch.device("cpu")), 25)
+    twice = (
+        torch.cat([ids[a:b].repeat(2) for a, b in pairwise(offsets.tolist())]).to(GPU),
+        (2 * offsets).to(GPU),
+    )
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight)]
+        head = case.spec._replace(weight=leaves[1])
+        out = ops.support_logprobs(leaves[0], case.tokens, *head, *twice, backend, "", 0, False)
+        (out[0] + out[1]).sum().backward()
+        results.append([out[0], out[1], *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results):
+        assert_close(backend, found, expected, 1e-5 * (1 + expected.abs().max()))
+
+
+def test_unchecked_ends_beside_whole_tokens():
+    """They count as clamped, as with backend "reference"."""
+    case = case_of("plain", torch.float32).to(GPU)
+    ids, offsets = lists_for(case.to(torch.device("cpu")), 25)
+    offsets[[0, 4, 9, 13]] = torch.tensor([-(2**40), 3, 2**40, -7])
+    cu_seqlens, whole = torch.tensor([-9, 7, 2**40, 3]), torch.arange(13) % 4 == 1
+    support = [t.to(GPU) for t in (ids, offsets, whole)]
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight)]
+        head = leaves[0], case.tokens, *case.spec._replace(weight=leaves[1])
+        out = torch.ops.g2rl.mixed_logprobs(*head, *support, backend, "", 13, 0, False)
+        (out[0].nansum() + out[1].nansum()).backward()
+        inputs = case.hidden, case.tokens, *case.spec, *support
+        found = torch.ops.g2rl.mixed_features(*inputs, cu_seqlens.to(GPU), None, backend, "", False)
+        results.append([*out[:2], *(leaf.grad for leaf in leaves), *found[:4]])
+    for found, expected in zip(*results):
+        assert torch.equal(found.isnan(), expected.isnan())
+        found, expected = found.nan_to_num(), expected.nan_to_num()
+        assert_close(backend, found, expected, 1e-5 * (1 + expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
