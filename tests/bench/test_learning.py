@@ -143,6 +143,23 @@ def test_what_cannot_be_run_is_one_line(tmp_path, capsys, words, message) -> Non
     assert message in line
 
 
+def test_committed_results_are_gone_on_from(tmp_path, monkeypatch) -> None:
+    """They are not run again; a result of one's own stays."""
+    own = {"setting": "smollm2-gcd", "system": "GRPO", "seed": 0, "keys": {"algorithm": "grpo"}}
+    (tmp_path / "smollm2-chain-sum.json").write_text(json.dumps({"rows": [own]}))
+    left = []
+    monkeypatch.setattr(
+        evidence, "run_all", lambda runs, stage, *_: left.append([run for run in runs if not stage.has(run)])
+    )
+    monkeypatch.setattr(document, "write_report", lambda out: out)
+    for module in (document, evidence.comparison, evidence.sampling):
+        monkeypatch.setattr(module, "write", lambda: None)
+    assert evidence.main(["--only", "smollm2-gcd", "--committed", "--out", str(tmp_path)]) == 0
+    known = document.load(document.RESULTS / "smollm2-gcd.json")
+    assert len(left[0]) == len(evidence.plan("smollm2-gcd", {})) - len(known)
+    assert document.load(tmp_path / "smollm2-chain-sum.json") == [own]
+
+
 # --- statistics ---------------------------------------------------------------------------------------------
 
 
