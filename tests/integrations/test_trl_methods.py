@@ -33,6 +33,7 @@ def expected_advantages(seen: dict[str, Any], name: str, scale: str, **options: 
         group_size=4,
         algorithm=name,
         method_options=MethodOptions(pass_k=2, **options),
+        scores=seen["rewards"][:, 0],
         **given,
     )
     if METHODS[name].gives == "advantages":

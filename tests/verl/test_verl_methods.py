@@ -42,6 +42,7 @@ def expected(model, name, scale="group", embeddings=None, **options):
             group_size=6,
             algorithm=name,
             method_options=MethodOptions(**options),
+            scores=torch.tensor(scores),
             **given,
         )
         found.append(one)
