@@ -77,11 +77,11 @@ def test_extra_memory_counts_what_the_call_holds_at_its_peak():
 @pytest.mark.parametrize(
     ("N", "V", "d", "dtype", "frozen", "kept"),
     [
-        (3000, 50021, 1024, torch.bfloat16, False, 0),
-        (3000, 20021, 1024, torch.bfloat16, True, 0),
-        (3000, 20021, 1024, torch.float32, False, 0),
-        (3000, 20021, 1024, torch.float32, True, 64),
-        (3000, 20021, 1024, torch.bfloat16, False, 64),
+        (1500, 50021, 1024, torch.bfloat16, False, 0),
+        (1500, 20021, 1024, torch.bfloat16, True, 0),
+        (1500, 20021, 1024, torch.float32, False, 0),
+        (1500, 20021, 1024, torch.float32, True, 64),
+        (1500, 20021, 1024, torch.bfloat16, False, 64),
         (12000, 2001, 2048, torch.bfloat16, False, 0),  # hidden's gradient in float32 alone would be more
     ],
 )
