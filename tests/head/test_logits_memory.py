@@ -58,13 +58,13 @@ def test_kept_float32_logits_change_no_bit(isa, case, memory):
 @pytest.mark.parametrize("shift", [0.0, -400.0])
 def test_16_bits_are_no_worse_than_computing_again(backend, scale, shift):
     """Largest and typical error of bfloat16 gradients, against float64, beside those with logits_memory=0."""
-    case = make_case([100, 60], V=3000, d=64, dtype=torch.bfloat16)
+    case = make_case([100, 60], V=1000, d=64, dtype=torch.bfloat16)
     case.hidden = (case.hidden * scale).to(torch.bfloat16)
     case.temperature = 0.7
-    case.bias = torch.full((3000,), shift).to(torch.bfloat16)
+    case.bias = torch.full((1000,), shift).to(torch.bfloat16)
     case.bias[5::7] = -torch.inf
     case.tokens = torch.where(case.tokens % 7 == 5, case.tokens - 1, case.tokens)
-    exact = make_case([100, 60], V=3000, d=64, dtype=torch.float64)
+    exact = make_case([100, 60], V=1000, d=64, dtype=torch.float64)
     exact.hidden, exact.weight = case.hidden.double(), case.weight.double()
     exact.bias, exact.tokens, exact.temperature = case.bias.double(), case.tokens, case.temperature
     truth, kept, anew = gradients(exact, 0), gradients(case, ALL, backend), gradients(case, 0, backend)

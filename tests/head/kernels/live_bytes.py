@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 
 class LiveBytes(TorchDispatchMode):
@@ -41,7 +42,12 @@ class Launch:
 
 
 def no_launches(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """No head_{name} kernel is launched."""
+    """No head_{name} kernel is launched. A launch of another in the interpreter, of minutes, is an error."""
+
+    def refuse(executor, *args, **kwargs):
+        raise AssertionError(f"{executor.fn.__name__} was launched: name it in no_launches")
+
+    monkeypatch.setattr(GridExecutor, "__call__", refuse)
     for name in names:
         module = importlib.import_module(f"g2rl_kernels.head.triton.{name}")
         monkeypatch.setattr(module, f"head_{name}_kernel", Launch())
