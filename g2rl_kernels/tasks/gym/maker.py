@@ -42,7 +42,7 @@ PROBES = (
     "{}",
 )
 ITEMS, FEWEST_ITEMS = 100, 20  # items to try constant answers on, and how few say anything
-SECONDS, MOST_SECONDS = 0.5, 3.0  # of processor time, to make and to score more than those few, and those
+SECONDS, MOST_SECONDS = 0.5, 8.0  # of processor time, to make and to score more than those few, and those
 
 
 class Probed(NamedTuple):

@@ -1,5 +1,6 @@
 """Small tiles and budgets for the head's kernels."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,19 @@ def tiny_budgets(monkeypatch, tiny_tiles):
     monkeypatch.setattr(driver, "CHUNK", 50)
     monkeypatch.setattr(driver, "SLOTS", 16 * 4 * 24)  # 16 responses, d = 24
     monkeypatch.setattr(driver, "WORKSPACE", 4 * 16 * 4 * 20)
+
+
+@pytest.fixture
+def sums_of_one_order(monkeypatch):
+    """The interpreter's products are numpy's, whose bits depend on a tile's width on some CPUs (Zen 1), as a
+    GPU's do not. Added up in float64 they are rounded once."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *precision):
+        product = a.data.astype(np.float64) @ b.data.astype(np.float64)
+        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture
