@@ -10,6 +10,10 @@ import torch
 # Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.hasten()
 
 # Folders whose tests need the extra [train]; without it they are not collected.
 TRAINS = ("evaluation", "geometry", "models", "tasks", "trainer")

@@ -19,6 +19,7 @@ from bench_helpers import (
     group,
     head,
     logprobs,
+    measure,
     run,
     torch_empty,
     train,
@@ -60,7 +61,7 @@ def test_head_measures_writes_and_draws(compiled, tmp_path, capsys):
     assert "CCE" in left
     assert printed.count("| 16 x 2048 x 64, bf16, 0.5 nats |") == len(ours) + 1
     tflops = result["machine"]["ceilings"]["product_tflops"]["bf16"]
-    assert f"products of 1024 cubed at {tflops:.3g} (bf16)" in printed
+    assert f"products of {measure.PRODUCT_SIZE['cpu']} cubed at {tflops:.3g} (bf16)" in printed
     assert re.search(r"At the ceilings the product takes [\d.]+ ms \(8 x 2048 x 64, bf16\), ", printed)
     assert "- g2rl-kernels, certificate, all cases: runs on cuda only" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")

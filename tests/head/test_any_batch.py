@@ -170,6 +170,8 @@ def test_triton_has_the_same_bits_over_many_strips(known):
 
 
 def _triton_has_the_same_bits(case, seed, known):
+    from interpreter import sum_in_one_order
+
     from g2rl_kernels.head.triton import driver, stats, tile, tuning
     from g2rl_kernels.head.triton import logprobs as kernels
 
@@ -196,6 +198,7 @@ def _triton_has_the_same_bits(case, seed, known):
         return {**found._asdict(), **outputs}
 
     with deterministic(), pytest.MonkeyPatch.context() as patch:
+        sum_in_one_order(patch)
         # Several tiles to a strip, several strips, chunks and blocks
         patch.setattr(tile, "choose", lambda *_: tuning.Config(16, 32, 32, 4, 2))
         patch.setattr(stats, "MAX_STRIPS", 7)

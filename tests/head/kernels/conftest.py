@@ -1,6 +1,5 @@
 """Small tiles and budgets for the head's kernels."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,15 +26,9 @@ def tiny_budgets(monkeypatch, tiny_tiles):
 
 @pytest.fixture
 def sums_of_one_order(monkeypatch):
-    """The interpreter's products are numpy's, whose bits depend on a tile's width on some CPUs (Zen 1), as a
-    GPU's do not. Added up in float64 they are rounded once."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from interpreter import sum_in_one_order
 
-    def create_dot(self, a, b, d, *precision):
-        product = a.data.astype(np.float64) @ b.data.astype(np.float64)
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    sum_in_one_order(monkeypatch)
 
 
 @pytest.fixture
