@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -57,13 +58,17 @@ class Row(Evaluation):
     curves: dict[str, list[float]]  # measure -> POINTS means over the steps of training
     seconds: float
     step_cpu_seconds: NotRequired[float]  # processor time of a step, mean
+    products: NotRequired[str]  # how a CPU without bfloat16 products computed them (bf16.py)
 
 
 def run(this: Run, folder: Path) -> Row:
     """Trains and evaluates. Only warm starts, and what is known of them, are kept, in `folder`."""
+    from .bf16 import products_of
+
     start, setting = time.perf_counter(), SETTINGS[this.setting]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         trainer = trainer_of(this, folder, scratch)
+        products = stack.enter_context(products_of(trainer.config))
         shared = share_encoder(trainer)
         before = evaluate_start(trainer, setting, setting.place(folder, this.seed))
         trainer.begin()  # seeds the generators that the evaluation used
@@ -83,6 +88,7 @@ def run(this: Run, folder: Path) -> Row:
             **evaluate(trainer, setting),
             "seconds": round(time.perf_counter() - start, 1),
             "step_cpu_seconds": round(spent, 4),
+            **({"products": "bfloat16 in float32"} if products else {}),
         }
 
 
