@@ -35,7 +35,7 @@ class RoundedProducts(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        ours = {F.linear: linear, F.scaled_dot_product_attention: attention}.get(function)
+        ours: Callable[..., Tensor] | None = OURS.get(function)
         if ours and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             with torch.autocast("cpu", enabled=False):
                 return ours(*args, **(kwargs or {}))
@@ -44,30 +44,33 @@ class RoundedProducts(TorchFunctionMode):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., d], weight [out, d], bias [out], of any dtype; returns bfloat16 [..., out]."""
-    product = Linear.apply(x, weight)
-    return product if bias is None else (product.float() + bias.bfloat16().float()).bfloat16()
+    product: Tensor = Linear.apply(x, weight, bias)
+    return product
 
 
 class Linear(torch.autograd.Function):
     """Its gradients are rounded products too, in the dtypes of the operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rounded = x.bfloat16()
         ctx.save_for_backward(rounded, weight)
         ctx.dtype = x.dtype
-        return F.linear(rounded.float(), round_weight(weight)).bfloat16()
+        shift = None if bias is None else bias.bfloat16().float()
+        return F.linear(rounded.float(), round_weight(weight), shift).bfloat16()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, of_x, of_weight = grad.bfloat16().float(), None, None
+        grad, of_x, of_weight, of_bias = grad.bfloat16().float(), None, None, None
         if ctx.needs_input_grad[0]:
             of_x = (grad @ round_weight(weight)).bfloat16().to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             product = grad.flatten(0, -2).T @ x.float().flatten(0, -2)
             of_weight = product.bfloat16().to(weight.dtype)
-        return of_x, of_weight
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.flatten(0, -2).sum(0).bfloat16().to(weight.dtype)
+        return of_x, of_weight, of_bias
 
 
 _ROUNDED: dict[
@@ -92,3 +95,9 @@ def attention(
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.bfloat16().float()
     return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **options).bfloat16()
+
+
+OURS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: linear,
+    F.scaled_dot_product_attention: attention,
+}

@@ -78,7 +78,7 @@ def run(this: Run, folder: Path) -> Row:
         if shared:
             spent += shared.spared - spared
         spent /= len(steps)
-        return {
+        row: Row = {
             "setting": this.setting,
             "system": this.system,
             "seed": this.seed,
@@ -88,8 +88,10 @@ def run(this: Run, folder: Path) -> Row:
             **evaluate(trainer, setting),
             "seconds": round(time.perf_counter() - start, 1),
             "step_cpu_seconds": round(spent, 4),
-            **({"products": "bfloat16 in float32"} if products else {}),
         }
+        if products:
+            row["products"] = "bfloat16 in float32"
+        return row
 
 
 class SharedEncoder:
