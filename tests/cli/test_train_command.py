@@ -47,7 +47,7 @@ def write_recipe(path: Path, model_dir: Path, **keys: Any) -> Path:
         "beta": 0.01,
         "steps": 6,
         "checkpoint_every": 2,
-        "report_every": 2,
+        "report_every": 6,
         "output_dir": str(path / "run"),
         **keys,
     }
@@ -147,6 +147,16 @@ def undisturbed(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path / "run"
 
 
+OTHER = "lr=0.01"  # of the run that replaces `undisturbed`
+
+
+@pytest.fixture(scope="module")
+def other(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("other")
+    assert run(str(write_recipe(path, model_dir)), OTHER).returncode == 0
+    return path / "run"
+
+
 @pytest.mark.parametrize(
     "kill",
     [
@@ -189,23 +199,21 @@ def test_kill_and_resume_gives_the_same_bits(
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
 )
 def test_kill_while_an_earlier_run_is_replaced(
-    tmp_path: Path, model_dir: Path, undisturbed: Path, kill: dict[str, str], old: bool
+    tmp_path: Path, model_dir: Path, undisturbed: Path, other: Path, kill: dict[str, str], old: bool
 ) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
-    recipe, other = str(write_recipe(tmp_path, model_dir)), "lr=0.01"
-    killed = run(recipe, other, "resume=overwrite", **kill)
+    recipe = str(write_recipe(tmp_path, model_dir))
+    killed = run(recipe, OTHER, "resume=overwrite", **kill)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert bool(checkpoint.find_all(tmp_path / "run")) == old
     if old:
         again = run(recipe)
         assert again.returncode == 0, again.stderr
         assert metrics(tmp_path / "run") == metrics(undisturbed)
-        assert run(recipe, other).returncode == 2  # it still belongs to the other run
+        assert run(recipe, OTHER).returncode == 2  # it still belongs to the first run
     else:
-        assert run(recipe, other).returncode == 0
-        fresh = f"output_dir={tmp_path / 'fresh'}"
-        assert run(recipe, other, fresh).returncode == 0
-        assert metrics(tmp_path / "run") == metrics(tmp_path / "fresh")
+        assert run(recipe, OTHER).returncode == 0
+        assert metrics(tmp_path / "run") == metrics(other)
         assert [path.name for path in checkpoint.find_all(tmp_path / "run")] == [
             "checkpoint-000004",
             "checkpoint-000006",
