@@ -100,17 +100,19 @@ def reasoning_direction(head: LMHead, encode: Callable[[str], Sequence[int]]) ->
 
     The hidden state is the LM head's input at a prompt's last token. encode: a prompt's token ids.
     """
-    means = []
-    for prompts in (REASONING_PROMPTS, MEMORY_PROMPTS):
-        last = []
-        for text in prompts:
-            ids = torch.tensor([[*encode(text), 0]], device=head.output.weight.device)
-            mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
-            with evaluation_mode(head.backbone):  # no dropout: a resumed run finds the same direction
-                hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
-            last.append(hidden[0].float())
-        means.append(torch.stack(last).mean(0))
-    direction = means[0] - means[1]
+
+    def last_hidden(text: str) -> Tensor:
+        ids = torch.tensor([[*encode(text), 0]], device=head.output.weight.device)
+        mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
+        hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
+        return hidden[0].float()
+
+    with evaluation_mode(head.backbone):  # no dropout: a resumed run finds the same direction
+        reasoning, memory = (
+            torch.stack([last_hidden(text) for text in prompts]).mean(0)
+            for prompts in (REASONING_PROMPTS, MEMORY_PROMPTS)
+        )
+    direction = reasoning - memory
     if not direction.norm() > 0:
         raise TrainerError("dirl: reasoning and memory prompts have the same hidden states, so no direction")
     return direction / direction.norm()
