@@ -193,6 +193,9 @@ def _what(rows: Sequence[Row]) -> str:
     if starts:
         mean, entropy = (sum(found.values()) / len(found) for found in (starts, entropies))
         said += f"; before training pass@1 is {mean:.3f} and entropy {entropy:.3f} nats, mean over seeds"
+    rounded = sum("products" in row for row in rows)
+    if rounded:
+        said += f"; {rounded} of {len(rows)} runs on a CPU that computed bfloat16 products in float32"
     return f"{said}:"
 
 
