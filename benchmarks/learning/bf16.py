@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 from g2rl_kernels.trainer.config import fast_autocast
@@ -30,7 +31,21 @@ def products_of(config: TrainerConfig) -> contextlib.AbstractContextManager[Any]
 
 
 class RoundedProducts(TorchFunctionMode):
-    """Computes linear layers and attention under autocast to bfloat16, on the CPU and without its kernels."""
+    """Computes linear layers and attention under autocast to bfloat16, on the CPU and without its kernels.
+
+    Weights are rounded once until an optimizer steps; nothing else may change them meanwhile.
+    """
+
+    def __enter__(self) -> RoundedProducts:
+        super().__enter__()
+        # Not by a weight's _version: a fused optimizer leaves it as it is.
+        self.hook = register_optimizer_step_post_hook(lambda *_: _ROUNDED.clear())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hook.remove()
+        _ROUNDED.clear()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
