@@ -20,7 +20,7 @@ UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 def hasten() -> None:
     """For this process."""
-    if hasattr(interpreter, "_patch_lang"):
+    if hasattr(interpreter, "_LangPatchScope"):  # which _patch_lang returns, and which restores
         interpreter._patch_lang = PatchOnce(interpreter._patch_lang)
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = remember(interpreter._get_np_dtype)
