@@ -11,6 +11,8 @@ not run on a setting is not judged there. Each step keeps some of the candidates
    that fail least often stay.
 3. pass@16, mean over the settings: the best, and those whose paired interval to the best reaches zero.
 4. Distinct right answers, as a multiple of GRPO's, mean over the settings: the highest is the choice.
+
+While some candidates have fewer seeds than others, the best is that of the seeds that all have.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def _less_accurate(results: Results, names: Sequence[str]) -> dict[str, list[str
         here = [name for name in names if document.of_seeds(rows, name, measure)]
         if not here:
             continue
-        best = max(here, key=lambda name: document.mean_of(rows, name, measure))
+        best = _best({name: document.of_seeds(rows, name, measure) for name in here})
         for name in here:
             mean, half = document.difference(rows, name, measure, best)
             if mean + half < 0:
@@ -124,13 +126,23 @@ def _seeds(results: Results, name: str, stages: Sequence[str], measure: str) -> 
     return {seed: sum(value[seed] for value in values) / len(values) for seed in sorted(seeds)}
 
 
+def _best(values: Mapping[str, Mapping[int, float]]) -> str:
+    """The candidate of the highest mean over the seeds that all have; over its own where they share none."""
+    shared = set.intersection(*(set(seeds) for seeds in values.values()))
+
+    def mean(name: str) -> float:
+        seeds = shared or values[name].keys()
+        return sum(values[name][seed] for seed in seeds) / len(seeds)
+
+    return max(values, key=mean)
+
+
 def _highest(results: Results, names: Sequence[str], stages: Sequence[str], measure: str) -> list[str]:
     """The best by a measure, and the candidates whose paired interval to it reaches zero."""
     values = {name: _seeds(results, name, stages, measure) for name in names}
     if not all(values.values()):
         return list(names)
-    best = max(names, key=lambda name: sum(values[name].values()) / len(values[name]))
-    kept = []
+    best, kept = _best(values), []
     for name in names:
         both = values[name].keys() & values[best].keys()
         mean, half = document.interval([values[name][seed] - values[best][seed] for seed in sorted(both)])

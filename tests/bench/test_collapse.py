@@ -159,6 +159,22 @@ def test_who_is_clearly_less_accurate_is_out() -> None:
     assert choose(unclear).system == BEST
 
 
+def test_the_best_is_that_of_the_seeds_that_all_have() -> None:
+    """A candidate with four easy seeds is not the best for it, whom others would be compared with."""
+    easy = [0.6, 0.5, 0.6, 0.5]
+    best, worse, few = "G2RL right, shape, 0.5", BEST, CANDIDATES[0]
+    rows = results(equation_skip={"distinct": 9.0})
+    for one in rows["smollm2-gcd"]:
+        at = easy[one["seed"]] if one["seed"] < 4 else 0.3
+        off = {best: 0.05, few: 0.02, worse: -0.05}.get(one["system"], 0.0)
+        noise = 0.15 * (-1) ** one["seed"] * (one["system"] == few)
+        one["problems"]["pass@1"] = one["problems"]["maj@16"] = [at + off + noise] * 47
+    rows["smollm2-gcd"] = [one for one in rows["smollm2-gcd"] if one["system"] != few or one["seed"] < 4]
+    found = choose(rows)
+    assert f"{worse} (pass@1 on smollm2-gcd -0.100 ± 0.000 to {best}" in found.why[1]
+    assert found.system != worse
+
+
 def test_pass_at_16_goes_before_distinct_answers() -> None:
     found = choose(results(equation_skip={"pass16": 0.95}, right_skip={"distinct": 9.0}))
     assert found.system == BEST
