@@ -7,7 +7,7 @@
     make evidence ARGS=--document      runs nothing: tables and figures from the committed results
 
 The smollm2 stages multiply in bfloat16: 3 to 10 minutes a run on CPUs that have such products, and on others,
-which round operands and multiply in float32 (bf16.py), 10 to 30.
+which round operands and multiply in float32 (bf16.py), about 15.
 Each finished run is written to OUT/<stage>.json at once, and is not run again. A complete stage replaces the
 committed file in benchmarks/results/learning/, from which the document is made, unless that has more seeds.
 """
