@@ -40,7 +40,7 @@ class PatchOnce:
     def __call__(self, fn: Any) -> Any:
         modules = modules_of(fn)
         if modules and modules <= self.patched:
-            return Nothing()
+            return interpreter._LangPatchScope()  # nothing to restore
         outermost = not self.patched
         self.patched |= modules
         scope = self.patch(fn)
@@ -72,11 +72,6 @@ def modules_of(fn: Any) -> set[str]:
     """Of triton.language, that a function sees."""
     seen = {value.__name__ for value in fn.__globals__.values() if isinstance(value, ModuleType)}
     return seen & {tl.__name__, tl.core.__name__}
-
-
-class Nothing:
-    def restore(self) -> None:
-        """Nothing was patched."""
 
 
 def check_overflow(lhs: Any, rhs: Any, binary_op: Any) -> None:

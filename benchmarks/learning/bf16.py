@@ -88,17 +88,15 @@ class Linear(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-_ROUNDED: dict[
-    int, tuple[weakref.ref[Tensor], int, Tensor]
-] = {}  # of a weight's id: it, its version, rounded
+_ROUNDED: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # of a weight's id: it, and it rounded
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """weight as float32 of bfloat16's values, once for each of its versions."""
-    known, version, rounded = _ROUNDED.get(id(weight), (None, 0, weight))
-    if known is None or known() is not weight or version != weight._version:
+    """weight as float32 of bfloat16's values; kept until an optimizer steps."""
+    known, rounded = _ROUNDED.get(id(weight), (None, weight))
+    if known is None or known() is not weight:
         rounded = weight.detach().bfloat16().float()
-        _ROUNDED[id(weight)] = weakref.ref(weight), weight._version, rounded
+        _ROUNDED[id(weight)] = weakref.ref(weight), rounded
     return rounded
 
 
