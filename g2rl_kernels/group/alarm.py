@@ -123,11 +123,10 @@ def _means(step: int, values: deque[tuple[float, float, float]]) -> _Window:
 
 
 def remedy(options: ShapingOptions, algorithm: str = "g2rl", prefix: str = "") -> str:
-    """What to change in a collapsing run, by the trainer's names: `prefix` + an option's."""
-    shapes = algorithm == "g2rl" and options.lam > 0 and options.shaping != "none"
-    changes = []
-    if shapes and options.uniform_groups == "shape":
-        changes.append(f"{prefix}uniform_groups=skip")
-    if shapes and options.shaping == "intent":
-        changes.append(f"{prefix}shaping=right")
-    return f"try {' with '.join(changes) or 'a lower learning rate or easier prompts'}"
+    """What to change in a collapsing run, by the trainer's names: `prefix` + an option's.
+
+    Of the shaping rules `intent` alone draws wrong answers together (docs/evidence.md).
+    """
+    if algorithm == "g2rl" and options.lam > 0 and options.shaping == "intent":
+        return f"try {prefix}shaping=right"
+    return "try a lower learning rate or easier prompts"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.learning.collapse import collapses
 from benchmarks.learning.settings import SETTINGS
 from g2rl_kernels.group.alarm import WINDOW, CollapseAlarm, remedy
 from g2rl_kernels.group.options import ShapingOptions
@@ -45,6 +46,13 @@ def test_recorded_runs_that_learned_do_not_ring(path: Path) -> None:
     for row in rows:
         if rung(recorded(row)) and (row["setting"], row["system"], row["seed"]) not in recovered:
             assert right(row) < sum(grpo) / len(grpo) / 2, (row["system"], row["seed"])
+
+
+def test_every_recorded_collapse_on_gcd_rings() -> None:
+    rows = json.loads((RESULTS / "smollm2-gcd.json").read_text(encoding="utf-8"))["rows"]
+    collapsed = [row for row in rows if row["seed"] in collapses(rows, row["system"])]
+    assert collapsed
+    assert all(rung(recorded(row)) for row in collapsed)
 
 
 def test_recorded_collapses_ring_in_the_middle_of_the_run() -> None:
@@ -163,15 +171,15 @@ def _arguments(row: dict) -> dict:
 
 
 def test_the_remedy_names_what_can_be_changed() -> None:
-    told = remedy(ShapingOptions(shaping="intent", uniform_groups="shape"), prefix="g2rl_")
-    assert "g2rl_uniform_groups=skip" in told
-    assert "g2rl_shaping=" in told
-    assert "uniform_groups" not in remedy(ShapingOptions(shaping="intent", uniform_groups="skip"))
-    assert "shaping" not in remedy(ShapingOptions(shaping="right", uniform_groups="shape"))
+    for uniform_groups in ("shape", "skip"):
+        options = ShapingOptions(shaping="intent", uniform_groups=uniform_groups)
+        assert remedy(options, prefix="g2rl_") == "try g2rl_shaping=right"
     for plain in (
-        remedy(ShapingOptions(lam=0)),
+        remedy(ShapingOptions()),
+        remedy(ShapingOptions(shaping="equation")),
         remedy(ShapingOptions(shaping="none")),
-        remedy(ShapingOptions(), "grpo"),
-        remedy(ShapingOptions(shaping="right", uniform_groups="skip")),
+        remedy(ShapingOptions(shaping="intent", lam=0)),
+        remedy(ShapingOptions(shaping="intent"), "grpo"),
     ):
         assert "learning rate" in plain
+        assert "=" not in plain

@@ -230,9 +230,5 @@ def test_the_upper_clip(settings, theirs, found):
 
 
 def test_the_alarm_names_the_settings_of_the_trainer():
-    assert (
-        SystemSettings(shaping="intent", uniform_groups="shape")
-        .alarm()
-        .remedy.startswith("try algorithm.g2rl.uniform_groups=skip with algorithm.g2rl.shaping=")
-    )
+    assert SystemSettings(shaping="intent").alarm().remedy == "try algorithm.g2rl.shaping=right"
     assert "learning rate" in SystemSettings(algorithm="grpo").alarm().remedy

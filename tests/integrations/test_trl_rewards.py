@@ -158,7 +158,7 @@ def test_graded_rewards_are_told_and_have_a_rule(make: Callable[..., Any]) -> No
 
 
 def test_the_alarm_sees_what_is_logged(make: Callable[..., Any]) -> None:
-    trainer, seen = make(logging_steps=1, max_steps=3), []
+    trainer, seen = make(logging_steps=1, max_steps=3, g2rl_shaping="intent"), []
 
     def feed(step: int, *numbers: float | None) -> bool:
         seen.append((step, *numbers))
@@ -172,4 +172,4 @@ def test_the_alarm_sees_what_is_logged(make: Callable[..., Any]) -> None:
     for place, key in enumerate(("g2rl/accuracy", "g2rl/cos_mean", "entropy"), 1):
         assert [one[place] for one in seen] == pytest.approx(logged(trainer, key), rel=1e-4, abs=1e-6)
     assert logged(trainer, "g2rl/alarm") == [1.0, 1.0]
-    assert "g2rl_uniform_groups" in trainer._alarm.remedy
+    assert trainer._alarm.remedy == "try g2rl_shaping=right"
