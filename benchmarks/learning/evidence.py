@@ -6,8 +6,8 @@
     make evidence ARGS='--only smollm2-gcd --committed'   what the committed results lack of a stage
     make evidence ARGS=--document      runs nothing: tables and figures from the committed results
 
-The smollm2 stages multiply in bfloat16: 3 to 10 minutes a run on CPUs that have such products, and on others,
-which round operands and multiply in float32 (bf16.py), about 15.
+The smollm2 stages multiply in bfloat16: 3 to 26 minutes a run on CPUs that have such products, and on others,
+which round operands and multiply in float32 (bf16.py), 13 to 21.
 Each finished run is written to OUT/<stage>.json at once, and is not run again. A complete stage replaces the
 committed file in benchmarks/results/learning/, from which the document is made, unless that has more seeds.
 """
@@ -95,7 +95,7 @@ def plan(stage: str, tuned: dict[str, dict[str, Any]], seeds: Iterable[int] = SE
     return runs
 
 
-SHAPE = (("uniform_groups", "shape"),)  # read by g2rl alone
+SHAPE = (("shaping", "intent"), ("uniform_groups", "shape"))  # read by g2rl alone; once the default
 
 
 def _setting_of(stage: str) -> str:
@@ -213,6 +213,14 @@ def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> d
     return document.best(tuning.rows, grids)
 
 
+def _the_rest(out: Path) -> None:
+    """What the document shows beside the stages: the cost of a step, and one seed followed."""
+    from . import cost, follow
+
+    cost.main(["--out", str(out)])
+    follow.main(["smollm2-gcd", "--warm", str(out), "--out", str(out / "follow"), "--document"])
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.learning.evidence",
@@ -296,6 +304,8 @@ def _main(args: argparse.Namespace) -> int:
             if len(Stage(committed).rows) <= len(stage.rows):  # never replaced by fewer seeds
                 committed.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stage.path, committed)
+    if not (args.quick or args.only or args.systems):
+        _the_rest(out)
     print(f"tables and figures of these results: {document.write_report(out)}")
     if not args.quick:
         document.write()

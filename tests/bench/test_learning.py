@@ -60,6 +60,22 @@ def test_every_algorithm_is_tuned_with_equal_effort_on_other_seeds() -> None:
     assert settings.GRIDS.keys() == {keys["algorithm"] for keys in settings.systems("fluent").values()}
 
 
+@pytest.mark.parametrize("stage", ["tuning", "methods-tuning"])
+def test_the_committed_tuning_is_what_is_planned(stage: str) -> None:
+    """Settings that rows leave to the package's defaults would change with these."""
+    rows = document.load(document.RESULTS / f"{stage}.json")
+    planned = [run.identity for run in evidence.plan(stage, {})]
+    assert [run for run in planned if run not in map(evidence._identity, rows)] == []
+    assert len(rows) == len(planned)
+
+
+def test_a_quick_look_has_the_default_and_every_kind_of_system() -> None:
+    keys = {run.system: dict(run.keys) for run in evidence.plan("quick", {})}
+    assert settings.DEFAULT in keys
+    assert {"repexp", "passk"} <= {given["algorithm"] for given in keys.values()}
+    assert "text" in {given.get("similarity") for given in keys.values()}
+
+
 def test_the_plan_holds_every_system_of_the_paper_and_every_variant() -> None:
     runs = evidence.plan("fluent", {"grpo": {"lr": 1e-4}, "g2rl": {"lr": 2e-4, "lam": 0.25}})
     assert len({run.system for run in runs}) == 3 + 3 * 2 * 3
