@@ -29,6 +29,11 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_picture_is_shown():
+    shown = {name for page in PAGES for name in re.findall(r"\]\(([\w-]+\.png)\)", page.read_text("utf-8"))}
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} == shown
+
+
 def test_the_index_lists_every_page():
     text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     names = {page.stem for page in PAGES} - {"index"}
