@@ -212,8 +212,8 @@ def systems(setting: str) -> dict[str, dict[str, Any]]:
     if setting == "fluent":
         return BASELINES | VARIANTS
     if setting == "quick":
-        few = ("RepExp", "pass@k", "DQO, text")  # that change rewards, advantages, and compare texts
-        return BASELINES | {DEFAULT: VARIANTS[DEFAULT]} | {name: METHODS[name] for name in few}
+        kinds = ("RepExp", "pass@k", "DQO, text")  # that change rewards, advantages, and compare texts
+        return BASELINES | {DEFAULT: VARIANTS[DEFAULT]} | {name: METHODS[name] for name in kinds}
     if setting == "smollm2-chain-sum":
         return {"GRPO": BASELINES["GRPO"], FEW[0]: VARIANTS[FEW[0]]}
     few = {name: VARIANTS[name] for name in (*FEW, *FEW_SKIPPED)}

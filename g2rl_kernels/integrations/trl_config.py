@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from ..group.options import SCORE_GATE, option, option_field
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, LABELS, REWARDS
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
+from ..models.method_inputs import check_direction_prompts
 from .systems import SystemSettings
 from .trl_masks import check_masks
 from .trl_seams import GRPOConfig, get_callable_name, get_config_model_id
@@ -30,6 +31,11 @@ class G2RLConfig(GRPOConfig):
         ValueError, TypeError: a setting cannot work; the message starts with its name.
     """
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # those that may be given as JSON
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "g2rl_direction_prompts",
+    ]
+
     g2rl_algorithm: str = option(
         "g2rl",
         "'g2rl', a system that the paper compares it with: 'grpo', 'entropy_bonus' (grpo with "
@@ -42,6 +48,13 @@ class G2RLConfig(GRPOConfig):
     g2rl_strength: float | None = option_field("strength")
     g2rl_ridge: float = option_field("ridge")
     g2rl_pass_k: int = option_field("pass_k")
+    g2rl_direction_prompts: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "dirl: two sets of prompts of one's own, {reasoning: [...], memory: [...]}; JSON on the "
+            "command line. Unset: twelve English ones of each."
+        },
+    )
     g2rl_lam: float = option_field("lam", help="Exploration strength of g2rl; 0 is GRPOTrainer, to the bit.")
     g2rl_clip: float = option_field("clip")
     g2rl_shaping: str = option_field("shaping")
@@ -121,6 +134,7 @@ class G2RLConfig(GRPOConfig):
             )
         self.epsilon_high = settings.clip_high(self.epsilon_high, None)  # type: ignore[has-type]
         super().__post_init__()
+        check_direction_prompts(self.g2rl_direction_prompts, "g2rl_direction_prompts")
         check_masks(self)
 
 

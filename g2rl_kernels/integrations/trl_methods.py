@@ -32,7 +32,8 @@ class BatchInputs(MethodInputs):
             )
         if self.algorithm == "dirl":
             with torch.no_grad(), trainer.accelerator.autocast():
-                self.direction = reasoning_direction(self._head(), self._encode)
+                prompts = trainer.args.g2rl_direction_prompts
+                self.direction = reasoning_direction(self._head(), self._encode, prompts)
 
     def _head(self) -> LMHead:
         return current_head(self.trainer._scoring.head, innermost(self.trainer.model))

@@ -6,7 +6,7 @@ them: hidden [N, d], cu_seqlens [S + 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .lm_head import LMHead, evaluation_mode
 from .responses import response_hidden
 
 # Two small sets for dirl's direction: prompts that take steps to answer, and prompts that take a known fact.
+# A user's own are `direction_prompts`, under these names.
 REASONING_PROMPTS = (
     "A train leaves at 9:40 and arrives at 13:15 with a stop of 25 minutes. How long does it move?",
     "If 3 machines make 18 parts in 2 hours, how many parts do 5 machines make in 4 hours?",
@@ -94,28 +95,58 @@ class MethodInputs:
         return cosine_to(found, anchors()) if self.algorithm == "gar" else found
 
 
+def check_direction_prompts(given: Any, name: str) -> None:
+    """Raises ConfigError, which begins with `name`, unless `given` is empty or has texts for both sets."""
+    if not given:
+        return
+    sets = {"reasoning", "memory"}
+    if not isinstance(given, Mapping) or given.keys() != sets:
+        found = f"the keys {', '.join(map(str, given))}" if isinstance(given, Mapping) else repr(given)
+        raise ConfigError(f"{name}: got {found}, needs {{reasoning: [prompts], memory: [prompts]}}")
+    for key in sorted(sets):
+        texts = given[key]
+        right = isinstance(texts, (list, tuple)) and len(texts) > 0
+        if not right or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigError(f"{name}.{key}: got {texts!r}, needs a list of texts, none of them empty")
+
+
 @torch.no_grad()
-def reasoning_direction(head: LMHead, encode: Callable[[str], Sequence[int]]) -> Tensor:
+def reasoning_direction(
+    head: LMHead, encode: Callable[[str], Sequence[int]], prompts: Mapping[str, Sequence[str]] | None = None
+) -> Tensor:
     """dirl's k [d], float32 of norm 1: mean hidden states of reasoning prompts less those of memory prompts.
 
-    The hidden state is the LM head's input at a prompt's last token. encode: a prompt's token ids.
+    The hidden state is the LM head's input at a prompt's last token. encode: a prompt's token ids. prompts:
+    `direction_prompts`, two sets under "reasoning" and "memory"; without them, those above.
+
+    Raises ConfigError for one of `prompts` that is longer than the model's positions.
     """
 
     def last_hidden(text: str) -> Tensor:
-        ids = torch.tensor([[*encode(text), 0]], device=head.output.weight.device)
+        tokens = encode(text)
+        if prompts:
+            check_positions(head, len(tokens), f"direction_prompts: {text[:40]!r} has {len(tokens)} tokens")
+        ids = torch.tensor([[*tokens, 0]], device=head.output.weight.device)
         mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
         hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
         return hidden[0].float()
 
+    sets = prompts or {"reasoning": REASONING_PROMPTS, "memory": MEMORY_PROMPTS}
     with evaluation_mode(head.backbone):  # no dropout: a resumed run finds the same direction
         reasoning, memory = (
-            torch.stack([last_hidden(text) for text in prompts]).mean(0)
-            for prompts in (REASONING_PROMPTS, MEMORY_PROMPTS)
+            torch.stack([last_hidden(text) for text in sets[key]]).mean(0) for key in ("reasoning", "memory")
         )
     direction = reasoning - memory
     if not direction.norm() > 0:
         raise TrainerError("dirl: reasoning and memory prompts have the same hidden states, so no direction")
     return direction / direction.norm()
+
+
+def check_positions(head: LMHead, tokens: int, said: str) -> None:
+    """Raises ConfigError, which begins with `said`, for more tokens than the model has positions."""
+    limit = getattr(getattr(head.backbone, "config", None), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ConfigError(f"{said}, but the model has {limit} positions: shorten it")
 
 
 def direction_weights(hidden: Tensor, direction: Tensor) -> Tensor:
@@ -169,13 +200,8 @@ def solution_vector(
     head: LMHead, prompt: Sequence[int], solution: Sequence[int], dtype: torch.dtype, temperature: float
 ) -> Tensor:
     """gar's v [d] of an expert solution, given as token ids after those of its prompt."""
-    config = getattr(head.backbone, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and len(prompt) + len(solution) > limit:
-        raise ConfigError(
-            f"solution: it has {len(solution)} tokens after a prompt of {len(prompt)}, but the model has "
-            f"{limit} positions: shorten it"
-        )
+    said = f"solution: it has {len(solution)} tokens after a prompt of {len(prompt)}"
+    check_positions(head, len(prompt) + len(solution), said)
     ids = torch.tensor([[*prompt, *solution]], device=head.output.weight.device)
     mask = torch.ones(1, len(solution), dtype=torch.bool, device=ids.device)
     with evaluation_mode(head.backbone):

@@ -31,6 +31,7 @@ from ..group.options import (
 from ..group.shaping import ALGORITHMS, ENTROPY_COEF, EVOL_CLIP_HIGH, LABELS, check_group_size, check_method
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
+from ..models.method_inputs import check_direction_prompts
 from ..tasks.pool import Limits
 
 # A run may resume a checkpoint that differs in these keys: they change no numbers.
@@ -95,6 +96,7 @@ class TrainerConfig:
     strength: float | None = MethodOptions.strength  # of methods but g2rl; None: the method's own
     ridge: float = MethodOptions.ridge  # of repexp
     pass_k: int = MethodOptions.pass_k  # of passk; below group_size
+    direction_prompts: dict = field(default_factory=dict)  # of dirl: {reasoning: [...], memory: [...]}
     # exploration by g2rl (arXiv 2512.15687, equations 9 to 13)
     lam: float = ShapingOptions.lam  # strength; 0 is GRPO
     clip: float = ShapingOptions.clip  # bound of the shaped reward
@@ -235,6 +237,7 @@ class TrainerConfig:
             raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p={self.min_p}: must be from 0 to 1; 0 keeps all tokens")
+        check_direction_prompts(self.direction_prompts, "direction_prompts")
         self.limits().check()
         try:
             check_method(vars(self), "")

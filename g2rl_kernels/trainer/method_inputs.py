@@ -29,7 +29,9 @@ class RolloutInputs(MethodInputs):
         self.device = head.output.weight.device
         if config.algorithm == "dirl":
             with autocast(config, self.device):
-                self.direction = reasoning_direction(head, lambda text: sampler.encode({"question": text}))
+                self.direction = reasoning_direction(
+                    head, lambda text: sampler.encode({"question": text}), config.direction_prompts
+                )
         if config.algorithm == "gar":
             for task in sampler.tasks:
                 solution_of(item_of(task, 0), f"task: {type(task).__name__}[0]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -125,13 +126,16 @@ def test_reward_functions_of_one_name_need_an_index(make: Callable[..., Any], as
         assert 0 < logged(trainer, "g2rl/accuracy")[0] < 1
 
 
-def test_a_command_line_gives_an_index(tmp_path: Path) -> None:
+def test_a_command_line_gives_an_index_and_prompts(tmp_path: Path) -> None:
     parser = TrlParser(G2RLConfig)
     for given, asked in {"1": "1", "parity": "parity"}.items():
         line = ["--output_dir", str(tmp_path), "--g2rl_correctness_reward", given, "--bf16", "false"]
         (args,) = parser.parse_args_and_config([*line, "--use_cpu", "true"])
         assert args.g2rl_correctness_reward == asked
         assert correctness_column(["length", "parity"], args.g2rl_correctness_reward) == 1
+    prompts = {"reasoning": ["1+2="], "memory": ["b"]}
+    (args,) = parser.parse_args_and_config([*line, "--g2rl_direction_prompts", json.dumps(prompts)])
+    assert args.g2rl_direction_prompts == prompts
     assert correctness_column(["1", "parity"], "1") == 0  # a name comes first
 
 

@@ -135,6 +135,19 @@ def test_their_own_direction_and_solutions_train(make: Callable[..., Any], name:
             trained(make, reward_funcs=parity, g2rl_algorithm=name)
 
 
+def test_directions_of_prompts_of_ones_own(make: Callable[..., Any]) -> None:
+    """By two sets of one prompt each, given as on the command line."""
+    given = '{"reasoning": ["1+2="], "memory": ["b"]}'
+    trainer = make(reward_funcs=parity, g2rl_algorithm="dirl", g2rl_direction_prompts=given)
+    last = []
+    for text in ("1+2=", "b"):
+        ids = torch.tensor([trainer._inputs._encode(text)])
+        with torch.no_grad():
+            last.append(trainer.model.model(input_ids=ids).last_hidden_state[0, -1])
+    k = torch.nn.functional.normalize(last[0] - last[1], dim=0)
+    torch.testing.assert_close(trainer._inputs.direction, k, rtol=1e-4, atol=1e-5)
+
+
 def test_texts_are_compared_without_answers(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +181,11 @@ def test_advantages_of_one_reward_refuse_others(make: Callable[..., Any]) -> Non
         ({"g2rl_strength": -1.0}, r"^g2rl_strength: got -1\.0, needs a positive finite number, 0, or None"),
         ({"g2rl_similarity": "text"}, r"^g2rl_similarity: got 'text' with g2rl_algorithm=g2rl"),
         ({"g2rl_algorithm": "passk"}, r"^g2rl_pass_k: got 4, needs fewer than num_generations=4"),
+        ({"g2rl_direction_prompts": "a.json"}, r"^g2rl_direction_prompts: got 'a\.json', needs {reasoning: "),
+        (
+            {"g2rl_direction_prompts": '{"reasoning": ["a"], "memory": []}'},
+            r"^g2rl_direction_prompts\.memory: got \[\], needs a list of texts",
+        ),
         (
             {"g2rl_algorithm": "passk", "g2rl_pass_k": 2, "g2rl_rewards": "graded"},
             r"^g2rl_rewards: got 'graded' with g2rl_algorithm=passk",

@@ -117,11 +117,26 @@ def test_dropout_does_not_move_dirls_direction(tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
-def test_dirl_weighs_tokens_by_its_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, algorithm="dirl", batch_size=16, group_size=8, temperature=1.5)
+OWN_PROMPTS = {"reasoning": ["1+2=", "3+4+5=", "6-1="], "memory": ["a", "bb"]}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_dirl_weighs_tokens_by_its_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        algorithm="dirl",
+        batch_size=16,
+        group_size=8,
+        temperature=1.5,
+        direction_prompts=OWN_PROMPTS if own else {},
+    )
     tokenizer, model = trainer.tokenizer, trainer.model.model
     means = []
-    for prompts in (method_inputs.REASONING_PROMPTS, method_inputs.MEMORY_PROMPTS):
+    for prompts in (
+        OWN_PROMPTS.values() if own else (method_inputs.REASONING_PROMPTS, method_inputs.MEMORY_PROMPTS)
+    ):
         ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in prompts]
         with torch.no_grad():
             last = [model(input_ids=one).last_hidden_state[0, -1] for one in ids]
@@ -236,6 +251,20 @@ def test_setpo_adds_to_scaled_advantages(tmp_path: Path) -> None:
         ),
         ({"algorithm": "passk", "group_size": 4}, r"^pass_k: got 4, needs fewer than group_size=4"),
         ({"ridge": 0}, r"^ridge: got 0\.0, needs a positive finite number"),
+        (
+            {"direction_prompts": {"reasoning": ["a"]}},
+            r"^direction_prompts: got the keys reasoning, needs {reasoning: \[prompts\], memory:",
+        ),
+        (
+            {"direction_prompts": {"reasoning": "a", "memory": ["b"]}},
+            r"^direction_prompts\.reasoning: got 'a', needs a list of texts",
+        ),
+        (
+            {"direction_prompts": {"reasoning": ["a"], "memory": ["b", " "]}},
+            r"^direction_prompts\.memory: got \['b', ' '\], needs a list of texts, none of them empty",
+        ),
+        ({"direction_prompts": {"reasoning": ["a"], "memory": []}}, r"^direction_prompts\.memory: got \[\]"),
+        ({"direction_prompts": ["a"]}, r"^direction_prompts=\['a'\]: expected dict, got list"),
     ],
 )
 def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
