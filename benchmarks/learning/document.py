@@ -165,7 +165,8 @@ def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASE
 
 
 def tuning_table(rows: Sequence[Row], grids: Grids = GRIDS) -> str:
-    """Every setting tried, by algorithm; the chosen one in bold."""
+    """Every setting tried, by algorithm, where all of its settings were; the chosen one in bold."""
+    grids = {name: grid for name, grid in grids.items() if _is_tuned(rows, name, grid)}
     lines, chosen = [], best(rows, grids)
     for algorithm, grid in grids.items():
         for number, keys in enumerate(grid):
@@ -316,8 +317,7 @@ def write_report(results: Path) -> Path:
             continue
         if "tuning" in stage:
             grids: Grids = GRIDS if stage == "tuning" else METHOD_GRIDS
-            tried = {name: grid for name, grid in grids.items() if _is_tuned(rows, name, grid)}
-            sections.append(f"## {stage}\n\n{tuning_table(rows, tried)}")
+            sections.append(f"## {stage}\n\n{tuning_table(rows, grids)}")
             continue
         draw(rows, results / f"{stage}.png")
         differences = differences_table(rows) if BASELINE in names(rows) else ""

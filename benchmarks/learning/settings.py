@@ -160,8 +160,14 @@ PAIRS = (
 )
 
 
+# DiRL's prompts for a model of 17 characters: numbers for which the teacher's habit is wrong on the two older
+# levels (on scarce it is wrong for all), and some for which it is right. All are training problems.
+DIRECTION_PROMPTS = {
+    "reasoning": [f"{n}=" for n in (15, 18, 21, 27, 30, 33, 39, 42, 45, 51, 54, 57)],
+    "memory": [f"{n}=" for n in (13, 17, 22, 25, 29, 31, 37, 41, 43, 50, 53, 58)],
+}
+
 # The comparison of docs/methods.md, in units of scores (docs/methods.md has what each strength multiplies).
-# DiRL is not there: its two sets of prompts are sentences, and the small model has 17 characters.
 METHODS: dict[str, dict[str, Any]] = {
     "RepExp": {"algorithm": "repexp", "ridge": 1.0},  # at 0.01 it hardly tells unit features apart
     "DQO": {"algorithm": "dqo"},
@@ -169,6 +175,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DRA": {"algorithm": "dra"},
     "pass@k": {"algorithm": "passk"},
     "GAR": {"algorithm": "gar"},
+    "DiRL": {"algorithm": "dirl", "direction_prompts": DIRECTION_PROMPTS},
 }
 BY_TEXT = ("RepExp", "DQO", "SetPO", "DRA")
 METHODS |= {f"{name}, text": {**METHODS[name], "similarity": "text"} for name in BY_TEXT}
@@ -179,6 +186,7 @@ STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "dra": ("strength", (0.1, 0.3, 1.0)),
     "passk": ("pass_k", (2, 4, 8)),
     "gar": ("strength", (0.25, 0.5, 1.0)),
+    "dirl": ("strength", (0.25, 0.5, 1.0)),
 }
 
 

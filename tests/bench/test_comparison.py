@@ -10,7 +10,16 @@ import torch
 for package in ("transformers", "tqdm", "matplotlib", "scipy"):
     pytest.importorskip(package, reason=f"the experiments need {package}: make evidence sets it up")
 
-from benchmarks.learning import comparison, cost, document, evidence, experiment, sampling, settings
+from benchmarks.learning import (
+    comparison,
+    cost,
+    document,
+    evidence,
+    experiment,
+    expressions,
+    sampling,
+    settings,
+)
 from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.trainer import TrainerConfig
 
@@ -29,6 +38,15 @@ def row(system: str, seed: int, score: float, seconds: float = 1.0) -> dict:
     }
 
 
+def test_dirls_prompts_are_what_they_are_said_to_be() -> None:
+    train = {*expressions.numbers("fluent", "train")}
+    for name, wrong in (("reasoning", True), ("memory", False)):
+        numbers = [int(prompt.removesuffix("=")) for prompt in settings.DIRECTION_PROMPTS[name]]
+        assert len({*numbers}) == 12
+        assert {*numbers} <= train
+        assert {expressions.value(expressions.habitual(n, "fluent")) != n for n in numbers} == {wrong}
+
+
 def test_every_method_is_tuned_as_much_as_g2rl_on_other_seeds() -> None:
     runs = evidence.plan("methods-tuning", {})
     each = {name: len([r for r in runs if r.system.rpartition(" ")[0] == name]) for name in settings.METHODS}
@@ -36,9 +54,9 @@ def test_every_method_is_tuned_as_much_as_g2rl_on_other_seeds() -> None:
     assert {r.seed for r in runs}.isdisjoint(settings.SEEDS)
 
 
-def test_all_methods_but_dirl_are_compared_and_those_of_texts_both_ways() -> None:
+def test_all_methods_are_compared_and_those_of_texts_both_ways() -> None:
     compared = {keys["algorithm"] for keys in settings.METHODS.values()}
-    assert compared == METHODS.keys() - {"dirl"}
+    assert compared == METHODS.keys()
     texts = {k["algorithm"] for k in settings.METHODS.values() if k.get("similarity") == "text"}
     assert texts == {name for name, method in METHODS.items() if method.texts}
 
