@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 60.0
+
 
 def token_weights(mask: Tensor, mean: str) -> Tensor:
     """Each token's share of a mini-batch's loss, [B, L] float32 for mask [B, L]; the shares sum to 1.
@@ -38,7 +40,8 @@ def policy_loss(
     logprobs, old_logprobs, reference, entropy: [B, L] float32, 0 where mask [B, L] (bool) is False.
     advantages: A, [B]. weights: [B, L] from `token_weights`; every mean is taken with them.
     ratio: rho is pi / pi_old of the token ("token"), of the response ("sequence", as in the paper), or the
-    length-th root of the latter ("sequence_mean"), which stays near 1 for long responses.
+    length-th root of the latter ("sequence_mean"), which stays near 1 for long responses. A ratio above e^60
+    counts as e^60, without a gradient: its exponential would overflow.
     clip: e below and above 1. beta: weight of the KL, estimated by exp(d) - d - 1 with
     d = log pi_ref - log pi (unbiased, never negative). entropy_coef: c, 0 in the paper; H in nats a token.
 
@@ -50,7 +53,7 @@ def policy_loss(
         if ratio == "sequence_mean":
             log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = log_ratio.expand_as(logprobs)
-    rho = log_ratio.exp()
+    rho = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     advantage = advantages[:, None]
     free, clipped = rho * advantage, rho.clamp(1 - clip[0], 1 + clip[1]) * advantage
     loss = -(weights * torch.minimum(free, clipped)).sum()

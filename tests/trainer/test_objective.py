@@ -75,6 +75,22 @@ def test_clipping_stops_the_gradient() -> None:
     assert stats["clip_fraction"] == 0.5
 
 
+def test_ratios_of_long_responses_stay_finite() -> None:
+    """exp of 100 nats is no float32; a row of its own neither spoils others nor clips their gradient away."""
+    mask = torch.ones(4, 200, dtype=torch.bool)
+    new = torch.full((4, 200), 0.5)
+    new[3] = 0.0
+    new.requires_grad_(True)
+    advantages = torch.tensor([0.0, 1.0, -1.0, 1.0])
+    weights = token_weights(mask, "response")
+    loss, _ = policy_loss(new, torch.zeros(4, 200), advantages, mask, weights, ratio="sequence")
+    loss.backward()
+    assert loss.isfinite()
+    assert new.grad is not None
+    assert new.grad[:3].eq(0).all()
+    torch.testing.assert_close(new.grad[3], -200 * weights[3])  # each token moves the whole response's ratio
+
+
 @pytest.mark.parametrize("mean", ["token", "response"])
 def test_entropy_bonus_against_autograd(mean: str) -> None:
     """The gradient equals that of -c sum w H through log_softmax of logits; it is 0 without c."""
