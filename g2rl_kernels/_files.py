@@ -52,10 +52,17 @@ def whole_directory(target: Path) -> Iterator[Path]:
             if path.is_file():  # safetensors makes files that only their owner may read
                 path.chmod(temporary.stat().st_mode & 0o666)
             flush(path)
+        old = temporary_name(target.with_name(f"{target.name}.old"))
         if target.exists():  # os.rename cannot replace a directory that holds files
-            shutil.rmtree(target)
-        os.rename(temporary, target)
+            os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
         flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, TrainerError):
@@ -65,6 +72,15 @@ def whole_directory(target: Path) -> Iterator[Path]:
             f"cannot write {target} ({error}): {remedy}start the same command again; "
             "the previous checkpoint is intact"
         ) from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Deletes what killed processes left in `folder` under temporary names."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, TrainerError, import_failure, need
-from ..group.options import SCORE_GATE, ShapingOptions
+from ..group.options import SCORE_GATE, MethodOptions, ShapingOptions
 from ..head.logprobs import LOGITS_MEMORY
 from ..models.encoder import DEFAULT_ENCODER
 from ..tasks.pool import Limits
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         "g2rl train",
         lambda: _run(path, others),
-        interrupted="the same command continues from the last checkpoint",
+        interrupted=f"the same command{_but_overwrite(path, others)} continues from the last checkpoint",
         memory="lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true",
         files="the last checkpoint is intact: start the same command again",
         path="output_dir",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(path: str | None, others: list[str]) -> int:
-    engine = None if path is None else _engine(path)
+    engine = None if path is None else _value(path, "engine")
     if path is not None and engine == "trl":
         return _train_by_trl(path, others)
     if engine is not None:
@@ -96,10 +96,13 @@ def _keys() -> str:
     constants = {"DEFAULT_ENCODER": DEFAULT_ENCODER, "LOGITS_MEMORY": LOGITS_MEMORY, "SCORE_GATE": SCORE_GATE}
     for name, value in constants.items():
         keys = keys.replace(name, json.dumps(value))
-    owners = {"ShapingOptions": ShapingOptions, "Limits": Limits}
-    return re.sub(
-        r"(ShapingOptions|Limits)\.(\w+)", lambda found: json.dumps(getattr(owners[found[1]], found[2])), keys
-    )
+    owners = {owner.__name__: owner for owner in (ShapingOptions, MethodOptions, Limits)}
+
+    def written(found: re.Match[str]) -> str:
+        default = getattr(owners[found[1]], found[2])
+        return str(default) if default is None else json.dumps(default)
+
+    return re.sub(rf"({'|'.join(owners)})\.(\w+)", written, keys)
 
 
 def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -116,8 +119,15 @@ def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _engine(path: str) -> str | None:
-    """The recipe's `engine`; None without one, and for a file that TrainerConfig.load will reject."""
+def _but_overwrite(path: str | None, words: Sequence[str]) -> str:
+    """What an interrupted command needs to go on with its run, if it began by overwriting another."""
+    given = [word.partition("=")[2] for word in words if word.startswith("resume=")]
+    resume = given[-1] if given else None if path is None else _value(path, "resume")
+    return " with resume=auto" if resume == "overwrite" else ""
+
+
+def _value(path: str, key: str) -> Any:
+    """A recipe's value; None without one, and for a file that TrainerConfig.load will reject."""
     try:
         import yaml
     except ImportError as error:
@@ -126,7 +136,7 @@ def _engine(path: str) -> str | None:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return values.get("engine") if isinstance(values, dict) else None
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _train_by_trl(path: str, arguments: list[str]) -> int:

@@ -111,7 +111,7 @@ def newest(output_dir: Path, config: TrainerConfig, data: list[dict[str, Any]]) 
         state = json.loads((path / "state.json").read_text())
         then, step = state["config"], state["step"]
         keys = config.differences(then)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
     remedy = "choose another output_dir, or resume=overwrite to start over"
     if keys:

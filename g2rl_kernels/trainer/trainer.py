@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 import g2rl_kernels as g2
 
 from .._clock import clock
-from .._files import whole_directory, write_whole
+from .._files import remove_temporary, whole_directory, write_whole
 from ..errors import ConfigError, TrainerError, check_packages
 from ..group.alarm import CollapseAlarm, remedy
 from ..group.evol import compared_text, majority_labels
@@ -388,8 +387,7 @@ class Trainer:
         Files of an earlier run stay until the first step has succeeded.
         """
         config, start = self.config, self.resume_point()
-        for left in self.output_dir.glob(".*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_temporary(self.output_dir)
         random.seed(config.seed)
         numpy.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -411,7 +409,8 @@ class Trainer:
 
     def _begin_files(self, step: int) -> None:
         self.report.begin(step)
-        write_whole(self.output_dir / "config.yaml", self.given.to_yaml())
+        given = replace(self.given, resume="auto")  # a run of the file goes on with this one
+        write_whole(self.output_dir / "config.yaml", given.to_yaml())
 
     def resume_point(self) -> Path | None:
         """The checkpoint that `train` will continue from, or None.

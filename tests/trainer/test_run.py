@@ -65,6 +65,18 @@ def test_resume_in_one_process_and_more_steps(tmp_path: Path) -> None:
     assert [without_times(m) for m in parts] == [without_times(m) for m in whole]
 
 
+def test_the_file_of_a_run_that_overwrote_goes_on_with_it(tmp_path: Path) -> None:
+    make_trainer(tmp_path, steps=1, resume="overwrite").train()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["resume"] == "auto"
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".metrics.jsonl.1.tmp").write_text("x")
+    (tmp_path / ".checkpoint-000001.1.tmp").mkdir()
+    make_trainer(tmp_path, steps=1).begin()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_resume_with_other_settings(tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=2).train()
     with pytest.raises(
