@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -158,12 +159,16 @@ class TrainerConfig:
                 )
         if isinstance(values.get("tasks"), dict):  # one task may be written without a list
             values["tasks"] = [values["tasks"]]
+        hints = typing.get_type_hints(cls)
         for override in overrides:
             key, text = split_override(override)
             try:
-                _assign(values, key, yaml.safe_load(text))
+                value = yaml.safe_load(text)
             except yaml.YAMLError:
                 raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+            if hints.get(key) in (str, str | None) and value is not None and not isinstance(value, str):
+                value = text  # output_dir=2024.10 is a text
+            _assign(values, key, value)
         return cls.from_dict(values)
 
     @classmethod
@@ -212,6 +217,8 @@ class TrainerConfig:
         for key in ("seed", "logits_memory"):
             if not -(2**63) <= getattr(self, key) < 2**63:
                 raise ConfigError(f"{key}={getattr(self, key)}: must fit in 64 bits")
+        for key in ("tasks", "chat_template_args", "stop_tokens", "direction_prompts"):
+            _check_plain(key, getattr(self, key))
         at_least = {
             **dict.fromkeys(
                 ("batch_size", "group_size", "max_new_tokens", "max_prompt_tokens", "steps", "epochs"), 1
@@ -230,9 +237,11 @@ class TrainerConfig:
             value = getattr(self, key)
             if value is not None and not value >= least:
                 raise ConfigError(f"{key}={value}: must be at least {least}")
-        for key in ("temperature", "clip", "max_grad_norm", "adam_eps"):
+        for key in ("clip", "max_grad_norm", "adam_eps"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
+        if not 1e-8 <= self.temperature <= 1e8:
+            raise ConfigError(f"temperature={self.temperature}: must be above 0, from 1e-8 to 1e8")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
@@ -298,8 +307,8 @@ class TrainerConfig:
         )
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Keys whose values in `other`, a saved configuration, would give other numbers than this one."""
-        mine = self.resolved().to_dict()
+        """Keys whose values in `other`, a configuration from JSON, would give other numbers than this one."""
+        mine = json.loads(json.dumps(self.resolved().to_dict()))  # JSON's tuples are lists, its keys texts
         theirs = TrainerConfig(**{key: other.get(key, mine[key]) for key in mine}).resolved().to_dict()
         free = FREE_KEYS if self.lr_schedule == "constant" else FREE_KEYS - {"steps"}
         unknown = [key for key in other if key not in mine]  # of another version
@@ -343,6 +352,19 @@ def _check_key(key: Any) -> None:
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`g2rl train --keys` lists the keys"
         raise ConfigError(f"unknown config key {key!r}: {hint}")
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Raises ConfigError for a value that no checkpoint could hold, such as a date; `key` may have dots."""
+    if isinstance(value, (dict, list, tuple)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(f"{key}.{name}", inner)
+        return
+    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return
+    raise ConfigError(
+        f"{key}: got {value!r}, needs a text, finite number, list or mapping: quote it if it is a text"
+    )
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -309,7 +309,7 @@ def end_tokens(tokenizer: Any, generation_config: Any, config: TrainerConfig) ->
     own = generation_config.eos_token_id
     ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id}
     for token in config.stop_tokens:
-        if token not in tokenizer.get_vocab():
+        if not isinstance(token, str) or token not in tokenizer.get_vocab():
             raise ConfigError(f"stop_tokens: {token!r} is not a token of this tokenizer")
         ends.add(tokenizer.convert_tokens_to_ids(token))
     if ends == {None}:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -108,6 +111,16 @@ def test_emulated_bf16_warns(device: str, monkeypatch: pytest.MonkeyPatch) -> No
         ({"logits_memory": True}, "logits_memory=True: expected int, got bool"),
         ({"logits_memory": "64 MiB"}, "logits_memory='64 MiB': expected int, got str"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
+        ({"temperature": 1e-9}, "temperature=1e-09: must be above 0, from 1e-8 to 1e8"),
+        ({"stop_tokens": [datetime.date(2026, 1, 2)]}, r"stop_tokens\.0: got datetime\.date"),
+        (
+            {"chat_template_args": {"date_string": datetime.date(2026, 1, 2)}},
+            r"chat_template_args\.date_string: got datetime.date\(2026, 1, 2\), needs .*: quote it",
+        ),
+        (
+            {"tasks": [{"kind": "python", "args": {"levels": [1, math.nan]}}]},
+            r"tasks\.0\.args\.levels\.1: got nan, needs a text, finite number",
+        ),
         *(
             ({key: value}, f"{key}={value}: must be a finite number")
             for key in ("temperature", "lam", "clip", "lr", "beta", "ratio_clip_high", "score_gate")
@@ -147,9 +160,24 @@ def test_wrong_files_and_overrides(tmp_path: Path, text: str, overrides: list[st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["2024.10", "0123", "12:30", "1_0", "2026-12-01", "on", "007"])
+def test_an_override_of_a_text_is_taken_as_it_stands(text: str) -> None:
+    config = TrainerConfig.load(None, [f"output_dir={text}", f"model={text}", f"pad_token={text}"])
+    assert (config.output_dir, config.model, config.pad_token) == (text, text, text)
+    assert TrainerConfig.load(None, ["pad_token=null", "output_dir='a b'"]).pad_token is None
+    assert TrainerConfig.load(None, ["output_dir='a b'"]).output_dir == "a b"
+
+
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         TrainerConfig.load("nowhere.yaml")
+
+
+def test_what_json_changes_is_no_difference() -> None:
+    """A checkpoint's keys are texts and its sequences lists."""
+    task = {"kind": "python", "args": {"levels": {1: 0.5}, "names": ("a", "b")}}
+    config = TrainerConfig.from_dict({"tasks": [task]})
+    assert config.differences(json.loads(json.dumps(config.to_dict()))) == []
 
 
 def test_what_may_change_on_resume() -> None:
