@@ -17,7 +17,7 @@ class BatchInputs(MethodInputs):
     """`MethodInputs` of one generation batch on this rank.
 
     Raises ValueError where the weights are sharded or prompts have images: the model is run on prompts and
-    solutions here, outside TRL's forwards.
+    solutions here, outside TRL's forwards. Raises ConfigError where gar's data set has no solutions.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -34,6 +34,11 @@ class BatchInputs(MethodInputs):
             with torch.no_grad(), trainer.accelerator.autocast():
                 prompts = trainer.args.g2rl_direction_prompts
                 self.direction = reasoning_direction(self._head(), self._encode, prompts)
+        rows = trainer.train_dataset
+        if self.algorithm == "gar" and hasattr(rows, "column_names") and hasattr(rows, "__len__"):
+            known = rows["solution"] if "solution" in rows.column_names else [None]
+            for number, solution in enumerate(known):
+                solution_of({"solution": solution}, f"train_dataset: row {number}")
 
     def _head(self) -> LMHead:
         return current_head(self.trainer._scoring.head, innermost(self.trainer.model))

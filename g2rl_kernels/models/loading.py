@@ -97,8 +97,11 @@ def _source(config: ModelSource) -> tuple[str, dict[str, str]]:
     if source.startswith("pypi:"):
         file = _gguf_file(source.removeprefix("pypi:"))
         return str(file.parent), {"gguf_file": file.name}
-    if source.startswith((".", "/", "~")) and not (Path(source).expanduser() / "config.json").is_file():
-        raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+    if source.startswith((".", "/", "~")):
+        folder = Path(source).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model: no model in {source} (config.json is missing there)")
+        return str(folder), {}
     return source, {}
 
 

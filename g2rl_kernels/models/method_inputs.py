@@ -200,14 +200,19 @@ def solution_vector(
     head: LMHead, prompt: Sequence[int], solution: Sequence[int], dtype: torch.dtype, temperature: float
 ) -> Tensor:
     """gar's v [d] of an expert solution, given as token ids after those of its prompt."""
-    said = f"solution: it has {len(solution)} tokens after a prompt of {len(prompt)}"
-    check_positions(head, len(prompt) + len(solution), said)
+    check_solution_length(head, len(prompt), len(solution))
     ids = torch.tensor([[*prompt, *solution]], device=head.output.weight.device)
     mask = torch.ones(1, len(solution), dtype=torch.bool, device=ids.device)
     with evaluation_mode(head.backbone):
         hidden, tokens, cu_seqlens = response_hidden(head, ids, torch.ones_like(ids), mask)
     arguments = head.arguments(temperature, dtype)
     return activation_gradients(hidden.to(dtype), tokens=tokens, cu_seqlens=cu_seqlens, **arguments)[0]
+
+
+def check_solution_length(head: LMHead, prompt: int, solution: int, where: str = "") -> None:
+    """Raises ConfigError, which begins with `where`, if the model has fewer positions than both tokens."""
+    said = f"{where}{': ' if where else ''}solution: it has {solution} tokens after a prompt of {prompt}"
+    check_positions(head, prompt + solution, said)
 
 
 def cosine_to(vectors: Tensor, anchors: Tensor) -> Tensor:

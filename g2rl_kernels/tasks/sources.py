@@ -31,7 +31,9 @@ def read_jsonl(path: str) -> list[Any]:
     Lines end at \\n or \\r\\n only: JSON texts may hold U+2028 and other line separators.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        text = (
+            Path(path).expanduser().read_text(encoding="utf-8-sig")
+        )  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"task: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

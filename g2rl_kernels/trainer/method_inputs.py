@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from ..models.lm_head import LMHead
-from ..models.method_inputs import MethodInputs, reasoning_direction, solution_of, solution_vector
-from ..tasks.base import Item, Task, item_of
+from ..models.method_inputs import (
+    MethodInputs,
+    check_solution_length,
+    reasoning_direction,
+    solution_of,
+    solution_vector,
+)
+from ..tasks.base import Item, Task, brief, item_of
 from .config import TrainerConfig
 from .sampling import Rollout, Sampler, autocast
 
@@ -17,7 +23,8 @@ from .sampling import Rollout, Sampler, autocast
 class RolloutInputs(MethodInputs):
     """`MethodInputs` of a rollout: `begin`, what the base does for each forward, and `alignment`.
 
-    Raises ConfigError where gar's tasks have no solutions.
+    Raises ConfigError where gar's tasks have no solutions, or longer ones than the model's positions: of
+    each item where a task keeps them in a list `rows`, else of the first.
     """
 
     def __init__(
@@ -34,7 +41,9 @@ class RolloutInputs(MethodInputs):
                 )
         if config.algorithm == "gar":
             for task in sampler.tasks:
-                solution_of(item_of(task, 0), f"task: {type(task).__name__}[0]")
+                kept = isinstance(getattr(task, "rows", None), list)
+                for index in range(len(task) if kept else 1):
+                    self._check_solution(item_of(task, index), f"task: {type(task).__name__}[{index}]")
 
     def begin(self, rollout: Rollout) -> None:
         """Forgets the last rollout; gar: finds the vector of each response's solution."""
@@ -44,9 +53,16 @@ class RolloutInputs(MethodInputs):
             vectors = torch.stack([self._solution(task, item) for task, item in groups])
             self.anchors = vectors.repeat_interleave(self.config.group_size, 0)
 
+    def _check_solution(self, item: Item, where: str) -> None:
+        tokens, prompt = self._solution_tokens(item, where), self.sampler.encode(item)
+        if len(prompt) <= self.config.max_prompt_tokens:  # others are skipped
+            check_solution_length(self.head, len(prompt), len(tokens), where)
+
+    def _solution_tokens(self, item: Item, where: str) -> list[int]:
+        return self.tokenizer(solution_of(item, where), add_special_tokens=False)["input_ids"]
+
     def _solution(self, task: Task, item: Item) -> Tensor:
-        solution = solution_of(item, f"task: an item of {type(task).__name__}")
-        tokens = self.tokenizer(solution, add_special_tokens=False)["input_ids"]
+        tokens = self._solution_tokens(item, f"task: {type(task).__name__}: {brief(item['question'])}")
         prompt, temperature = self.sampler.encode(item), self.config.temperature
         with autocast(self.config, self.device):
             return solution_vector(self.head, prompt, tokens, self.dtype, temperature)

@@ -131,8 +131,10 @@ def test_their_own_direction_and_solutions_train(make: Callable[..., Any], name:
     assert len(logged(trainer, "g2rl/cos_mean")) == 2
     assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
     if name == "gar":
-        with pytest.raises(ConfigError, match=r"^train_dataset: a row has no text 'solution', with"):
-            trained(make, reward_funcs=parity, g2rl_algorithm=name)
+        some = Dataset.from_list([{**row, "solution": "a" if i else ""} for i, row in enumerate(prompts())])
+        for rows in (some, Dataset.from_list(prompts())):
+            with pytest.raises(ConfigError, match=r"^train_dataset: row 0 has no text 'solution', with"):
+                make(reward_funcs=parity, g2rl_algorithm=name, train_dataset=rows)
 
 
 def test_directions_of_prompts_of_ones_own(make: Callable[..., Any]) -> None:

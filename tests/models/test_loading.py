@@ -65,6 +65,12 @@ def test_an_import_that_fails_is_named_by_both_trainers(
     assert said in run(["train", "r.yaml"], misfit, tmp_path)
 
 
+def test_a_home_directory_is_found(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(model).parent))
+    loaded, _ = load_model(TrainerConfig(model="~/model"))
+    assert loaded.config.vocab_size > 0
+
+
 def test_a_model_that_is_not_there_is_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError("no-one/no-model is not a repository")

@@ -53,6 +53,11 @@ def test_texts_messages_and_numbers_are_kept_as_they_are(tmp_path: Path) -> None
         ({"question": ""}, "question='': needs a text or a list of messages"),
         ({"question": " \n"}, r"question=' \n': needs a text or a list of messages"),
         ({"question": []}, "question=[]: needs at least one message"),
+        ({"question": "x\ud83d?"}, "question: character 2 is '\\ud83d', half of a surrogate pair: write the"),
+        (
+            {"question": [{"role": "user", "content": "\udc00"}]},
+            "question[0]: content: character 1 is '\\udc00', half of a surrogate pair",
+        ),
         ({"question": ["?"]}, "question[0]='?': needs a message, {'role': ..., 'content': ...}"),
         ({"question": [*CHAT, {"role": "user"}]}, "question[2]: content=None: needs a text"),
         ({"question": [{"role": None, "content": "?"}]}, "question[0]: role=None: needs a text"),

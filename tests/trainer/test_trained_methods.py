@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from g2rl_kernels.group.methods import METHODS
 from g2rl_kernels.group.options import MethodOptions, ShapingOptions
 from g2rl_kernels.group.shaping import shape_rewards
 from g2rl_kernels.models import method_inputs
+from g2rl_kernels.tasks.sources import load_task
 from g2rl_kernels.trainer import TrainerConfig
 from g2rl_kernels.trainer import trainer as trainer_module
 
@@ -195,9 +197,23 @@ def test_gar_needs_solutions_that_fit(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"question": "abc=", "solution": 80 * "a"}
 
-    trainer = make_trainer(tmp_path, task=Long(), algorithm="gar")
-    with pytest.raises(ConfigError, match=r"^solution: it has 80 tokens after .* 4, .* 64 positions"):
-        trainer.train()
+    message = r"^task: Long\[0\]: solution: it has 80 tokens after .* 4, .* 64 positions"
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, task=Long(), algorithm="gar")
+
+
+@pytest.mark.parametrize("solution", [None, 80 * "a"])
+def test_gar_reads_every_solution_of_a_file_before_work(tmp_path: Path, solution: str | None) -> None:
+    rows = [{"question": "abc=", "answer": "a", "solution": "1+1=a"} for _ in range(4)]
+    rows[2]["solution"] = solution
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task({"kind": "jsonl", "path": str(tmp_path / "x.jsonl")})
+    with pytest.raises(ConfigError, match=r"^task: AnswerTask\[2\](: solution: it has 80| has no text)"):
+        make_trainer(tmp_path, task=task, algorithm="gar")
+    rows[2]["question"] = 40 * "a"  # is skipped, as it is longer than max_prompt_tokens
+    if solution:
+        task.rows[2] = rows[2]
+        make_trainer(tmp_path, task=task, algorithm="gar")
 
 
 @pytest.mark.parametrize("name", ["dirl", "gar"])
