@@ -139,8 +139,7 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
 
     Raises ConfigError for an unknown name, a file or hub that cannot be read, a row without its fields.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: must be at least 1, the number of problems")
+    _check_limit(limit)
     name, equals, rest = spec.partition("=")
     if equals and rest.lstrip().startswith("{"):
         return DataSet(name, rest, load_task(_mapping(rest)), limit=limit)
@@ -177,8 +176,14 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
     return DataSet(found, source, task, dataset.template, limit)
 
 
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: must be at least 1, the number of problems")
+
+
 def load_specs(specs: Iterable[dict[str, Any]], limit: int | None = None) -> list[DataSet]:
-    """The tasks of a training recipe as data sets, each under its own name."""
+    """The tasks of a training recipe as data sets, each under its own name, cut as by `load_data`."""
+    _check_limit(limit)
     found: list[DataSet] = []
     for spec in specs:
         task = load_task(spec)

@@ -52,6 +52,8 @@ def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Te
         [S] float32, from -1 to 1; 0 in padding rows.
     """
     S = len(right)
+    if S == 0:
+        return embeddings.new_zeros(0, dtype=torch.float32)
     ids = group_ids
     here = ids >= 0
     counts = here if valid is None else here & valid
@@ -91,5 +93,6 @@ def majority_labels(answers: Sequence[str | None], group_ids: Tensor) -> Tensor:
             votes.setdefault(group, Counter())[answer] += 1
     winners = {group: count.most_common(1)[0][0] for group, count in votes.items()}  # the first of ties
     return torch.tensor(
-        [answer is not None and winners.get(group) == answer for group, answer in zip(ids, answers)]
+        [answer is not None and winners.get(group) == answer for group, answer in zip(ids, answers)],
+        dtype=torch.bool,
     )

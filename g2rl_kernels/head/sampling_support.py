@@ -80,7 +80,8 @@ def sampling_support(
 
     The likeliest entry always stays. Where a cut goes through equal logits, as many of them stay as with the
     sampler, which keeps their probability mass: first tokens[t] if it is one of them, then the lowest ids
-    ("vllm", as it does) or the highest ("transformers", where torch.sort may choose others).
+    ("vllm", as it does) or the highest ("transformers", where torch.sort may choose others). A row of equal
+    logits is cut like any other; vLLM keeps it whole.
 
     "transformers" is what `generate` of transformers 5.23 does, "vllm" the native GPU sampler of vLLM 0.32,
     whose masks `return_sampling_mask` gives; docs/sampling.md has the other samplers of vLLM.

@@ -74,8 +74,8 @@ class GeometryCallback(TrainerCallback):
     `distinct_answers` needs `answer`, and `distinct_right` needs correctness and `answer`.
 
     `cos_mean` and `negative_pairs` are means over all pairs, `accuracy` and `exploration_score_mean` over all
-    responses, as in G2RL's own training; these four leave out responses without tokens and, with rewards,
-    without a score. The others, but `seconds`, are means over prompts.
+    responses, as in G2RL's own training; with rewards these four leave out responses without a score, and all
+    but `accuracy` leave out those without tokens. The others, but `seconds`, are means over prompts.
 
     "With rollouts" below means GRPOTrainer, RLOOTrainer and their subclasses. Every other trainer needs
     `prompts`. Arguments for the other kind of trainer are ignored, but `prompts` and `reward_func` raise.

@@ -230,11 +230,19 @@ class TextReader:
             if self.answer is None:
                 answers = answers_of(MathJudge(), texts)
             else:
-                answers = [(self.answer(text) or "").strip() or None for text in texts]
+                answers = [self._own_answer(text) for text in texts]
         if not self.settings.embeds_texts:
             return answers, None
         compared = [compared_text(text) for text in texts]
         return answers, self.encoder(compared) if compared else torch.zeros(0, 1)
+
+    def _own_answer(self, text: str) -> str | None:
+        """By the user's function; raises TypeError where it gives neither a text nor None."""
+        answer = None if self.answer is None else self.answer(text)
+        if answer is not None and not isinstance(answer, str):
+            option = f"{self.settings.prefix}answer_func"
+            raise TypeError(f"{option}: {self.settings.answer_func} gave {answer!r}, needs a text or None")
+        return (answer or "").strip() or None
 
     def arguments(
         self, answers: list[str | None], embeddings: Tensor | None, group_ids: Tensor
@@ -287,4 +295,6 @@ def answer_function(path: str | None, option: str) -> Callable[[str], str | None
         function: Callable[[str], str | None] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{option}: cannot import {path!r} ({error})") from None
+    if not callable(function):
+        raise ValueError(f"{option}: {path!r} is {function!r}, needs a function from a text to its answer")
     return function

@@ -75,7 +75,10 @@ def served_logprobs(choices: Iterable[Mapping[str, Any]]) -> SampledLogprobs:
                 f"choices: response {number} has no log-probabilities by id; request logprobs, "
                 "return_token_ids and return_tokens_as_token_ids"
             )
-        steps = [{int(name[len(TOKEN_ID) :]): value for name, value in (step or {}).items()} for step in tops]
+        steps = [
+            {int(name[len(TOKEN_ID) :]): math.nan if value is None else value for name, value in step.items()}
+            for step in ((step or {}) for step in tops)  # a NaN is null in JSON
+        ]
         responses.append((ids, steps))
     return _packed("choices", responses)
 

@@ -278,6 +278,8 @@ def test_errors_name_the_remedy(tmp_path, monkeypatch):
             load_data(spec)
     with pytest.raises(ConfigError, match="limit=0"):
         load_data("math500", limit=0)
+    with pytest.raises(ConfigError, match="limit=-3: must be at least 1"):
+        load_specs([{"kind": "reasoning_gym", "name": "chain_sum"}], limit=-3)
 
 
 def test_without_a_hub(monkeypatch):

@@ -233,3 +233,10 @@ def test_the_packaged_model() -> None:
     assert torch.equal(apart, torch.cat([together[4:], together[:5]]))
     end = "x " * 400 + "so it is 12"  # too long: the beginning is lost
     assert torch.equal(one(["well, " * 50 + end])[0], one(["no, " * 90 + end])[0])
+
+
+def test_nothing_to_reward() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    right = majority_labels([], none)
+    assert right.dtype == torch.bool
+    assert evol_rewards(torch.zeros(0, 3), right, none).shape == (0,)

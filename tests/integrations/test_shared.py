@@ -141,6 +141,14 @@ def test_a_batch_without_answers_is_said_and_one_of_padding_is_not(monkeypatch, 
         one(["a", "b"], torch.tensor([0, 0]))
 
 
+def test_an_answer_func_gives_texts(monkeypatch):
+    with pytest.raises(ValueError, match=r"^algorithm\.g2rl\.answer_func: 'math\.pi' is 3\.14.*, needs a"):
+        reader(monkeypatch, labels="majority", answer_func="math.pi")
+    one = reader(monkeypatch, labels="majority", answer_func="builtins.len")
+    with pytest.raises(TypeError, match=r"^algorithm\.g2rl\.answer_func: builtins\.len gave 1, needs a text"):
+        one(["a"], torch.tensor([0]))
+
+
 def test_shaping_is_that_of_shape_scores_with_the_settings_and_its_warnings():
     features, scores = torch.randn(4, 8), torch.tensor([0.1, 0.2, 0.4, torch.nan])
     rows = {"group_ids": torch.tensor([0, 0, 0, -1]), "has_tokens": torch.tensor([True, True, True, False])}

@@ -73,6 +73,16 @@ def test_of_a_server():
             served_logprobs([choice(RESPONSES[0]), wrong])
 
 
+def test_a_nan_of_a_server_is_one():
+    """JSON has no NaN: a server may say null."""
+    one = choice(RESPONSES[0])
+    first = one["logprobs"]["top_logprobs"][0]
+    first[f"token_id:{one['token_ids'][0]}"] = None
+    found = served_logprobs([one]).token_logprobs
+    assert found[0].isnan()
+    assert found[1:].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
