@@ -75,7 +75,10 @@ class CollapseAlarm:
     def feed(
         self, step: int, accuracy: float | None, cosine: float | None, entropy: float | None = None
     ) -> bool:
-        """Takes one step's numbers; whether the alarm rings now, for the first and only time."""
+        """Takes one step's numbers; whether the alarm rings now, for the first and only time.
+
+        accuracy: from 0 to 1; cosine: from -1 to 1; entropy: nats a token. None: not measured.
+        """
         numbers = [math.nan if number is None else number for number in (accuracy, cosine, entropy)]
         if self.message or not (math.isfinite(numbers[0]) and math.isfinite(numbers[1])):
             return False

@@ -43,7 +43,7 @@ def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Te
     """EVOL-RL's rewards r, by the equations on top of this file.
 
     Args:
-        embeddings: [S, e], finite rows of unit norm.
+        embeddings: [S, e] of a float dtype, finite rows of unit norm.
         right: [S] bool, from the verifier or from `majority_labels`.
         group_ids: [S] int64, the group of each row; negative for a padding row.
         valid: [S] bool, False for a response without an answer; None: all have one.
@@ -78,7 +78,7 @@ def evol_rewards(embeddings: Tensor, right: Tensor, group_ids: Tensor, valid: Te
 
 
 def majority_labels(answers: Sequence[str | None], group_ids: Tensor) -> Tensor:
-    """Labels by a vote: [S] bool, True where the answer is the most frequent one of its group.
+    """Labels by a vote: [S] bool on the CPU, True where the answer is the most frequent one of its group.
 
     Among equally frequent answers the one that came first wins.
 

@@ -258,9 +258,9 @@ def shape_groups(
 
     Args:
         name: a key of METHODS.
-        rewards: [S]; NaN only in rows without a group.
+        rewards: [S] float32; NaN only in rows without a group.
         members: [B, M] int64, rows of each group, -1 at empty places.
-        similarity: [B, M, M]; advantages: [S], plain; alignment: [S], where the method needs it.
+        similarity: [B, M, M]; advantages: [S], plain; alignment: [S], where the method needs it; all float32.
         options, method_options: the method takes those of `Method.options`.
 
     NaN or infinity in what a method needs makes its own group NaN.
@@ -309,6 +309,6 @@ def strength_of(name: str, method_options: MethodOptions) -> float | None:
 
 
 def text_similarity(embeddings: Tensor, members: Tensor) -> Tensor:
-    """Cosines [B, M, M] of embeddings [S, e] (rows of unit norm) in each group of members [B, M]."""
+    """Cosines [B, M, M] float32 of embeddings [S, e] (floats, rows of unit norm) in groups [B, M] int64."""
     groups = embeddings.float()[members.clamp(min=0)].masked_fill((members < 0)[:, :, None], 0.0)
     return groups @ groups.mT

@@ -62,7 +62,7 @@ class SystemInputs(TypedDict, total=False):
 
 
 def signed_rewards(scores: Tensor, threshold: float) -> Tensor:
-    """[S] float32: +1 for scores of at least `threshold`, -1 below it, NaN for NaN."""
+    """[S] float32: +1 for scores [S] (floats) of at least `threshold`, -1 below it, NaN for NaN."""
     signs = torch.where(scores >= threshold, 1.0, -1.0)
     return signs.masked_fill(scores.isnan(), torch.nan)
 
@@ -228,8 +228,8 @@ def response_keys(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     in 2^60. A sum of integers does not depend on the order in which a device adds.
 
     Args:
-        tokens: [N], packed.
-        cu_seqlens: [S + 1], response s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]].
+        tokens: [N] int64, packed.
+        cu_seqlens: [S + 1] int32 or int64, response s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]].
     """
     start, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     owner = torch.arange(len(start), device=tokens.device).repeat_interleave(lengths)

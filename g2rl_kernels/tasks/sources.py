@@ -22,6 +22,7 @@ def rows_task(rows: Sequence[Item], source: str, **keys: Any) -> AnswerTask | Ch
 
 
 def jsonl_task(path: str, **keys: Any) -> AnswerTask | ChoiceTask:
+    """kind: jsonl, with the keys of `rows_task`; ConfigError for a file or row that cannot be read."""
     return rows_task(read_jsonl(path), str(path), **keys)
 
 
@@ -51,6 +52,7 @@ def read_jsonl(path: str) -> list[Any]:
 def hub_task(
     path: str, split: str = "train", name: str | None = None, **keys: Any
 ) -> AnswerTask | ChoiceTask:
+    """kind: hub, as `jsonl_task` for a data set of the Hugging Face hub; name: its configuration."""
     return rows_task(read_hub(path, split, name), path, **keys)
 
 
@@ -68,6 +70,7 @@ def read_hub(path: str, split: str, name: str | None) -> list[Any]:
 
 
 def python_task(function: str, args: dict | None = None) -> Task:
+    """kind: python: what function(**args) returns; ConfigError if that is no `Task`. function: as module:f."""
     task = import_function(function)(**(args or {}))
     missing = [name for name in ("__len__", "__getitem__", "score") if not hasattr(task, name)]
     if missing:
@@ -103,6 +106,7 @@ def load_task(spec: dict[str, Any]) -> Task:
 
 
 def load_tasks(specs: Sequence[dict[str, Any]]) -> list[Task]:
+    """The tasks of a configuration, each a mapping with `kind`; ConfigError for none, or a wrong one."""
     if not specs:
         raise ConfigError("tasks: none given; e.g. tasks: [{kind: reasoning_gym, name: chain_sum}]")
     return [load_task(spec) for spec in specs]

@@ -182,9 +182,11 @@ class TrainerConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
+        """All keys with their values, as given: copies."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
+        """`to_dict` as a recipe."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)

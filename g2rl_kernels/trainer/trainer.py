@@ -358,6 +358,9 @@ class Trainer:
 
         Writes checkpoints, reports and the trained model to output_dir. A killed run that is started again
         gives the numbers of an uninterrupted one: on a CPU to the bit, with the same number of threads.
+
+        Raises ConfigError for a checkpoint of other settings or data, RewardError for a verifier that raises,
+        TrainerError for what cannot be written or has become NaN.
         """
         from tqdm import tqdm
 
