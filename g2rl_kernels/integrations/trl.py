@@ -178,7 +178,7 @@ class G2RLTrainer(GRPOTrainer):
     # --- checks before work ---------------------------------------------------------------------------------
 
     def train(self, *args: Any, **keywords: Any) -> Any:
-        """GRPOTrainer's. RuntimeError for a model that another trainer took, ValueError for few prompts."""
+        """GRPOTrainer's. RuntimeError: a model that another trainer took. ValueError: too few prompts."""
         if self._scoring.head is not None and not answers_by(innermost(self.model), self._scoring):
             raise RuntimeError(
                 "model: another trainer was made of it since, and answers its calls with its own settings: "

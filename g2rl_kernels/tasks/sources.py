@@ -70,7 +70,7 @@ def read_hub(path: str, split: str, name: str | None) -> list[Any]:
 
 
 def python_task(function: str, args: dict | None = None) -> Task:
-    """kind: python: what function(**args) returns; ConfigError if that is no `Task`. function: as module:f."""
+    """kind: python, what module:function gives for `args`; ConfigError if that is no `Task`."""
     task = import_function(function)(**(args or {}))
     missing = [name for name in ("__len__", "__getitem__", "score") if not hasattr(task, name)]
     if missing:
