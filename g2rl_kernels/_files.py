@@ -1,8 +1,12 @@
-"""Atomic writes: a file or directory is replaced whole, or not at all."""
+"""Atomic writes: a file or directory is replaced whole, or not at all.
+
+A kill between two renames leaves the old directory under a temporary name; `remove_temporary` brings it back.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TrainerError
+
+OLD = ".old"  # ends the name of a directory that is being replaced
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")  # `temporary_name`
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -52,13 +59,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
             if path.is_file():  # safetensors makes files that only their owner may read
                 path.chmod(temporary.stat().st_mode & 0o666)
             flush(path)
-        old = temporary_name(target.with_name(f"{target.name}.old"))
+        old = temporary_name(target.with_name(target.name + OLD))
         if target.exists():  # os.rename cannot replace a directory that holds files
             os.rename(target, old)
         try:
             os.rename(temporary, target)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not target.exists():
                 os.rename(old, target)
             raise
         flush(target.parent)
@@ -75,12 +82,26 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what killed processes left in `folder` under temporary names."""
-    for left in folder.glob(".*.tmp"):
-        if left.is_dir():
+    """Deletes what killed processes left in `folder` under temporary names.
+
+    A directory that was about to be replaced comes back.
+    """
+    for left in sorted(folder.glob(".*.tmp")):
+        found = TEMPORARY.fullmatch(left.name)
+        if found is None:
+            continue
+        target = folder / found["name"].removesuffix(OLD)
+        if found["name"].endswith(OLD) and not target.exists():
+            os.rename(left, target)
+        elif left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def home(path: str) -> str:
+    """A user's path, in which ~ stands for the home directory; a name that begins with ~ is a name."""
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
 
 
 def temporary_name(path: Path) -> Path:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         "g2rl train",
         lambda: _run(path, others),
-        interrupted=f"the same command{_but_overwrite(path, others)} continues from the last checkpoint",
+        interrupted=f"the same command continues from the last checkpoint{_but_overwrite(path, others)}",
         memory="lower micro_batch_size or generate_batch_size, or set gradient_checkpointing=true",
         files="the last checkpoint is intact: start the same command again",
         path="output_dir",
@@ -120,10 +120,13 @@ def _recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _but_overwrite(path: str | None, words: Sequence[str]) -> str:
-    """What an interrupted command needs to go on with its run, if it began by overwriting another."""
+    """What a command needs to go on with its run if it overwrites another; to follow "continues"."""
     given = [word.partition("=")[2] for word in words if word.startswith("resume=")]
-    resume = given[-1] if given else None if path is None else _value(path, "resume")
-    return " with resume=auto" if resume == "overwrite" else ""
+    try:
+        resume = given[-1] if given else None if path is None else _value(path, "resume")
+    except TrainerError:  # told by `_run`
+        resume = None
+    return " with resume=auto, once a step is done" if resume == "overwrite" else ""
 
 
 def _value(path: str, key: str) -> Any:

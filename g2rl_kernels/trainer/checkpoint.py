@@ -109,9 +109,11 @@ def newest(output_dir: Path, config: TrainerConfig, data: list[dict[str, Any]]) 
     path = found[-1]
     try:
         state = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict) or not isinstance(state["config"], dict):
+            raise ValueError("needs a mapping with a mapping")
         then, step = state["config"], state["step"]
         keys = config.differences(then)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError):
         raise TrainerError(f"{path} is damaged: delete it to continue from the previous one") from None
     remedy = "choose another output_dir, or resume=overwrite to start over"
     if keys:

@@ -75,7 +75,7 @@ class Trainer:
     def __init__(self, model: Any, tokenizer: Any, tasks: Task | Sequence[Task], config: TrainerConfig):
         config.check()
         check_packages()
-        self.given = config  # config.yaml keeps it
+        self.given = config  # for config.yaml
         self.model, self.tokenizer = model, tokenizer
         self.tasks: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         self.device = next(model.parameters()).device

@@ -284,8 +284,8 @@ def test_dry_run_trains_nothing(
 @pytest.mark.parametrize(
     ("words", "text", "said"),
     [
-        (["resume=overwrite"], "{}", " with resume=auto"),
-        ([], "resume: overwrite", " with resume=auto"),
+        (["resume=overwrite"], "{}", " with resume=auto, once a step is done"),
+        ([], "resume: overwrite", " with resume=auto, once a step is done"),
         (["resume=overwrite", "resume=auto"], "resume: overwrite", ""),
         ([], "{}", ""),
     ],

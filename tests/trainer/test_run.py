@@ -72,9 +72,13 @@ def test_the_file_of_a_run_that_overwrote_goes_on_with_it(tmp_path: Path) -> Non
 
 def test_temporary_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".metrics.jsonl.1.tmp").write_text("x")
-    (tmp_path / ".checkpoint-000001.1.tmp").mkdir()
+    (tmp_path / ".notes.tmp").write_text("a user's own")
+    for name in (".checkpoint-000001.1.tmp", ".model.2.tmp", ".model.old.2.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".model.old.2.tmp" / "old").touch()  # killed between two renames
     make_trainer(tmp_path, steps=1).begin()
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".notes.tmp"]
+    assert (tmp_path / "model" / "old").exists()
 
 
 def test_resume_with_other_settings(tmp_path: Path) -> None:
