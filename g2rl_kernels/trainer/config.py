@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, need
+from ..errors import ConfigError, need, text_fault
 from ..group.options import (
     EXPLORATION_SCORES,
     SCALES,
@@ -137,7 +137,9 @@ class TrainerConfig:
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainerConfig:
-        """Reads a YAML file, then `key=value` overrides: values are YAML; `tasks.0.size=9` sets a nested key.
+        """Reads a YAML file, then `key=value` overrides; `tasks.0.size=9` sets a nested key.
+
+        An override's value is YAML; where the key takes a text, what YAML reads as a number is that text.
 
         Raises ConfigError for a file that cannot be read, an unknown key or a value that cannot work.
         """
@@ -151,7 +153,7 @@ class TrainerConfig:
                 values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except OSError as error:
                 raise ConfigError(f"config file {path}: {error.strerror}") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+            except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or the 30th of February
                 raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
             if not isinstance(values, dict):
                 raise ConfigError(
@@ -164,7 +166,7 @@ class TrainerConfig:
             key, text = split_override(override)
             try:
                 value = yaml.safe_load(text)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError):
                 raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
             if hints.get(key) in (str, str | None) and value is not None and not isinstance(value, str):
                 value = text  # output_dir=2024.10 is a text
@@ -243,7 +245,7 @@ class TrainerConfig:
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be above 0")
         if not 1e-8 <= self.temperature <= 1e8:
-            raise ConfigError(f"temperature={self.temperature}: must be above 0, from 1e-8 to 1e8")
+            raise ConfigError(f"temperature={self.temperature}: must be from 1e-8 to 1e8")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
@@ -266,6 +268,9 @@ class TrainerConfig:
             raise ConfigError(
                 f"entropy_coef={self.entropy_coef}: grpo has no entropy bonus; set algorithm=entropy_bonus"
             )
+        for key in ("system_prompt", "prompt_template"):
+            if fault := text_fault(getattr(self, key) or ""):
+                raise ConfigError(f"{key}{fault}")
         if "{question}" not in self.prompt_template:
             raise ConfigError("prompt_template: must contain {question}")
         used = self.resolved()
@@ -287,7 +292,7 @@ class TrainerConfig:
         """A copy with derived values filled in: sizes left at 0, entropy_coef, ratio_clip_high.
 
         device_type ("cpu", "cuda"): where the model runs; with it autocast=auto is resolved too. config.yaml
-        keeps the values as they were given, so that an override of one changes those derived from it.
+        keeps the values as they were given, but resume: an override of one changes those derived from it.
         """
         coef, high = self.entropy_coef, self.ratio_clip_high
         if coef is None:
@@ -360,13 +365,10 @@ def _check_plain(key: str, value: Any) -> None:
     """Raises ConfigError for a value that no checkpoint could hold, such as a date; `key` may have dots."""
     if isinstance(value, (dict, list, tuple)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(f"{key}: key", name)
             _check_plain(f"{key}.{name}", inner)
-        return
-    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return
-    raise ConfigError(
-        f"{key}: got {value!r}, needs a text, finite number, list or mapping: quote it if it is a text"
-    )
+    elif not (value is None or isinstance(value, (str, int, float))) or value != value:
+        raise ConfigError(f"{key}: got {value!r}, needs a text, number, list or mapping: quote a text")
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -400,7 +402,9 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif hint is str and isinstance(value, float):
+        raise ConfigError(f"{key}={value!r}: YAML reads a number, whose text may have been another: quote it")
+    elif hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     elif hint is str and value is None and key in ("autocast", "scale"):  # YAML's null for none
         return "none"

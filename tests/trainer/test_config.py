@@ -110,16 +110,19 @@ def test_emulated_bf16_warns(device: str, monkeypatch: pytest.MonkeyPatch) -> No
         ({"logits_memory": 2**63}, "logits_memory=9223372036854775808: must fit in 64 bits"),
         ({"logits_memory": True}, "logits_memory=True: expected int, got bool"),
         ({"logits_memory": "64 MiB"}, "logits_memory='64 MiB': expected int, got str"),
-        ({"temperature": 0}, "temperature=0.0: must be above 0"),
-        ({"temperature": 1e-9}, "temperature=1e-09: must be above 0, from 1e-8 to 1e8"),
+        ({"temperature": 0}, "temperature=0.0: must be from 1e-8 to 1e8"),
+        ({"temperature": 1e-9}, "temperature=1e-09: must be from 1e-8 to 1e8"),
+        ({"output_dir": 2024.1}, "output_dir=2024.1: YAML reads a number, .*: quote it"),
+        ({"system_prompt": "a\ud83d"}, "system_prompt: character 2 is .*, half of a surrogate pair"),
+        ({"tasks": [{"args": {datetime.date(2026, 1, 2): 1}}]}, r"tasks\.0\.args: key: got datetime\.date"),
         ({"stop_tokens": [datetime.date(2026, 1, 2)]}, r"stop_tokens\.0: got datetime\.date"),
         (
             {"chat_template_args": {"date_string": datetime.date(2026, 1, 2)}},
-            r"chat_template_args\.date_string: got datetime.date\(2026, 1, 2\), needs .*: quote it",
+            r"chat_template_args\.date_string: got datetime.date\(2026, 1, 2\), needs .*: quote a text",
         ),
         (
             {"tasks": [{"kind": "python", "args": {"levels": [1, math.nan]}}]},
-            r"tasks\.0\.args\.levels\.1: got nan, needs a text, finite number",
+            r"tasks\.0\.args\.levels\.1: got nan, needs a text, number",
         ),
         *(
             ({key: value}, f"{key}={value}: must be a finite number")
@@ -148,6 +151,8 @@ def test_wrong_values_are_one_line(values: dict, message: str) -> None:
         ("a: [", [], "is not YAML"),
         ("{}", ["lr"], "expected key=value"),
         ("{}", ["lr=["], "the value is not YAML"),
+        ("{}", ["output_dir=2026-13-01"], "the value is not YAML; quote it"),
+        ("output_dir: 2026-13-01", [], "is not YAML"),
         ("{}", ["lrr=1"], "did you mean 'lr'"),
         ("tasks: []", ["tasks.0.name=gcd"], "tasks has no element '0'"),
         ("lr: 1", ["lr.x=1"], "lr is a value, not a mapping"),
