@@ -89,3 +89,13 @@ def out_of_memory(error: RuntimeError) -> bool:
     """True for torch's out-of-memory errors, on GPUs and CPUs."""
     said = str(error).lower()
     return "out of memory" in said or "can't allocate memory" in said
+
+
+def text_fault(text: str) -> str | None:
+    """What keeps a text from being tokenized, to follow its name; None if nothing does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {error.start + 1} is {text[error.start]!r}"
+        return f": {where}, half of a surrogate pair: write the whole character"
+    return None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import home
 from ..errors import ConfigError, TrainerError, need, one_line
 from ..tasks.answers import AnswerTask
 from ..tasks.base import Item, brief, is_number, is_text
@@ -159,7 +160,7 @@ def load_data(spec: str, limit: int | None = None) -> DataSet:
         )
     dataset = HUB_DATASETS[found]
     source = rest if equals else dataset.hub
-    raw = read_file(Path(rest)) if equals else _from_hub(found, dataset)
+    raw = read_file(Path(home(rest))) if equals else _from_hub(found, dataset)
     rows = []
     for number, row in enumerate(raw, 1):
         try:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import versions
+from .._files import home
 from ..errors import ConfigError, TrainerError, import_failure, one_line, out_of_memory
 from ..models.loading import load_config, load_model
 from ..trainer.config import TrainerConfig
@@ -146,7 +147,7 @@ class VllmEngine:
             raise ConfigError(f"engine=vllm: cannot read {config.model}; use engine=transformers")
         model_config = load_config(config)
         try:
-            generation = GenerationConfig.from_pretrained(config.model)
+            generation = GenerationConfig.from_pretrained(home(config.model))
         except OSError:  # the model has no generation_config.json
             generation = GenerationConfig.from_model_config(model_config)
         prepare_tokenizer(tokenizer, model_config, config)
@@ -166,7 +167,7 @@ class VllmEngine:
         self._check_params(decoding)
         # generation_config="vllm": nothing of the model's own generation_config.json is used
         arguments = {
-            "model": config.model,
+            "model": home(config.model),
             "dtype": config.dtype,
             "seed": config.seed,
             "max_model_len": config.max_prompt_tokens + config.max_new_tokens,

@@ -128,7 +128,7 @@ def _means(step: int, values: deque[tuple[float, float, float]]) -> _Window:
 def remedy(options: ShapingOptions, algorithm: str = "g2rl", prefix: str = "") -> str:
     """What to change in a collapsing run, by the trainer's names: `prefix` + an option's.
 
-    Of the shaping rules `intent` alone draws wrong answers together (docs/evidence.md).
+    No shaping rule but `intent` draws wrong answers together (docs/evidence.md).
     """
     if algorithm == "g2rl" and options.lam > 0 and options.shaping == "intent":
         return f"try {prefix}shaping=right"

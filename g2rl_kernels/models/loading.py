@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .._files import home
 from ..errors import ConfigError, TrainerError, import_failure, need, one_line, out_of_memory
 
 
@@ -98,7 +99,7 @@ def _source(config: ModelSource) -> tuple[str, dict[str, str]]:
         file = _gguf_file(source.removeprefix("pypi:"))
         return str(file.parent), {"gguf_file": file.name}
     if source.startswith((".", "/", "~")):
-        folder = Path(source).expanduser()
+        folder = Path(home(source))
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model: no model in {source} (config.json is missing there)")
         return str(folder), {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, TrainerError
+from ..errors import ConfigError, TrainerError, text_fault
 from ..head.logprobs import linear_logprobs
 from .lm_head import LMHead, evaluation_mode
 from .responses import response_hidden
@@ -108,24 +108,30 @@ def check_direction_prompts(given: Any, name: str) -> None:
         right = isinstance(texts, (list, tuple)) and len(texts) > 0
         if not right or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(f"{name}.{key}: got {texts!r}, needs a list of texts, none of them empty")
+        for place, text in enumerate(texts):
+            if fault := text_fault(text):
+                raise ConfigError(f"{name}.{key}[{place}]{fault}")
 
 
 @torch.no_grad()
 def reasoning_direction(
-    head: LMHead, encode: Callable[[str], Sequence[int]], prompts: Mapping[str, Sequence[str]] | None = None
+    head: LMHead,
+    encode: Callable[[str], Sequence[int]],
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    name: str = "direction_prompts",
 ) -> Tensor:
     """dirl's k [d], float32 of norm 1: mean hidden states of reasoning prompts less those of memory prompts.
 
     The hidden state is the LM head's input at a prompt's last token. encode: a prompt's token ids. prompts:
-    `direction_prompts`, two sets under "reasoning" and "memory"; without them, those above.
+    two sets, "reasoning" and "memory"; without them, those above.
 
-    Raises ConfigError for one of `prompts` that is longer than the model's positions.
+    Raises ConfigError, which begins with `name`, for one of `prompts` that exceeds the model's positions.
     """
 
     def last_hidden(text: str) -> Tensor:
         tokens = encode(text)
-        if prompts:
-            check_positions(head, len(tokens), f"direction_prompts: {text[:40]!r} has {len(tokens)} tokens")
+        if prompts:  # one more token follows
+            check_positions(head, len(tokens) + 1, f"{name}: {text[:40]!r} has {len(tokens)} tokens")
         ids = torch.tensor([[*tokens, 0]], device=head.output.weight.device)
         mask = torch.ones_like(ids[:, -1:], dtype=torch.bool)
         hidden, _, _ = response_hidden(head, ids, torch.ones_like(ids), mask)
@@ -142,9 +148,14 @@ def reasoning_direction(
     return direction / direction.norm()
 
 
+def positions(head: LMHead) -> int | None:
+    """How many tokens a sequence may have; None where the model sets no limit."""
+    return getattr(getattr(head.backbone, "config", None), "max_position_embeddings", None)
+
+
 def check_positions(head: LMHead, tokens: int, said: str) -> None:
     """Raises ConfigError, which begins with `said`, for more tokens than the model has positions."""
-    limit = getattr(getattr(head.backbone, "config", None), "max_position_embeddings", None)
+    limit = positions(head)
     if limit and tokens > limit:
         raise ConfigError(f"{said}, but the model has {limit} positions: shorten it")
 
@@ -223,6 +234,8 @@ def cosine_to(vectors: Tensor, anchors: Tensor) -> Tensor:
 def solution_of(item: Any, where: str) -> str:
     """The text of an item's `solution`; raises ConfigError, which begins with `where`, without one."""
     found = item.get("solution") if isinstance(item, dict) else None
+    if isinstance(found, str) and (fault := text_fault(found)):
+        raise ConfigError(f"{where}: solution{fault}")
     if not isinstance(found, str) or not found.strip():
         raise ConfigError(
             f"{where} has no text 'solution', with which gar compares right answers: add it, or choose "

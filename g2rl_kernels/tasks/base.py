@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import ConfigError, RewardError, one_line, short
+from ..errors import ConfigError, RewardError, one_line, short, text_fault
 
 Item = dict[str, Any]  # "question" (a `Question`), and whatever the task's score needs
 Question = str | list[dict[str, Any]]  # a text, or messages with "role" and "content"
@@ -66,7 +66,7 @@ def item_of(task: Task, index: int) -> Item:
     if not isinstance(question, (str, list)):
         got = f"got {str(item)[:80]!r}: a list of messages would do too"
         raise ConfigError(f"{where} must be a dict with a text 'question', {got}")
-    fault = _messages_fault(question) if isinstance(question, list) else _text_fault(question)
+    fault = _messages_fault(question) if isinstance(question, list) else text_fault(question)
     if fault:
         raise ConfigError(f"{where}: question{fault}")
     return item
@@ -129,7 +129,7 @@ def check_rows(
             fault = _messages_fault(asked)
         else:
             blank = f"={brief(asked)}: needs a text or a list of messages"
-            fault = _text_fault(asked) if is_text(asked) else blank
+            fault = text_fault(asked) if is_text(asked) else blank
         if fault:
             raise ConfigError(f"{where}: {question}{fault}")
         if answer is not None and not is_text(row[answer]) and not is_number(row[answer]):
@@ -154,18 +154,6 @@ def brief(value: Any) -> str:
     return text if plain else f"{text} (a {type(value).__name__})"
 
 
-def _text_fault(text: str) -> str | None:
-    """What keeps a text from being tokenized, to follow the field's name."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        return (
-            f": character {error.start + 1} is {half!r}, half of a surrogate pair: write the whole character"
-        )
-    return None
-
-
 def _messages_fault(messages: list[Any]) -> str | None:
     """What is wrong with a list of messages, to follow the field's name; None if it can be a prompt."""
     if not messages:
@@ -176,7 +164,7 @@ def _messages_fault(messages: list[Any]) -> str | None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return f"[{place}]: {key}={brief(message.get(key))}: needs a text"
-            if fault := _text_fault(message[key]):
+            if fault := text_fault(message[key]):
                 return f"[{place}]: {key}{fault}"
     if messages[-1]["role"] == "assistant":
         return f"[{len(messages) - 1}] is the assistant's: remove it, the model answers the last message"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, text_fault
 from .answers import extractor
 from .base import Item, Question, brief, check_rows, is_text
 from .letters import LETTERS, choice_letter
@@ -80,6 +80,8 @@ def read_options(value: Any, where: str) -> tuple[list[str], list[Any] | None]:
     for place, text in enumerate(texts):
         if not is_text(text):
             raise ConfigError(f"{where}[{place}]={brief(text)}: needs a text: options are texts, in quotes")
+        if fault := text_fault(text):
+            raise ConfigError(f"{where}[{place}]{fault}")
     if not 2 <= len(texts) <= len(LETTERS):
         raise ConfigError(f"{where} has {len(texts)} options: needs 2 to {len(LETTERS)}")
     if labels is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import home
 from ..errors import ConfigError, TrainerError, one_line
 from .answers import AnswerTask
 from .base import Item, Task, import_function
@@ -32,9 +33,8 @@ def read_jsonl(path: str) -> list[Any]:
     Lines end at \\n or \\r\\n only: JSON texts may hold U+2028 and other line separators.
     """
     try:
-        text = (
-            Path(path).expanduser().read_text(encoding="utf-8-sig")
-        )  # some editors begin a file with a byte order mark
+        # Some editors begin a file with a byte order mark.
+        text = Path(home(path)).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"task: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -52,7 +52,7 @@ def read_jsonl(path: str) -> list[Any]:
 def hub_task(
     path: str, split: str = "train", name: str | None = None, **keys: Any
 ) -> AnswerTask | ChoiceTask:
-    """kind: hub, as `jsonl_task` for a data set of the Hugging Face hub; name: its configuration."""
+    """kind: hub, a data set of the Hugging Face hub; name: its configuration. Else as `jsonl_task`."""
     return rows_task(read_hub(path, split, name), path, **keys)
 
 

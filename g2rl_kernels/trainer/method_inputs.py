@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.lm_head import LMHead
 from ..models.method_inputs import (
     MethodInputs,
     check_solution_length,
+    positions,
     reasoning_direction,
     solution_of,
     solution_vector,
@@ -54,8 +56,16 @@ class RolloutInputs(MethodInputs):
             self.anchors = vectors.repeat_interleave(self.config.group_size, 0)
 
     def _check_solution(self, item: Item, where: str) -> None:
-        tokens, prompt = self._solution_tokens(item, where), self.sampler.encode(item)
-        if len(prompt) <= self.config.max_prompt_tokens:  # others are skipped
+        limit, longest = positions(self.head), self.config.max_prompt_tokens
+        size = len(solution_of(item, where).encode()) + 1  # no tokenizer makes more tokens
+        if not limit or longest + size <= limit:
+            return
+        try:
+            prompt = self.sampler.encode(item)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if len(prompt) <= longest:  # others are skipped
+            tokens = self._solution_tokens(item, where)
             check_solution_length(self.head, len(prompt), len(tokens), where)
 
     def _solution_tokens(self, item: Item, where: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_LOG_RATIO = 60.0
+LARGEST_LOG_RATIO = 60.0  # nats; exp of 89 is no float32, and what follows multiplies it
 
 
 def token_weights(mask: Tensor, mean: str) -> Tensor:

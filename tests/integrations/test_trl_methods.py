@@ -135,6 +135,10 @@ def test_their_own_direction_and_solutions_train(make: Callable[..., Any], name:
         for rows in (some, Dataset.from_list(prompts())):
             with pytest.raises(ConfigError, match=r"^train_dataset: row 0 has no text 'solution', with"):
                 make(reward_funcs=parity, g2rl_algorithm=name, train_dataset=rows)
+        made = Dataset.from_list(prompts()).with_transform(
+            lambda rows: {**rows, "solution": ["1+1=a"] * len(rows["prompt"])}
+        )
+        make(reward_funcs=parity, g2rl_algorithm=name, train_dataset=made)
 
 
 def test_directions_of_prompts_of_ones_own(make: Callable[..., Any]) -> None:

@@ -153,6 +153,7 @@ def test_options_stand_below_the_last_message(tmp_path: Path) -> None:
         ({"choices": [1, 2, 3]}, "choices[0]=1: needs a text: options are texts, in quotes"),
         ({"choices": ["x", None]}, "choices[1]=None: needs a text"),
         ({"choices": ["x", ""]}, "choices[1]='': needs a text"),
+        ({"choices": ["x", "y\ud83d"]}, "choices[1]: character 2 is '\\ud83d', half of a surrogate pair"),
         ({"choices": ["x", ["y"]]}, "choices[1]=['y']: needs a text"),
         ({"choices": ["x", True]}, "choices[1]=True: needs a text"),
         ({"choices": []}, "choices has 0 options: needs 2 to 26"),

@@ -202,16 +202,18 @@ def test_gar_needs_solutions_that_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, task=Long(), algorithm="gar")
 
 
-@pytest.mark.parametrize("solution", [None, 80 * "a"])
+@pytest.mark.parametrize("solution", [None, 80 * "a", "a\ud83d"])
 def test_gar_reads_every_solution_of_a_file_before_work(tmp_path: Path, solution: str | None) -> None:
     rows = [{"question": "abc=", "answer": "a", "solution": "1+1=a"} for _ in range(4)]
     rows[2]["solution"] = solution
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task({"kind": "jsonl", "path": str(tmp_path / "x.jsonl")})
-    with pytest.raises(ConfigError, match=r"^task: AnswerTask\[2\](: solution: it has 80| has no text)"):
+    with pytest.raises(
+        ConfigError, match=r"^task: AnswerTask\[2\](: solution: it has 80|: solution: char| has no text)"
+    ):
         make_trainer(tmp_path, task=task, algorithm="gar")
     rows[2]["question"] = 40 * "a"  # is skipped, as it is longer than max_prompt_tokens
-    if solution:
+    if solution == 80 * "a":
         task.rows[2] = rows[2]
         make_trainer(tmp_path, task=task, algorithm="gar")
 
@@ -280,6 +282,10 @@ def test_setpo_adds_to_scaled_advantages(tmp_path: Path) -> None:
             r"^direction_prompts\.memory: got \['b', ' '\], needs a list of texts, none of them empty",
         ),
         ({"direction_prompts": {"reasoning": ["a"], "memory": []}}, r"^direction_prompts\.memory: got \[\]"),
+        (
+            {"direction_prompts": {"reasoning": ["a"], "memory": ["b", "\udc00"]}},
+            r"^direction_prompts\.memory\[1\]: character 1 is .*, half of a surrogate pair",
+        ),
         ({"direction_prompts": ["a"]}, r"^direction_prompts=\['a'\]: expected dict, got list"),
     ],
 )
