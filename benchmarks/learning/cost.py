@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rl_kernels._files import write_whole
+from g2rl_kernels.cli.common import run_command
 
 from .document import RESULTS
 from .settings import COMPARED, COMPARISON
@@ -75,6 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=16, help="steps of each system (default: 16)")
     args = parser.parse_args(argv)
+    return run_command(
+        "cost",
+        lambda: _main(args),
+        interrupted="nothing was written",
+        memory="close other programs",
+        files="nothing was written",
+        path="the results",
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
     from benchmarks.measure import machine
 
     lines = ",\n".join(json.dumps(row) for row in measure(args.out, args.rounds))

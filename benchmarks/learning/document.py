@@ -165,7 +165,7 @@ def _differences(rows: Sequence[Row], title: str, system: str, other: str = BASE
 
 
 def tuning_table(rows: Sequence[Row], grids: Grids = GRIDS) -> str:
-    """Every setting tried, by algorithm, where all of its settings were; the chosen one in bold."""
+    """Every setting of the algorithms that were tuned whole; the chosen one in bold."""
     grids = {name: grid for name, grid in grids.items() if _is_tuned(rows, name, grid)}
     lines, chosen = [], best(rows, grids)
     for algorithm, grid in grids.items():

@@ -214,11 +214,11 @@ def tuning_of(out: Path, stage: str, grids: document.Grids, needed_by: str) -> d
 
 
 def _the_rest(out: Path) -> None:
-    """What the document shows beside the stages: the cost of a step, and one seed followed."""
+    """What the document shows beside the stages: the cost of a step, and one seed, in OUT/follow."""
     from . import cost, follow
 
     cost.main(["--out", str(out)])
-    follow.main(["smollm2-gcd", "--warm", str(out), "--out", str(out / "follow"), "--document"])
+    follow.main(["smollm2-gcd", "--warm", str(out), "--out", str(out / "follow")])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -304,7 +304,7 @@ def _main(args: argparse.Namespace) -> int:
             if len(Stage(committed).rows) <= len(stage.rows):  # never replaced by fewer seeds
                 committed.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stage.path, committed)
-    if not (args.quick or args.only or args.systems):
+    if not (args.quick or args.only or args.systems) and args.seeds >= len(SEEDS):
         _the_rest(out)
     print(f"tables and figures of these results: {document.write_report(out)}")
     if not args.quick:

@@ -11,6 +11,7 @@ drawn. --document puts both where docs/evidence.md shows them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -60,9 +61,12 @@ class Step(TypedDict):
 
 def follow(this: Run, folder: Path) -> list[Step]:
     """Trains as `experiment.run` does, and returns every step."""
+    from .bf16 import products_of
+
     steps: list[Step] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         trainer = trainer_of(this, folder, scratch)
+        stack.enter_context(products_of(trainer.config))
         trainer.begin()
         for _ in range(trainer.config.steps):
             metrics = trainer.step()
