@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from tiny import LetterTask, make_model, make_tokenizer, make_trainer
 
 from g2rl_kernels.trainer import ConfigError, RewardError, TrainerError
-from g2rl_kernels.trainer import trainer as trainer_module
 from g2rl_kernels.trainer.checkpoint import find_all
 
 
@@ -56,8 +56,8 @@ def test_wrong_settings_before_work(tmp_path: Path, keys: dict[str, Any], messag
 
 
 def test_full_disk_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = trainer_module.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigError, match="GB are free: free some"):
         make_trainer(tmp_path)
 
