@@ -11,7 +11,6 @@ drawn. --document puts both where docs/evidence.md shows them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import tempfile
@@ -64,21 +63,21 @@ def follow(this: Run, folder: Path) -> list[Step]:
     from .bf16 import products_of
 
     steps: list[Step] = []
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_of(this, folder, scratch)
-        stack.enter_context(products_of(trainer.config))
-        trainer.begin()
-        for _ in range(trainer.config.steps):
-            metrics = trainer.step()
-            steps.append(
-                {
-                    "step": metrics["step"],
-                    "accuracy": round(metrics["accuracy"], 5),
-                    "entropy": round(metrics["entropy"], 5),
-                    "cos_mean": round(metrics["cos_mean"], 5),
-                    "groups": _groups(trainer),
-                }
-            )
+        with products_of(trainer.config):
+            trainer.begin()
+            for _ in range(trainer.config.steps):
+                metrics = trainer.step()
+                steps.append(
+                    {
+                        "step": metrics["step"],
+                        "accuracy": round(metrics["accuracy"], 5),
+                        "entropy": round(metrics["entropy"], 5),
+                        "cos_mean": round(metrics["cos_mean"], 5),
+                        "groups": _groups(trainer),
+                    }
+                )
     return steps
 
 
